@@ -1,0 +1,76 @@
+"""LLaDA: the published remote-code class and the native one, which name their modules alike."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dllm_fast import ops
+from dllm_fast.cache import BlockCache
+from dllm_fast.families.rows import RopeTables, take
+from dllm_fast.llada import LLaDAConfig
+
+
+class LLaDA:
+    """A LLaDA's forward over `ops`. Weights are read from the model's own modules at each call."""
+
+    def __init__(self, model: nn.Module, impl: str):
+        config = model.config
+        self._check(config)
+        self.transformer = model.model.transformer
+        self.impl = impl
+        self.positions = config.max_sequence_length
+        self.heads, self.head_dim = config.n_heads, config.d_model // config.n_heads
+        self.kv_heads = getattr(config, "n_kv_heads", None) or config.n_heads
+        self.layers = config.n_layers
+        self.vocab_size = self.transformer.wte.weight.shape[0]
+        self.theta, self.eps = config.rope_theta, config.rms_norm_eps
+        self._tables = RopeTables(self.positions, self.head_dim)
+
+    @staticmethod
+    def _check(config) -> None:
+        for name, supported in LLaDAConfig.architecture.items():
+            asked = getattr(config, name, supported)
+            if asked is not None and asked != supported:
+                raise ValueError(f"model.config.{name}={asked!r} is not supported, only {supported!r}")
+
+    def hidden(
+        self,
+        input_ids: torch.Tensor,  # [B, T] int64
+        start: torch.Tensor | None = None,  # [B] int: first valid slot
+        end: torch.Tensor | None = None,  # [B] int: one past the last
+        cache: BlockCache | None = None,
+        slot: torch.Tensor | None = None,  # [B] int: slot of each row's first id
+        rows: torch.Tensor | None = None,  # see `rows.take`
+    ) -> torch.Tensor:
+        """What the LM head multiplies, [B, T, d] or the chosen rows of it.
+
+        Without a cache the T ids are the whole sequence. With one they are slots ``slot`` to ``slot + T`` of it:
+        their keys and values are written there, and every valid slot is attended to, however old.
+        """
+        transformer, impl = self.transformer, self.impl
+        position = slot if start is None else (slot if slot is not None else 0) - start
+        cos, sin = self._tables(self.theta, input_ids.device)
+        x, delta = transformer.wte(input_ids), None
+        for layer, block in enumerate(transformer.blocks):
+            y, x = self._norm(x, delta, block.attn_norm)
+            q, k, v = (
+                F.linear(y, proj.weight).unflatten(-1, (-1, self.head_dim))
+                for proj in (block.q_proj, block.k_proj, block.v_proj)
+            )
+            q, k, v = ops.rope(q, k, v, cos, sin, position, slot, *(cache[layer] if cache else ()), impl=impl)
+            attended = ops.attention(q, k, v, start, end, slot, impl=impl).flatten(2)
+            if layer == self.layers - 1:
+                attended, x = take(attended, rows), take(x, rows)
+            y, x = self._norm(x, F.linear(attended, block.attn_out.weight), block.ff_norm)
+            gate, up = F.linear(y, block.ff_proj.weight), F.linear(y, block.up_proj.weight)
+            delta = F.linear(ops.swiglu(gate, up, impl=impl), block.ff_out.weight)
+        return self._norm(x, delta, transformer.ln_f)[0]
+
+    def _norm(self, x, delta, norm):
+        if delta is None:
+            return ops.rms_norm(x, norm.weight, self.eps, impl=self.impl)
+        return ops.rms_norm(delta, norm.weight, self.eps, residual=x, impl=self.impl)
+
+    def head(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """LM head weight [V, d] and bias."""
+        return self.transformer.ff_out.weight, None

@@ -1,0 +1,89 @@
+"""ModernBERT (arXiv:2412.13663): transformers' own `ModernBertForMaskedLM`, 4.57 or 5.x."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dllm_fast import ops
+from dllm_fast.cache import BlockCache
+from dllm_fast.families.rows import RopeTables, take
+
+
+class ModernBert:
+    """A ModernBERT's forward over `ops`. Weights are read from the model's own modules at each call."""
+
+    def __init__(self, model: nn.Module, impl: str):
+        config = model.config
+        for name in ("hidden_activation", "classifier_activation"):
+            if getattr(config, name) != "gelu":
+                raise ValueError(f"model.config.{name}={getattr(config, name)!r} is not supported, only 'gelu'")
+        self.model, self.impl = model, impl
+        self.positions = config.max_position_embeddings
+        self.heads = self.kv_heads = config.num_attention_heads
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.layers = config.num_hidden_layers
+        self.vocab_size = config.vocab_size
+        self.eps = config.norm_eps
+        # A sliding layer sees |i - j| <= local_attention // 2, whatever number its attention function is handed.
+        self.windows = [config.local_attention // 2 if sliding else None for sliding in sliding_layers(config)]
+        self.thetas = [rope_theta(config, window is not None) for window in self.windows]
+        self._tables = RopeTables(self.positions, self.head_dim)
+
+    def hidden(
+        self,
+        input_ids: torch.Tensor,  # [B, T] int64
+        start: torch.Tensor | None = None,  # [B] int: first valid slot
+        end: torch.Tensor | None = None,  # [B] int: one past the last
+        cache: BlockCache | None = None,
+        slot: torch.Tensor | None = None,  # [B] int: slot of each row's first id
+        rows: torch.Tensor | None = None,  # see `rows.take`
+    ) -> torch.Tensor:
+        """What the decoder multiplies, [B, T, d] or the chosen rows of it; arguments as in `LLaDA.hidden`."""
+        backbone, impl = self.model.model, self.impl
+        position = slot if start is None else (slot if slot is not None else 0) - start
+        x = self._norm(backbone.embeddings.tok_embeddings(input_ids), None, backbone.embeddings.norm)[0]
+        delta = None
+        for layer, block in enumerate(backbone.layers):
+            if isinstance(block.attn_norm, nn.Identity):
+                y = x
+            else:
+                y, x = self._norm(x, delta, block.attn_norm)
+            qkv = block.attn.Wqkv(y).unflatten(-1, (3, self.heads, self.head_dim))
+            cos, sin = self._tables(self.thetas[layer], x.device)
+            buffers = cache[layer] if cache else ()
+            q, k, v = ops.rope(*qkv.unbind(-3), cos, sin, position, slot, *buffers, impl=impl)
+            attended = ops.attention(q, k, v, start, end, slot, self.windows[layer], impl=impl).flatten(2)
+            if layer == self.layers - 1:
+                attended, x = take(attended, rows), take(x, rows)
+            y, x = self._norm(x, block.attn.Wo(attended), block.mlp_norm)
+            delta = block.mlp.Wo(ops.geglu(*block.mlp.Wi(y).chunk(2, -1), impl=impl))
+        x = self._norm(x, delta, backbone.final_norm)[0]
+        return self._norm(F.gelu(self.model.head.dense(x)), None, self.model.head.norm)[0]
+
+    def _norm(self, x, delta, norm):
+        if delta is None:
+            return ops.layer_norm(x, norm.weight, norm.bias, self.eps, impl=self.impl)
+        return ops.layer_norm(delta, norm.weight, norm.bias, self.eps, residual=x, impl=self.impl)
+
+    def head(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Decoder weight [V, d] and bias [V]."""
+        return self.model.decoder.weight, self.model.decoder.bias
+
+
+def sliding_layers(config) -> list[bool]:
+    """Which layers attend within the window; transformers 4.57 spells it as every n-th layer being global."""
+    if getattr(config, "layer_types", None):
+        return [kind == "sliding_attention" for kind in config.layer_types]
+    return [layer % config.global_attn_every_n_layers != 0 for layer in range(config.num_hidden_layers)]
+
+
+def rope_theta(config, sliding: bool) -> float:
+    """The rotary base of a layer. Raises ValueError for a scaled RoPE, which no published ModernBERT has."""
+    parameters = getattr(config, "rope_parameters", None)
+    if parameters is None:
+        local = config.local_rope_theta
+        return local if sliding and local is not None else config.global_rope_theta
+    parameters = parameters["sliding_attention" if sliding else "full_attention"]
+    if parameters["rope_type"] != "default":
+        raise ValueError(f"model.config.rope_parameters: rope_type={parameters['rope_type']!r} is not supported")
+    return parameters["rope_theta"]

@@ -1,0 +1,30 @@
+"""What the families' forwards share: the choice of rows, and rotary tables that outlive no device."""
+
+import torch
+
+from dllm_fast.kernels.reference import rope_table
+
+
+def take(x: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    """The wanted rows of x [B, T, ...].
+
+    ``rows`` None: all; bool [B, T]: those that are True, flattened to [N, ...]; int [B, R]: per batch row, [B, R, ...].
+    """
+    if rows is None:
+        return x
+    if rows.dtype == torch.bool:
+        return x[rows]
+    return x[torch.arange(x.shape[0], device=x.device)[:, None], rows]
+
+
+class RopeTables:
+    """cos and sin [positions, D/2] fp32 per theta, made on first use and again when the model changes device."""
+
+    def __init__(self, positions: int, head_dim: int):
+        self.positions, self.head_dim, self._tables = positions, head_dim, {}
+
+    def __call__(self, theta: float, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        if (theta, device) not in self._tables:
+            self._tables = {key: table for key, table in self._tables.items() if key[1] == device}
+            self._tables[theta, device] = rope_table(self.positions, self.head_dim, theta, device)
+        return self._tables[theta, device]

@@ -1,0 +1,225 @@
+"""LLaDA (arXiv:2502.09992) as a native transformers model, parameter for parameter the published checkpoints'.
+
+`GSAI-ML/LLaDA-8B-Base`, `-Instruct`, LLaDA-1.5 and iLLaDA-8B (grouped keys, tied embeddings) load into it without
+remote code. The forward is the plain one, every logit at every position; `dllm_fast.patch` makes it fast.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import MaskedLMOutput
+
+from dllm_fast.kernels.reference import rope_table
+
+_TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
+
+
+class LLaDAConfig(PretrainedConfig):
+    """The published configuration; the defaults are LLaDA-8B's. Unknown fields are kept, as for any config.
+
+    Only the architecture that was published is implemented: RMSNorm, SwiGLU, RoPE, no biases. A config that asks for
+    another raises a ValueError that names the field.
+    """
+
+    model_type = "llada"
+    attribute_map = {
+        "hidden_size": "d_model",
+        "num_attention_heads": "n_heads",
+        "num_key_value_heads": "n_kv_heads",
+        "num_hidden_layers": "n_layers",
+        "intermediate_size": "mlp_hidden_size",
+        "max_position_embeddings": "max_sequence_length",
+    }
+    # Fields of the published file that name an architecture, and the only value each may have here.
+    architecture = {
+        "block_type": "llama",
+        "layer_norm_type": "rms",
+        "activation_type": "silu",
+        "rope": True,
+        "alibi": False,
+        "include_bias": False,
+        "include_qkv_bias": False,
+        "attention_layer_norm": False,
+        "input_emb_norm": False,
+        "scale_logits": False,
+        "rope_full_precision": True,
+    }
+
+    def __init__(
+        self,
+        d_model: int = 4096,
+        n_heads: int = 32,
+        n_kv_heads: int | None = None,
+        n_layers: int = 32,
+        mlp_hidden_size: int = 12288,
+        vocab_size: int = 126464,
+        embedding_size: int | None = None,
+        max_sequence_length: int = 4096,
+        rope_theta: float = 500000.0,
+        rms_norm_eps: float = 1e-5,
+        weight_tying: bool = False,
+        mask_token_id: int | None = 126336,
+        eos_token_id: int | None = 126081,
+        pad_token_id: int | None = 126081,
+        use_cache: bool = False,
+        **kwargs,
+    ):
+        for name, supported in self.architecture.items():
+            asked = kwargs.setdefault(name, supported)
+            if asked is not None and asked != supported:
+                raise ValueError(f"LLaDAConfig: {name}={asked!r} is not supported, only {supported!r}")
+        if d_model % n_heads:
+            raise ValueError(f"LLaDAConfig: d_model={d_model} is not a multiple of n_heads={n_heads}")
+        if n_heads % (n_kv_heads or n_heads):
+            raise ValueError(f"LLaDAConfig: n_heads={n_heads} is not a multiple of n_kv_heads={n_kv_heads}")
+        self.d_model = d_model
+        self.n_heads = n_heads
+        self.n_kv_heads = n_kv_heads or n_heads
+        self.n_layers = n_layers
+        self.mlp_hidden_size = mlp_hidden_size
+        self.vocab_size = vocab_size
+        self.embedding_size = embedding_size or vocab_size
+        self.max_sequence_length = max_sequence_length
+        self.rope_theta = rope_theta
+        self.rms_norm_eps = rms_norm_eps
+        self.weight_tying = weight_tying
+        self.mask_token_id = mask_token_id
+        self.use_cache = use_cache
+        kwargs["tie_word_embeddings"] = weight_tying
+        super().__init__(eos_token_id=eos_token_id, pad_token_id=pad_token_id, **kwargs)
+
+
+class LLaDARMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = x.float()
+        return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+class LLaDABlock(nn.Module):
+    def __init__(self, config: LLaDAConfig):
+        super().__init__()
+        width, head_dim = config.d_model, config.d_model // config.n_heads
+        self.head_dim = head_dim
+        self.attn_norm = LLaDARMSNorm(width, config.rms_norm_eps)
+        self.q_proj = nn.Linear(width, width, bias=False)
+        self.k_proj = nn.Linear(width, config.n_kv_heads * head_dim, bias=False)
+        self.v_proj = nn.Linear(width, config.n_kv_heads * head_dim, bias=False)
+        self.attn_out = nn.Linear(width, width, bias=False)
+        self.ff_norm = LLaDARMSNorm(width, config.rms_norm_eps)
+        self.ff_proj = nn.Linear(width, config.mlp_hidden_size, bias=False)
+        self.up_proj = nn.Linear(width, config.mlp_hidden_size, bias=False)
+        self.ff_out = nn.Linear(config.mlp_hidden_size, width, bias=False)
+        # Read by _init_weights: what is added to the residual stream starts smaller in a deeper model.
+        self.attn_out.init_scale = self.ff_out.init_scale = (2 * config.n_layers) ** -0.5
+
+    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, mask: torch.Tensor | None):
+        y = self.attn_norm(x)
+        heads = (*x.shape[:2], -1, self.head_dim)
+        q, k, v = (proj(y).view(heads).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+        group = q.shape[1] // k.shape[1]
+        if group > 1:
+            k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        x = x + self.attn_out(attended.transpose(1, 2).reshape(x.shape))
+        y = self.ff_norm(x)
+        return x + self.ff_out(F.silu(self.ff_proj(y)) * self.up_proj(y))
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    x1, x2 = x.float().chunk(2, -1)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), -1).to(x.dtype)
+
+
+class LLaDAModel(nn.Module):
+    def __init__(self, config: LLaDAConfig):
+        super().__init__()
+        self.config = config
+        wte = nn.Embedding(config.embedding_size, config.d_model)
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": wte,
+                "blocks": nn.ModuleList(LLaDABlock(config) for _ in range(config.n_layers)),
+                "ln_f": LLaDARMSNorm(config.d_model, config.rms_norm_eps),
+                # Tied, the published head *is* the embedding module, so its file may hold either name.
+                "ff_out": wte if config.weight_tying else nn.Linear(config.d_model, config.embedding_size, bias=False),
+            }
+        )
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits [B, L, V] of ids [B, L]; ``attention_mask`` [B, L] is 0 on padding."""
+        config, transformer = self.config, self.transformer
+        x = transformer.wte(input_ids)
+        cos, sin = rope_table(input_ids.shape[1], config.d_model // config.n_heads, config.rope_theta, x.device)
+        mask = None if attention_mask is None else attention_mask.bool()[:, None, None]
+        for block in transformer.blocks:
+            x = block(x, cos, sin, mask)
+        return F.linear(transformer.ln_f(x), transformer.ff_out.weight)
+
+
+class LLaDAModelLM(PreTrainedModel, GenerationMixin):
+    """Mask predictor: logits of every position from all positions, no causal mask."""
+
+    config_class = LLaDAConfig
+    base_model_prefix = "model"
+    _no_split_modules = ["LLaDABlock"]
+    _supports_sdpa = True
+
+    def __init__(self, config: LLaDAConfig):
+        super().__init__(config)
+        if config.weight_tying:
+            head, embedding = "model.transformer.ff_out.weight", "model.transformer.wte.weight"
+            self._tied_weights_keys = {head: embedding} if _TRANSFORMERS_5 else [head]
+        self.model = LLaDAModel(config)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Truncated normals of standard deviation 1/sqrt(fan in), after LLaDA's ``init_fn: mitchell``."""
+        if isinstance(module, nn.Embedding | nn.Linear):
+            std = getattr(module, "init_scale", 1.0) / math.sqrt(module.weight.shape[1])
+            nn.init.trunc_normal_(module.weight, std=std, a=-3 * std, b=3 * std)
+        elif isinstance(module, LLaDARMSNorm):
+            nn.init.ones_(module.weight)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,  # [B, L] int64
+        attention_mask: torch.Tensor | None = None,  # [B, L], 0 = padding
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> MaskedLMOutput | tuple[torch.Tensor]:
+        """Logits [B, L, V] in the model's dtype. Losses are `dllm_fast.diffusion`'s; ``labels`` raise."""
+        if unknown := [name for name, value in kwargs.items() if value not in (None, False)]:
+            raise ValueError(f"LLaDAModelLM.forward does not take {', '.join(sorted(unknown))}")
+        logits = self.model(input_ids, attention_mask)
+        return (logits,) if return_dict is False else MaskedLMOutput(logits=logits)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.transformer.wte
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.transformer["wte"] = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.model.transformer.ff_out
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.model.transformer["ff_out"] = value
+
+    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **kwargs) -> dict:
+        return {"input_ids": input_ids, "attention_mask": kwargs.get("attention_mask")}
+
+
+AutoConfig.register("llada", LLaDAConfig, exist_ok=True)
+for auto in (AutoModel, AutoModelForMaskedLM, AutoModelForCausalLM):
+    auto.register(LLaDAConfig, LLaDAModelLM, exist_ok=True)

@@ -1,0 +1,321 @@
+"""Every op of the package in plain PyTorch: the definition that each kernel is tested against.
+
+Torch alone, any device, any float dtype. Half-precision inputs are computed in fp32 and rounded where the
+published models round; fp64 inputs are computed in fp64 throughout, which is how a test gets its truth.
+Nothing here is written for speed.
+
+Letters: B batch rows, T query positions, S slots of a K/V buffer, H query heads, G key/value heads, D head dim,
+d model width, V vocabulary, N gathered positions.
+"""
+
+import torch
+
+_WORD = 0xFFFFFFFF
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+# Norms and gates
+
+
+def rms_norm(
+    x: torch.Tensor,  # [..., d]
+    weight: torch.Tensor,  # [d]
+    eps: float,
+    residual: torch.Tensor | None = None,  # [..., d]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``h = x + residual``, ``y = round(h / sqrt(mean(h^2) + eps)) * weight``; returns ``(y, h)``.
+
+    The normalised value is rounded to ``x.dtype`` before the weight multiplies it, as LLaDA does (arXiv:1910.07467
+    for the norm). Without a residual ``h`` is ``x`` itself.
+    """
+    h = x if residual is None else x + residual
+    wide = _wide(h)
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return normed.to(h.dtype) * weight, h
+
+
+def layer_norm(
+    x: torch.Tensor,  # [..., d]
+    weight: torch.Tensor,  # [d]
+    bias: torch.Tensor | None,  # [d]
+    eps: float,
+    residual: torch.Tensor | None = None,  # [..., d]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``h = x + residual``, ``y = (h - mean) / sqrt(var + eps) * weight + bias``; returns ``(y, h)``.
+
+    The variance is the biased one (arXiv:1607.06450); one rounding, at the end, as in ``torch.nn.LayerNorm``.
+    """
+    h = x if residual is None else x + residual
+    wide = _wide(h)
+    centred = wide - wide.mean(-1, keepdim=True)
+    y = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps) * weight
+    return (y if bias is None else y + bias).to(h.dtype), h
+
+
+def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """``silu(gate) * up`` (arXiv:2002.05202); both [..., f]. One rounding."""
+    wide = _wide(gate)
+    return (wide * torch.sigmoid(wide) * up).to(gate.dtype)
+
+
+def geglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """``gelu(gate) * up`` with the exact, erf-based GELU (arXiv:2002.05202); both [..., f]. One rounding."""
+    wide = _wide(gate)
+    return (0.5 * wide * (1 + torch.erf(wide * 0.5**0.5)) * up).to(gate.dtype)
+
+
+# Rotary position embedding and attention over a K/V buffer
+
+
+def rope_table(positions: int, head_dim: int, theta: float, device=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of ``p * theta^(-2i/D)``, each [positions, D/2] fp32 (arXiv:2104.09864).
+
+    Angles are fp32 products on purpose: both model families compute them so.
+    """
+    inv_freq = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
+    angle = torch.outer(torch.arange(positions, dtype=torch.float32, device=device), inv_freq)
+    return angle.cos(), angle.sin()
+
+
+def rope(
+    q: torch.Tensor,  # [B, T, H, D]
+    k: torch.Tensor,  # [B, T, G, D]
+    v: torch.Tensor,  # [B, T, G, D]
+    cos: torch.Tensor,  # [P, D/2] fp32
+    sin: torch.Tensor,  # [P, D/2] fp32
+    position: torch.Tensor,  # [B] int: position of each row's first query
+    slot: torch.Tensor,  # [B] int: buffer slot of each row's first query
+    keys: torch.Tensor,  # [B, S, G, D], written in place
+    values: torch.Tensor,  # [B, S, G, D], written in place
+) -> torch.Tensor:
+    """Rotate q and k, write k and v at ``slot + t`` of the buffers, return the rotated q [B, T, H, D].
+
+    Half-split rotation: ``(x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin)`` at position ``max(position + t, 0)``
+    (negative positions are padding), in fp32, rounded once. Rows whose slot falls outside [0, S) are not written.
+    """
+    offset = torch.arange(q.shape[1], device=q.device)
+    at = (position[:, None] + offset).clamp(0, cos.shape[0] - 1)
+    c, s = (table.to(_wide(q).dtype)[at][:, :, None] for table in (cos, sin))
+
+    def rotate(x):
+        x1, x2 = _wide(x).chunk(2, -1)
+        return torch.cat((x1 * c - x2 * s, x2 * c + x1 * s), -1).to(x.dtype)
+
+    to = slot[:, None] + offset
+    inside = (to >= 0) & (to < keys.shape[1])
+    row = torch.arange(q.shape[0], device=q.device)[:, None].expand_as(to)
+    keys[row[inside], to[inside]] = rotate(k)[inside]
+    values[row[inside], to[inside]] = v[inside]
+    return rotate(q)
+
+
+def attention(
+    q: torch.Tensor,  # [B, T, H, D]
+    keys: torch.Tensor,  # [B, S, G, D]
+    values: torch.Tensor,  # [B, S, G, D]
+    start: torch.Tensor,  # [B] int: first valid slot
+    end: torch.Tensor,  # [B] int: one past the last valid slot
+    slot: torch.Tensor,  # [B] int: buffer slot of each row's first query
+    window: int | None = None,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Bidirectional softmax attention, [B, T, H, D].
+
+    Query t of row b sees slots j with ``start[b] <= j < end[b]`` and, given a window, ``|slot[b] + t - j| <= window``.
+    Query head h reads key/value head ``h // (H/G)``. ``scale`` defaults to ``D^-0.5``. A query that sees no slot
+    gives 0.
+    """
+    group = q.shape[2] // keys.shape[2]
+    wide_k, wide_v = (_wide(x).repeat_interleave(group, 2) for x in (keys, values))
+    score = torch.einsum("bthd,bshd->bhts", _wide(q), wide_k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    visible = visible_slots(q.shape[1], keys.shape[1], start, end, slot, window)[:, None]
+    score = score.masked_fill(~visible, float("-inf"))
+    weight = torch.softmax(score, -1).masked_fill(~visible.any(-1, keepdim=True), 0.0)
+    return torch.einsum("bhts,bshd->bthd", weight, wide_v).to(q.dtype)
+
+
+def visible_slots(queries: int, slots: int, start, end, slot, window: int | None = None) -> torch.Tensor:
+    """Which slots each query sees: [B, T, S] bool, from ``start``, ``end`` and ``slot`` [B] as in `attention`."""
+    j = torch.arange(slots, device=start.device)
+    visible = ((j >= start[:, None]) & (j < end[:, None]))[:, None].expand(-1, queries, -1)
+    if window is not None:
+        i = slot[:, None] + torch.arange(queries, device=slot.device)
+        visible = visible & ((i[:, :, None] - j).abs() <= window)
+    return visible
+
+
+# Noise
+
+
+def philox(seed: int, c0, c1, c2, c3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Philox4x32-10 (Salmon et al., SC 2011): four 32-bit words, as int64, of a 128-bit counter under a 64-bit key.
+
+    Counters are int64 tensors of 32-bit values that broadcast. The same function as ``tl.philox``.
+    """
+    c0, c1, c2, c3 = torch.broadcast_tensors(*(torch.as_tensor(c, dtype=torch.int64) & _WORD for c in (c0, c1, c2, c3)))
+    key0, key1 = seed & _WORD, (seed >> 32) & _WORD
+    for _ in range(10):
+        # The int64 products wrap, which keeps all 64 bits; masking undoes the arithmetic shift.
+        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = ((b >> 32) & _WORD) ^ c1 ^ key0, b & _WORD, ((a >> 32) & _WORD) ^ c3 ^ key1, a & _WORD
+        key0, key1 = (key0 + 0x9E3779B9) & _WORD, (key1 + 0xBB67AE85) & _WORD
+    return c0, c1, c2, c3
+
+
+def gumbel(
+    seed: int,
+    step: int | torch.Tensor,
+    row: torch.Tensor,  # [N] int
+    position: torch.Tensor,  # [N] int
+    columns: torch.Tensor,  # [V] int: vocabulary indices
+) -> torch.Tensor:
+    """Standard Gumbel noise [N, V] fp64, a pure function of (seed, step, row, position, vocabulary index).
+
+    ``G = -ln(-ln U)`` with ``U = (X + 1/2) / 2^64`` and X 64 bits of Philox, counter (index // 2, position, row,
+    step): words 0 and 1 for an even index, 2 and 3 for an odd one. Above one half ``-ln U`` is taken as
+    ``-log1p(-(1 - U))`` with 1 - U from the complemented bits, so that both tails are exact: G reaches 45.05, where
+    24-bit uniforms stop at 16.6 and lower the effective temperature (arXiv:2409.02908).
+    """
+    words = philox(seed, columns // 2, position[:, None], row[:, None], step)
+    odd = (columns % 2).bool()
+    high, low = torch.where(odd, words[2], words[0]), torch.where(odd, words[3], words[1])
+    upper = high >= 1 << 31
+    high, low = torch.where(upper, _WORD - high, high), torch.where(upper, _WORD - low, low)
+    small = (high.double() + (low.double() + 0.5) * 2.0**-32) * 2.0**-32  # min(U, 1 - U)
+    exponential = torch.where(upper, -torch.log1p(-small), -torch.log(small))
+    return -torch.log(exponential)
+
+
+def uniform(seed: int, step: int | torch.Tensor, row: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    """Uniform noise on (0, 1), [N] fp64: ``(word 0 + 1/2) / 2^32`` at counter (2^32 - 1, position, row, step).
+
+    No vocabulary index has that counter, so the draw is independent of the Gumbel noise of the same key.
+    """
+    return (philox(seed, _WORD, position, row, step)[0].double() + 0.5) * 2.0**-32
+
+
+# Prediction, commitment, loss
+
+
+def predict(
+    hidden: torch.Tensor,  # [N, d]
+    weight: torch.Tensor,  # [V, d]
+    bias: torch.Tensor | None = None,  # [V]
+    *,
+    mask_id: int,
+    candidate: torch.Tensor | None = None,  # [N] bool; None: all
+    confidence: str = "probability",
+    temperature: float = 0.0,
+    seed: int = 0,
+    step: int | torch.Tensor = 0,
+    row: torch.Tensor | None = None,  # [N] int, for the noise
+    position: torch.Tensor | None = None,  # [N] int, for the noise
+    uncond: torch.Tensor | None = None,  # [N, d]
+    cfg_scale: float = 0.0,
+    banned: tuple[int, ...] = (),
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Token [N] int64, confidence [N] and log-sum-exp [N] (fp32, or fp64 for fp64 inputs) of each candidate.
+
+    ``z = hidden W^T + b``; with ``uncond``, ``z = z_u + (cfg_scale + 1) (z - z_u)`` (arXiv:2207.12598). The token is
+    ``argmax(z + temperature * gumbel)`` over the vocabulary without ``mask_id`` and ``banned``, ties to the lowest
+    id. The confidence ignores the noise and normalises over the whole vocabulary, p = softmax(z):
+    ``probability`` p[token]; ``margin`` p1 - p2, the two largest among admissible tokens; ``entropy`` sum p ln p;
+    ``random`` a uniform draw. Positions that are no candidates get token ``mask_id``, confidence -inf and
+    log-sum-exp 0.
+    """
+    logits = _wide(hidden) @ _wide(weight).T
+    if uncond is not None:
+        base = _wide(uncond) @ _wide(weight).T
+        logits = base + (cfg_scale + 1) * (logits - base)
+    if bias is not None:
+        logits = logits + bias
+    return select(logits, mask_id, candidate, confidence, temperature, seed, step, row, position, banned)
+
+
+def select(
+    logits: torch.Tensor,  # [N, V]
+    mask_id: int,
+    candidate: torch.Tensor | None = None,
+    confidence: str = "probability",
+    temperature: float = 0.0,
+    seed: int = 0,
+    step: int | torch.Tensor = 0,
+    row: torch.Tensor | None = None,
+    position: torch.Tensor | None = None,
+    banned: tuple[int, ...] = (),
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The part of `predict` that follows the logits; same arguments and results."""
+    lse = torch.logsumexp(logits, -1)
+    admissible = logits.clone()
+    admissible[:, [mask_id, *banned]] = float("-inf")
+    scored = admissible
+    if temperature > 0:
+        columns = torch.arange(logits.shape[1], device=logits.device)
+        scored = admissible + temperature * gumbel(seed, step, row, position, columns)
+    token = scored.argmax(-1)
+    if confidence == "probability":
+        score = torch.exp(logits.gather(1, token[:, None])[:, 0] - lse)
+    elif confidence == "margin":
+        best = torch.exp(admissible.topk(2, -1).values - lse[:, None])
+        score = best[:, 0] - best[:, 1]
+    elif confidence == "entropy":
+        score = -torch.special.entr(torch.exp(logits - lse[:, None])).sum(-1)
+    else:
+        score = uniform(seed, step, row, position).to(lse.dtype)
+    if candidate is not None:
+        token, score = token.where(candidate, mask_id), score.where(candidate, float("-inf"))
+        lse = lse.where(candidate, 0.0)
+    return token, score, lse
+
+
+def commit(
+    sequence: torch.Tensor,  # [B, S] int64, written in place
+    token: torch.Tensor,  # [B, T] int64
+    confidence: torch.Tensor,  # [B, T] float
+    candidate: torch.Tensor,  # [B, T] bool
+    slot: torch.Tensor,  # [B] int: sequence index of each row's first candidate position
+    *,
+    count: torch.Tensor | None = None,  # [B] int
+    threshold: float | None = None,
+    factor: float | None = None,
+) -> torch.Tensor:
+    """Write each row's chosen candidates at ``slot + t`` of ``sequence``; return which they were, [B, T] bool.
+
+    A row keeps its k most confident candidates, ties to the lowest position, and k is: ``count``; or how many reach
+    ``threshold``; or the largest k with ``(k + 1) (1 - c_k) < factor``, c sorted downwards (arXiv:2505.22618). At
+    least one and at most all of a row's candidates.
+    """
+    best, order = confidence.masked_fill(~candidate, float("-inf")).sort(-1, descending=True, stable=True)
+    rank = order.argsort(-1)
+    if count is not None:
+        k = count
+    elif threshold is not None:
+        k = (best >= threshold).sum(-1)
+    else:
+        nth = torch.arange(1, best.shape[1] + 1, device=best.device)
+        k = (nth * ((nth + 1) * (1 - best) < factor)).amax(-1)
+    chosen = candidate & (rank < k.clamp(min=1)[:, None])
+    at = slot[:, None] + torch.arange(token.shape[1], device=token.device)
+    row = torch.arange(sequence.shape[0], device=token.device)[:, None]
+    sequence[row, at] = torch.where(chosen, token, sequence[row, at])
+    return chosen
+
+
+def masked_loss(
+    hidden: torch.Tensor,  # [N, d]
+    weight: torch.Tensor,  # [V, d]
+    bias: torch.Tensor | None,  # [V]
+    target: torch.Tensor,  # [N] int64
+    loss_weight: torch.Tensor,  # [N] float
+) -> torch.Tensor:
+    """``sum_n loss_weight[n] * (logsumexp(z[n]) - z[n, target[n]])``, z = hidden W^T + b; a scalar, fp32 or fp64.
+
+    With ``loss_weight = 1 / (p_mask * B * L)`` on masked positions it is LLaDA's training loss (arXiv:2502.09992,
+    eq. 3).
+    """
+    logits = _wide(torch.nn.functional.linear(hidden, weight, bias))
+    nll = torch.logsumexp(logits, -1) - logits.gather(1, target[:, None])[:, 0]
+    return (nll * loss_weight).sum()
