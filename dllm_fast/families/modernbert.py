@@ -87,3 +87,26 @@ def rope_theta(config, sliding: bool) -> float:
     if parameters["rope_type"] != "default":
         raise ValueError(f"model.config.rope_parameters: rope_type={parameters['rope_type']!r} is not supported")
     return parameters["rope_theta"]
+
+
+def fresh_rotary(model: nn.Module) -> list[tuple[nn.Module, str, torch.Tensor]]:
+    """(module, buffer name, fp32 values) of every rotary buffer that differs from what the config says.
+
+    ``.to(torch.bfloat16)`` rounds them with the weights, which puts cos off by 0.36 at position 8000.
+    """
+    config, found = model.config, []
+    head_dim = config.hidden_size // config.num_attention_heads
+    sliding_of = sliding_layers(config)
+    for path, module in model.named_modules():
+        for name, buffer in module._buffers.items():
+            if buffer is None or not name.endswith("inv_freq"):
+                continue
+            if name.startswith(("full_attention", "sliding_attention")):
+                sliding = name.startswith("sliding_attention")
+            else:  # transformers 4.57: one buffer a layer, at model.layers.N.attn.rotary_emb
+                sliding = sliding_of[int(path.split("layers.")[1].split(".")[0])]
+            exponent = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+            fresh = (1.0 / rope_theta(config, sliding) ** exponent).to(buffer.device)
+            if buffer.dtype != torch.float32 or not torch.equal(buffer, fresh):
+                found.append((module, name, fresh))
+    return found

@@ -1,0 +1,152 @@
+"""`patch`, `unpatch`, `patched`: a model's forward replaced on this one instance, and put back exactly."""
+
+import functools
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from transformers.modeling_outputs import CausalLMOutputWithPast, MaskedLMOutput
+
+from dllm_fast import ops
+from dllm_fast.families import FAMILIES, LLaDA, ModernBert
+from dllm_fast.families.modernbert import fresh_rotary
+from dllm_fast.llada import LLaDAModelLM
+
+_STATE = "_dllm_fast"
+
+
+@dataclass
+class _Patch:
+    impl: str
+    family: LLaDA | ModernBert
+    forward: types.MethodType  # the model's own
+    own_forward: object | None  # what the instance's __dict__ held under "forward", e.g. an Accelerate hook
+    output: type
+    buffers: list[tuple[nn.Module, str, torch.Tensor]] = field(default_factory=list)
+
+
+def patch(model: nn.Module, impl: str = "auto") -> nn.Module:
+    """Make ``model`` fast, in place, this instance alone; returns it.
+
+    Args:
+        model: a LLaDA (native or remote code) or a ``transformers.ModernBertForMaskedLM``, on a real device.
+        impl: ``"auto"`` or ``"torch"``. What cannot be had raises; nothing falls back silently.
+
+    ``model(input_ids, attention_mask=...)`` then goes through `dllm_fast.ops` whenever no gradient is wanted; any
+    other call (labels, ``position_ids``, a mask with holes, training) is answered by the model's own forward.
+    Weights are neither copied nor changed. A second call with the same ``impl`` does nothing.
+
+    Raises:
+        ValueError: the model is of an unknown type or architecture, on the meta device or holds NaN or infinite
+            weights, or ``impl`` cannot be had. The model is then as it was.
+    """
+    family_class, output = _recognise(model)
+    resolved = ops.resolve(impl, _device(model))
+    state = model.__dict__.get(_STATE)
+    if state is not None and state.impl == resolved:
+        return model
+    _check_weights(model)
+    family = family_class(model, resolved)
+    # All that can fail is done; from here on the model changes.
+    unpatch(model)
+    state = _Patch(resolved, family, model.forward, model.__dict__.get("forward"), output)
+    for module, name, fresh in fresh_rotary(model) if family_class is ModernBert else ():
+        state.buffers.append((module, name, module._buffers[name]))
+        module._buffers[name] = fresh
+    model.__dict__[_STATE] = state
+    model.__dict__["forward"] = types.MethodType(functools.wraps(state.forward)(_fast_forward), model)
+    return model
+
+
+def unpatch(model: nn.Module) -> nn.Module:
+    """Put back exactly what `patch` replaced; returns the model. Does nothing to a model that is not patched."""
+    state = model.__dict__.pop(_STATE, None)
+    if state is None:
+        return model
+    del model.__dict__["forward"]
+    if state.own_forward is not None:
+        model.__dict__["forward"] = state.own_forward
+    for module, name, old in state.buffers:
+        module._buffers[name] = old.to(module._buffers[name].device)
+    return model
+
+
+@contextmanager
+def patched(model: nn.Module, impl: str = "auto") -> Iterator[nn.Module]:
+    """`patch` within a ``with`` block. A model that was patched before it is patched after it, as it was."""
+    before = model.__dict__.get(_STATE)
+    try:
+        yield patch(model, impl)
+    finally:
+        if before is None:
+            unpatch(model)
+        elif model.__dict__.get(_STATE) is not before:
+            patch(model, before.impl)
+
+
+def bound_family(model: nn.Module) -> LLaDA | ModernBert:
+    """The family object of a patched model. Raises ValueError for one that is not."""
+    state = model.__dict__.get(_STATE) if isinstance(model, nn.Module) else None
+    if state is None:
+        raise ValueError(f"model: this {type(model).__name__} is not patched; call dllm_fast.patch(model) first")
+    return state.family
+
+
+def _recognise(model: nn.Module) -> tuple[type[LLaDA] | type[ModernBert], type]:
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind == "llada" and hasattr(getattr(model, "model", None), "transformer"):
+        return LLaDA, MaskedLMOutput if isinstance(model, LLaDAModelLM) else CausalLMOutputWithPast
+    if kind == "modernbert" and hasattr(model, "decoder"):
+        return ModernBert, MaskedLMOutput
+    raise ValueError(
+        f"model: a {type(model).__name__} of model_type {kind!r} is not supported; supported are "
+        f"{', '.join(FAMILIES)} with their language-model heads (LLaDAModelLM, ModernBertForMaskedLM)"
+    )
+
+
+def _device(model: nn.Module) -> torch.device:
+    parameter = next(model.parameters())
+    if any(p.is_meta for p in model.parameters()):
+        raise ValueError("model: its weights are on the meta device; load them first")
+    return parameter.device
+
+
+def _check_weights(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        # A sum is NaN or infinite if any term is, and reads the weight once without a mask of its size.
+        if not torch.isfinite(parameter.detach().sum(dtype=torch.float32)):
+            if not torch.isfinite(parameter.detach()).all():
+                raise ValueError(f"model: {name} holds NaN or infinite values")
+
+
+def _span(attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """[start, end) of each row's ones, or None where a row has a hole or no one at all."""
+    valid = attention_mask.bool()
+    length = valid.sum(1)
+    start = valid.int().argmax(1)
+    end = valid.shape[1] - valid.int().flip(1).argmax(1)
+    return (start, end) if bool(((end - start == length) & (length > 0)).all()) else None
+
+
+def _fast_forward(self, input_ids=None, attention_mask=None, **kwargs):
+    state = self.__dict__[_STATE]
+    family = state.family
+    plain = (
+        isinstance(input_ids, torch.Tensor)
+        and input_ids.dim() == 2
+        and 0 < input_ids.shape[1] <= family.positions
+        and not self.training
+        and not (torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters()))
+        and getattr(self.config, "return_dict", True) is not False
+        and all(value is None or value is (name == "return_dict") for name, value in kwargs.items())
+    )
+    span = (None, None)
+    if plain and attention_mask is not None:
+        span = _span(attention_mask) if attention_mask.shape == input_ids.shape else None
+    if not plain or span is None:
+        return state.forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+    hidden = family.hidden(input_ids, *span)
+    return state.output(logits=nn.functional.linear(hidden, *family.head()))

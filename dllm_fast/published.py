@@ -1,0 +1,59 @@
+"""LLaDA's published sampler, written out plainly: the yardstick of the tests, the demo and the benches.
+
+It asks the model for every logit of the whole sequence at every step and works on all of them, in fp64 where the
+original does (ML-GSAI/LLaDA, `generate.py`; arXiv:2502.09992, algorithm 5). Two differences, both this package's
+semantics: [MASK] itself is never predicted, and the shares of a step may come from any schedule of counts.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+
+@torch.no_grad()
+def published_generate(
+    logits_of: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor],  # (ids, mask) -> [B, L, V]
+    input_ids: torch.Tensor,  # [B, P] int64, padded on the left
+    attention_mask: torch.Tensor | None = None,  # [B, P]
+    *,
+    gen_length: int,
+    block_length: int,
+    steps: int,
+    mask_id: int,
+    cfg_scale: float = 0.0,
+    pyramid: int | None = None,
+) -> tuple[torch.Tensor, int]:
+    """Greedy, low-confidence remasking: (sequences [B, P + gen_length], model evaluations).
+
+    ``pyramid``: steps keep 1, 1, ..., 2, 2, ... tokens, each number ``pyramid`` times, and ``steps`` is not used.
+    """
+    batch, prompt = input_ids.shape
+    blocks, nfe = gen_length // block_length, 0
+    x = torch.cat((input_ids, input_ids.new_full((batch, gen_length), mask_id)), 1)
+    if attention_mask is not None:
+        attention_mask = torch.cat((attention_mask, attention_mask.new_ones(batch, gen_length)), 1)
+    given = x != mask_id
+    for end in range(prompt + block_length, prompt + gen_length + 1, block_length):
+        share = steps // blocks if pyramid is None else block_length
+        kept = [block_length // share + (i < block_length % share) for i in range(share)]
+        if pyramid is not None:
+            kept = [i // pyramid + 1 for i in range(share)]
+        for k in kept:
+            masked = x == mask_id
+            if pyramid is not None and not masked[:, :end].any():
+                break
+            logits = logits_of(x, attention_mask)
+            nfe += 1
+            if cfg_scale > 0:
+                base = logits_of(x.masked_fill(given, mask_id), attention_mask)
+                logits = base + (cfg_scale + 1) * (logits - base)
+                nfe += 1
+            probability = torch.softmax(logits.double(), -1)
+            logits[..., mask_id] = float("-inf")
+            token = logits.argmax(-1)
+            confidence = probability.gather(-1, token[..., None])[..., 0].masked_fill(~masked, float("-inf"))
+            confidence[:, end:] = float("-inf")
+            for row in range(batch):
+                order = confidence[row].argsort(descending=True, stable=True)[: min(k, int(masked[row, :end].sum()))]
+                x[row, order] = token[row, order]
+    return x, nfe
