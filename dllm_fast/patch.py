@@ -117,9 +117,9 @@ def _device(model: nn.Module) -> torch.device:
 def _check_weights(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         # A sum is NaN or infinite if any term is, and reads the weight once without a mask of its size.
-        if not torch.isfinite(parameter.detach().sum(dtype=torch.float32)):
-            if not torch.isfinite(parameter.detach()).all():
-                raise ValueError(f"model: {name} holds NaN or infinite values")
+        suspect = not torch.isfinite(parameter.detach().sum(dtype=torch.float32))
+        if suspect and not torch.isfinite(parameter.detach()).all():
+            raise ValueError(f"model: {name} holds NaN or infinite values")
 
 
 def _span(attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:

@@ -18,14 +18,16 @@ def published_generate(
     *,
     gen_length: int,
     block_length: int,
-    steps: int,
+    steps: int | None = None,
     mask_id: int,
     cfg_scale: float = 0.0,
     pyramid: int | None = None,
+    threshold: float | None = None,
 ) -> tuple[torch.Tensor, int]:
     """Greedy, low-confidence remasking: (sequences [B, P + gen_length], model evaluations).
 
-    ``pyramid``: steps keep 1, 1, ..., 2, 2, ... tokens, each number ``pyramid`` times, and ``steps`` is not used.
+    One of ``steps`` (shared equally by blocks and steps), ``pyramid`` (1, 1, ..., 2, 2, ... tokens, each number
+    ``pyramid`` times) and ``threshold`` (all tokens whose confidence reaches it, and the best) says what a step keeps.
     """
     batch, prompt = input_ids.shape
     blocks, nfe = gen_length // block_length, 0
@@ -34,13 +36,11 @@ def published_generate(
         attention_mask = torch.cat((attention_mask, attention_mask.new_ones(batch, gen_length)), 1)
     given = x != mask_id
     for end in range(prompt + block_length, prompt + gen_length + 1, block_length):
-        share = steps // blocks if pyramid is None else block_length
-        kept = [block_length // share + (i < block_length % share) for i in range(share)]
-        if pyramid is not None:
-            kept = [i // pyramid + 1 for i in range(share)]
-        for k in kept:
+        share = block_length if steps is None else steps // blocks
+        for i in range(share):
             masked = x == mask_id
-            if pyramid is not None and not masked[:, :end].any():
+            masked[:, end:] = False
+            if not masked.any():
                 break
             logits = logits_of(x, attention_mask)
             nfe += 1
@@ -52,8 +52,13 @@ def published_generate(
             logits[..., mask_id] = float("-inf")
             token = logits.argmax(-1)
             confidence = probability.gather(-1, token[..., None])[..., 0].masked_fill(~masked, float("-inf"))
-            confidence[:, end:] = float("-inf")
             for row in range(batch):
-                order = confidence[row].argsort(descending=True, stable=True)[: min(k, int(masked[row, :end].sum()))]
+                if threshold is not None:
+                    k = max(1, int((confidence[row] >= threshold).sum()))
+                elif pyramid is not None:
+                    k = i // pyramid + 1
+                else:
+                    k = block_length // share + (i < block_length % share)
+                order = confidence[row].argsort(descending=True, stable=True)[: min(k, int(masked[row].sum()))]
                 x[row, order] = token[row, order]
     return x, nfe

@@ -68,7 +68,7 @@ class Request:
         require(ids.device == device, f"input_ids: on {ids.device}, but the model is on {device}")
         low, high = int(ids.min()), int(ids.max())
         require(
-            0 <= low and high < family.vocab_size,
+            low >= 0 and high < family.vocab_size,
             f"input_ids: id {low if low < 0 else high} is outside the vocabulary of {family.vocab_size}",
         )
         for name, default in (("mask_id", "mask_token_id"), ("eos_id", None)):
@@ -141,7 +141,7 @@ def plan_blocks(open_: torch.Tensor, block_length: int) -> list[tuple[torch.Tens
     idles at the end of the sequence with nothing open. A window that would overrun the sequence starts earlier, and
     holds only what earlier windows left.
     """
-    batch, slots = open_.shape
+    slots = open_.shape[1]
     block_length = min(block_length, slots)
     rows = []
     for row in open_.tolist():

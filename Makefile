@@ -1,0 +1,27 @@
+# `make demo` and `make test` set up .venv by themselves; PYTHON chooses the interpreter it is made from.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint clean
+
+demo: .venv/.core
+	$(BIN)/dllm-fast demo
+
+test: .venv/.dev
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/python -m pytest -n 2 -q
+
+lint: .venv/.dev
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+.venv/.core: requirements.txt pyproject.toml setup.py
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements.txt -e '.[cli]'
+	touch $@
+
+.venv/.dev: .venv/.core
+	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info

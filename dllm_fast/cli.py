@@ -1,0 +1,150 @@
+"""The command line: ``dllm-fast generate`` and ``dllm-fast demo``."""
+
+import argparse
+import signal
+import sys
+import time
+
+import torch
+from transformers import AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from dllm_fast.generate import Output, generate
+from dllm_fast.loading import from_pretrained, model_path, shipped
+from dllm_fast.request import CACHES, CONFIDENCES
+from dllm_fast.schedules import Factor, Pyramid, Schedule, Threshold, Uniform
+from dllm_fast.view import streamer_for
+
+SCHEDULES = {
+    "uniform": (Uniform, int),
+    "pyramid": (Pyramid, int),
+    "threshold": (Threshold, float),
+    "factor": (Factor, float),
+}
+
+
+def schedule_of(text: str) -> Schedule:
+    """``uniform=32``, ``pyramid=1``, ``threshold=0.9`` or ``factor=1.0``."""
+    name, _, value = text.partition("=")
+    if name not in SCHEDULES:
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(f'{name}=N' for name in SCHEDULES)}")
+    cls, number = SCHEDULES[name]
+    try:
+        return cls(number(value))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {value!r} is not a number") from error
+
+
+def load(args: argparse.Namespace):
+    dtype = "auto" if args.dtype is None else getattr(torch, args.dtype)
+    if args.model in shipped() and args.dtype is None and args.device == "cpu":
+        dtype = torch.float32  # the files are bf16, which most CPUs only emulate
+    model = from_pretrained(args.model, dtype, args.device, args.impl, trust_remote_code=args.trust_remote_code)
+    tokenizer = AutoTokenizer.from_pretrained(model_path(args.model), trust_remote_code=args.trust_remote_code)
+    return model, tokenizer
+
+
+def encode(tokenizer, text: str, mask_id: int, chat: bool) -> torch.Tensor:
+    """Ids [1, P]. ``[MASK]`` in the text becomes the mask id, whatever the tokenizer calls it."""
+    if chat:
+        message = [{"role": "user", "content": text}]
+        text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+    ids: list[int] = []
+    for i, part in enumerate(text.split("[MASK]")):
+        ids += [mask_id] if i else []
+        ids += tokenizer(part, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise ValueError("--prompt: an empty prompt")
+    return torch.tensor([ids])
+
+
+def run_generate(args: argparse.Namespace) -> int:
+    prompts = args.prompt or [sys.stdin.read().rstrip("\n")]
+    model, tokenizer = load(args)
+    mask_id = model.config.mask_token_id if args.mask_id is None else args.mask_id
+    if mask_id is None:
+        mask_id = tokenizer.mask_token_id
+    if mask_id is None:
+        raise ValueError("--mask-id: neither the model's config nor its tokenizer names one")
+    if args.chat and not tokenizer.chat_template:
+        raise ValueError("--chat: this model's tokenizer has no chat template")
+    for prompt in prompts:
+        ids = encode(tokenizer, prompt, mask_id, args.chat).to(args.device)
+        streamer = streamer_for(tokenizer, mask_id, args.plain) if not args.quiet else None
+        began = time.perf_counter()
+        try:
+            out = generate(
+                model, ids, gen_length=args.gen_length, block_length=args.block_length, schedule=args.schedule,
+                confidence=args.confidence, temperature=args.temperature, cfg_scale=args.cfg_scale, cache=args.cache,
+                mask_id=mask_id, eos_id=tokenizer.eos_token_id, seed=args.seed, streamer=streamer,
+            )  # fmt: skip
+        finally:
+            if hasattr(streamer, "live"):
+                streamer.live.stop()
+        seconds = time.perf_counter() - began
+        print(tokenizer.decode(out.sequences[0], skip_special_tokens=True))
+        filled = int((ids == mask_id).sum()) + args.gen_length
+        print(report(out, filled, seconds), file=sys.stderr)
+    return 0
+
+
+def report(out: Output, filled: int, seconds: float) -> str:
+    return (
+        f"[{filled} tokens, {out.nfe} NFE ({out.nfe_full} full, {out.nfe_block} block), "
+        f"{filled / seconds:.1f} tokens/s, {filled / out.nfe:.2f} tokens/NFE]"
+    )
+
+
+def run_demo(args: argparse.Namespace) -> int:
+    from dllm_fast.demo import demo
+
+    demo(args.plain)
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="dllm-fast", description="Masked-diffusion language models, fast.")
+    commands = top.add_subparsers(dest="command", required=True)
+    p = commands.add_parser("generate", help="continue or fill in text with any LLaDA or ModernBERT")
+    p.set_defaults(run=run_generate)
+    add = p.add_argument
+    add("--model", required=True, help=f"a folder, a hub name, or one that comes along: {', '.join(shipped())}")
+    add("--prompt", action="append", help="may be given again; [MASK]s in it are filled; default: standard input")
+    add("--gen-length", type=int, default=64, help="tokens to add after the prompt; 0 fills its [MASK]s alone")
+    add("--block-length", type=int, default=32)
+    add("--schedule", type=schedule_of, default=Threshold(0.9), help="uniform=N, pyramid=N, threshold=P or factor=F")
+    add("--confidence", choices=CONFIDENCES, default="probability")
+    add("--temperature", type=float, default=0.0)
+    add("--cfg-scale", type=float, default=0.0)
+    add("--cache", choices=CACHES, default="dual")
+    add("--mask-id", type=int, help="default: the model's own")
+    add("--seed", type=int)
+    add("--chat", action="store_true", help="put the prompt through the tokenizer's chat template")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--dtype", choices=("float32", "bfloat16", "float16"))
+    add("--impl", default="auto")
+    add("--trust-remote-code", action="store_true")
+    add("--plain", action="store_true", help="no live view")
+    add("--quiet", action="store_true", help="the text alone")
+    p = commands.add_parser("demo", help="watch the shipped models work, and what patching does to their speed")
+    p.set_defaults(run=run_demo)
+    p.add_argument("--plain", action="store_true", help="no live view")
+    return top
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        return args.run(args)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,130 @@
+"""`from_pretrained`: a model from a folder or a hub, loaded, checked and patched."""
+
+import json
+import struct
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoConfig, ModernBertForMaskedLM, PreTrainedModel
+
+from dllm_fast.llada import LLaDAModelLM
+from dllm_fast.patch import patch
+
+MODELS = Path(__file__).with_name("models")
+
+
+def shipped() -> list[str]:
+    """Names of the small trained models that come with the package; `from_pretrained` takes them."""
+    return sorted(path.parent.name for path in MODELS.glob("*/config.json"))
+
+
+def model_path(name: str) -> str:
+    """The folder of a shipped model; any other name or path as it is."""
+    return str(MODELS / name) if name in shipped() and not Path(name).exists() else name
+
+
+def from_pretrained(
+    name: str,
+    dtype: torch.dtype | str = "auto",
+    device: str | torch.device | None = None,
+    impl: str = "auto",
+    trust_remote_code: bool = False,
+    **kwargs,
+) -> PreTrainedModel:
+    """Load a LLaDA or a ModernBERT and `patch` it; returned in evaluation mode.
+
+    Args:
+        name: a local folder, a hub name, or one of `shipped`.
+        dtype: of the weights; ``"auto"`` keeps the checkpoint's.
+        device: where to put them; default the CPU.
+        impl: see `patch`.
+        trust_remote_code: load LLaDA's published class instead of the native one, which needs no remote code. Three
+            things in it that transformers 5 no longer accepts are mended on the class and config that are loaded.
+        kwargs: for transformers' ``from_pretrained`` (revision, token, local_files_only, ...).
+
+    Raises:
+        ValueError: the model type is unknown, or a local folder is incomplete: a file is missing or cut short, or the
+            weights lack a parameter. It names the file.
+    """
+    name = model_path(str(name))
+    if Path(name).is_dir():
+        check_folder(Path(name))
+    config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **kwargs)
+    remote = trust_remote_code and "AutoModel" in getattr(config, "auto_map", {})
+    if config.model_type == "llada":
+        cls = _mended_remote_class(config, name, **kwargs) if remote else LLaDAModelLM
+    elif config.model_type == "modernbert":
+        cls = ModernBertForMaskedLM
+    else:
+        raise ValueError(f"{name}: model_type {config.model_type!r} is not supported; supported are llada, modernbert")
+    model, report = cls.from_pretrained(name, config=config, dtype=dtype, output_loading_info=True, **kwargs)
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise ValueError(f"{name}: the weights lack {len(missing)} parameters, the first of them {missing[0]}")
+    return patch(model.eval() if device is None else model.eval().to(device), impl)
+
+
+def check_folder(folder: Path) -> None:
+    """Raise ValueError if a checkpoint folder is not whole. Reads headers and sizes only."""
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder}: config.json is missing")
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    else:
+        shards = [path.name for path in folder.glob("*.safetensors")]
+        if not shards and not list(folder.glob("*.bin")):
+            raise ValueError(f"{folder}: holds no weights (*.safetensors)")
+    for shard in shards:
+        path = folder / shard
+        if not path.is_file():
+            raise ValueError(f"{folder}: {shard} is missing ({len(shards)} shards are listed)")
+        size, expected = path.stat().st_size, safetensors_size(path)
+        if size != expected:
+            raise ValueError(f"{folder}: {shard} has {size} bytes, its header says {expected}")
+
+
+def safetensors_size(path: Path) -> int | None:
+    """Bytes that the header of a safetensors file says it has; None if it has no such header."""
+    with open(path, "rb") as file:
+        head = file.read(8)
+        if len(head) < 8:
+            return None
+        (length,) = struct.unpack("<Q", head)
+        if length > path.stat().st_size:
+            return None
+        try:
+            entries = json.loads(file.read(length))
+        except ValueError:
+            return None
+    ends = [entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"]
+    return 8 + length + max(ends, default=0)
+
+
+def _mended_remote_class(config, name: str, **kwargs) -> type[PreTrainedModel]:
+    """LLaDA's published class, made to load under transformers 5.
+
+    It reads ``config.use_cache``, which configs no longer have; never calls ``post_init``, which sets what
+    ``from_pretrained`` now asks for; and its ``tie_weights`` takes no arguments, but is given some.
+    """
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    cls = get_class_from_dynamic_module(config.auto_map["AutoModel"], name, **kwargs)
+    if not hasattr(config, "use_cache"):
+        config.use_cache = False
+    if int(transformers.__version__.split(".")[0]) < 5 or "_dllm_fast_mended" in cls.__dict__:
+        return cls
+    published_init, published_tie = cls.__init__, cls.tie_weights
+
+    def __init__(self, *args, **kwargs):
+        published_init(self, *args, **kwargs)
+        if not hasattr(self, "all_tied_weights_keys"):
+            tied = {"model.transformer.ff_out.weight": "model.transformer.wte.weight"}
+            self.all_tied_weights_keys = tied if getattr(self.config, "weight_tying", False) else {}
+
+    def tie_weights(self, *args, **kwargs):
+        published_tie(self)
+
+    cls.__init__, cls.tie_weights, cls._dllm_fast_mended = __init__, tie_weights, True
+    return cls
