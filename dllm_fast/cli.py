@@ -83,9 +83,15 @@ def run_generate(args: argparse.Namespace) -> int:
                 streamer.live.stop()
         seconds = time.perf_counter() - began
         print(tokenizer.decode(out.sequences[0], skip_special_tokens=True))
-        filled = int((ids == mask_id).sum()) + args.gen_length
-        print(report(out, filled, seconds), file=sys.stderr)
+        print(report(out, made(out.sequences[0], ids[0], mask_id, tokenizer.eos_token_id), seconds), file=sys.stderr)
     return 0
+
+
+def made(sequence: torch.Tensor, prompt: torch.Tensor, mask_id: int, eos_id: int | None) -> int:
+    """Tokens that were generated: the prompt's [MASK]s, and the answer up to its first end of text."""
+    answer = sequence[len(prompt) :].tolist()
+    length = answer.index(eos_id) + 1 if eos_id in answer else len(answer)
+    return int((prompt == mask_id).sum()) + length
 
 
 def report(out: Output, filled: int, seconds: float) -> str:

@@ -206,7 +206,7 @@ class LLaDAModelLM(PreTrainedModel, GenerationMixin):
         **kwargs,
     ) -> MaskedLMOutput | tuple[torch.Tensor]:
         """Logits [B, L, V] in the model's dtype. Losses are `dllm_fast.diffusion`'s; ``labels`` raise."""
-        if unknown := [name for name, value in kwargs.items() if value not in (None, False)]:
+        if unknown := [name for name, value in kwargs.items() if value is not None and value is not False]:
             raise ValueError(f"LLaDAModelLM.forward does not take {', '.join(sorted(unknown))}")
         logits = self.model(input_ids, attention_mask)
         return (logits,) if return_dict is False else MaskedLMOutput(logits=logits)

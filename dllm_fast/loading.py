@@ -116,15 +116,17 @@ def _mended_remote_class(config, name: str, **kwargs) -> type[PreTrainedModel]:
     if int(transformers.__version__.split(".")[0]) < 5 or "_dllm_fast_mended" in cls.__dict__:
         return cls
     published_init, published_tie = cls.__init__, cls.tie_weights
+    head, embedding = "model.transformer.ff_out.weight", "model.transformer.wte.weight"
 
     def __init__(self, *args, **kwargs):
         published_init(self, *args, **kwargs)
         if not hasattr(self, "all_tied_weights_keys"):
-            tied = {"model.transformer.ff_out.weight": "model.transformer.wte.weight"}
-            self.all_tied_weights_keys = tied if getattr(self.config, "weight_tying", False) else {}
+            self.all_tied_weights_keys = {head: embedding} if getattr(self.config, "weight_tying", False) else {}
 
-    def tie_weights(self, *args, **kwargs):
+    def tie_weights(self, missing_keys: set[str] | None = None, **kwargs):
         published_tie(self)
+        if missing_keys and self.all_tied_weights_keys and not {head, embedding} <= missing_keys:
+            missing_keys -= {head, embedding}
 
     cls.__init__, cls.tie_weights, cls._dllm_fast_mended = __init__, tie_weights, True
     return cls

@@ -82,11 +82,8 @@ def attention(q, keys, values, start=None, end=None, slot=None, window=None, imp
 def predict(hidden, weight, bias=None, *, candidate=None, uncond=None, cfg_scale=0.0, impl="torch", **options):
     """`reference.predict`, with logits from the model's dtype and everything after them in fp32.
 
-    The head is linear, so guidance combines the hidden states and the vocabulary is multiplied once. On a CPU only
-    the candidates' rows are multiplied; elsewhere that would need a host sync, so all are.
+    On a CPU only the candidates' rows are multiplied; elsewhere that would need a host sync, so all are.
     """
-    if uncond is not None:
-        hidden = (uncond + (cfg_scale + 1) * (hidden.float() - uncond.float())).to(hidden.dtype)
     rows = slice(None)
     if candidate is not None and not candidate.is_cuda:
         rows = candidate.nonzero()[:, 0]
@@ -95,6 +92,10 @@ def predict(hidden, weight, bias=None, *, candidate=None, uncond=None, cfg_scale
     for i in range(0, max(1, hidden[rows].shape[0]), CHUNK):
         part = slice(i, i + CHUNK)
         logits = F.linear(hidden[rows][part], weight, bias).float()
+        if uncond is not None:
+            # Combining the hidden states would save this product, but in bf16 it more than doubles the logits' error.
+            base = F.linear(uncond[rows][part], weight, bias).float()
+            logits = base + (cfg_scale + 1) * (logits - base)
         parts.append(reference.select(logits, **options, **{name: x[part] for name, x in per_row.items()}))
     token, confidence, lse = (torch.cat(columns) for columns in zip(*parts, strict=True))
     if candidate is None:

@@ -1,0 +1,103 @@
+"""The PyTorch path of `ops` against the definitions in fp64: at most twice the definition's own error in the dtype."""
+
+import pytest
+import torch
+
+from dllm_fast import ops
+from dllm_fast.kernels import reference
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+
+
+def check(got, eager, truth):
+    """Error of ``got`` against fp64, at most twice that of the plain definition in the same dtype plus half an ulp."""
+    for g, e, t in zip(got, eager, truth, strict=True):
+        assert g.dtype == e.dtype and g.shape == t.shape
+        ulp = torch.finfo(g.dtype).eps * t.abs().amax().item()
+        allowed = 2 * (e.double() - t).abs().amax().item() + ulp / 2
+        assert (g.double() - t).abs().amax().item() <= allowed
+
+
+@DTYPES
+def test_norms_and_gates(dtype):
+    torch.manual_seed(0)
+    x, r = torch.randn(2, 3, 7, 40, dtype=dtype)
+    weight, bias = torch.randn(2, 40, dtype=dtype)
+    wide = [t.double() for t in (x, weight, bias, r)]
+    check(ops.rms_norm(x, weight, 1e-5, r), reference.rms_norm(x, weight, 1e-5, r),
+          reference.rms_norm(wide[0], wide[1], 1e-5, wide[3]))  # fmt: skip
+    check(ops.layer_norm(x, weight, bias, 1e-5, r), reference.layer_norm(x, weight, bias, 1e-5, r),
+          reference.layer_norm(*wide[:3], 1e-5, wide[3]))  # fmt: skip
+    for name in ("swiglu", "geglu"):
+        rounded = {"swiglu": torch.nn.functional.silu, "geglu": torch.nn.functional.gelu}[name](x) * r
+        truth = getattr(reference, name)(wide[0], wide[3])
+        check([getattr(ops, name)(x, r)], [rounded], [truth])
+
+
+@DTYPES
+@pytest.mark.parametrize("window", [None, 3], ids="window-{}".format)
+@pytest.mark.parametrize("ranged", [False, True], ids=["whole", "ragged"])
+def test_attention(dtype, window, ranged):
+    torch.manual_seed(0)
+    q, keys, values = torch.randn(3, 6, 4, 16, dtype=dtype), *torch.randn(2, 3, 20, 2, 16, dtype=dtype)
+    start, end, slot = torch.tensor([0, 5, 6]), torch.tensor([20, 9, 6]), torch.tensor([3, 4, 0])
+    full = torch.zeros(3, dtype=torch.int64), torch.full((3,), 20)
+    arguments = (start, end) if ranged else full
+    got = ops.attention(q, keys, values, *(arguments if ranged else (None, None)), slot, window)
+    eager = reference.attention(q, keys, values, *arguments, slot, window)
+    truth = reference.attention(q.double(), keys.double(), values.double(), *arguments, slot, window)
+    if dtype == torch.float32:
+        check([got], [eager], [truth])
+    else:  # the definition keeps fp32 scores; SDPA's bf16 probabilities are the eager path to compare with
+        mask = reference.visible_slots(6, 20, *arguments, slot, window)[:, None]
+        k, v = (x.repeat_interleave(2, 2).transpose(1, 2) for x in (keys, values))
+        score = (q.transpose(1, 2) @ k.transpose(2, 3) * 16**-0.5).masked_fill(~mask, float("-inf"))
+        plain = (torch.softmax(score, -1).nan_to_num() @ v).transpose(1, 2)
+        check([got], [plain], [truth])
+
+
+@DTYPES
+@pytest.mark.parametrize("kind", ["probability", "margin", "entropy", "random"])
+@pytest.mark.parametrize("some", [False, True], ids=["all", "some-candidates"])
+def test_predict(dtype, kind, some):
+    torch.manual_seed(0)
+    n, d, v = 13, 32, 77
+    hidden, uncond, weight, bias = (torch.randn(s, dtype=dtype) for s in ((n, d), (n, d), (v, d), (v,)))
+    candidate = torch.rand(n) < 0.5 if some else None
+    at = torch.arange(n)
+    options = {"mask_id": 5, "confidence": kind, "seed": 9, "step": 4, "row": at % 3, "position": at, "banned": (8,)}
+    for extra in ({}, {"temperature": 0.7}, {"uncond": uncond, "cfg_scale": 1.0}):
+        extra = {**options, **extra}
+        got = ops.predict(hidden, weight, bias, candidate=candidate, **extra)
+        wide = {**extra, "uncond": uncond.double()} if "uncond" in extra else extra
+        truth = reference.predict(hidden.double(), weight.double(), bias.double(), candidate=candidate, **wide)
+        logits = torch.nn.functional.linear(hidden, weight, bias).float()
+        if "uncond" in extra:
+            base = torch.nn.functional.linear(uncond, weight, bias).float()
+            logits = base + 2.0 * (logits - base)
+        names = {k: x for k, x in extra.items() if k not in ("uncond", "cfg_scale")}
+        eager = reference.select(logits, candidate=candidate, **names)
+        # A token may differ from fp64's only where eager's does too, or rounding decides a near tie.
+        agree = got[0] == truth[0]
+        assert agree.all() or dtype != torch.float32
+        keep = agree & (eager[0] == truth[0]) & (truth[1] > float("-inf"))
+        assert keep.any() and torch.equal(got[1] == float("-inf"), truth[1] == float("-inf"))
+        for g, e, t in zip(got[1:], eager[1:], truth[1:]):
+            error = (g.double() - t)[keep].abs().amax()
+            assert error <= 2 * (e.double() - t)[keep].abs().amax() + 4e-7 * (1 + t[keep].abs().amax())
+
+
+def test_predict_without_a_candidate_and_in_chunks(monkeypatch):
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(10, 8), torch.randn(30, 8)
+    none = ops.predict(hidden, weight, mask_id=3, candidate=torch.zeros(10, dtype=torch.bool))
+    assert none[0].tolist() == [3] * 10 and (none[1] == float("-inf")).all()
+    whole = ops.predict(hidden, weight, mask_id=3)
+    monkeypatch.setattr(ops, "CHUNK", 3)
+    for a, b in zip(ops.predict(hidden, weight, mask_id=3), whole):
+        torch.testing.assert_close(a, b)
+
+
+def test_an_implementation_that_cannot_be_had_raises():
+    with pytest.raises(ValueError, match=r"impl='cuda-graphs' is not one of"):
+        ops.resolve("cuda-graphs", torch.device("cpu"))

@@ -1,0 +1,84 @@
+"""Bad input: an error that names the argument and the value, before any work, with nothing changed."""
+
+import pytest
+import torch
+from conftest import EOS, MASK, VOCAB
+
+import dllm_fast
+from dllm_fast import Factor, Pyramid, Threshold, Uniform
+
+GOOD = torch.arange(12).view(2, 6)
+
+
+def holed(*rows):
+    return torch.tensor(rows)
+
+
+CASES = {
+    "ids-not-a-tensor": ({"input_ids": [[1, 2]]}, "input_ids: a list is not a tensor"),
+    "ids-float": ({"input_ids": GOOD.float()}, r"input_ids: dtype torch.float32 is not torch.int64"),
+    "ids-int32": ({"input_ids": GOOD.int()}, r"input_ids: dtype torch.int32"),
+    "ids-rank-1": ({"input_ids": GOOD[0]}, r"input_ids: shape \(6,\) is not \[B, P\]"),
+    "ids-no-rows": ({"input_ids": GOOD[:0]}, r"input_ids: shape \(0, 6\) has no rows"),
+    "ids-empty-prompt": ({"input_ids": GOOD[:, :0]}, r"input_ids: shape \(2, 0\) is an empty prompt"),
+    "ids-too-large": ({"input_ids": GOOD + VOCAB}, "input_ids: id 112 is outside the vocabulary of 101"),
+    "ids-negative": ({"input_ids": GOOD - 1}, "input_ids: id -1 is outside"),
+    "prompt-too-long": ({"input_ids": GOOD.repeat(1, 90)}, "a prompt of 540 and gen_length=16 exceed the model's 512"),
+    "mask-shape": ({"attention_mask": torch.ones(2, 5)}, r"attention_mask: \(2, 5\) on cpu does not match input_ids"),
+    "mask-values": ({"attention_mask": torch.full((2, 6), 2)}, "attention_mask: has values other than 0 and 1"),
+    "mask-hole": ({"attention_mask": holed([1] * 6, [1, 1, 0, 1, 1, 1])}, "attention_mask: row 1 has a hole"),
+    "mask-empty-row": ({"attention_mask": holed([1] * 6, [0] * 6)}, "attention_mask: row 1 is an empty prompt"),
+    "gen-length": ({"gen_length": 20}, "gen_length=20 is not a multiple of block_length=8"),
+    "gen-length-negative": ({"gen_length": -8}, "gen_length=-8 is not a whole number"),
+    "gen-length-float": ({"gen_length": 16.0}, r"gen_length=16.0 is not a whole number"),
+    "nothing-to-fill": ({"gen_length": 0}, r"gen_length=0 and no \[MASK\] in input_ids"),
+    "block-length": ({"block_length": 0}, "block_length=0 is not a positive"),
+    "mask-id-missing": ({"mask_id": None}, "mask_id: None given, and model.config has no mask_token_id"),
+    "mask-id-unknown": ({"mask_id": 101}, "mask_id=101 is not an id of the vocabulary of 101"),
+    "eos-id-unknown": ({"eos_id": -2}, "eos_id=-2 is not an id"),
+    "eos-is-mask": ({"eos_id": MASK}, "eos_id=100 is the mask id"),
+    "steps-do-not-divide": ({"schedule": Uniform(7)}, "Uniform: steps=7 is not a multiple of the 2 blocks"),
+    "steps-too-many": ({"schedule": Uniform(64)}, "steps=64 over 2 blocks is more than the 8 positions"),
+    "steps-zero": ({"schedule": Uniform(0)}, "Uniform: steps=0 is not a positive whole number"),
+    "pyramid": ({"schedule": Pyramid(1.5)}, r"Pyramid: factor=1.5"),
+    "threshold": ({"schedule": Threshold(float("nan"))}, "Threshold: threshold=nan"),
+    "factor": ({"schedule": Factor(0)}, "Factor: factor=0"),
+    "schedule": ({"schedule": "uniform"}, "schedule='uniform' is not a schedule"),
+    "confidence": ({"confidence": "logit"}, "confidence='logit' is not one of 'probability'"),
+    "cache": ({"cache": "full"}, "cache='full' is not one of 'none'"),
+    "refresh": ({"refresh": "never"}, "refresh='never' is not one of 'block'"),
+    "temperature": ({"temperature": -0.1}, "temperature=-0.1 is not a finite number"),
+    "cfg-scale": ({"cfg_scale": float("inf")}, "cfg_scale=inf is not a finite number"),
+    "seed": ({"seed": 1.5}, "seed=1.5 is not a whole number"),
+    "streamer": ({"streamer": object()}, "streamer: takes one row, and input_ids has 2"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_arguments_are_named_before_any_work(either, case, monkeypatch):
+    changes, message = CASES[case]
+    dllm_fast.patch(either)
+    if case == "mask-id-missing":
+        either.config.mask_token_id = None
+    ran = []
+    monkeypatch.setattr(type(dllm_fast.patch(either)), "__call__", lambda *a, **k: ran.append(1))
+    family = either.__dict__["_dllm_fast"].family
+    monkeypatch.setattr(family, "hidden", lambda *a, **k: ran.append(1))
+    arguments = {"input_ids": GOOD, "gen_length": 16, "block_length": 8, **changes}
+    with pytest.raises(ValueError, match=message):
+        dllm_fast.generate(either, **arguments)
+    assert not ran
+
+
+def test_an_unpatched_model_is_told_to_be_patched(either):
+    with pytest.raises(ValueError, match=r"model: this \w+ is not patched; call dllm_fast.patch"):
+        dllm_fast.generate(either, GOOD)
+    with pytest.raises(ValueError, match="model: this str is not patched"):
+        dllm_fast.generate("llada", GOOD)
+
+
+def test_a_streamer_takes_one_row_and_right_padding_is_not_taken_for_the_prompt(llada):
+    dllm_fast.patch(llada)
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0]])
+    out = dllm_fast.generate(llada, GOOD[:1].where(mask.bool(), EOS), mask, gen_length=8, block_length=8, eos_id=EOS)
+    assert out.sequences[0, :6].tolist() == [0, 1, 2, 3, EOS, EOS]
