@@ -44,12 +44,14 @@ def from_pretrained(
         kwargs: for transformers' ``from_pretrained`` (revision, token, local_files_only, ...).
 
     Raises:
-        ValueError: the model type is unknown, or a local folder is incomplete: a file is missing or cut short, or the
-            weights lack a parameter. It names the file.
+        ValueError: the model type is unknown, or a local folder is not there or incomplete: a file is missing or cut
+            short, or the weights lack a parameter. It names the file.
     """
     name = model_path(str(name))
     if Path(name).is_dir():
         check_folder(Path(name))
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ValueError(f"{name}: no such folder")
     config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **kwargs)
     remote = trust_remote_code and "AutoModel" in getattr(config, "auto_map", {})
     if config.model_type == "llada":
@@ -59,8 +61,9 @@ def from_pretrained(
     else:
         raise ValueError(f"{name}: model_type {config.model_type!r} is not supported; supported are llada, modernbert")
     model, report = cls.from_pretrained(name, config=config, dtype=dtype, output_loading_info=True, **kwargs)
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
+    # transformers 4.57 believes a shard index that lists more than its shards hold, and leaves the rest on meta.
+    missing = sorted({*report["missing_keys"], *(name for name, p in model.named_parameters() if p.is_meta)})
+    if missing:
         raise ValueError(f"{name}: the weights lack {len(missing)} parameters, the first of them {missing[0]}")
     return patch(model.eval() if device is None else model.eval().to(device), impl)
 

@@ -1,0 +1,116 @@
+"""The command line, as a user starts it."""
+
+import io
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from dllm_fast import cli, view
+from dllm_fast.schedules import Factor, Pyramid, Threshold, Uniform
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def call(*arguments, **options):
+    command = [sys.executable, "-m", "dllm_fast.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120, **options)
+
+
+def test_generate_reads_standard_input_and_continues_it():
+    done = call("generate", "--model", "llada-gsm8k", "--gen-length", "32", "--plain", input="Tom has 3 apples.\n")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert any("known | Tom has 3 apples." in line and view.HIDDEN in line for line in lines)
+    assert "NFE (" in done.stderr and "tokens/s" in done.stderr
+    assert lines[-1] and not lines[-1].endswith(view.HIDDEN)
+
+
+def test_generate_fills_a_gap_and_is_quiet_when_asked(capsys):
+    prompt = "And the LORD [MASK][MASK] unto Moses"
+    arguments = ["generate", "--model", "modernbert-kjv", "--gen-length", "0", "--quiet", "--prompt", prompt]
+    assert cli.main(arguments) == 0
+    out = capsys.readouterr().out.strip()
+    assert out.startswith("And the LORD") and out.endswith("unto Moses") and "[MASK]" not in out
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (["--model", "no/such/folder/at/all"], "no/such/folder/at/all: no such folder"),
+        (["--model", "llada-gsm8k", "--gen-length", "20"], "gen_length=20 is not a multiple of block_length=32"),
+        (["--model", "llada-gsm8k", "--impl", "magic"], "impl='magic' is not one of"),
+        (["--model", "llada-gsm8k", "--prompt", ""], "--prompt: an empty prompt"),
+        (["--model", "llada-gsm8k", "--chat"], "no chat template"),
+    ],
+    ids=["model", "gen-length", "impl", "prompt", "chat"],
+)
+def test_errors_are_one_line_and_exit_2(arguments, message, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    if "--prompt" not in arguments:
+        arguments = [*arguments, "--prompt", "Tom"]
+    assert cli.main(["generate", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+
+
+def test_schedules_are_spelt_as_name_equals_number(capsys):
+    expected = {
+        "uniform=8": Uniform(8),
+        "pyramid=2": Pyramid(2),
+        "threshold=0.5": Threshold(0.5),
+        "factor=1": Factor(1.0),
+    }
+    for text, schedule in expected.items():
+        assert cli.schedule_of(text) == schedule
+    for bad in ("cosine=3", "uniform=x", "uniform"):
+        with pytest.raises(SystemExit):
+            cli.parser().parse_args(["generate", "--model", "m", "--schedule", bad])
+    assert "uniform=N" in capsys.readouterr().err
+
+
+def test_interrupt_exits_130(monkeypatch, capsys):
+    def stop(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "run_demo", stop)
+    assert cli.main(["demo"]) == 130
+
+
+class Letters:
+    def decode(self, ids):
+        return "".join(chr(97 + i) for i in ids)
+
+
+def test_spans_group_masks_and_news():
+    got = view.spans(Letters(), [0, 1, 9, 9, 2, 3, 4], 9, {5})
+    assert got == [("ab", "text"), (view.HIDDEN * 2, "mask"), ("c", "text"), ("d", "new"), ("e", "text")]
+
+
+def test_plain_prints_a_few_lines_and_the_end(capsys):
+    plain = view.Plain(Letters(), 9)
+    ids = [0] + [9] * 16
+    for at in range(1, 17):
+        ids[at] = 1
+        plain.put_draft(None, torch.tensor(ids))
+    lines = capsys.readouterr().out.splitlines()
+    assert 4 <= len(lines) <= 6 and lines[-1].endswith("| a" + "b" * 16)
+
+
+def test_the_live_view_draws_on_a_terminal():
+    console = pytest.importorskip("rich.console").Console(
+        force_terminal=True, width=80, record=True, file=io.StringIO()
+    )
+    live = view.Live(Letters(), 9, console, "title")
+    live.put_draft(None, torch.tensor([0, 9, 9]))
+    live.put_draft(None, torch.tensor([0, 1, 9]))
+    live.end()
+    assert "step 2, 1 masked" in console.export_text()
+
+
+def test_made_counts_what_was_generated():
+    sequence = torch.tensor([5, 6, 7, 8, 2, 2, 2])
+    assert cli.made(sequence, torch.tensor([5, 9, 7]), 9, 2) == 3
+    assert cli.made(sequence, torch.tensor([5, 6, 7]), 9, None) == 4

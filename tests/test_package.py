@@ -1,0 +1,70 @@
+"""The package as files: importable without Triton, `kernels/` no top-level package, the tree as README says."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+WITHOUT_TRITON = """
+import sys
+
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "triton":
+            raise ImportError("triton is blocked")
+
+sys.meta_path.insert(0, Block())
+import torch
+import dllm_fast
+
+config = dllm_fast.LLaDAConfig(d_model=32, n_heads=2, n_layers=2, mlp_hidden_size=48, vocab_size=20, mask_token_id=19)
+model = dllm_fast.patch(dllm_fast.LLaDAModelLM(config).eval())
+out = dllm_fast.generate(model, torch.arange(4)[None], gen_length=8, block_length=4, temperature=0.5, seed=1)
+assert out.sequences.shape == (1, 12) and not (out.sequences == 19).any()
+assert not any(name.split(".")[0] == "triton" for name in sys.modules), "triton was imported"
+print("used without triton")
+"""
+
+
+def test_the_package_works_without_triton():
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.stdout.strip() == "used without triton", done.stderr
+
+
+def test_kernels_is_a_plain_folder_behind_a_relative_link():
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    if os.path.islink(ROOT / "dllm_fast" / "kernels"):  # a wheel has the files themselves
+        assert os.readlink(ROOT / "dllm_fast" / "kernels") == "../kernels"
+    import dllm_fast.kernels.reference as reference
+
+    assert Path(reference.__file__).resolve() == (ROOT / "kernels" / "reference.py").resolve()
+    assert (ROOT / "dllm_fast" / "py.typed").exists()
+
+
+def test_no_file_is_over_400_lines():
+    long = {}
+    for folder in ("dllm_fast", "kernels", "tests", "bench", "csrc"):
+        for path in (ROOT / folder).rglob("*.py"):
+            lines = len(path.read_text().splitlines())
+            if lines > 400:
+                long[str(path.relative_to(ROOT))] = lines
+    assert not long
+
+
+def test_readmes_tree_is_true():
+    """Every file that the tree names exists, and every module of the package is named."""
+    tree = (ROOT / "README.md").read_text().split("```text\n")[1].split("```")[0]
+    named, folder = set(), Path()
+    for line in tree.splitlines():
+        name = line.split("  ")[0] if not line.startswith("  ") else line.strip().split("  ")[0]
+        if line.startswith("  "):
+            named.add(str(folder / name.strip()))
+        else:
+            folder = Path(name.strip()) if name.strip().endswith("/") else Path()
+            named.add(name.strip())
+    missing = [name for name in named if not (ROOT / name).exists()]
+    assert not missing
+    modules = {str(p.relative_to(ROOT)) for f in ("dllm_fast", "kernels") for p in (ROOT / f).glob("*.py")}
+    assert modules - named == set()

@@ -1,0 +1,153 @@
+"""The trainer: the loss it minimises, exact resume, the record it leaves, and its errors."""
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import EOS, MASK
+
+from dllm_fast import diffusion, train
+from dllm_fast.families import FAMILIES
+
+TEXT = "\n\n".join(f"The {a} {b} sat on the {c} and looked at the sea." for a in ("old", "red", "sly", "big", "shy")
+                   for b in ("fox", "cat", "hen", "dog", "owl") for c in ("mat", "log", "hill", "roof"))  # fmt: skip
+SMALL = ["--vocab-size", "300", "--width", "32", "--layers", "2", "--heads", "2", "--ffn", "48", "--length", "32"]
+SMALL += ["--batch", "4", "--log-every", "1", "--warmup", "2", "--save-dtype", "float32", "--threads", "1", "--cpu"]
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def run(out, text, *more):
+    assert train.main(["pretrain", "--data", str(text), "--out", str(out), *SMALL, *more]) == 0
+    return out / "final"
+
+
+def tensors(folder):
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("family", ["llada", "modernbert"])
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, text, family, monkeypatch):
+    """Stopped after step 5 of 8, past its checkpoint of step 4: the same weights, bit for bit."""
+    options = ["--family", family, "--steps", "8", "--save-every", "4"]
+    whole = run(tmp_path / "whole", text, *options)
+
+    class Stop(train.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 5:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "LossRecord", lambda: Stop())
+    assert train.main(["pretrain", "--data", str(text), "--out", str(tmp_path / "cut"), *SMALL, *options]) == 130
+    monkeypatch.undo()
+    torch.randn(17)  # another process would not share this one's generator
+    resumed = run(tmp_path / "cut", text, *options, "--resume")
+    a, b = tensors(whole), tensors(resumed)
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    recipe = json.loads((resumed / "recipe.json").read_text())
+    assert recipe["steps"] == 8 and str(tmp_path) not in json.dumps(recipe)
+    assert math.isfinite(recipe["final_loss"]["loss"])
+    assert (resumed / "loss.png").stat().st_size > 5000
+    assert (tmp_path / "cut" / "loss.csv").read_text().startswith("step,loss,eval_loss\n")
+
+
+def test_training_lowers_the_loss_and_the_result_generates(tmp_path, text):
+    import dllm_fast
+
+    options = ["--steps", "60", "--save-every", "60", "--lr", "5e-3", "--eval-data", str(text)]
+    final = run(tmp_path / "run", text, *options)
+    rows = [line.split(",") for line in (tmp_path / "run" / "loss.csv").read_text().split()[1:]]
+    losses = [float(row[1]) for row in rows if row[1]]
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+    assert any(row[2] for row in rows)
+    model = dllm_fast.from_pretrained(final)
+    ids = torch.randint(0, 200, (1, 8))
+    assert not (
+        dllm_fast.generate(model, ids, gen_length=8, block_length=8).sequences == model.config.mask_token_id
+    ).any()
+    further = run(tmp_path / "more", text, "--model", str(final), "--steps", "1", "--save-every", "1")
+    assert tensors(further).keys() == tensors(final).keys()
+
+
+def test_an_existing_run_is_not_overwritten(tmp_path, text, capsys):
+    run(tmp_path / "run", text, "--steps", "2", "--save-every", "2")
+    assert train.main(["pretrain", "--data", str(text), "--out", str(tmp_path / "run"), *SMALL]) == 2
+    assert "already holds checkpoint-2; add --resume" in capsys.readouterr().err
+
+
+def test_bad_data_is_named(tmp_path, text, capsys):
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n\n")
+    for data, message in ((tmp_path / "gone.txt", "no such file"), (empty, "holds no text")):
+        assert train.main(["pretrain", "--data", str(data), "--out", str(tmp_path / "x"), *SMALL]) == 2
+        assert message in capsys.readouterr().err
+    arguments = ["pretrain", "--data", str(text), "--out", str(tmp_path / "x"), *SMALL, "--length", "100000"]
+    assert train.main(arguments) == 2
+    assert "do not fill one row of --length 100000" in capsys.readouterr().err
+
+
+def test_documents_are_paragraphs_or_templated_lines(tmp_path):
+    lines = tmp_path / "d.jsonl"
+    lines.write_text('{"q": "1+1?", "a": "<<1+1=2>>2"}\n\n{"q": "é", "a": "b"}\n', encoding="utf-8")
+    assert train.documents(lines, "{q}\n{a}", "<<[^>]*>>") == ["1+1?\n2", "é\nb"]
+    text = tmp_path / "d.txt"
+    text.write_text("one\ntwo\n\nthree\n")
+    assert train.documents(text, "{text}", None) == ["one\ntwo", "three"]
+
+
+def test_packed_rows_hold_every_token_in_order():
+    tokenizer = train.train_tokenizer([TEXT], 300, 64)
+    assert tokenizer.decode(tokenizer("a 123 é")["input_ids"]) == "a 123 é"
+    assert len(tokenizer) == 300 and tokenizer.mask_token_id == 299
+    data = train.PackedText(["The fox", "the sea"], tokenizer, 3)
+    flat = torch.cat([data[i]["input_ids"] for i in range(len(data))]).tolist()
+    joined = [*tokenizer("The fox")["input_ids"], tokenizer.eos_token_id, *tokenizer("the sea")["input_ids"]]
+    assert flat == [*joined, tokenizer.eos_token_id][: len(flat)]
+
+
+def test_mask_ratios_are_uniform_and_spread_over_the_batch():
+    generator = torch.Generator().manual_seed(0)
+    ratios = torch.stack([diffusion.mask_ratios(8, generator) for _ in range(2000)])
+    assert ratios.min() >= diffusion.EPS and ratios.max() <= 1
+    assert abs(float(ratios.mean()) - (1 + diffusion.EPS) / 2) < 0.005
+    share = torch.histc(ratios, 10, 0, 1) / ratios.numel()
+    assert (share - 0.1).abs().max() < 0.01
+    for row in ratios[:50]:
+        assert (row * 8).floor().clamp(max=7).unique().numel() >= 7  # one in each eighth, but for rounding
+
+
+def test_the_loss_is_the_published_one(llada):
+    """Against LLaDA's guideline code written out: mean over all tokens of CE / p at the masked ones."""
+    family = FAMILIES["llada"](llada, "torch")
+    ids = torch.randint(0, EOS, (4, 20))
+    got = diffusion.pretrain_loss(family, ids, MASK, torch.Generator().manual_seed(3))
+    generator = torch.Generator().manual_seed(3)
+    ratio = diffusion.mask_ratios(4, generator)
+    noisy, masked = diffusion.corrupt(ids, ratio, MASK, generator)
+    assert torch.equal(noisy[~masked], ids[~masked]) and (noisy[masked] == MASK).all()
+    loss = torch.nn.functional.cross_entropy(llada(noisy).logits[masked], ids[masked], reduction="none")
+    expected = (loss / ratio[:, None].expand(4, 20)[masked]).sum() / ids.numel()
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    got.backward()
+    assert all(parameter.grad is not None for parameter in llada.parameters())
+
+
+def test_one_batch_in_a_hundred_is_cut(tmp_path, text, monkeypatch):
+    lengths = []
+
+    def loss(family, ids, mask_id, generator):
+        lengths.append(ids.shape[1])
+        return family.head()[0].sum() * 0
+
+    monkeypatch.setattr(diffusion, "pretrain_loss", loss)
+    run(tmp_path / "run", text, "--steps", "400", "--save-every", "400", "--log-every", "400")
+    cut = [length for length in lengths if length < 32]
+    assert len(lengths) == 400 and 1 <= len(cut) <= 12 and all(length >= 1 for length in cut)
