@@ -241,6 +241,8 @@ def recipe(args: argparse.Namespace, trainer: Trainer, seconds: float) -> dict:
     history = trainer.state.log_history
     losses = {key: [entry[key] for entry in history if key in entry] for key in ("loss", "eval_loss")}
     names = {str(path): path.name for path in (*args.data, *args.eval_data, args.out)}
+    names |= {args.model: Path(args.model).name} if args.model else {}
+    earlier = Path(args.model or "") / "recipe.json"
     return {
         "command": ["python", "-m", "dllm_fast.train", *(names.get(word, word) for word in sys.argv[1:])],
         "data": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (*args.data, *args.eval_data)},
@@ -252,6 +254,7 @@ def recipe(args: argparse.Namespace, trainer: Trainer, seconds: float) -> dict:
         "mean_loss_of_last_10_logs": sum(losses["loss"][-10:]) / max(1, len(losses["loss"][-10:])),
         "seconds_since_start_or_resume": round(seconds),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "started_from": json.loads(earlier.read_text()) if args.model and earlier.is_file() else None,
     }
 
 
