@@ -4,6 +4,7 @@ import argparse
 import signal
 import sys
 import time
+from contextlib import nullcontext
 
 import torch
 from transformers import AutoTokenizer
@@ -13,7 +14,7 @@ from dllm_fast.generate import Output, generate
 from dllm_fast.loading import from_pretrained, model_path, shipped
 from dllm_fast.request import CACHES, CONFIDENCES
 from dllm_fast.schedules import Factor, Pyramid, Schedule, Threshold, Uniform
-from dllm_fast.view import streamer_for
+from dllm_fast.view import watching
 
 SCHEDULES = {
     "uniform": (Uniform, int),
@@ -70,17 +71,14 @@ def run_generate(args: argparse.Namespace) -> int:
         raise ValueError("--chat: this model's tokenizer has no chat template")
     for prompt in prompts:
         ids = encode(tokenizer, prompt, mask_id, args.chat).to(args.device)
-        streamer = streamer_for(tokenizer, mask_id, args.plain) if not args.quiet else None
+        watch = nullcontext() if args.quiet else watching(tokenizer, mask_id, args.plain)
         began = time.perf_counter()
-        try:
+        with watch as streamer:
             out = generate(
                 model, ids, gen_length=args.gen_length, block_length=args.block_length, schedule=args.schedule,
                 confidence=args.confidence, temperature=args.temperature, cfg_scale=args.cfg_scale, cache=args.cache,
                 mask_id=mask_id, eos_id=tokenizer.eos_token_id, seed=args.seed, streamer=streamer,
             )  # fmt: skip
-        finally:
-            if hasattr(streamer, "live"):
-                streamer.live.stop()
         seconds = time.perf_counter() - began
         print(tokenizer.decode(out.sequences[0], skip_special_tokens=True))
         print(report(out, made(out.sequences[0], ids[0], mask_id, tokenizer.eos_token_id), seconds), file=sys.stderr)

@@ -11,7 +11,7 @@ from dllm_fast.loading import from_pretrained, model_path
 from dllm_fast.patch import patched, unpatch
 from dllm_fast.published import published_generate
 from dllm_fast.schedules import Pyramid, Threshold, Uniform
-from dllm_fast.view import print_table, streamer_for
+from dllm_fast.view import print_table, watching
 
 PROMPTS = (
     "Maria has 12 apples. She buys 3 bags with 4 apples in each bag. How many apples does Maria have now?\n",
@@ -33,16 +33,19 @@ def demo(plain: bool = False) -> None:
     print("A small LLaDA trained on grade-school arithmetic answers (its English is better than its sums):")
     for prompt in PROMPTS:
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-        show = streamer_for(tokenizer, mask_id, plain, "llada-gsm8k")
-        generate(model, ids, gen_length=LENGTH, block_length=BLOCK, schedule=Pyramid(2), eos_id=eos_id, streamer=show)
+        with watching(tokenizer, mask_id, plain, "llada-gsm8k") as streamer:
+            generate(
+                model, ids, gen_length=LENGTH, block_length=BLOCK, schedule=Uniform(LENGTH // 2), cache="none",
+                temperature=0.5, eos_id=eos_id, seed=0, streamer=streamer,
+            )  # fmt: skip
         print()
 
     filler, words = _load("modernbert-kjv")
     print("A small ModernBERT trained on the King James Bible fills a gap:")
     before, gap, after = GAP
     ids = words(before)["input_ids"] + [filler.config.mask_token_id] * gap + words(after)["input_ids"]
-    show = streamer_for(words, filler.config.mask_token_id, plain, "modernbert-kjv")
-    generate(filler, torch.tensor([ids]), gen_length=0, block_length=gap, schedule=Uniform(gap // 2), streamer=show)
+    with watching(words, filler.config.mask_token_id, plain, "modernbert-kjv") as streamer:
+        generate(filler, torch.tensor([ids]), gen_length=0, block_length=gap, schedule=Uniform(gap), streamer=streamer)
     print()
     compare(model, tokenizer(PROMPTS[0], return_tensors="pt")["input_ids"])
 

@@ -1,6 +1,8 @@
 """Watching a sequence un-mask: live with rich on a terminal, a few plain lines elsewhere."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -83,15 +85,25 @@ class Live:
         self.live.update(Panel(text, title=self.title, subtitle=f"step {self.step}, {hidden} masked", width=100))
 
 
-def streamer_for(tokenizer, mask_id: int, plain: bool = False, title: str = "") -> Live | Plain:
-    """`Live` where rich is installed and standard output is a terminal, else `Plain`."""
-    if not plain and sys.stdout.isatty():
-        try:
-            from rich.console import Console
-        except ImportError:
-            return Plain(tokenizer, mask_id)
-        return Live(tokenizer, mask_id, Console(), title)
-    return Plain(tokenizer, mask_id)
+@contextmanager
+def watching(tokenizer, mask_id: int, plain: bool = False, title: str = "") -> Iterator[Live | Plain]:
+    """A streamer: `Live` where rich is installed and standard output is a terminal, else `Plain`.
+
+    Leaving the block, by an interrupt too, gives the terminal its cursor back.
+    """
+    if plain or not sys.stdout.isatty():
+        yield Plain(tokenizer, mask_id)
+        return
+    try:
+        from rich.console import Console
+    except ImportError:
+        yield Plain(tokenizer, mask_id)
+        return
+    streamer = Live(tokenizer, mask_id, Console(), title)
+    try:
+        yield streamer
+    finally:
+        streamer.live.stop()
 
 
 def print_table(columns: list[str], rows: list[list[str]], title: str) -> None:
