@@ -38,6 +38,7 @@ CONFIGS = {
     (2, 256, False): ((64, 32, 8, 2, True), (64, 32, 8, 2, True)),
     **{(4, d, big): ((16, 32, 8, 1, True),) * 2 for d in (64, 128, 256) for big in (True, False)},
 }
+COMBINE_WARPS = 2
 FEW_QUERIES = 64
 THREADS = 132 * 256  # fills 132 multiprocessors; fewer are split over the slots
 SPLIT_SLOTS = 128  # a program with fewer slots spends its time on starting and on leaving its part
@@ -272,7 +273,9 @@ def attention(
         )  # fmt: skip
         if splits > 1:
             bs = triton.next_power_of_2(splits)
-            _combine_kernel[(rows,)](part, lse, out, splits, rows, D=head_dim, BS=bs, BD=padded, num_warps=2)
+            _combine_kernel[(rows,)](
+                part, lse, out, splits, rows, D=head_dim, BS=bs, BD=padded, num_warps=COMBINE_WARPS
+            )
     return out
 
 

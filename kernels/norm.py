@@ -13,8 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-# Padded row length up to which it holds -> (elements of a program's rows, warps).
-CONFIGS = {1024: (1024, 4), 4096: (4096, 8), 16384: (16384, 16)}
+WARPS = {1024: 4, 4096: 8, 16384: 16}  # by the padded row length up to which it holds
+ELEMENTS = 1024  # of a program's rows, where several are that short
 
 
 @triton.jit
@@ -40,7 +40,7 @@ def _residual_add(
     return h
 
 
-@triton.jit(do_not_specialize=["rows", "eps"])
+@triton.jit(do_not_specialize=["rows"])
 def _rms_norm_kernel(
     x_ptr,  # [rows, d], rows x_stride apart
     residual_ptr,  # [rows, d], rows residual_stride apart
@@ -66,7 +66,7 @@ def _rms_norm_kernel(
     tl.store(y_ptr + row * d + col, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["rows", "eps"])
+@triton.jit(do_not_specialize=["rows"])
 def _layer_norm_kernel(
     x_ptr,  # [rows, d], rows x_stride apart
     residual_ptr,  # [rows, d], rows residual_stride apart
@@ -173,8 +173,8 @@ def _plan(x, residual):
     d = x.shape[-1]
     matrices = [m.reshape(-1, d) for m in (x, x if residual is None else residual)]
     padded = triton.next_power_of_2(d)
-    elements, warps = next(config for longest, config in CONFIGS.items() if padded <= longest)
-    block_rows = max(1, elements // max(padded, 512)) if padded < 512 else 1
+    warps = next(warps for longest, warps in WARPS.items() if padded <= longest)
+    block_rows = max(1, ELEMENTS // padded)
     grid = (triton.cdiv(matrices[0].shape[0], block_rows),)
     options = {"BR": block_rows, "BD": padded, "num_warps": warps}
     return matrices, [m.stride(0) for m in matrices], grid, options
@@ -183,8 +183,8 @@ def _plan(x, residual):
 def _check(x, vectors, residual):
     if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ValueError(f"x.dtype={x.dtype} is not bfloat16, float16 or float32")
-    if x.dim() == 0 or not 1 <= x.shape[-1] <= max(CONFIGS):
-        raise ValueError(f"x.shape={tuple(x.shape)}: the last dimension must be in 1..{max(CONFIGS)}")
+    if x.dim() == 0 or not 1 <= x.shape[-1] <= max(WARPS):
+        raise ValueError(f"x.shape={tuple(x.shape)}: the last dimension must be in 1..{max(WARPS)}")
     named = {"x": x, **vectors}
     if residual is not None:
         named["residual"] = residual
