@@ -65,18 +65,16 @@ def measure(case: Case, arch: int) -> Resources:
     with tempfile.TemporaryDirectory() as folder:
         cubin = pathlib.Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
-        usage, sass = (
-            subprocess.run([tool, flag, cubin], check=True, capture_output=True, text=True).stdout
-            for flag in ("-res-usage", "-sass")
-        )
-    used = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+        command = [tool, "-res-usage", "-sass", cubin]
+        listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    used = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", listing)}
     return Resources(
         registers=used["REG"],
         spill=used["STACK"] + used["LOCAL"],
         shared=compiled.metadata.shared,
-        hgmma=len(re.findall(r"\bHGMMA\b", sass)),
-        hmma=len(re.findall(r"\bHMMA\b", sass)),
-        tcgen05=len(re.findall(r"\bUTC[A-Z]*MMA\b", sass)),
+        hgmma=len(re.findall(r"\bHGMMA\b", listing)),
+        hmma=len(re.findall(r"\bHMMA\b", listing)),
+        tcgen05=len(re.findall(r"\bUTC[A-Z]*MMA\b", listing)),
     )
 
 
