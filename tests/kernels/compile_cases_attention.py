@@ -15,6 +15,7 @@ def _strides(**axes):
 
 def attention_case(config, itemsize, dim, group=1, window=False, split=False, archs=(80, 90, 100)) -> Case:
     bm, bn, warps, stages, masked = config
+    bd = max(16, triton.next_power_of_2(dim))
     kind, out = TYPES[itemsize], "*fp32" if split else TYPES[itemsize]
     signature = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), kind)
     signature |= dict.fromkeys(("start_ptr", "end_ptr", "slot_ptr"), "*i64") | {"out_ptr": out, "lse_ptr": out}
@@ -24,10 +25,7 @@ def attention_case(config, itemsize, dim, group=1, window=False, split=False, ar
         f"attention {kind[1:]} D={dim} {bm}x{bn}" + " window" * window + " split" * split + f" group={group}",
         attention._attention_kernel,
         signature | {"scale": "fp32"},
-        {
-            **{"D": dim, "GROUP": group, "WINDOW": window, "MASKED": masked, "SPLIT": split},
-            **{"BM": bm, "BN": bn, "BD": max(16, triton.next_power_of_2(dim))},
-        },
+        {"D": dim, "GROUP": group, "WINDOW": window, "MASKED": masked, "SPLIT": split, "BM": bm, "BN": bn, "BD": bd},
         warps,
         stages,
         matrix=itemsize == 2,

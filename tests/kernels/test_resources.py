@@ -1,16 +1,14 @@
 """Every kernel, compiled for chips that are not here: no spills, no more shared memory than there is, matrix units."""
 
+import importlib
+
 import pytest
 from resources import SHARED_LIMIT, measured
-
-pytest.importorskip("triton")
 
 
 @pytest.mark.parametrize("arch", SHARED_LIMIT)
 @pytest.mark.parametrize("module", ["compile_cases_attention"])
 def test_fits(module, arch):
-    import importlib
-
     cases = {case.name: case for case in importlib.import_module(module).CASES if arch in case.archs}
     complaints = []
     for name, used in measured(module, arch).items():
