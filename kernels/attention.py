@@ -45,8 +45,15 @@ SPLIT_SLOTS = 128  # a program with fewer slots spends its time on starting and 
 
 
 @triton.jit
-def _load(at, j, d, hi, D: tl.constexpr, MASKED: tl.constexpr):
-    """Slots j of K or V; [BN, BD] pointers. Past ``hi`` there may be NaN, and 0 x NaN is NaN: those are not read."""
+def _load(
+    at,  # [BN, BD] pointers
+    j,  # [BN] int32
+    d,  # [BD] int32
+    hi,
+    D: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Slots j of K or V, [BN, BD]. From ``hi`` on there may be NaN, and 0 x NaN is NaN: those are not read."""
     if MASKED:
         return tl.load(at, mask=(j < hi)[:, None] & (d < D)[None, :], other=0.0)
     elif D < at.shape[1]:
