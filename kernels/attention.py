@@ -25,8 +25,8 @@ import triton.language as tl
 # (BM query rows, BN slots, warps, stages, masks in every tile) of a program with few rows or a window, and of one with
 # many rows. By (bytes an element, padded head dim, whether a block may have 227 KB of shared memory). Compiled without
 # spills on each such chip, not searched:
-# - 64 rows and 4 warps are the smallest shape of Hopper's matrix instructions, and no slower than 16 rows padded,
-#   because few rows wait for memory. So they can afford masks everywhere; a second loop body without costs registers.
+# - 64 rows and 4 warps are the smallest shape of Hopper's matrix instructions. Few rows should wait for memory, not for
+#   the padding, nor for masks in every tile: a second loop body without them spills on sm_80.
 # - A window of 64 makes every tile a boundary tile, and 128 rows see 256 slots to use 129.
 # - fp32 dots are unrolled over the head dim without matrix instructions: larger tiles spill by kilobytes.
 CONFIGS = {
@@ -94,7 +94,6 @@ def _absorb(
     weight = tl.exp2(score * scale - base[:, None])  # [BM, BN]
     shrink = tl.exp2(peak - base)
     total = total * shrink + tl.sum(weight, 1)
-    # No sooner: where nothing is pipelined, K and V in registers at once do not fit.
     v = _load(v_at, j, d, hi, D, MASKED)  # [BN, BD]
     acc = tl.dot(weight.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
     return acc, total, new_peak
