@@ -1,0 +1,323 @@
+"""Bidirectional attention of T query rows against a K/V buffer of S slots, without the score matrix.
+
+Query i of a (row, head) sees the slots j of its range [start, end), with |slot + i - j| <= window if there is one:
+
+    out_i = sum_j exp(c q_i.k_j) v_j / sum_j exp(c q_i.k_j)
+
+Slots arrive a tile at a time. A row keeps the running maximum m of its scores s = c log2(e) q.k, the running sum
+l = sum 2^(s - m) and the running numerator a = sum 2^(s - m) v; when a tile raises m to m', l and a are multiplied
+by 2^(m - m') (arXiv:2205.14135; bases of 2 because that is what the hardware exponentiates).
+
+The tile loop runs over what the program's rows can see and no more: bounds come from device memory, so a CUDA graph
+replays with other ranges. It starts at the first visible slot, hence without a window only the last tile needs masks.
+
+The H/G query heads that share a K/V head are rows of one tile, (t, head) in that order, so a slot is read once for
+all of them. Few rows cannot fill a GPU: then the visible slots are shared out between ``splits`` programs, each
+leaves out_s and L_s = m + log2 l, and a second kernel computes sum_s 2^L_s out_s / sum_s 2^L_s.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+# (BM query rows, BN slots, warps, stages, masks in every tile) of a program with few rows or a window, and of one with
+# many rows. By (bytes an element, padded head dim, whether a block may have 227 KB of shared memory). Compiled without
+# spills on each such chip, not searched:
+# - 64 rows and 4 warps are the smallest shape of Hopper's matrix instructions. Few rows should wait for memory, not for
+#   the padding, nor for masks in every tile: a second loop body without them spills on sm_80.
+# - A window of 64 makes every tile a boundary tile, and 128 rows see 256 slots to use 129.
+# - fp32 dots are unrolled over the head dim without matrix instructions: larger tiles spill by kilobytes.
+CONFIGS = {
+    (2, 64, True): ((64, 64, 4, 3, True), (128, 128, 8, 3, False)),
+    (2, 128, True): ((64, 64, 4, 3, True), (128, 128, 8, 3, False)),
+    (2, 256, True): ((64, 64, 8, 2, True), (64, 64, 8, 2, True)),
+    (2, 64, False): ((64, 64, 4, 3, True), (128, 64, 8, 3, False)),
+    (2, 128, False): ((64, 32, 4, 3, True), (128, 32, 8, 3, False)),
+    (2, 256, False): ((64, 32, 8, 2, True), (64, 32, 8, 2, True)),
+    **{(4, d, big): ((16, 32, 8, 1, True),) * 2 for d in (64, 128, 256) for big in (True, False)},
+}
+COMBINE_WARPS = 2
+FEW_QUERIES = 64
+THREADS = 132 * 256  # fills 132 multiprocessors; fewer are split over the slots
+SPLIT_SLOTS = 128  # a program with fewer slots spends its time on starting and on leaving its part
+
+
+@triton.jit
+def _load(
+    at,  # [BN, BD] pointers
+    j,  # [BN] int32
+    d,  # [BD] int32
+    hi,
+    D: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Slots j of K or V, [BN, BD]. From ``hi`` on there may be NaN, and 0 x NaN is NaN: those are not read."""
+    if MASKED:
+        return tl.load(at, mask=(j < hi)[:, None] & (d < D)[None, :], other=0.0)
+    elif D < at.shape[1]:
+        return tl.load(at, mask=(d < D)[None, :], other=0.0)
+    else:
+        return tl.load(at)
+
+
+@triton.jit
+def _absorb(
+    acc,  # [BM, BD] fp32
+    total,  # [BM] fp32
+    peak,  # [BM] fp32
+    q,  # [BM, BD]
+    k_at,  # [BN, BD] pointers
+    v_at,  # [BN, BD] pointers
+    j,  # [BN] int32: the tile's slots
+    i,  # [BM] int32: the rows' own slots
+    d,  # [BD] int32
+    hi,
+    window,
+    scale,
+    D: tl.constexpr,
+    MASKED: tl.constexpr,
+    WINDOW: tl.constexpr,
+):
+    """One tile of slots into the running softmax."""
+    k = _load(k_at, j, d, hi, D, MASKED)  # [BN, BD]
+    score = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BM, BN]
+    if MASKED:
+        visible = (j < hi)[None, :]
+        if WINDOW:
+            visible = visible & (tl.abs(i[:, None] - j[None, :]) <= window)
+        score = tl.where(visible, score, float("-inf"))
+    new_peak = tl.maximum(peak, tl.max(score, 1) * scale)
+    # A row that has seen nothing yet has -inf here, and -inf - -inf is NaN.
+    base = tl.where(new_peak == float("-inf"), 0.0, new_peak) if MASKED else new_peak
+    weight = tl.exp2(score * scale - base[:, None])  # [BM, BN]
+    shrink = tl.exp2(peak - base)
+    total = total * shrink + tl.sum(weight, 1)
+    v = _load(v_at, j, d, hi, D, MASKED)  # [BN, BD]
+    acc = tl.dot(weight.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+    return acc, total, new_peak
+
+
+@triton.jit(do_not_specialize=["queries", "slots", "kv_heads", "splits", "rows", "window"])
+def _attention_kernel(
+    q_ptr,  # [B, T, H, D]
+    k_ptr,  # [B, S, G, D]
+    v_ptr,  # [B, S, G, D]
+    start_ptr,  # [B] int
+    end_ptr,  # [B] int
+    slot_ptr,  # [B] int
+    out_ptr,  # [B, T, H, D], or with SPLIT [splits, B, T, H, D] fp32
+    lse_ptr,  # [splits, B, T, H] fp32, with SPLIT
+    q_stride_b,
+    q_stride_t,
+    q_stride_h,
+    k_stride_b,
+    k_stride_s,
+    k_stride_g,
+    v_stride_b,
+    v_stride_s,
+    v_stride_g,
+    queries,  # T
+    slots,  # S
+    kv_heads,  # G
+    splits,
+    rows,  # B T H
+    window,
+    scale,  # times log2(e)
+    D: tl.constexpr,
+    GROUP: tl.constexpr,  # H / G
+    WINDOW: tl.constexpr,
+    MASKED: tl.constexpr,  # every tile, not only the last; always with WINDOW
+    SPLIT: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+):
+    # Neighbouring programs share K and V: tiles of one (row, head) come first.
+    tiles = tl.cdiv(queries * GROUP, BM)
+    tile = tl.program_id(0) % tiles
+    rest = tl.program_id(0) // tiles
+    split = rest % splits
+    rest = rest // splits
+    head = rest % kv_heads
+    b = (rest // kv_heads).to(tl.int64)
+
+    m = tile * BM + tl.arange(0, BM)  # [BM]
+    n = tl.arange(0, BN)  # [BN]
+    d = tl.arange(0, BD)  # [BD]
+    t = m // GROUP  # [BM]
+    h = head * GROUP + m % GROUP  # [BM]
+    real = (t < queries)[:, None] & (d < D)[None, :]  # [BM, BD]
+
+    slot = tl.load(slot_ptr + b).to(tl.int64)
+    lo = tl.maximum(tl.load(start_ptr + b).to(tl.int64), 0)
+    hi = tl.minimum(tl.load(end_ptr + b).to(tl.int64), slots)
+    if WINDOW:
+        last = tl.minimum((tile * BM + BM - 1) // GROUP, queries - 1)
+        lo = tl.maximum(lo, slot + tile * BM // GROUP - window)
+        hi = tl.minimum(hi, slot + last + window + 1)
+    if SPLIT:
+        # Whole tiles, so that the parts of an unwindowed range have one ragged tile in all.
+        share = tl.cdiv(tl.cdiv(tl.maximum(hi - lo, 0), splits), BN) * BN
+        lo = lo + split * share
+        hi = tl.minimum(hi, lo + share)
+    lo = tl.minimum(lo, slots).to(tl.int32)
+    hi = tl.maximum(hi, lo).to(tl.int32)
+
+    q_at = b * q_stride_b + t.to(tl.int64)[:, None] * q_stride_t + h.to(tl.int64)[:, None] * q_stride_h
+    q = tl.load(q_ptr + q_at + d[None, :], mask=real, other=0.0)  # [BM, BD]
+    first = (lo + n).to(tl.int64)[:, None]
+    k_at = k_ptr + b * k_stride_b + head.to(tl.int64) * k_stride_g + first * k_stride_s + d[None, :]  # [BN, BD]
+    v_at = v_ptr + b * v_stride_b + head.to(tl.int64) * v_stride_g + first * v_stride_s + d[None, :]  # [BN, BD]
+    k_step = tl.cast(k_stride_s, tl.int64) * BN
+    v_step = tl.cast(v_stride_s, tl.int64) * BN
+    i = (slot + t).to(tl.int32)  # [BM]
+
+    acc = tl.zeros([BM, BD], tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    peak = tl.full([BM], float("-inf"), tl.float32)
+    if MASKED:
+        for at in tl.range(lo, hi, BN):
+            acc, total, peak = _absorb(
+                acc, total, peak, q, k_at, v_at, at + n, i, d, hi, window, scale, D, MASKED=True, WINDOW=WINDOW
+            )
+            k_at += k_step
+            v_at += v_step
+    else:
+        whole = lo + (hi - lo) // BN * BN
+        for at in tl.range(lo, whole, BN):
+            acc, total, peak = _absorb(
+                acc, total, peak, q, k_at, v_at, at + n, i, d, hi, window, scale, D, MASKED=False, WINDOW=False
+            )
+            k_at += k_step
+            v_at += v_step
+        if whole < hi:
+            acc, total, peak = _absorb(
+                acc, total, peak, q, k_at, v_at, whole + n, i, d, hi, window, scale, D, MASKED=True, WINDOW=False
+            )
+
+    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    row = (b * queries + t) * (kv_heads * GROUP) + h  # [BM]
+    if SPLIT:
+        row += split * tl.cast(rows, tl.int64)
+        lse = tl.where(total == 0.0, float("-inf"), peak + tl.log2(tl.where(total == 0.0, 1.0, total)))
+        tl.store(lse_ptr + row, lse, mask=t < queries)
+    tl.store(out_ptr + row[:, None] * D + d[None, :], acc.to(out_ptr.dtype.element_ty), mask=real)
+
+
+@triton.jit(do_not_specialize=["splits", "rows"])
+def _combine_kernel(
+    part_ptr,  # [splits, B T H, D] fp32
+    lse_ptr,  # [splits, B T H] fp32
+    out_ptr,  # [B T H, D]
+    splits,
+    rows,  # B T H
+    D: tl.constexpr,
+    BS: tl.constexpr,
+    BD: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    s = tl.arange(0, BS).to(tl.int64)  # [BS]
+    d = tl.arange(0, BD)  # [BD]
+    lse = tl.load(lse_ptr + s * rows + row, mask=s < splits, other=float("-inf"))  # [BS]
+    peak = tl.max(lse, 0)
+    weight = tl.exp2(lse - tl.where(peak == float("-inf"), 0.0, peak))  # [BS]
+    total = tl.sum(weight, 0)
+    at = (s * rows + row)[:, None] * D + d[None, :]
+    part = tl.load(part_ptr + at, mask=(s < splits)[:, None] & (d < D)[None, :], other=0.0)  # [BS, BD]
+    out = tl.sum(part * weight[:, None], 0) / tl.where(total == 0.0, 1.0, total)
+    tl.store(out_ptr + row * D + d, out.to(out_ptr.dtype.element_ty), mask=d < D)
+
+
+def _plan(batch, queries, kv_heads, group, head_dim, slots, window, itemsize, big):
+    """(config, padded head dim, splits): from shapes alone, never from device values, so that a graph stays valid."""
+    padded = max(16, triton.next_power_of_2(head_dim))
+    few, many = CONFIGS[itemsize, max(64, padded), big]
+    config = few if queries <= FEW_QUERIES or window is not None else many
+    threads = batch * kv_heads * triton.cdiv(queries * group, config[0]) * config[2] * 32
+    visible = slots if window is None else min(slots, queries + 2 * window)
+    return config, padded, max(1, min(THREADS // threads, visible // SPLIT_SLOTS))
+
+
+@torch.library.custom_op("dllm_fast::attention", mutates_args=())
+def attention(
+    q: torch.Tensor,  # [B, T, H, D]
+    keys: torch.Tensor,  # [B, S, G, D]
+    values: torch.Tensor,  # [B, S, G, D]
+    start: torch.Tensor,  # [B] int: first valid slot
+    end: torch.Tensor,  # [B] int: one past the last valid slot
+    slot: torch.Tensor,  # [B] int: buffer slot of each row's first query
+    window: int | None = None,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """`reference.attention`, for scales above 0 and head dims up to 256."""
+    _check(q, keys, values, start, end, slot, window, scale)
+    batch, queries, heads, head_dim = q.shape
+    slots, kv_heads = keys.shape[1:3]
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    rows = batch * queries * heads
+    if rows == 0:
+        return out
+    group = heads // kv_heads
+    big = not q.is_cuda or torch.cuda.get_device_capability(q.device)[0] in (9, 10)
+    config, padded, splits = _plan(batch, queries, kv_heads, group, head_dim, slots, window, q.element_size(), big)
+    bm, bn, warps, stages, masked = config
+    part, lse = out, out
+    if splits > 1:
+        part = torch.empty((splits, *q.shape), dtype=torch.float32, device=q.device)
+        lse = torch.empty((splits, rows), dtype=torch.float32, device=q.device)
+    grid = (triton.cdiv(queries * group, bm) * splits * kv_heads * batch,)
+    with torch.cuda.device_of(q):
+        _attention_kernel[grid](
+            q, keys, values, start, end, slot, part, lse,
+            *q.stride()[:3], *keys.stride()[:3], *values.stride()[:3],
+            queries, slots, kv_heads, splits, rows, min(window or 0, 1 << 30),
+            (head_dim**-0.5 if scale is None else scale) * math.log2(math.e),
+            D=head_dim, GROUP=group, WINDOW=window is not None, MASKED=masked,
+            SPLIT=splits > 1, BM=bm, BN=bn, BD=padded, num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+        if splits > 1:
+            bs = triton.next_power_of_2(splits)
+            _combine_kernel[(rows,)](
+                part, lse, out, splits, rows, D=head_dim, BS=bs, BD=padded, num_warps=COMBINE_WARPS
+            )
+    return out
+
+
+@attention.register_fake
+def _(q, keys, values, start, end, slot, window=None, scale=None):
+    return q.new_empty(q.shape)
+
+
+def _check(q, keys, values, start, end, slot, window, scale):
+    tensors = {"q": q, "keys": keys, "values": values}
+    rows = {"start": start, "end": end, "slot": slot}
+    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(f"q.dtype={q.dtype} is not bfloat16, float16 or float32")
+    for name, x in tensors.items():
+        if x.dim() != 4:
+            raise ValueError(f"{name}.shape={tuple(x.shape)} is not of 4 dimensions")
+        if x.dtype != q.dtype:
+            raise ValueError(f"{name}.dtype={x.dtype} differs from q.dtype={q.dtype}")
+        if x.stride(3) != 1 and x.shape[3] > 1:
+            raise ValueError(f"{name}.stride()={x.stride()}: the last dimension must be contiguous")
+    batch, _, heads, head_dim = q.shape
+    if not 1 <= head_dim <= 256:
+        raise ValueError(f"q.shape={tuple(q.shape)}: the head dim must be in 1..256")
+    if keys.shape[0] != batch or keys.shape[3] != head_dim or keys.shape[2] == 0 or heads % keys.shape[2]:
+        raise ValueError(f"keys.shape={tuple(keys.shape)} does not fit q.shape={tuple(q.shape)}")
+    if values.shape != keys.shape:
+        raise ValueError(f"values.shape={tuple(values.shape)} differs from keys.shape={tuple(keys.shape)}")
+    for name, x in rows.items():
+        if x.shape != (batch,) or not x.is_contiguous():
+            raise ValueError(f"{name}.shape={tuple(x.shape)}, stride()={x.stride()}: must be contiguous ({batch},)")
+        if x.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"{name}.dtype={x.dtype} is not int32 or int64")
+    for name, x in (tensors | rows).items():
+        if x.device != q.device:
+            raise ValueError(f"{name}.device={x.device} differs from q.device={q.device}")
+    if window is not None and window < 0:
+        raise ValueError(f"window={window} is negative")
+    if scale is not None and not scale > 0:
+        raise ValueError(f"scale={scale} is not above 0")

@@ -1,0 +1,184 @@
+"""Rotary position embedding of q and k, and the writing of k and v into their buffers, in one pass.
+
+Row t of batch row b is at position p = clamp(position[b] + t, 0, P - 1). Each head's two halves turn by p's angles
+(arXiv:2104.09864, half-split as in both model families):
+
+    (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin)
+
+in fp32, rounded once. q becomes a new tensor; k and v go to slot[b] + t of the buffers, or nowhere if that lies
+outside [0, S). Every element is read once and written once: the kernel is bound by memory.
+
+A program takes one row's heads, some at a time: of q in the first programs of a row, of k and v in the others.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+PAIRS = 512  # elements of one half in a program: with 2 warps, 8 a thread, 16 bytes of bf16
+WARPS = 2
+
+
+@triton.jit
+def _rotate(
+    from_ptr,
+    to_ptr,
+    from_at,  # [BH, BHALF]
+    to_at,  # [BH, BHALF]
+    mask,  # [BH, BHALF]
+    cos,  # [BHALF] fp32
+    sin,  # [BHALF] fp32
+    HALF: tl.constexpr,
+):
+    x1 = tl.load(from_ptr + from_at, mask=mask, other=0.0).to(tl.float32)  # [BH, BHALF]
+    x2 = tl.load(from_ptr + from_at + HALF, mask=mask, other=0.0).to(tl.float32)  # [BH, BHALF]
+    y1 = x1 * cos[None, :] - x2 * sin[None, :]
+    y2 = x2 * cos[None, :] + x1 * sin[None, :]
+    tl.store(to_ptr + to_at, y1.to(to_ptr.dtype.element_ty), mask=mask)
+    tl.store(to_ptr + to_at + HALF, y2.to(to_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["queries", "slots", "positions", "heads", "kv_heads"])
+def _rope_kernel(
+    q_ptr,  # [B, T, H, D]
+    k_ptr,  # [B, T, G, D]
+    v_ptr,  # [B, T, G, D]
+    cos_ptr,  # [P, D/2] fp32
+    sin_ptr,  # [P, D/2] fp32
+    position_ptr,  # [B] int
+    slot_ptr,  # [B] int
+    out_ptr,  # [B, T, H, D]
+    keys_ptr,  # [B, S, G, D]
+    values_ptr,  # [B, S, G, D]
+    q_stride_b,
+    q_stride_t,
+    q_stride_h,
+    k_stride_b,
+    k_stride_t,
+    k_stride_g,
+    v_stride_b,
+    v_stride_t,
+    v_stride_g,
+    keys_stride_b,
+    keys_stride_s,
+    keys_stride_g,
+    values_stride_b,
+    values_stride_s,
+    values_stride_g,
+    queries,  # T
+    slots,  # S
+    positions,  # P
+    heads,  # H
+    kv_heads,  # G
+    HALF: tl.constexpr,  # D / 2
+    BH: tl.constexpr,
+    BHALF: tl.constexpr,
+):
+    q_tiles = tl.cdiv(heads, BH)
+    tiles = q_tiles + tl.cdiv(kv_heads, BH)
+    tile = tl.program_id(0) % tiles
+    row = (tl.program_id(0) // tiles).to(tl.int64)
+    b = row // queries
+    t = row % queries
+    d = tl.arange(0, BHALF)  # [BHALF]
+
+    at = tl.load(position_ptr + b).to(tl.int64) + t
+    at = tl.minimum(tl.maximum(at, 0), positions - 1)
+    cos = tl.load(cos_ptr + at * HALF + d, mask=d < HALF, other=0.0)  # [BHALF]
+    sin = tl.load(sin_ptr + at * HALF + d, mask=d < HALF, other=0.0)  # [BHALF]
+
+    if tile < q_tiles:
+        h = (tile * BH + tl.arange(0, BH)).to(tl.int64)[:, None]
+        mask = (h < heads) & (d < HALF)[None, :]  # [BH, BHALF]
+        q_at = b * q_stride_b + t * q_stride_t + h * q_stride_h + d[None, :]
+        out_at = (row * heads + h) * (2 * HALF) + d[None, :]
+        _rotate(q_ptr, out_ptr, q_at, out_at, mask, cos, sin, HALF)
+    else:
+        g = ((tile - q_tiles) * BH + tl.arange(0, BH)).to(tl.int64)[:, None]
+        to = tl.load(slot_ptr + b).to(tl.int64) + t
+        mask = (g < kv_heads) & (d < HALF)[None, :] & (to >= 0) & (to < slots)  # [BH, BHALF]
+        k_at = b * k_stride_b + t * k_stride_t + g * k_stride_g + d[None, :]
+        keys_at = b * keys_stride_b + to * keys_stride_s + g * keys_stride_g + d[None, :]
+        _rotate(k_ptr, keys_ptr, k_at, keys_at, mask, cos, sin, HALF)
+        v_at = b * v_stride_b + t * v_stride_t + g * v_stride_g + d[None, :]
+        values_at = b * values_stride_b + to * values_stride_s + g * values_stride_g + d[None, :]
+        v1 = tl.load(v_ptr + v_at, mask=mask)  # [BH, BHALF]
+        v2 = tl.load(v_ptr + v_at + HALF, mask=mask)  # [BH, BHALF]
+        tl.store(values_ptr + values_at, v1, mask=mask)
+        tl.store(values_ptr + values_at + HALF, v2, mask=mask)
+
+
+@torch.library.custom_op("dllm_fast::rope", mutates_args=("keys", "values"))
+def rope(
+    q: torch.Tensor,  # [B, T, H, D]
+    k: torch.Tensor,  # [B, T, G, D]
+    v: torch.Tensor,  # [B, T, G, D]
+    cos: torch.Tensor,  # [P, D/2] fp32
+    sin: torch.Tensor,  # [P, D/2] fp32
+    position: torch.Tensor,  # [B] int: position of each row's first query
+    slot: torch.Tensor,  # [B] int: buffer slot of each row's first query
+    keys: torch.Tensor,  # [B, S, G, D], written in place
+    values: torch.Tensor,  # [B, S, G, D], written in place
+) -> torch.Tensor:
+    """`reference.rope`."""
+    _check(q, k, v, cos, sin, position, slot, keys, values)
+    batch, queries, heads, head_dim = q.shape
+    slots, kv_heads = keys.shape[1:3]
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if batch * queries == 0:
+        return out
+    half = head_dim // 2
+    bhalf = triton.next_power_of_2(half)
+    bh = max(1, min(triton.next_power_of_2(max(heads, kv_heads)), PAIRS // bhalf))
+    tiles = triton.cdiv(heads, bh) + triton.cdiv(kv_heads, bh)
+    with torch.cuda.device_of(q):
+        _rope_kernel[(batch * queries * tiles,)](
+            q, k, v, cos, sin, position, slot, out, keys, values,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *keys.stride()[:3], *values.stride()[:3],
+            queries, slots, cos.shape[0], heads, kv_heads,
+            HALF=half, BH=bh, BHALF=bhalf, num_warps=WARPS,
+        )  # fmt: skip
+    return out
+
+
+@rope.register_fake
+def _(q, k, v, cos, sin, position, slot, keys, values):
+    return q.new_empty(q.shape)
+
+
+def _check(q, k, v, cos, sin, position, slot, keys, values):
+    tensors = {"q": q, "k": k, "v": v, "keys": keys, "values": values}
+    tables = {"cos": cos, "sin": sin}
+    rows = {"position": position, "slot": slot}
+    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(f"q.dtype={q.dtype} is not bfloat16, float16 or float32")
+    for name, x in tensors.items():
+        if x.dim() != 4:
+            raise ValueError(f"{name}.shape={tuple(x.shape)} is not of 4 dimensions")
+        if x.dtype != q.dtype:
+            raise ValueError(f"{name}.dtype={x.dtype} differs from q.dtype={q.dtype}")
+        if x.stride(3) != 1:
+            raise ValueError(f"{name}.stride()={x.stride()}: the last dimension must be contiguous")
+    batch, queries, _, head_dim = q.shape
+    if head_dim % 2 or not 2 <= head_dim <= 2 * PAIRS:
+        raise ValueError(f"q.shape={tuple(q.shape)}: the head dim must be even and in 2..{2 * PAIRS}")
+    if k.shape[:2] != (batch, queries) or k.shape[3] != head_dim:
+        raise ValueError(f"k.shape={tuple(k.shape)} does not fit q.shape={tuple(q.shape)}")
+    if v.shape != k.shape:
+        raise ValueError(f"v.shape={tuple(v.shape)} differs from k.shape={tuple(k.shape)}")
+    for name, x in (("keys", keys), ("values", values)):
+        if x.shape != (batch, keys.shape[1], *k.shape[2:]):
+            raise ValueError(f"{name}.shape={tuple(x.shape)} does not fit k.shape={tuple(k.shape)}")
+    for name, x in tables.items():
+        if x.shape != (cos.shape[0], head_dim // 2) or x.shape[0] == 0 or not x.is_contiguous():
+            raise ValueError(f"{name}.shape={tuple(x.shape)}: must be contiguous [P, {head_dim // 2}], P above 0")
+        if x.dtype != torch.float32:
+            raise ValueError(f"{name}.dtype={x.dtype} is not float32")
+    for name, x in rows.items():
+        if x.shape != (batch,) or not x.is_contiguous():
+            raise ValueError(f"{name}.shape={tuple(x.shape)}, stride()={x.stride()}: must be contiguous ({batch},)")
+        if x.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"{name}.dtype={x.dtype} is not int32 or int64")
+    for name, x in (tensors | tables | rows).items():
+        if x.device != q.device:
+            raise ValueError(f"{name}.device={x.device} differs from q.device={q.device}")

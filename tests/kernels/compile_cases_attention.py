@@ -1,0 +1,83 @@
+"""Attention, rotation, norms and gates as the launchers launch them: what `resources.measured` compiles."""
+
+import triton
+from resources import Case
+
+from dllm_fast.kernels import attention, glu, norm, rope
+
+TYPES = {2: "*bf16", 4: "*fp32"}
+
+
+def _strides(**axes):
+    """Strides as real tensors have them: multiples of 16."""
+    return {f"{name}_stride_{axis}": "i32:16" for name, letters in axes.items() for axis in letters}
+
+
+def attention_case(config, itemsize, dim, group=1, window=False, split=False, archs=(80, 90, 100)) -> Case:
+    bm, bn, warps, stages, masked = config
+    bd = max(16, triton.next_power_of_2(dim))
+    kind, out = TYPES[itemsize], "*fp32" if split else TYPES[itemsize]
+    signature = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), kind)
+    signature |= dict.fromkeys(("start_ptr", "end_ptr", "slot_ptr"), "*i64") | {"out_ptr": out, "lse_ptr": out}
+    signature |= _strides(q="bth", k="bsg", v="bsg")
+    signature |= dict.fromkeys(("queries", "slots", "kv_heads", "splits", "rows", "window"), "i32")
+    return Case(
+        f"attention {kind[1:]} D={dim} {bm}x{bn}" + " window" * window + " split" * split + f" group={group}",
+        attention._attention_kernel,
+        signature | {"scale": "fp32"},
+        {"D": dim, "GROUP": group, "WINDOW": window, "MASKED": masked, "SPLIT": split, "BM": bm, "BN": bn, "BD": bd},
+        warps,
+        stages,
+        matrix=itemsize == 2,
+        archs=archs,
+    )
+
+
+def _attention():
+    for big, archs in ((True, (90, 100)), (False, (80,))):
+        few, many = attention.CONFIGS[2, 64, big]
+        yield attention_case(few, 2, 64, window=True, archs=archs)
+        yield attention_case(few, 2, 64, split=True, archs=archs)
+        yield attention_case(many, 2, 64, archs=archs)
+        few, many = attention.CONFIGS[2, 128, big]
+        yield attention_case(few, 2, 128, split=True, archs=archs)
+        yield attention_case(few, 2, 128, group=4, archs=archs)
+        yield attention_case(few, 2, 96, window=True, archs=archs)
+        yield attention_case(many, 2, 128, archs=archs)
+        yield attention_case(many, 2, 96, split=True, archs=archs)
+        yield attention_case(attention.CONFIGS[2, 256, big][0], 2, 256, window=True, archs=archs)
+        for dim in (64, 128, 256):
+            yield attention_case(attention.CONFIGS[4, dim, big][0], 4, dim, split=True, archs=archs)
+    signature = {"part_ptr": "*fp32", "lse_ptr": "*fp32", "out_ptr": "*bf16", "splits": "i32", "rows": "i32"}
+    constexprs = {"D": 128, "BS": 8, "BD": 128}
+    yield Case("combine", attention._combine_kernel, signature, constexprs, attention.COMBINE_WARPS)
+
+
+def _rope():
+    signature = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr", "keys_ptr", "values_ptr"), "*bf16")
+    signature |= {"cos_ptr": "*fp32", "sin_ptr": "*fp32", "position_ptr": "*i64", "slot_ptr": "*i64"}
+    signature |= _strides(q="bth", k="btg", v="btg", keys="bsg", values="bsg")
+    signature |= dict.fromkeys(("queries", "slots", "positions", "heads", "kv_heads"), "i32")
+    for half in (32, 64):
+        constexprs = {"HALF": half, "BH": rope.PAIRS // half, "BHALF": half}
+        yield Case(f"rope D={2 * half}", rope._rope_kernel, signature, constexprs, rope.WARPS)
+
+
+def _norm():
+    signature = dict.fromkeys(("x_ptr", "residual_ptr", "weight_ptr", "y_ptr", "h_ptr"), "*bf16")
+    signature |= dict.fromkeys(("x_stride", "residual_stride", "d"), "i32:16") | {"rows": "i32", "eps": "fp32"}
+    for longest, warps in norm.WARPS.items():
+        constexprs = {"RESIDUAL": True, "BR": 1, "BD": longest}
+        yield Case(f"rms_norm {longest}", norm._rms_norm_kernel, signature, constexprs, warps)
+        both = (signature | {"bias_ptr": "*bf16"}, constexprs | {"BIAS": True})
+        yield Case(f"layer_norm {longest}", norm._layer_norm_kernel, *both, warps)
+
+
+def _glu():
+    signature = dict.fromkeys(("gate_ptr", "up_ptr", "out_ptr"), "*bf16")
+    signature |= dict.fromkeys(("gate_stride", "up_stride", "f"), "i32:16")
+    for kernel in (glu._swiglu_kernel, glu._geglu_kernel):
+        yield Case(kernel.__name__, kernel, signature, {"BLOCK": glu.BLOCK}, glu.WARPS)
+
+
+CASES = [*_attention(), *_rope(), *_norm(), *_glu()]

@@ -1,0 +1,61 @@
+"""Without a GPU, kernels run in Triton's interpreter on CPU tensors; with one, the same tests run there."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Before Triton is imported: `triton.jit` asks when a kernel is defined.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+def _repair_interpreter():
+    """bfloat16 as hardware has it: the interpreter's dot multiplies the bit patterns, and its casts truncate."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
+
+    def widen(handle):
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def cast_impl(self, src, dst_type):
+        kinds = src.dtype.scalar, dst_type.scalar
+        if kinds == (tl.bfloat16, tl.float32):
+            return widen(src)
+        if kinds == (tl.float32, tl.bfloat16):
+            bits = np.ascontiguousarray(src.data).view(np.uint32)
+            nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16  # ties to even
+            quiet = (bits >> 16) | 0x40  # a NaN's payload must not carry into its sign
+            return TensorHandle(np.where(np.isnan(src.data), quiet, nearest).astype(np.uint16), tl.bfloat16)
+        return cast(self, src, dst_type)
+
+    def create_dot(self, a, b, *rest):
+        return dot(self, widen(a), widen(b), *rest)
+
+    InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot = cast_impl, create_dot
+
+
+if not torch.cuda.is_available():
+    _repair_interpreter()
+
+
+@pytest.fixture
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def poisoned_outputs(monkeypatch):
+    """What a kernel does not write, it does not get by luck: `torch.empty` returns NaN, -1 or True."""
+    empty = torch.empty
+
+    def poisoned(*args, **options):
+        out = empty(*args, **options)
+        return out.fill_(float("nan") if out.is_floating_point() else -1)
+
+    monkeypatch.setattr(torch, "empty", poisoned)

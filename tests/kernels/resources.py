@@ -1,0 +1,98 @@
+"""Compile kernels for GPUs that are not here, and read what they use: registers, spills, shared memory, matrix units.
+
+`measure` needs a process without TRITON_INTERPRET; `measured` starts one for a module of cases:
+
+    CASES = [Case("name", _kernel, {"x_ptr": "*bf16", "n": "i32"}, {"BLOCK": 128}, num_warps=4, num_stages=2)]
+
+Pointers count as 16-byte aligned, as PyTorch's allocations are. An integer is known to be a multiple of 16, as a
+launch would find it to be, where its type is written "i32:16".
+"""
+
+import dataclasses
+import importlib
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may have, by architecture
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    name: str
+    fn: object  # the @triton.jit function
+    signature: dict  # argument name -> Triton type, constexprs left out
+    constexprs: dict  # argument name -> value
+    num_warps: int = 4
+    num_stages: int = 3
+    matrix: bool = False  # whether it must use the matrix units; only then are their instructions counted
+    archs: tuple = (80, 90, 100)  # the architectures it is launched on
+
+
+@dataclasses.dataclass(frozen=True)
+class Resources:
+    registers: int  # a thread
+    spill: int  # bytes a thread
+    shared: int  # bytes a block
+    hgmma: int  # warp-group matrix instructions (sm_90)
+    hmma: int  # warp matrix instructions
+    tcgen05: int  # tensor-memory matrix instructions (sm_100)
+
+
+def measure(case: Case, arch: int) -> Resources:
+    """Compile ``case`` for compute capability ``arch`` (80, 90, 100, ...) and read the result."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, attrs = {}, {}
+    for i, name in enumerate(case.fn.arg_names):
+        kind, _, multiple = case.signature.get(name, "constexpr").partition(":")
+        if (kind == "constexpr") != (name in case.constexprs):
+            raise ValueError(f"{case.name}: argument {name} must be in signature or in constexprs, and not in both")
+        signature[name] = kind
+        if kind.startswith("*") or multiple == "16":
+            attrs[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(case.fn, signature, case.constexprs, attrs)
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+    tool = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = pathlib.Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        # Disassembly takes longer than all the rest of a compilation that Triton has cached: only where it is asked for.
+        command = [tool, "-res-usage", *["-sass"] * case.matrix, cubin]
+        listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    used = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", listing)}
+    return Resources(
+        registers=used["REG"],
+        spill=used["STACK"] + used["LOCAL"],
+        shared=compiled.metadata.shared,
+        hgmma=len(re.findall(r"\bHGMMA\b", listing)),
+        hmma=len(re.findall(r"\bHMMA\b", listing)),
+        tcgen05=len(re.findall(r"\bUTC[A-Z]*MMA\b", listing)),
+    )
+
+
+def measured(module: str, arch: int) -> dict[str, Resources]:
+    """`measure` of every case in ``module.CASES`` (a module of this folder), in a process of its own."""
+    here = pathlib.Path(__file__).resolve()
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    # The repository, too: where the package runs uninstalled, a child does not inherit pytest's sys.path.
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(here.parents[2]), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, str(here), module, str(arch)]
+    child = subprocess.run(command, check=False, env=environment, capture_output=True, text=True)
+    if child.returncode:
+        raise RuntimeError(f"{module} did not compile for sm_{arch}:\n{child.stderr[-4000:]}")
+    return {name: Resources(**row) for name, row in json.loads(child.stdout.splitlines()[-1]).items()}
+
+
+if __name__ == "__main__":
+    arch = int(sys.argv[2])
+    cases = [case for case in importlib.import_module(sys.argv[1]).CASES if arch in case.archs]
+    print(json.dumps({case.name: dataclasses.asdict(measure(case, arch)) for case in cases}))

@@ -1,0 +1,154 @@
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from truth import assert_as_exact, far_apart
+
+from dllm_fast.kernels import reference
+from dllm_fast.kernels.norm import layer_norm, rms_norm
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+EPS = 1e-5
+KINDS = ("rms_norm", "layer_norm", "layer_norm_bias")
+
+SHAPES = {
+    "one": (1, 1),
+    "row": (1, 1, 4096),
+    "narrow-several-rows-a-program": (2, 9, 40),
+    "odd": (3, 5, 769),
+    "modernbert": (2, 3, 768),
+    "longest": (2, 16384),
+    "just-past-a-power": (4, 1025),
+}
+
+
+def inputs(shape, dtype, device, residual, seed=0, weight_dtype=None):
+    make = torch.Generator().manual_seed(seed)
+    d = shape[-1]
+    x, r = (torch.randn(shape, generator=make).mul(3).add(1).to(dtype).to(device) for _ in range(2))
+    weight, bias = (torch.randn(d, generator=make).to(weight_dtype or dtype).to(device) for _ in range(2))
+    return x, weight, bias, r if residual else None
+
+
+def call(kind, where, x, weight, bias, residual):
+    """The norm of that kind by the kernel or by the reference; only the last kind has a bias."""
+    if kind == "rms_norm":
+        return (rms_norm if where == "kernel" else reference.rms_norm)(x, weight, EPS, residual)
+    bias = bias if kind == "layer_norm_bias" else None
+    return (layer_norm if where == "kernel" else reference.layer_norm)(x, weight, bias, EPS, residual)
+
+
+def check(kind, arguments):
+    exact = [None if x is None else x.double() for x in arguments]
+    y, h = call(kind, "kernel", *arguments)
+    eager_y, eager_h = call(kind, "reference", *arguments)
+    truth_y, _ = call(kind, "reference", *exact)
+    assert_as_exact(y, eager_y, truth_y, ulps=2)
+    assert torch.equal(h, eager_h)
+    assert h.dtype == eager_h.dtype
+    if arguments[3] is None:
+        assert h is arguments[0]
+
+
+@pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+@pytest.mark.parametrize("name", SHAPES)
+def test_reference(name, dtype, kind, residual, device):
+    check(kind, inputs(SHAPES[name], dtype, device, residual))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("weight_dtype", [FP16, FP32], ids=str)
+def test_fp16_and_mixed_weights(weight_dtype, kind, device):
+    check(kind, inputs(SHAPES["odd"], FP16, device, True, weight_dtype=weight_dtype))
+
+
+def test_rms_norm_rounds_before_the_weight(device):
+    """The model's bits: a weight of 1 + 2^-7 in bfloat16 tells the two orders apart."""
+    x, _, _, residual = inputs(SHAPES["modernbert"], BF16, device, True)
+    weight = torch.full((768,), 1 + 2**-7, dtype=BF16, device=device)
+    y, expected = rms_norm(x, weight, EPS, residual)[0], reference.rms_norm(x, weight, EPS, residual)[0]
+    assert (y == expected).float().mean() > 0.995  # the mean's last bit may move a value across a tie
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_constant_and_large_rows(kind, device):
+    """A constant row has variance 0 and not less; squares of 1e4 pass fp16's largest number."""
+    x, weight, bias, _ = inputs((4, 96), FP16, device, False)
+    x[0], x[1], x[2] = 0, 7, 1e4
+    check(kind, (x, weight, bias, None))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_far_apart(kind, device):
+    x, weight, bias, residual = inputs((4, 3, 50), BF16, device, True)
+    check(kind, (x[:, ::2, :33], weight[:33], bias[:33], residual[:, 1:, 7:40]))
+    x, residual = x[:2, 0], residual[:2, 0]
+    y, h = call(kind, "kernel", far_apart(x), weight, bias, far_apart(residual))
+    for out, expected in zip((y, h), call(kind, "kernel", x, weight, bias, residual), strict=True):
+        assert torch.equal(out, expected)
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rows=st.integers(1, 9),
+    d=st.integers(1, 300),
+    kind=st.sampled_from(KINDS),
+    dtype=st.sampled_from([BF16, FP32]),
+    residual=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_any_shape(device, rows, d, kind, dtype, residual, seed):
+    check(kind, inputs((rows, d), dtype, device, residual, seed))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_empty(kind, device):
+    arguments = inputs((2, 0, 8), FP32, device, True)
+    assert [x.shape for x in call(kind, "kernel", *arguments)] == [(2, 0, 8)] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("x", torch.zeros(2, 8, dtype=torch.int32), "x.dtype=torch.int32"),
+        ("x", torch.zeros(2, 16385), "16385.*last dimension"),
+        ("x", torch.zeros(2, 16)[:, ::2], "x.stride.*last dimension"),
+        ("weight", torch.zeros(7), r"weight.shape=\(7,\)"),
+        ("weight", torch.zeros(8).double(), "weight.dtype=torch.float64"),
+        ("weight", torch.zeros(16)[::2], "weight.stride"),
+        ("bias", torch.zeros(9), r"bias.shape=\(9,\)"),
+        ("residual", torch.zeros(1, 8), r"residual.shape=\(1, 8\)"),
+        ("residual", torch.zeros(2, 8).half(), "residual.*float16"),
+        ("residual", torch.zeros(8, 2).T, "residual.stride"),
+    ],
+    ids=lambda x: x if isinstance(x, str) and x.isalpha() else "",
+)
+def test_refused(name, value, message):
+    good = dict(zip(("x", "weight", "bias", "residual"), inputs((2, 8), FP32, "cpu", True), strict=True))
+    with pytest.raises(ValueError, match=message):
+        layer_norm(**(good | {name: value}), eps=EPS)
+    if name != "bias":
+        with pytest.raises(ValueError, match=message):
+            rms_norm(**{n: x for n, x in (good | {name: value}).items() if n != "bias"}, eps=EPS)
+
+
+@pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
+def test_opcheck(residual, device):
+    x, weight, bias, residual = inputs((3, 40), BF16, device, residual)
+    torch.library.opcheck(torch.ops.dllm_fast.rms_norm, (x, weight, EPS, residual))
+    torch.library.opcheck(torch.ops.dllm_fast.layer_norm, (x, weight, bias, EPS, residual))
+
+
+def test_compiles_whole(device):
+    x, weight, bias, residual = inputs((3, 40), BF16, device, True)
+
+    def block(x, weight, bias, residual):
+        y, h = rms_norm(x, weight, EPS)
+        y, h = rms_norm(y, weight, EPS, h)
+        return layer_norm(y, weight, bias, EPS, residual + h)
+
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    for out, expected in zip(compiled(x, weight, bias, residual), block(x, weight, bias, residual), strict=True):
+        assert torch.equal(out, expected)

@@ -1,0 +1,37 @@
+"""What the tests of this folder share: how far from the truth a kernel may be, and tensors that reach past 2^31."""
+
+import numpy as np
+import torch
+
+
+def assert_as_exact(
+    out: torch.Tensor,
+    eager: torch.Tensor,  # the same by PyTorch in the same dtype
+    truth: torch.Tensor,  # the same in fp64
+    ulps: float = 1.0,
+) -> None:
+    """The largest error is at most twice eager's, or ``ulps`` units in the last place of the largest true value.
+
+    The second limit is for eager results that happen to be exact.
+    """
+    assert out.shape == truth.shape
+    assert out.dtype == eager.dtype
+    assert out.isfinite().all(), f"{(~out.isfinite()).sum()} of {out.numel()} elements are not finite"
+    error, eager_error = ((x.double() - truth).abs().max().item() for x in (out, eager))
+    limit = max(2 * eager_error, ulps * torch.finfo(out.dtype).eps * truth.abs().max().item())
+    assert error <= limit, f"error {error:.3g}, eager's {eager_error:.3g}, limit {limit:.3g}"
+
+
+def far_apart(x: torch.Tensor) -> torch.Tensor:
+    """A copy of bfloat16 x whose two first-dimension entries are more than 2^31 elements apart.
+
+    On a CPU only the pages that hold x become memory.
+    """
+    assert x.dtype == torch.bfloat16
+    assert x.shape[0] == 2
+    apart = 2**31 + 64
+    if x.is_cuda:
+        base = torch.zeros(apart + x[0].numel(), dtype=x.dtype, device=x.device)
+    else:
+        base = torch.from_numpy(np.zeros(apart + x[0].numel(), dtype=np.int16)).view(x.dtype)
+    return base.as_strided(x.shape, (apart, *x[0].contiguous().stride())).copy_(x)
