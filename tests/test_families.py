@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import make_llada, make_modernbert
+from tiny import make_llada, make_modernbert
 
 from dllm_fast import LLaDAConfig, LLaDAModelLM
 from dllm_fast.cache import BlockCache

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 import transformers
-from conftest import EOS, MASK
+from tiny import EOS, MASK
 
 import dllm_fast
 from dllm_fast import Factor, Pyramid, Threshold, Uniform

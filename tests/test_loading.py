@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 import transformers
-from conftest import make_llada, make_modernbert
 from safetensors.torch import load_file, save_file
+from tiny import make_llada, make_modernbert
 from transformers import AutoModel, AutoTokenizer
 
 import dllm_fast

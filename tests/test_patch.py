@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import MAKERS, make_llada, make_modernbert
+from tiny import MAKERS, make_llada, make_modernbert
 from transformers import BertConfig, BertForMaskedLM, ModernBertModel
 
 import dllm_fast

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import EOS, MASK, VOCAB
+from tiny import EOS, MASK, VOCAB
 
 import dllm_fast
 from dllm_fast import Factor, Pyramid, Threshold, Uniform

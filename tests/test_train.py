@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import EOS, MASK
+from tiny import EOS, MASK
 
 from dllm_fast import diffusion, train
 from dllm_fast.families import FAMILIES

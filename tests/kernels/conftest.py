@@ -1,13 +1,7 @@
 """Without a GPU, kernels run in Triton's interpreter on CPU tensors; with one, the same tests run there."""
 
-import os
-
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    # Before Triton is imported: `triton.jit` asks when a kernel is defined.
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def _repair_interpreter():

@@ -65,7 +65,7 @@ def measure(case: Case, arch: int) -> Resources:
     with tempfile.TemporaryDirectory() as folder:
         cubin = pathlib.Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
-        # Disassembly takes longer than all the rest of a compilation that Triton has cached: only where it is asked for.
+        # Disassembly takes longer than all the rest of a cached compilation: only where it is asked for.
         command = [tool, "-res-usage", *["-sass"] * case.matrix, cubin]
         listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     used = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", listing)}

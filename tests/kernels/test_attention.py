@@ -242,7 +242,7 @@ def test_compiles_whole(device):
 def test_refuses_two_devices():
     q, buffer = torch.zeros(2, 4, 2, 16, device="cuda"), torch.zeros(2, 9, 2, 16, device="cuda")
     rows = torch.zeros(2, dtype=torch.int64, device="cuda")
-    with pytest.raises(ValueError, match="slot.device=cpu"):
+    with pytest.raises(ValueError, match=r"slot\.device=cpu"):
         attention(q, buffer, buffer, rows, rows, rows.cpu())
 
 
