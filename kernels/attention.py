@@ -56,7 +56,7 @@ def _load(
     """Slots j of K or V, [BN, BD]. From ``hi`` on there may be NaN, and 0 x NaN is NaN: those are not read."""
     if MASKED:
         return tl.load(at, mask=(j < hi)[:, None] & (d < D)[None, :], other=0.0)
-    elif D < at.shape[1]:
+    elif at.shape[1] > D:
         return tl.load(at, mask=(d < D)[None, :], other=0.0)
     else:
         return tl.load(at)

@@ -5,7 +5,7 @@ import os
 import torch
 
 if not torch.cuda.is_available():
-    # Without a GPU kernels run in Triton's interpreter, which is chosen when Triton is imported: transformers does that.
+    # Without a GPU kernels run in Triton's interpreter. It is chosen when Triton is imported, as transformers does.
     os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
