@@ -286,10 +286,13 @@ def commit(
 
     A row keeps its k most confident candidates, ties to the lowest position, and k is: ``count``; or how many reach
     ``threshold``; or the largest k with ``(k + 1) (1 - c_k) < factor``, c sorted downwards (arXiv:2505.22618). At
-    least one and at most all of a row's candidates.
+    least one and at most all of a row's candidates. NaN counts as -inf.
     """
-    best, order = confidence.masked_fill(~candidate, float("-inf")).sort(dim=-1, descending=True, stable=True)
-    rank = order.argsort(-1)
+    score = confidence.nan_to_num(nan=float("-inf")).masked_fill(~candidate, float("-inf"))
+    order = score.argsort(dim=-1, descending=True, stable=True)
+    # A candidate at -inf still comes before what is none, or a row could keep nothing for ever.
+    order = order.gather(1, candidate.gather(1, order).int().argsort(dim=-1, descending=True, stable=True))
+    best, rank = score.gather(1, order), order.argsort(-1)
     if count is not None:
         k = count
     elif threshold is not None:

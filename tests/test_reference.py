@@ -219,6 +219,15 @@ def test_commit_is_the_plain_loop(batch, length, seed, kind):
     assert torch.equal(sequence, expected[0]) and torch.equal(chosen, expected[1])
 
 
+def test_commit_always_keeps_a_candidate():
+    sequence, token = torch.zeros(2, 3, dtype=torch.int64), torch.full((2, 3), 5)
+    confidence = torch.tensor([[float("-inf")] * 3, [float("nan"), float("-inf"), 0.1]])
+    candidate = torch.tensor([[False, False, True], [True, True, False]])
+    chosen = reference.commit(sequence, token, confidence, candidate, torch.zeros(2, dtype=torch.int64), threshold=0.9)
+    assert chosen.tolist() == [[False, False, True], [True, False, False]]
+    assert torch.equal(sequence, chosen * 5)
+
+
 def test_masked_loss_is_weighted_cross_entropy():
     hidden, weight, bias = torch.randn(6, 8, **DOUBLE), torch.randn(20, 8, **DOUBLE), torch.randn(20, **DOUBLE)
     target, w = torch.randint(0, 20, (6,)), torch.rand(6, **DOUBLE)
