@@ -288,7 +288,7 @@ def commit(
     ``threshold``; or the largest k with ``(k + 1) (1 - c_k) < factor``, c sorted downwards (arXiv:2505.22618). At
     least one and at most all of a row's candidates.
     """
-    best, order = confidence.masked_fill(~candidate, float("-inf")).sort(-1, descending=True, stable=True)
+    best, order = confidence.masked_fill(~candidate, float("-inf")).sort(dim=-1, descending=True, stable=True)
     rank = order.argsort(-1)
     if count is not None:
         k = count
