@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 
 BLOCK = 1024  # columns of a program of `gumbel`, rows of one of `uniform`
+INTEGERS = (torch.int32, torch.int64)
 
 
 @triton.jit
@@ -143,16 +144,16 @@ def as_scalar(name: str, value: int | torch.Tensor, device: torch.device) -> tor
     return value.reshape(1)
 
 
-def check_indices(device: torch.device, length: int | None = None, **indices: torch.Tensor) -> None:
-    """Raise ValueError unless each is a contiguous 1-d int32 or int64 tensor on ``device`` (of ``length``)."""
-    for name, x in indices.items():
-        if x.dtype not in (torch.int32, torch.int64) or x.dim() != 1 or not x.is_contiguous() or x.device != device:
+def check_tensors(device: torch.device, **expected: tuple[torch.Tensor | None, list, tuple]) -> None:
+    """Raise ValueError unless each is None, or contiguous on ``device`` with the shape and one of the dtypes given."""
+    for name, (x, shape, kinds) in expected.items():
+        if x is None:
+            continue
+        if list(x.shape) != list(shape) or x.dtype not in kinds or not x.is_contiguous() or x.device != device:
             raise ValueError(
-                f"{name} is {x.dtype} {list(x.shape)} with strides {x.stride()} on {x.device}; "
-                f"expected contiguous int32 or int64 [N] on {device}"
+                f"{name} is {x.dtype} {list(x.shape)} with strides {x.stride()} on {x.device}; expected contiguous "
+                f"{' or '.join(map(str, kinds))} {list(shape)} on {device}"
             )
-        if length is not None and x.shape[0] != length:
-            raise ValueError(f"{name} has {x.shape[0]} entries; expected {length}")
 
 
 @torch.library.custom_op("dllm_fast::gumbel", mutates_args=())
@@ -196,8 +197,12 @@ def gumbel(
     columns: torch.Tensor,  # [V] int: vocabulary indices
 ) -> torch.Tensor:
     """`reference.gumbel` in fp32, [N, V]."""
-    check_indices(row.device, row=row, columns=columns)
-    check_indices(row.device, row.shape[0], position=position)
+    check_tensors(
+        row.device,
+        row=(row, [row.numel()], INTEGERS),
+        position=(position, [row.numel()], INTEGERS),
+        columns=(columns, [columns.numel()], INTEGERS),
+    )
     return _gumbel(
         as_scalar("seed", seed, row.device), as_scalar("step", step, row.device), row, position, columns
     )
@@ -210,6 +215,5 @@ def uniform(
     position: torch.Tensor,  # [N] int
 ) -> torch.Tensor:
     """`reference.uniform` rounded to fp32, [N]."""
-    check_indices(row.device, row=row)
-    check_indices(row.device, row.shape[0], position=position)
+    check_tensors(row.device, row=(row, [row.numel()], INTEGERS), position=(position, [row.numel()], INTEGERS))
     return _uniform(as_scalar("seed", seed, row.device), as_scalar("step", step, row.device), row, position)

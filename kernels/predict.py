@@ -22,9 +22,10 @@ import torch
 import triton
 import triton.language as tl
 
-from dllm_fast.kernels.gumbel import as_scalar, check_indices
+from dllm_fast.kernels.gumbel import INTEGERS, as_scalar, check_tensors
 from dllm_fast.kernels.select import FIELDS, SELECT, combine, reduce_tile, select
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 CONFIDENCES = ("probability", "margin", "entropy", "random")
 
 # Rows above which cuBLAS and a reduction replace the fused kernel, by bytes of an element. To be set by measurement:
@@ -45,6 +46,7 @@ GUIDED = {
     32: {"BN": 32, "BV": 128, "BK": 64, "num_warps": 8, "num_stages": 4},
     64: {"BN": 64, "BV": 128, "BK": 64, "num_warps": 8, "num_stages": 3},
 }
+NOISY_ROWS = 64  # with noise a group of 128 spills on sm_100
 FLOAT32 = {16: {"BN": 16, "BV": 64, "BK": 32, "num_warps": 4, "num_stages": 3}}
 
 
@@ -146,9 +148,10 @@ def _predict_kernel(
     )  # fmt: skip
 
 
-def _config(rows: int, dtype: torch.dtype, guided: bool) -> dict:
+def _config(rows: int, dtype: torch.dtype, guided: bool, noise: bool) -> dict:
     table = FLOAT32 if dtype == torch.float32 else GUIDED if guided else FUSED
-    return next((config for size, config in table.items() if rows <= size), table[max(table)])
+    sizes = [size for size in table if size <= NOISY_ROWS or not noise]
+    return table[next((size for size in sizes if rows <= size), sizes[-1])]
 
 
 def _logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -186,7 +189,7 @@ def _predict(
         return token, score, lse
     if path == "auto":
         path = "streamed" if rows > CROSSOVER[hidden.element_size()] else "fused"
-    config = _config(rows, hidden.dtype, uncond is not None) if path == "fused" else SELECT
+    config = _config(rows, hidden.dtype, uncond is not None, temperature > 0) if path == "fused" else SELECT
     splits = triton.cdiv(vocabulary, config["BV"])
     part = torch.empty(FIELDS, rows, splits, dtype=torch.float32, device=device)
     best = torch.empty(rows, splits, dtype=torch.int32, device=device)
@@ -229,31 +232,6 @@ def _(hidden, *args):
     return hidden.new_empty(rows, dtype=torch.int64), score, torch.empty_like(score)
 
 
-def _check(hidden, weight, bias, candidate, uncond):
-    """Raise ValueError for a tensor that the kernels would misread."""
-    rows, width = hidden.shape if hidden.dim() == 2 else (-1, -1)
-    expected = {
-        "hidden": (hidden, [rows, width]),
-        "weight": (weight, [weight.shape[0], width]),
-        "uncond": (uncond, [rows, width]),
-        "bias": (bias, [weight.shape[0]]),
-        "candidate": (candidate, [rows]),
-    }
-    for name, (x, shape) in expected.items():
-        if x is None:
-            continue
-        if list(x.shape) != shape or not x.is_contiguous() or x.device != hidden.device:
-            raise ValueError(
-                f"{name} is {list(x.shape)} with strides {x.stride()} on {x.device}; expected contiguous {shape} "
-                f"on {hidden.device} to go with hidden {list(hidden.shape)} and weight {list(weight.shape)}"
-            )
-        kinds = (torch.float32, torch.bfloat16, torch.float16) if name in ("hidden", "bias") else (hidden.dtype,)
-        if name == "candidate":
-            kinds = (torch.bool,)
-        if x.dtype not in kinds:
-            raise ValueError(f"{name} is {x.dtype}; expected {' or '.join(map(str, kinds))}")
-
-
 def predict(
     hidden: torch.Tensor,  # [N, D]
     weight: torch.Tensor,  # [V, D]
@@ -276,12 +254,23 @@ def predict(
 
     ``banned`` is compiled into the kernel as ranges of ids: meant for sets that stay, not for one that changes.
     """
-    _check(hidden, weight, bias, candidate, uncond)
-    vocabulary = weight.shape[0]
+    if hidden.dim() != 2 or weight.dim() != 2:
+        raise ValueError(f"hidden is {list(hidden.shape)} and weight {list(weight.shape)}; expected [N, D] and [V, D]")
+    (rows, width), vocabulary, device = hidden.shape, weight.shape[0], hidden.device
+    check_tensors(
+        device,
+        hidden=(hidden, [rows, width], FLOATS),
+        weight=(weight, [vocabulary, width], (hidden.dtype,)),
+        uncond=(uncond, [rows, width], (hidden.dtype,)),
+        bias=(bias, [vocabulary], FLOATS),
+        candidate=(candidate, [rows], (torch.bool,)),
+    )
     if vocabulary < 2 or vocabulary >= 1 << 30:
         raise ValueError(f"weight has {vocabulary} rows; expected 2 to 2^30 vocabulary ids")
     if confidence not in CONFIDENCES:
         raise ValueError(f"confidence={confidence!r} is not one of {', '.join(map(repr, CONFIDENCES))}")
+    if _path not in ("auto", "fused", "streamed"):
+        raise ValueError(f"_path={_path!r} is not one of 'auto', 'fused', 'streamed'")
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature={temperature} is not a finite number >= 0")
     ids = sorted({mask_id, *banned})
@@ -296,8 +285,8 @@ def predict(
     if temperature > 0 or confidence == "random":
         if row is None or position is None:
             raise ValueError(f"row and position are needed for temperature={temperature}, confidence={confidence!r}")
-        check_indices(hidden.device, hidden.shape[0], row=row, position=position)
-        seed, step = as_scalar("seed", seed, hidden.device), as_scalar("step", step, hidden.device)
+        check_tensors(device, row=(row, [rows], INTEGERS), position=(position, [rows], INTEGERS))
+        seed, step = as_scalar("seed", seed, device), as_scalar("step", step, device)
     else:
         seed = step = row = position = None
     return _predict(

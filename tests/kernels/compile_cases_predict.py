@@ -1,8 +1,8 @@
-"""Every kernel of gumbel, select and predict, in each configuration that ships, for `resources.py`."""
+"""Every kernel of gumbel, select, predict, commit and masked_loss, in each configuration that ships, for `resources.py`."""
 
 from resources import Case
 
-from dllm_fast.kernels import gumbel, predict, select
+from dllm_fast.kernels import commit, gumbel, masked_loss, predict, select
 
 KEYS = {"seed_ptr": "*i64", "step_ptr": "*i64", "row_ptr": "*i64", "position_ptr": "*i64"}
 NO_KEYS = {name: None for name in KEYS}
@@ -58,6 +58,29 @@ def _combine(confidence):
     return _case(f"combine-{confidence}", select._combine_kernel, signature, constexprs)
 
 
+def _commit(rule, positions, comparisons, warps):
+    signature = {"chosen_ptr": "*i1", "sequence_ptr": "*i64", "token_ptr": "*i64", "confidence_ptr": "*fp32"}
+    signature |= {"candidate_ptr": "*i1", "slot_ptr": "*i64", "limit": "fp32"}
+    signature |= {"T": "i32:16", "S": "i32", "sequence_stride": "i32"}
+    constexprs = {"RULE": rule, "BT": positions, "BJ": comparisons, "num_warps": warps}
+    if rule == "count":
+        signature["count_ptr"] = "*i64"
+    else:
+        constexprs["count_ptr"] = None
+    return _case(f"commit-{rule}-{positions}", commit._commit_kernel, signature, {}, constexprs)
+
+
+def _masked_loss(dtype, size):
+    config = masked_loss.CONFIGS[size]
+    signature = {"hidden_ptr": f"*{dtype}", "weight_ptr": f"*{dtype}", "bias_ptr": f"*{dtype}", "target_ptr": "*i64"}
+    signature |= {"peak_ptr": "*fp32", "mass_ptr": "*fp32", "logit_ptr": "*fp32"}
+    signature |= {"N": "i32", "V": "i32:16", "D": "i32:16", "S": "i32"}
+    constexprs = {"BIAS": True, "WIDEN": False, "GROUP": masked_loss.GROUP}
+    return _case(
+        f"masked_loss-{dtype}", masked_loss._masked_loss_kernel, signature, constexprs, config, matrix=size == 2
+    )
+
+
 CASES = [
     _case("gumbel", gumbel._gumbel_kernel, {"out_ptr": "*fp32", **KEYS, "column_ptr": "*i64", "V": "i32"}, {"BV": 1024}),
     _case("uniform", gumbel._uniform_kernel, {"out_ptr": "*fp32", **KEYS, "N": "i32"}, {"BN": 1024}),
@@ -73,8 +96,12 @@ CASES = [
     )),
     *(
         _predict("bf16", config, confidence, noise, False, gather)
-        for config in predict.FUSED.values()
-        for confidence, noise, gather in (("probability", False, False), ("margin", True, True), ("entropy", True, True))
+        for size, config in predict.FUSED.items()
+        for confidence, noise, gather in (
+            ("probability", False, False), ("margin", False, True), ("entropy", False, True),
+            ("margin", True, True), ("entropy", True, True),
+        )
+        if size <= predict.NOISY_ROWS or not noise
     ),
     *(
         _predict("bf16", config, confidence, noise, True, True)
@@ -83,4 +110,21 @@ CASES = [
     ),
     _predict("fp16", predict.FUSED[32], "probability", True, False, True),
     *(_predict("fp32", predict.FLOAT32[16], "margin", True, guided, True) for guided in (False, True)),
+    *(_commit(rule, *shape) for rule in commit.RULES for shape in ((32, 32, 4), (1024, 8, 8))),
+    *(_masked_loss(dtype, size) for dtype, size in (("bf16", 2), ("fp32", 4))),
+    _case(
+        "masked_loss-merge",
+        masked_loss._masked_loss_merge_kernel,
+        {"nll_ptr": "*fp32", "lse_ptr": "*fp32", "peak_ptr": "*fp32", "mass_ptr": "*fp32", "logit_ptr": "*fp32"}
+        | {"target_ptr": "*i64", "V": "i32:16", "S": "i32"},
+        {"BS": 1024},
+    ),
+    _case(
+        "masked_loss-gradient",
+        masked_loss._masked_loss_gradient_kernel,
+        {"out_ptr": "*bf16", "logits_ptr": "*fp32", "bias_ptr": "*bf16", "grad_ptr": "*fp32", "lse_ptr": "*fp32"}
+        | {"target_ptr": "*i64", "first": "i32", "C": "i32:16"},
+        {"BIAS": True},
+        masked_loss.GRADIENT,
+    ),
 ]
