@@ -33,8 +33,8 @@ CONFIDENCES = ("probability", "margin", "entropy", "random")
 CROSSOVER = {2: 128, 4: 16}
 CHUNK_ELEMENTS = 1 << 23  # of streamed logits at once: 32 MB, which an L2 of 40 MB and more keeps
 
-# By rows of a group. Two blocks an SM and four stages keep enough of the weights in flight; 64 and more rows need
-# eight warps, or the epilogue spills.
+# By rows of a group. Two blocks an SM and four stages keep enough of the weights in flight; from 64 rows the epilogue
+# needs the registers of eight warps.
 FUSED = {
     16: {"BN": 16, "BV": 128, "BK": 64, "num_warps": 4, "num_stages": 4},
     32: {"BN": 32, "BV": 128, "BK": 64, "num_warps": 4, "num_stages": 4},
@@ -46,7 +46,7 @@ GUIDED = {
     32: {"BN": 32, "BV": 128, "BK": 64, "num_warps": 8, "num_stages": 4},
     64: {"BN": 64, "BV": 128, "BK": 64, "num_warps": 8, "num_stages": 3},
 }
-NOISY_ROWS = 64  # with noise a group of 128 spills on sm_100
+PLAIN_ROWS = 64  # a larger group has no registers left for noise, margin or entropy: it spills on sm_100
 FLOAT32 = {16: {"BN": 16, "BV": 64, "BK": 32, "num_warps": 4, "num_stages": 3}}
 
 
@@ -148,9 +148,9 @@ def _predict_kernel(
     )  # fmt: skip
 
 
-def _config(rows: int, dtype: torch.dtype, guided: bool, noise: bool) -> dict:
+def _config(rows: int, dtype: torch.dtype, guided: bool, plain: bool) -> dict:
     table = FLOAT32 if dtype == torch.float32 else GUIDED if guided else FUSED
-    sizes = [size for size in table if size <= NOISY_ROWS or not noise]
+    sizes = [size for size in table if plain or size <= PLAIN_ROWS]
     return table[next((size for size in sizes if rows <= size), sizes[-1])]
 
 
@@ -189,7 +189,8 @@ def _predict(
         return token, score, lse
     if path == "auto":
         path = "streamed" if rows > CROSSOVER[hidden.element_size()] else "fused"
-    config = _config(rows, hidden.dtype, uncond is not None, temperature > 0) if path == "fused" else SELECT
+    plain = temperature == 0 and confidence in ("probability", "random")
+    config = _config(rows, hidden.dtype, uncond is not None, plain) if path == "fused" else SELECT
     splits = triton.cdiv(vocabulary, config["BV"])
     part = torch.empty(FIELDS, rows, splits, dtype=torch.float32, device=device)
     best = torch.empty(rows, splits, dtype=torch.int32, device=device)

@@ -98,10 +98,10 @@ CASES = [
         _predict("bf16", config, confidence, noise, False, gather)
         for size, config in predict.FUSED.items()
         for confidence, noise, gather in (
-            ("probability", False, False), ("margin", False, True), ("entropy", False, True),
+            ("probability", False, False), ("probability", False, True), ("probability", True, True),
             ("margin", True, True), ("entropy", True, True),
         )
-        if size <= predict.NOISY_ROWS or not noise
+        if size <= predict.PLAIN_ROWS or (confidence == "probability" and not noise)
     ),
     *(
         _predict("bf16", config, confidence, noise, True, True)
