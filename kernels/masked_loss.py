@@ -2,7 +2,7 @@
 
     z = h W^T + b,  nll[n] = logsumexp(z[n]) - z[n, target[n]],  loss = sum_n loss_weight[n] nll[n]
 
-Forward: every program multiplies a tile of weights by a tile of rows and keeps, for each row, the tile's peak m and
+Forward: every program multiplies a tile of rows by a tile of weights and keeps, for each row, the tile's peak m and
 S = sum e^(z - m), and the target's logit where it falls in the tile; a second kernel merges them: M = max m_i,
 lse = M + ln sum S_i e^(m_i - M). Logits stay in fp32; they are never rounded to the model's dtype.
 
@@ -67,26 +67,28 @@ def _masked_loss_kernel(
     k = tl.arange(0, BK)
     w_ptr = weight_ptr + source[:, None] * D + k[None, :]
     h_ptr = hidden_ptr + tl.minimum(n, N - 1)[:, None] * D + k[None, :]
-    z = tl.zeros([BV, BN], tl.float32)
+    # Rows are on the M side, of which there are plenty here: a thread then holds many columns of few rows, and the
+    # reductions over the vocabulary stay mostly within it.
+    z = tl.zeros([BN, BV], tl.float32)
     for start in range(0, D, BK):
         inside = (start + k < D)[None, :]  # [1, BK]
         w = tl.load(w_ptr, mask=inside, other=0.0)  # [BV, BK]
         h = tl.load(h_ptr, mask=inside, other=0.0)  # [BN, BK]
         if WIDEN:  # the interpreter would multiply bf16's bit patterns
             w, h = w.to(tl.float32), h.to(tl.float32)
-        z = tl.dot(w, tl.trans(h), z, input_precision="ieee")
+        z = tl.dot(h, tl.trans(w), z, input_precision="ieee")
         w_ptr += BK
         h_ptr += BK
     if BIAS:
-        z += tl.load(bias_ptr + source).to(tl.float32)[:, None]
-    z = tl.where(column[:, None] < V, z, float("-inf"))
-    peak = tl.max(z, 0)  # [BN]
+        z += tl.load(bias_ptr + source).to(tl.float32)[None, :]
+    z = tl.where(column[None, :] < V, z, float("-inf"))
+    peak = tl.max(z, 1)  # [BN]
     # A tile of -inf alone: -inf - -inf would be NaN.
-    mass = tl.sum(tl.exp(z - tl.where(peak == float("-inf"), 0.0, peak)[None, :]), 0)  # [BN]
+    mass = tl.sum(tl.exp(z - tl.where(peak == float("-inf"), 0.0, peak)[:, None]), 1)  # [BN]
     tl.store(peak_ptr + n * S + tile, peak, mask=n < N)
     tl.store(mass_ptr + n * S + tile, mass, mask=n < N)
     target = tl.load(target_ptr + n, mask=n < N, other=-1)  # [BN]
-    logit = tl.sum(tl.where(column[:, None] == target[None, :], z, 0.0), 0)  # [BN]
+    logit = tl.sum(tl.where(column[None, :] == target[:, None], z, 0.0), 1)  # [BN]
     here = (target >= tile * BV) & (target < tl.minimum((tile + 1) * BV, V))
     tl.store(logit_ptr + n, logit, mask=(n < N) & here)
 
@@ -123,7 +125,7 @@ def _masked_loss_merge_kernel(
 def _masked_loss_gradient_kernel(
     out_ptr,  # [N, C] of the model's dtype: dz
     logits_ptr,  # [N, C] fp32, without the bias
-    bias_ptr,  # [V]
+    bias_ptr,  # [C]: the chunk's
     grad_ptr,  # [N] fp32: of nll
     lse_ptr,  # [N] fp32
     target_ptr,  # [N] int64
@@ -136,7 +138,7 @@ def _masked_loss_gradient_kernel(
     at = tl.program_id(1) * BV + tl.arange(0, BV)  # [BV]
     z = tl.load(logits_ptr + n * C + at, mask=at < C, other=0.0)  # [BV]
     if BIAS:
-        z += tl.load(bias_ptr + first + at, mask=at < C, other=0.0).to(tl.float32)
+        z += tl.load(bias_ptr + at, mask=at < C, other=0.0).to(tl.float32)
     p = tl.exp(z - tl.load(lse_ptr + n))
     onehot = (first + at == tl.load(target_ptr + n)).to(tl.float32)
     tl.store(out_ptr + n * C + at, tl.load(grad_ptr + n) * (p - onehot), mask=at < C)
@@ -208,8 +210,9 @@ def _masked_loss_backward(
         dz = torch.empty(logits.shape, dtype=hidden.dtype, device=device)
         with torch.cuda.device_of(hidden):
             _masked_loss_gradient_kernel[(rows, triton.cdiv(logits.shape[1], GRADIENT["BV"]))](
-                dz, logits, bias, grad, lse, target, first, logits.shape[1], BIAS=bias is not None, **GRADIENT
-            )
+                dz, logits, None if bias is None else bias[part], grad, lse, target, first, logits.shape[1],
+                BIAS=bias is not None, **GRADIENT,
+            )  # fmt: skip
         if needs[0]:
             grad_hidden += _product(dz, weight[part])
         if needs[1]:
