@@ -203,9 +203,7 @@ def gumbel(
         position=(position, [row.numel()], INTEGERS),
         columns=(columns, [columns.numel()], INTEGERS),
     )
-    return _gumbel(
-        as_scalar("seed", seed, row.device), as_scalar("step", step, row.device), row, position, columns
-    )
+    return _gumbel(as_scalar("seed", seed, row.device), as_scalar("step", step, row.device), row, position, columns)
 
 
 def uniform(

@@ -207,12 +207,14 @@ def _masked_loss_backward(
     for first in range(0, vocabulary, chunk):
         part = slice(first, min(first + chunk, vocabulary))
         logits = _product(hidden, weight[part].T)  # [N, C]
-        dz = torch.empty(logits.shape, dtype=hidden.dtype, device=device)
+        # The interpreter cuts fp32 off to bf16 where a GPU rounds: on a CPU PyTorch does it.
+        dz = torch.empty(logits.shape, dtype=hidden.dtype if hidden.is_cuda else torch.float32, device=device)
         with torch.cuda.device_of(hidden):
             _masked_loss_gradient_kernel[(rows, triton.cdiv(logits.shape[1], GRADIENT["BV"]))](
                 dz, logits, None if bias is None else bias[part], grad, lse, target, first, logits.shape[1],
                 BIAS=bias is not None, **GRADIENT,
             )  # fmt: skip
+        dz = dz.to(hidden.dtype)
         if needs[0]:
             grad_hidden += _product(dz, weight[part])
         if needs[1]:

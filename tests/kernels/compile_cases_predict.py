@@ -82,7 +82,9 @@ def _masked_loss(dtype, size):
 
 
 CASES = [
-    _case("gumbel", gumbel._gumbel_kernel, {"out_ptr": "*fp32", **KEYS, "column_ptr": "*i64", "V": "i32"}, {"BV": 1024}),
+    _case(
+        "gumbel", gumbel._gumbel_kernel, {"out_ptr": "*fp32", **KEYS, "column_ptr": "*i64", "V": "i32"}, {"BV": 1024}
+    ),
     _case("uniform", gumbel._uniform_kernel, {"out_ptr": "*fp32", **KEYS, "N": "i32"}, {"BN": 1024}),
     _case(
         "compact",
@@ -91,15 +93,23 @@ CASES = [
         {"BN": 1024},
     ),
     *(_combine(confidence) for confidence in predict.CONFIDENCES),
-    *(_select(confidence, noise, guided) for confidence, noise, guided in (
-        ("probability", False, False), ("margin", True, True), ("entropy", True, False),
-    )),
+    *(
+        _select(confidence, noise, guided)
+        for confidence, noise, guided in (
+            ("probability", False, False),
+            ("margin", True, True),
+            ("entropy", True, False),
+        )
+    ),
     *(
         _predict("bf16", config, confidence, noise, False, gather)
         for size, config in predict.FUSED.items()
         for confidence, noise, gather in (
-            ("probability", False, False), ("probability", False, True), ("probability", True, True),
-            ("margin", True, True), ("entropy", True, True),
+            ("probability", False, False),
+            ("probability", False, True),
+            ("probability", True, True),
+            ("margin", True, True),
+            ("entropy", True, True),
         )
         if size <= predict.PLAIN_ROWS or (confidence == "probability" and not noise)
     ),

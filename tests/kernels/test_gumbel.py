@@ -61,7 +61,7 @@ def test_words_at_the_extremes(device):
     top = (1 << 32) - 1
     ends = [0, 1, 2, 255, (1 << 24) - 1, 1 << 24, (1 << 24) + 1, (1 << 31) - 1]
     third = ((1 << 64) // 3) >> 32
-    highs = [*ends, *(top - x for x in ends), third - 1, third, third + 1, top - third - 1, top - third, top - third + 1]
+    highs = [*ends, *(top - x for x in ends), *(x + i for x in (third, top - third) for i in (-1, 0, 1))]
     highs += [int((1 << 32) * math.exp(-1)) + i for i in (-1, 0, 1)]  # G changes sign at U = 1/e
     pairs = [(h, low) for h in highs for low in (0, 1, 1 << 31, top - 1, top)]
     pairs += [(0, 0)] * (128 - len(pairs) % 128)
@@ -84,7 +84,7 @@ def test_words_at_the_extremes(device):
 
 @pytest.mark.parametrize("key", KEYS.values(), ids=KEYS.keys())
 def test_matches_definition(device, key, poison):
-    row, position = indices(3, device)
+    row, position = indices(2, device)
     columns = torch.cat((torch.arange(1030), torch.tensor([126463, 126462, 5, 5, (1 << 31) + 7]))).to(device)
     noise = gumbel(*key, row, position, columns)
     assert_close(noise, reference.gumbel(*key, row, position, columns))

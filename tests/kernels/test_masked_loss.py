@@ -61,7 +61,9 @@ def assert_matches(*arguments):
     truth = gradients(reference.masked_loss, *arguments, dtype=torch.float64)
     eager = gradients(reference.masked_loss, *arguments)
     ours = gradients(masked_loss, *arguments)
-    for name, x, rough, exact in zip(("loss", "hidden", "weight", "bias", "loss_weight"), ours, eager, truth, strict=True):
+    for name, x, rough, exact in zip(
+        ("loss", "hidden", "weight", "bias", "loss_weight"), ours, eager, truth, strict=True
+    ):
         if exact is None:
             assert x is None
             continue
