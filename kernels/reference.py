@@ -288,7 +288,7 @@ def commit(
     ``threshold``; or the largest k with ``(k + 1) (1 - c_k) < factor``, c sorted downwards (arXiv:2505.22618). At
     least one and at most all of a row's candidates. NaN counts as -inf.
     """
-    score = confidence.nan_to_num(nan=float("-inf")).masked_fill(~candidate, float("-inf"))
+    score = confidence.masked_fill(~candidate | confidence.isnan(), float("-inf"))
     order = score.argsort(dim=-1, descending=True, stable=True)
     # A candidate at -inf still comes before what is none, or a row could keep nothing for ever.
     order = order.gather(1, candidate.gather(1, order).int().argsort(dim=-1, descending=True, stable=True))

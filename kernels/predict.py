@@ -1,0 +1,296 @@
+"""Masked rows -> LM head -> token, confidence, log-sum-exp, with no [N, V] tensor in memory.
+
+    z = h W^T + b                                   or z = z_u + (s + 1) (z_c - z_u) + b with guidance
+    token = argmax_v z_v + temperature * G_v        over admissible v, ties to the lowest
+    lse = ln sum_v e^(z_v)                          over the whole vocabulary
+
+`select.py` reduces logits a tile of the vocabulary at a time and merges the tiles. Two ways to a tile's logits:
+
+- fused, for few rows: weights [BV, BK] times rows^T [BK, BN]. The vocabulary is on the M side, because wgmma's M is
+  64 and there may be one row. A weight tile is read once a group of BN rows, and reading it is what this takes.
+  Candidates are compacted on the device, so that a group is full; groups past the last candidate exit.
+- streamed, for many: cuBLAS multiplies all rows by a chunk of the vocabulary, small enough that its fp32 logits stay
+  in L2 until the reduction reads them. Rows are not gathered: their number is not known to the host, so it would
+  spare no multiplication. Rows that are no candidates are skipped by the reduction.
+
+Guidance keeps two accumulators. Combining the hidden states first needs one product, but in bf16 it rounds the
+combination at the size that guidance has amplified it to; two fp32 logits are exact, and the weights, which are the
+cost, are still read once.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from dllm_fast.kernels.gumbel import INTEGERS, as_scalar, check_tensors
+from dllm_fast.kernels.select import FIELDS, SELECT, combine, reduce_tile, select
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+CONFIDENCES = ("probability", "margin", "entropy", "random")
+
+# Rows above which cuBLAS and a reduction replace the fused kernel, by bytes of an element. To be set by measurement:
+# bench both paths at 32 to 512 rows. fp32 is multiplied without tensor cores, where cuBLAS is ahead sooner.
+CROSSOVER = {2: 128, 4: 16}
+CHUNK_ELEMENTS = 1 << 23  # of streamed logits at once: 32 MB, which an L2 of 40 MB and more keeps
+
+# By rows of a group. Two blocks an SM and four stages keep enough of the weights in flight; from 64 rows the epilogue
+# needs the registers of eight warps.
+FUSED = {
+    16: {"BN": 16, "BV": 128, "BK": 64, "num_warps": 4, "num_stages": 4},
+    32: {"BN": 32, "BV": 128, "BK": 64, "num_warps": 4, "num_stages": 4},
+    64: {"BN": 64, "BV": 128, "BK": 64, "num_warps": 8, "num_stages": 4},
+    128: {"BN": 128, "BV": 128, "BK": 64, "num_warps": 8, "num_stages": 3},
+}
+GUIDED = {
+    16: {"BN": 16, "BV": 128, "BK": 64, "num_warps": 4, "num_stages": 4},
+    32: {"BN": 32, "BV": 128, "BK": 64, "num_warps": 8, "num_stages": 4},
+    64: {"BN": 64, "BV": 128, "BK": 64, "num_warps": 8, "num_stages": 3},
+}
+PLAIN_ROWS = 64  # a larger group has no registers left for noise, margin or entropy: it spills on sm_100
+FLOAT32 = {16: {"BN": 16, "BV": 64, "BK": 32, "num_warps": 4, "num_stages": 3}}
+
+
+@triton.jit
+def _compact_kernel(
+    index_ptr,  # [N] int32: the candidates' rows, in order
+    count_ptr,  # [1] int32: how many
+    candidate_ptr,  # [N] bool
+    N,
+    BN: tl.constexpr,
+):
+    count = 0
+    for start in range(0, N, BN):
+        n = start + tl.arange(0, BN)  # [BN]
+        keep = tl.load(candidate_ptr + n, mask=n < N, other=0).to(tl.int32)  # [BN]
+        tl.store(index_ptr + count + tl.cumsum(keep, 0) - 1, n, mask=keep != 0)
+        count += tl.sum(keep, 0)
+    tl.store(count_ptr, count)
+
+
+@triton.jit(do_not_specialize=["N"])
+def _predict_kernel(
+    hidden_ptr,  # [N, D]
+    uncond_ptr,  # [N, D]
+    weight_ptr,  # [V, D]
+    bias_ptr,  # [V]
+    index_ptr,  # [N] int32, with GATHER
+    count_ptr,  # [1] int32, with GATHER
+    part_ptr,  # [FIELDS, N, S] fp32
+    best_ptr,  # [N, S] int32
+    seed_ptr,  # [1] int64
+    step_ptr,  # [1] int64
+    row_ptr,  # [N] int
+    position_ptr,  # [N] int
+    guidance,
+    temperature,
+    N,
+    V,
+    D,
+    S,
+    EXCLUDED: tl.constexpr,
+    CONFIDENCE: tl.constexpr,
+    NOISE: tl.constexpr,
+    GATHER: tl.constexpr,
+    GUIDED: tl.constexpr,
+    BIAS: tl.constexpr,
+    WIDEN: tl.constexpr,
+    BN: tl.constexpr,
+    BV: tl.constexpr,
+    BK: tl.constexpr,
+):
+    # Groups run fastest, so that the groups that share a weight tile find it in L2.
+    groups = tl.cdiv(N, BN)
+    tile, group = tl.program_id(0) // groups, tl.program_id(0) % groups
+    count = N
+    if GATHER:
+        count = tl.load(count_ptr)
+    if group * BN >= count:
+        return
+    at = group * BN + tl.arange(0, BN)  # [BN]
+    n = at.to(tl.int64)
+    if GATHER:
+        n = tl.load(index_ptr + at, mask=at < count, other=0).to(tl.int64)
+    else:
+        n = tl.minimum(n, N - 1)
+    column = tile * BV + tl.arange(0, BV)  # [BV]
+    # Rows past the vocabulary read its last one again, which is cheaper than a mask in the loop; they are dropped.
+    source = tl.minimum(column, V - 1).to(tl.int64)
+
+    k = tl.arange(0, BK)
+    w_ptr = weight_ptr + source[:, None] * D + k[None, :]
+    h_ptr = hidden_ptr + n[:, None] * D + k[None, :]
+    if GUIDED:
+        u_ptr = uncond_ptr + n[:, None] * D + k[None, :]
+    z = tl.zeros([BV, BN], tl.float32)
+    base = tl.zeros([BV, BN], tl.float32)
+    for start in range(0, D, BK):
+        inside = (start + k < D)[None, :]  # [1, BK]
+        w = tl.load(w_ptr, mask=inside, other=0.0)  # [BV, BK]
+        h = tl.load(h_ptr, mask=inside, other=0.0)  # [BN, BK]
+        if WIDEN:  # the interpreter would multiply bf16's bit patterns
+            w, h = w.to(tl.float32), h.to(tl.float32)
+        z = tl.dot(w, tl.trans(h), z, input_precision="ieee")
+        if GUIDED:
+            u = tl.load(u_ptr, mask=inside, other=0.0)  # [BN, BK]
+            if WIDEN:
+                u = u.to(tl.float32)
+            base = tl.dot(w, tl.trans(u), base, input_precision="ieee")
+            u_ptr += BK
+        w_ptr += BK
+        h_ptr += BK
+    if GUIDED:
+        z = base + guidance * (z - base)
+    if BIAS:
+        z += tl.load(bias_ptr + source).to(tl.float32)[:, None]
+    reduce_tile(
+        z, column, n, at < count, tile, part_ptr, best_ptr, seed_ptr, step_ptr, row_ptr, position_ptr,
+        temperature, N, V, S, EXCLUDED, CONFIDENCE, NOISE, BV, BN,
+    )  # fmt: skip
+
+
+def _config(rows: int, dtype: torch.dtype, guided: bool, plain: bool) -> dict:
+    table = FLOAT32 if dtype == torch.float32 else GUIDED if guided else FUSED
+    sizes = [size for size in table if plain or size <= PLAIN_ROWS]
+    return table[next((size for size in sizes if rows <= size), sizes[-1])]
+
+
+def _logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """``hidden weight^T`` in fp32, not rounded to the inputs' dtype in between."""
+    if hidden.dtype == torch.float32:
+        return hidden @ weight.T
+    if hidden.is_cuda:
+        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+    return hidden.float() @ weight.float().T
+
+
+@torch.library.custom_op("dllm_fast::predict", mutates_args=())
+def _predict(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    candidate: torch.Tensor | None,
+    uncond: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    step: torch.Tensor | None,
+    row: torch.Tensor | None,
+    position: torch.Tensor | None,
+    mask_id: int,
+    excluded: list[int],
+    confidence: str,
+    temperature: float,
+    guidance: float,
+    path: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    (rows, width), vocabulary, device = hidden.shape, weight.shape[0], hidden.device
+    token = torch.empty(rows, dtype=torch.int64, device=device)
+    score = torch.empty(rows, dtype=torch.float32, device=device)
+    lse = torch.empty(rows, dtype=torch.float32, device=device)
+    if rows == 0:
+        return token, score, lse
+    if path == "auto":
+        path = "streamed" if rows > CROSSOVER[hidden.element_size()] else "fused"
+    plain = temperature == 0 and confidence in ("probability", "random")
+    config = _config(rows, hidden.dtype, uncond is not None, plain) if path == "fused" else SELECT
+    splits = triton.cdiv(vocabulary, config["BV"])
+    part = torch.empty(FIELDS, rows, splits, dtype=torch.float32, device=device)
+    best = torch.empty(rows, splits, dtype=torch.int32, device=device)
+    keys = (seed, step, row, position)
+    flags = {
+        "EXCLUDED": tuple(excluded),
+        "CONFIDENCE": confidence,
+        "NOISE": temperature > 0,
+        "GATHER": candidate is not None,
+        "GUIDED": uncond is not None,
+        "BIAS": bias is not None,
+        **config,
+    }
+    with torch.cuda.device_of(hidden):
+        if path == "fused":
+            index = count = None
+            if candidate is not None:
+                index = torch.empty(rows, dtype=torch.int32, device=device)
+                count = torch.empty(1, dtype=torch.int32, device=device)
+                _compact_kernel[(1,)](index, count, candidate, rows, BN=1024, num_warps=4)
+            _predict_kernel[(splits * triton.cdiv(rows, config["BN"]),)](
+                hidden, uncond, weight, bias, index, count, part, best, *keys,
+                guidance, temperature, rows, vocabulary, width, splits, WIDEN=not hidden.is_cuda, **flags,
+            )  # fmt: skip
+        else:
+            tiles = max(1, CHUNK_ELEMENTS // (rows * config["BV"]))  # of a chunk
+            for first in range(0, splits, tiles):
+                part_of = weight[first * config["BV"] : (first + tiles) * config["BV"]]
+                logits = _logits(hidden, part_of)  # [N, C]
+                base = None if uncond is None else _logits(uncond, part_of)
+                select(logits, base, bias, candidate, part, best, keys, guidance, temperature, first, vocabulary, flags)
+        combine(token, score, lse, part, best, candidate, keys, mask_id, vocabulary, confidence)
+    return token, score, lse
+
+
+@_predict.register_fake
+def _(hidden, *args):
+    rows = hidden.shape[0]
+    score = hidden.new_empty(rows, dtype=torch.float32)
+    return hidden.new_empty(rows, dtype=torch.int64), score, torch.empty_like(score)
+
+
+def predict(
+    hidden: torch.Tensor,  # [N, D]
+    weight: torch.Tensor,  # [V, D]
+    bias: torch.Tensor | None = None,  # [V]
+    *,
+    mask_id: int,
+    candidate: torch.Tensor | None = None,  # [N] bool
+    confidence: str = "probability",
+    temperature: float = 0.0,
+    seed: int | torch.Tensor = 0,  # int, or [1] int64 on the device
+    step: int | torch.Tensor = 0,  # int, or [1] int64 on the device
+    row: torch.Tensor | None = None,  # [N] int
+    position: torch.Tensor | None = None,  # [N] int
+    uncond: torch.Tensor | None = None,  # [N, D]
+    cfg_scale: float = 0.0,
+    banned: tuple[int, ...] = (),
+    _path: str = "auto",  # "fused" or "streamed": for tests and benches
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`reference.predict` for fp32, bf16 and fp16: token [N] int64, confidence [N] fp32, log-sum-exp [N] fp32.
+
+    ``banned`` is compiled into the kernel as ranges of ids: meant for sets that stay, not for one that changes.
+    """
+    if hidden.dim() != 2 or weight.dim() != 2:
+        raise ValueError(f"hidden is {list(hidden.shape)} and weight {list(weight.shape)}; expected [N, D] and [V, D]")
+    (rows, width), vocabulary, device = hidden.shape, weight.shape[0], hidden.device
+    check_tensors(
+        device,
+        hidden=(hidden, [rows, width], FLOATS),
+        weight=(weight, [vocabulary, width], (hidden.dtype,)),
+        uncond=(uncond, [rows, width], (hidden.dtype,)),
+        bias=(bias, [vocabulary], FLOATS),
+        candidate=(candidate, [rows], (torch.bool,)),
+    )
+    if vocabulary < 2 or vocabulary >= 1 << 30:
+        raise ValueError(f"weight has {vocabulary} rows; expected 2 to 2^30 vocabulary ids")
+    if confidence not in CONFIDENCES:
+        raise ValueError(f"confidence={confidence!r} is not one of {', '.join(map(repr, CONFIDENCES))}")
+    if _path not in ("auto", "fused", "streamed"):
+        raise ValueError(f"_path={_path!r} is not one of 'auto', 'fused', 'streamed'")
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature={temperature} is not a finite number >= 0")
+    ids = sorted({mask_id, *banned})
+    if ids[0] < 0 or ids[-1] >= vocabulary or len(ids) == vocabulary:
+        raise ValueError(f"mask_id={mask_id}, banned={banned}: outside, or all of, the vocabulary of {vocabulary}")
+    excluded = []  # the ids as ranges [low, high)
+    for i in ids:
+        if excluded and excluded[-1] == i:
+            excluded[-1] = i + 1
+        else:
+            excluded += [i, i + 1]
+    if temperature > 0 or confidence == "random":
+        if row is None or position is None:
+            raise ValueError(f"row and position are needed for temperature={temperature}, confidence={confidence!r}")
+        check_tensors(device, row=(row, [rows], INTEGERS), position=(position, [rows], INTEGERS))
+        seed, step = as_scalar("seed", seed, device), as_scalar("step", step, device)
+    else:
+        seed = step = row = position = None
+    return _predict(
+        hidden, weight, bias, candidate, uncond, seed, step, row, position, mask_id, excluded,
+        confidence, float(temperature), cfg_scale + 1.0, _path,
+    )  # fmt: skip

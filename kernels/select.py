@@ -1,0 +1,235 @@
+"""Logits -> token, confidence, log-sum-exp: the part of `predict` that follows the head, a vocabulary tile at a time.
+
+The vocabulary is cut into tiles. A tile leaves six numbers a row and one id: its peak m, S = sum e^(z - m), the best
+score, that token and its noise-free logit, and what the confidence needs: T = sum e^(z - m) (z - m) for the entropy,
+or the two best admissible logits for the margin. `_combine_kernel` merges tiles:
+
+    M = max m_i,  S = sum S_i e^(m_i - M),  T = sum e^(m_i - M) (T_i + (m_i - M) S_i)
+    lse = M + ln S,  p_v = e^(z_v - M) / S,  sum p ln p = T / S - ln S
+
+Every quantity is relative to the peak, so huge and -inf logits are safe, and the probability is e^(z - M) / S: through
+lse it would lose the digits that z and lse share.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from dllm_fast.kernels.gumbel import gumbel_tile, uniform_from_key
+
+FIELDS = 6  # peak, mass, best score, its logit, and two of the confidence's
+SELECT = {"BV": 2048, "num_warps": 8}
+
+
+@triton.jit
+def reduce_tile(
+    z,  # [BV, BN] fp32 logits, bias included
+    column,  # [BV] vocabulary ids, ascending
+    n,  # [BN] int64 rows
+    valid,  # [BN] whether there is such a row
+    tile,  # where among the splits
+    part_ptr,  # [FIELDS, N, S] fp32
+    best_ptr,  # [N, S] int32
+    seed_ptr,  # [1] int64
+    step_ptr,  # [1] int64
+    row_ptr,  # [N] int
+    position_ptr,  # [N] int
+    temperature,
+    N,
+    V,
+    S,
+    EXCLUDED: tl.constexpr,  # (low, high, low, high, ...): no token from [low, high)
+    CONFIDENCE: tl.constexpr,
+    NOISE: tl.constexpr,
+    BV: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """The tile's numbers for each row, stored at split ``tile``."""
+    id = column[:, None]  # [BV, 1]
+    z = tl.where(id < V, z, float("-inf"))
+    peak = tl.max(z, 0)  # [BN]
+    # A tile of -inf alone: -inf - -inf would be NaN.
+    shift = tl.where(peak == float("-inf"), 0.0, peak)[None, :]  # [1, BN]
+    mass = tl.exp(z - shift)  # [BV, BN]
+    at = part_ptr + n * S + tile  # [BN]
+    field = N.to(tl.int64) * S
+    tl.store(at, peak, mask=valid)
+    tl.store(at + field, tl.sum(mass, 0), mask=valid)
+    if CONFIDENCE == "entropy":
+        slope = tl.where(mass > 0, mass * (z - shift), 0.0)  # [BV, BN]; 0 * -inf is 0 here
+        tl.store(at + 4 * field, tl.sum(slope, 0), mask=valid)
+
+    allowed = id < V  # [BV, 1]
+    for i in tl.static_range(0, len(EXCLUDED), 2):
+        allowed = allowed & ((id < EXCLUDED[i]) | (id >= EXCLUDED[i + 1]))
+    admissible = tl.where(allowed, z, float("-inf"))  # [BV, BN]
+    scored = admissible
+    if NOISE:
+        row = tl.load(row_ptr + n, mask=valid, other=0).to(tl.uint32)[None, :]  # [1, BN]
+        position = tl.load(position_ptr + n, mask=valid, other=0).to(tl.uint32)[None, :]  # [1, BN]
+        seed, step = tl.load(seed_ptr), tl.load(step_ptr).to(tl.uint32)
+        scored += temperature * gumbel_tile(seed, step, row, position, tile * BV, BV, BN)
+    best = tl.max(scored, 0)  # [BN]
+    # A minimum of ids, not an argmax: it is the lowest id that ties by construction, on any reduction order.
+    token = tl.min(tl.where(scored == best[None, :], id, 0x7FFFFFFF), 0)  # [BN]
+    tl.store(at + 2 * field, best, mask=valid)
+    tl.store(best_ptr + n * S + tile, token, mask=valid)
+    tl.store(at + 3 * field, tl.sum(tl.where(id == token[None, :], z, 0.0), 0), mask=valid)
+    if CONFIDENCE == "margin":
+        first = tl.max(admissible, 0)  # [BN]
+        where = tl.min(tl.where(admissible == first[None, :], id, 0x7FFFFFFF), 0)  # [BN]
+        second = tl.max(tl.where(id == where[None, :], float("-inf"), admissible), 0)  # [BN]
+        tl.store(at + 4 * field, first, mask=valid)
+        tl.store(at + 5 * field, second, mask=valid)
+
+
+@triton.jit(do_not_specialize=["N", "first"])
+def _select_kernel(
+    logits_ptr,  # [N, C] fp32
+    base_ptr,  # [N, C] fp32
+    bias_ptr,  # [V]
+    candidate_ptr,  # [N] bool, with GATHER
+    part_ptr,  # [FIELDS, N, S] fp32
+    best_ptr,  # [N, S] int32
+    seed_ptr,  # [1] int64
+    step_ptr,  # [1] int64
+    row_ptr,  # [N] int
+    position_ptr,  # [N] int
+    guidance,
+    temperature,
+    first,  # the chunk's first tile
+    N,
+    V,
+    C,
+    S,
+    EXCLUDED: tl.constexpr,
+    CONFIDENCE: tl.constexpr,
+    NOISE: tl.constexpr,
+    GATHER: tl.constexpr,
+    GUIDED: tl.constexpr,
+    BIAS: tl.constexpr,
+    BV: tl.constexpr,
+):
+    n = tl.program_id(0).to(tl.int64)
+    live = True
+    if GATHER:
+        live = tl.load(candidate_ptr + n) != 0
+    if not live:
+        return
+    within = tl.program_id(1) * BV + tl.arange(0, BV)  # [BV]
+    column = first * BV + within
+    z = tl.load(logits_ptr + n * C + within, mask=within < C, other=0.0)  # [BV]
+    if GUIDED:
+        base = tl.load(base_ptr + n * C + within, mask=within < C, other=0.0)  # [BV]
+        z = base + guidance * (z - base)
+    if BIAS:
+        z += tl.load(bias_ptr + column, mask=column < V, other=0.0).to(tl.float32)
+    one = n + tl.arange(0, 1)  # [1]
+    reduce_tile(
+        z[:, None], column, one, one < N, first + tl.program_id(1), part_ptr, best_ptr, seed_ptr, step_ptr, row_ptr,
+        position_ptr, temperature, N, V, S, EXCLUDED, CONFIDENCE, NOISE, BV, 1,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["mask_id"])
+def _combine_kernel(
+    token_ptr,  # [N] int64
+    confidence_ptr,  # [N] fp32
+    lse_ptr,  # [N] fp32
+    part_ptr,  # [FIELDS, N, S] fp32
+    best_ptr,  # [N, S] int32
+    candidate_ptr,  # [N] bool, with GATHER
+    seed_ptr,  # [1] int64
+    step_ptr,  # [1] int64
+    row_ptr,  # [N] int
+    position_ptr,  # [N] int
+    mask_id,
+    V,
+    S,
+    CONFIDENCE: tl.constexpr,
+    GATHER: tl.constexpr,
+    BS: tl.constexpr,  # at least S
+):
+    n = tl.program_id(0).to(tl.int64)
+    live = True
+    if GATHER:
+        live = tl.load(candidate_ptr + n) != 0
+    s = tl.arange(0, BS)  # [BS]
+    inside = (s < S) & live
+    at = part_ptr + n * S + s
+    field = tl.num_programs(0).to(tl.int64) * S
+    low = float("-inf")
+    peaks = tl.load(at, mask=inside, other=low)  # [BS]
+    masses = tl.load(at + field, mask=inside, other=0.0)  # [BS]
+    peak = tl.max(peaks, 0)
+    shift = tl.where(peak == low, 0.0, peak)
+    scale = tl.exp(peaks - shift)  # [BS]
+    mass = tl.sum(masses * scale, 0)
+
+    scores = tl.load(at + 2 * field, mask=inside, other=low)  # [BS]
+    ids = tl.load(best_ptr + n * S + s, mask=inside, other=0x7FFFFFFF)  # [BS]
+    token = tl.min(tl.where(scores == tl.max(scores, 0), ids, 0x7FFFFFFF), 0)
+    if CONFIDENCE == "probability":
+        logits = tl.load(at + 3 * field, mask=inside, other=low)  # [BS]
+        score = tl.exp(tl.sum(tl.where(ids == token, logits, 0.0), 0) - shift) / mass
+    elif CONFIDENCE == "margin":
+        firsts = tl.load(at + 4 * field, mask=inside, other=low)  # [BS]
+        seconds = tl.load(at + 5 * field, mask=inside, other=low)  # [BS]
+        first = tl.max(firsts, 0)
+        winner = tl.min(tl.where(firsts == first, s, BS), 0)
+        second = tl.max(tl.where(s == winner, seconds, firsts), 0)
+        score = (tl.exp(first - shift) - tl.exp(second - shift)) / mass
+    elif CONFIDENCE == "entropy":
+        slopes = tl.load(at + 4 * field, mask=inside, other=0.0)  # [BS]
+        # Where scale is 0 the difference may be -inf.
+        slopes = tl.where(scale > 0, scale * (slopes + (peaks - shift) * masses), 0.0)
+        score = tl.sum(slopes, 0) / mass - tl.log(mass)
+    else:
+        row, position = tl.load(row_ptr + n).to(tl.uint32), tl.load(position_ptr + n).to(tl.uint32)
+        score = uniform_from_key(tl.load(seed_ptr), tl.load(step_ptr).to(tl.uint32), row, position)
+    # NaN logits equal no maximum; the clamp keeps such a row's token in the vocabulary.
+    tl.store(token_ptr + n, tl.where(live, tl.minimum(token, V - 1), mask_id).to(tl.int64))
+    tl.store(confidence_ptr + n, tl.where(live, score, low))
+    tl.store(lse_ptr + n, tl.where(live, shift + tl.log(mass), 0.0))
+
+
+def select(
+    logits: torch.Tensor,  # [N, C] fp32: a chunk of the vocabulary, whole tiles except at its end
+    base: torch.Tensor | None,  # [N, C] fp32
+    bias: torch.Tensor | None,  # [V]
+    candidate: torch.Tensor | None,  # [N] bool
+    part: torch.Tensor,  # [FIELDS, N, S] fp32, written
+    best: torch.Tensor,  # [N, S] int32, written
+    keys: tuple,  # seed [1], step [1], row [N], position [N], or None each
+    guidance: float,
+    temperature: float,
+    first: int,  # the chunk's first tile
+    vocabulary: int,
+    flags: dict,  # the kernel's constants
+) -> None:
+    """Reduce a chunk of logits to its tiles' numbers."""
+    rows, columns = logits.shape
+    _select_kernel[(rows, triton.cdiv(columns, flags["BV"]))](
+        logits, base, bias, candidate, part, best, *keys,
+        guidance, temperature, first, rows, vocabulary, columns, best.shape[1], **flags,
+    )  # fmt: skip
+
+
+def combine(
+    token: torch.Tensor,  # [N] int64, written
+    confidence: torch.Tensor,  # [N] fp32, written
+    lse: torch.Tensor,  # [N] fp32, written
+    part: torch.Tensor,  # [FIELDS, N, S] fp32
+    best: torch.Tensor,  # [N, S] int32
+    candidate: torch.Tensor | None,  # [N] bool
+    keys: tuple,  # seed [1], step [1], row [N], position [N], or None each
+    mask_id: int,
+    vocabulary: int,
+    kind: str,
+) -> None:
+    """Merge every row's tiles into the results."""
+    rows, splits = best.shape
+    _combine_kernel[(rows,)](
+        token, confidence, lse, part, best, candidate, *keys, mask_id, vocabulary, splits,
+        CONFIDENCE=kind, GATHER=candidate is not None, BS=triton.next_power_of_2(splits), num_warps=4,
+    )  # fmt: skip

@@ -1,0 +1,140 @@
+"""Every kernel of gumbel, select, predict, commit and masked_loss, in each configuration that ships, for `resources.py`."""
+
+from resources import Case
+
+from dllm_fast.kernels import commit, gumbel, masked_loss, predict, select
+
+KEYS = {"seed_ptr": "*i64", "step_ptr": "*i64", "row_ptr": "*i64", "position_ptr": "*i64"}
+NO_KEYS = {name: None for name in KEYS}
+PARTS = {"part_ptr": "*fp32", "best_ptr": "*i32"}
+SCALE = {"guidance": "fp32", "temperature": "fp32"}
+EXCLUDED = (126081, 126082, 126336, 126337)
+
+
+def _case(name, fn, signature, constexprs, config=None, matrix=False):
+    config = dict(config or {})
+    launch = {key: config.pop(key) for key in ("num_warps", "num_stages") if key in config}
+    return Case(name, fn, signature, {**constexprs, **config}, matrix=matrix, **launch)
+
+
+def _keys(noise):
+    """Signature and constants of the noise's pointers, which are None without noise."""
+    return (KEYS, {}) if noise else ({}, NO_KEYS)
+
+
+def _predict(dtype, config, confidence, noise, guided, gather):
+    keys, none = _keys(noise)
+    signature = {"hidden_ptr": f"*{dtype}", "weight_ptr": f"*{dtype}", **PARTS, **keys, **SCALE, "N": "i32"}
+    signature |= {"V": "i32:16", "D": "i32:16", "S": "i32"}
+    for present, names in ((guided, {"uncond_ptr": f"*{dtype}"}), (gather, {"index_ptr": "*i32", "count_ptr": "*i32"})):
+        if present:
+            signature |= names
+        else:
+            none = none | dict.fromkeys(names)
+    constexprs = {"EXCLUDED": EXCLUDED, "CONFIDENCE": confidence, "NOISE": noise, "GATHER": gather, "GUIDED": guided}
+    constexprs |= {"BIAS": False, "bias_ptr": None, "WIDEN": False, **none}
+    name = f"predict-{dtype}-{config['BN']}-{confidence}" + "-noise" * noise + "-guided" * guided + "-gather" * gather
+    return _case(name, predict._predict_kernel, signature, constexprs, config, matrix=dtype != "fp32")
+
+
+def _select(confidence, noise, guided):
+    keys, none = _keys(noise)
+    signature = {"logits_ptr": "*fp32", "bias_ptr": "*bf16", "candidate_ptr": "*i1", **PARTS, **keys, **SCALE}
+    signature |= {"first": "i32", "N": "i32", "V": "i32:16", "C": "i32:16", "S": "i32"}
+    if guided:
+        signature["base_ptr"] = "*fp32"
+    else:
+        none = none | {"base_ptr": None}
+    constexprs = {"EXCLUDED": EXCLUDED, "CONFIDENCE": confidence, "NOISE": noise, "GATHER": True, "GUIDED": guided}
+    name = f"select-{confidence}" + "-noise" * noise + "-guided" * guided
+    return _case(name, select._select_kernel, signature, {**constexprs, "BIAS": True, **none}, select.SELECT)
+
+
+def _combine(confidence):
+    keys, none = _keys(confidence == "random")
+    signature = {"token_ptr": "*i64", "confidence_ptr": "*fp32", "lse_ptr": "*fp32", **PARTS, "candidate_ptr": "*i1"}
+    signature |= {**keys, "mask_id": "i32", "V": "i32:16", "S": "i32"}
+    constexprs = {"CONFIDENCE": confidence, "GATHER": True, "BS": 1024, **none}
+    return _case(f"combine-{confidence}", select._combine_kernel, signature, constexprs)
+
+
+def _commit(rule, positions, comparisons, warps):
+    signature = {"chosen_ptr": "*i1", "sequence_ptr": "*i64", "token_ptr": "*i64", "confidence_ptr": "*fp32"}
+    signature |= {"candidate_ptr": "*i1", "slot_ptr": "*i64", "limit": "fp32"}
+    signature |= {"T": "i32:16", "S": "i32", "sequence_stride": "i32"}
+    constexprs = {"RULE": rule, "BT": positions, "BJ": comparisons, "num_warps": warps}
+    if rule == "count":
+        signature["count_ptr"] = "*i64"
+    else:
+        constexprs["count_ptr"] = None
+    return _case(f"commit-{rule}-{positions}", commit._commit_kernel, signature, {}, constexprs)
+
+
+def _masked_loss(dtype, size):
+    config = masked_loss.CONFIGS[size]
+    signature = {"hidden_ptr": f"*{dtype}", "weight_ptr": f"*{dtype}", "bias_ptr": f"*{dtype}", "target_ptr": "*i64"}
+    signature |= {"peak_ptr": "*fp32", "mass_ptr": "*fp32", "logit_ptr": "*fp32"}
+    signature |= {"N": "i32", "V": "i32:16", "D": "i32:16", "S": "i32"}
+    constexprs = {"BIAS": True, "WIDEN": False, "GROUP": masked_loss.GROUP}
+    return _case(
+        f"masked_loss-{dtype}", masked_loss._masked_loss_kernel, signature, constexprs, config, matrix=size == 2
+    )
+
+
+CASES = [
+    _case(
+        "gumbel", gumbel._gumbel_kernel, {"out_ptr": "*fp32", **KEYS, "column_ptr": "*i64", "V": "i32"}, {"BV": 1024}
+    ),
+    _case("uniform", gumbel._uniform_kernel, {"out_ptr": "*fp32", **KEYS, "N": "i32"}, {"BN": 1024}),
+    _case(
+        "compact",
+        predict._compact_kernel,
+        {"index_ptr": "*i32", "count_ptr": "*i32", "candidate_ptr": "*i1", "N": "i32"},
+        {"BN": 1024},
+    ),
+    *(_combine(confidence) for confidence in predict.CONFIDENCES),
+    *(
+        _select(confidence, noise, guided)
+        for confidence, noise, guided in (
+            ("probability", False, False),
+            ("margin", True, True),
+            ("entropy", True, False),
+        )
+    ),
+    *(
+        _predict("bf16", config, confidence, noise, False, gather)
+        for size, config in predict.FUSED.items()
+        for confidence, noise, gather in (
+            ("probability", False, False),
+            ("probability", False, True),
+            ("probability", True, True),
+            ("margin", True, True),
+            ("entropy", True, True),
+        )
+        if size <= predict.PLAIN_ROWS or (confidence == "probability" and not noise)
+    ),
+    *(
+        _predict("bf16", config, confidence, noise, True, True)
+        for config in predict.GUIDED.values()
+        for confidence, noise in (("probability", False), ("margin", True))
+    ),
+    _predict("fp16", predict.FUSED[32], "probability", True, False, True),
+    *(_predict("fp32", predict.FLOAT32[16], "margin", True, guided, True) for guided in (False, True)),
+    *(_commit(rule, *shape) for rule in commit.RULES for shape in ((32, 32, 4), (1024, 8, 8))),
+    *(_masked_loss(dtype, size) for dtype, size in (("bf16", 2), ("fp32", 4))),
+    _case(
+        "masked_loss-merge",
+        masked_loss._masked_loss_merge_kernel,
+        {"nll_ptr": "*fp32", "lse_ptr": "*fp32", "peak_ptr": "*fp32", "mass_ptr": "*fp32", "logit_ptr": "*fp32"}
+        | {"target_ptr": "*i64", "V": "i32:16", "S": "i32"},
+        {"BS": 1024},
+    ),
+    _case(
+        "masked_loss-gradient",
+        masked_loss._masked_loss_gradient_kernel,
+        {"out_ptr": "*bf16", "logits_ptr": "*fp32", "bias_ptr": "*bf16", "grad_ptr": "*fp32", "lse_ptr": "*fp32"}
+        | {"target_ptr": "*i64", "first": "i32", "C": "i32:16"},
+        {"BIAS": True},
+        masked_loss.GRADIENT,
+    ),
+]
