@@ -2,14 +2,18 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test gpu lint clean
 
 demo: .venv/.core
 	$(BIN)/dllm-fast demo
 
 test: .venv/.dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -n 2 -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
+
+# On a machine with a GPU, with the Python that has torch there; installs nothing.
+gpu:
+	PYTHONPATH=. $(PYTHON) bench/gpu.py
 
 lint: .venv/.dev
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .

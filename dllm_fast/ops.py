@@ -4,40 +4,80 @@
 it has them, and is differentiable, so that training goes through the same forward.
 """
 
+import functools
+import importlib
+import os
+from types import SimpleNamespace
+
 import torch
 import torch.nn.functional as F
 
 from dllm_fast.kernels import reference
 
-IMPLS = ("auto", "torch")
+IMPLS = ("auto", "triton", "torch")
+KERNELS = {
+    "attention": ("attention",),
+    "rope": ("rope",),
+    "norm": ("rms_norm", "layer_norm"),
+    "glu": ("swiglu", "geglu"),
+    "predict": ("predict",),
+    "commit": ("commit",),
+    "masked_loss": ("masked_loss",),
+}
 CHUNK = 256  # rows of logits held at once: 256 x 126,464 fp32 is 130 MB
 
 
 def resolve(impl: str, device: torch.device) -> str:
-    """The implementation that ``impl`` stands for on ``device``. Raises ValueError if it cannot be had."""
+    """The implementation that ``impl`` stands for on ``device``. Raises ValueError if it cannot be had.
+
+    ``"auto"`` is PyTorch until the kernels have been checked on a GPU; ``"triton"`` wants a CUDA device, or
+    TRITON_INTERPRET=1, which runs them in Triton's interpreter: right, and very slow.
+    """
     if impl not in IMPLS:
         raise ValueError(f"impl={impl!r} is not one of {', '.join(map(repr, IMPLS))}")
-    return "torch"
+    if impl == "triton":
+        if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ValueError(f"impl='triton': the model is on {device}; it needs CUDA, or TRITON_INTERPRET=1")
+        try:
+            _triton()
+        except ImportError as error:
+            raise ValueError(f"impl='triton': {error}") from error
+    return "torch" if impl == "auto" else impl
+
+
+@functools.cache
+def _triton() -> SimpleNamespace:
+    """The launchers, imported when first asked for: the package works where Triton does not."""
+    modules = {file: importlib.import_module(f"dllm_fast.kernels.{file}") for file in KERNELS}
+    return SimpleNamespace(**{name: getattr(modules[file], name) for file, names in KERNELS.items() for name in names})
 
 
 def rms_norm(x, weight, eps, residual=None, impl="torch"):
     """`reference.rms_norm`."""
+    if impl == "triton":
+        return _triton().rms_norm(x, weight, eps, residual)
     return reference.rms_norm(x, weight, eps, residual)
 
 
 def layer_norm(x, weight, bias, eps, residual=None, impl="torch"):
     """`reference.layer_norm`."""
+    if impl == "triton":
+        return _triton().layer_norm(x, weight, bias, eps, residual)
     h = x if residual is None else x + residual
     return F.layer_norm(h, h.shape[-1:], weight, bias, eps), h
 
 
 def swiglu(gate, up, impl="torch"):
     """`reference.swiglu`."""
+    if impl == "triton":
+        return _triton().swiglu(gate, up)
     return F.silu(gate) * up
 
 
 def geglu(gate, up, impl="torch"):
     """`reference.geglu`."""
+    if impl == "triton":
+        return _triton().geglu(gate, up)
     return F.gelu(gate) * up
 
 
@@ -46,6 +86,12 @@ def rope(q, k, v, cos, sin, position=None, slot=None, keys=None, values=None, im
 
     Without buffers the rotated k and v themselves are what attention reads. ``position`` and ``slot`` default to 0.
     """
+    if impl == "triton":
+        zero = torch.zeros(q.shape[0], dtype=torch.int64, device=q.device)
+        if keys is None:
+            keys, values = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
+        position, slot = (zero if x is None else x for x in (position, slot))
+        return _triton().rope(q, k, v, cos, sin, position, slot, keys, values), keys, values
     if keys is not None:
         return reference.rope(q, k, v, cos, sin, position, slot, keys, values), keys, values
     if position is None:
@@ -65,9 +111,11 @@ def attention(q, keys, values, start=None, end=None, slot=None, window=None, imp
     """`reference.attention`; ``start`` and ``slot`` default to 0, ``end`` to the number of slots."""
     (batch, queries), slots = q.shape[:2], keys.shape[1]
     mask = None
-    if start is not None or end is not None or window is not None:
+    if impl == "triton" or start is not None or end is not None or window is not None:
         zero = torch.zeros(batch, dtype=torch.int64, device=q.device)
         start, end, slot = (zero if x is None else x for x in (start, zero + slots if end is None else end, slot))
+        if impl == "triton":
+            return _triton().attention(q, keys, values, start, end, slot, window)
         mask = reference.visible_slots(queries, slots, start, end, slot, window)[:, None]
     group = q.shape[2] // keys.shape[2]
     if group > 1:
@@ -84,6 +132,10 @@ def predict(hidden, weight, bias=None, *, candidate=None, uncond=None, cfg_scale
 
     On a CPU only the candidates' rows are multiplied; elsewhere that would need a host sync, so all are.
     """
+    if impl == "triton":
+        return _triton().predict(
+            hidden, weight, bias, candidate=candidate, uncond=uncond, cfg_scale=cfg_scale, **options
+        )
     rows = slice(None)
     if candidate is not None and not candidate.is_cuda:
         rows = candidate.nonzero()[:, 0]
@@ -112,9 +164,13 @@ def predict(hidden, weight, bias=None, *, candidate=None, uncond=None, cfg_scale
 
 def commit(sequence, token, confidence, candidate, slot, *, impl="torch", **rule):
     """`reference.commit`."""
+    if impl == "triton":
+        return _triton().commit(sequence, token, confidence, candidate, slot, **rule)
     return reference.commit(sequence, token, confidence, candidate, slot, **rule)
 
 
 def masked_loss(hidden, weight, bias, target, loss_weight, impl="torch"):
     """`reference.masked_loss`."""
+    if impl == "triton":
+        return _triton().masked_loss(hidden, weight, bias, target, loss_weight)
     return reference.masked_loss(hidden, weight, bias, target, loss_weight)

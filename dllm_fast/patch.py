@@ -33,7 +33,7 @@ def patch(model: nn.Module, impl: str = "auto") -> nn.Module:
 
     Args:
         model: a LLaDA (native or remote code) or a ``transformers.ModernBertForMaskedLM``, on a real device.
-        impl: ``"auto"`` or ``"torch"``. What cannot be had raises; nothing falls back silently.
+        impl: ``"auto"``, ``"torch"`` or ``"triton"``, see `ops.resolve`. What cannot be had raises.
 
     ``model(input_ids, attention_mask=...)`` then goes through `dllm_fast.ops` whenever no gradient is wanted; any
     other call (labels, ``position_ids``, a mask with holes, training) is answered by the model's own forward.

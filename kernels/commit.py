@@ -109,7 +109,7 @@ def commit(
     threshold: float | None = None,
     factor: float | None = None,
 ) -> torch.Tensor:
-    """`reference.commit`: the chosen candidates, [B, T] bool, now in ``sequence``. Nothing is written outside [0, S)."""
+    """`reference.commit`: the chosen candidates [B, T] bool, now in ``sequence``. Writes nothing outside [0, S)."""
     rules = [name for name, value in zip(RULES, (count, threshold, factor), strict=True) if value is not None]
     if len(rules) != 1:
         raise ValueError(f"exactly one of {', '.join(RULES)} must be given, not {rules}")

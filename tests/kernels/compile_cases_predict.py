@@ -1,4 +1,4 @@
-"""Every kernel of gumbel, select, predict, commit and masked_loss, in each configuration that ships, for `resources.py`."""
+"""Every kernel of gumbel, select, predict, commit and masked_loss in each configuration that ships."""
 
 from resources import Case
 

@@ -57,7 +57,7 @@ def gradients(function, hidden, weight, bias, target, loss_weight, dtype=None):
 
 
 def assert_matches(*arguments):
-    """Each result at most twice as far from the truth as eager PyTorch's in the same dtype, or 16 ulp of its largest."""
+    """Each result at most twice as far from the truth as eager's in the same dtype, or 16 ulp of its largest."""
     truth = gradients(reference.masked_loss, *arguments, dtype=torch.float64)
     eager = gradients(reference.masked_loss, *arguments)
     ours = gradients(masked_loss, *arguments)

@@ -7,7 +7,7 @@ from resources import SHARED_LIMIT, measured
 
 
 @pytest.mark.parametrize("arch", SHARED_LIMIT)
-@pytest.mark.parametrize("module", ["compile_cases_attention"])
+@pytest.mark.parametrize("module", ["compile_cases_attention", "compile_cases_predict"])
 def test_fits(module, arch):
     cases = {case.name: case for case in importlib.import_module(module).CASES if arch in case.archs}
     complaints = []

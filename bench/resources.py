@@ -1,0 +1,30 @@
+"""What every kernel compiles to, without a GPU. ``python bench/resources.py [arch ...]``, default 80 90 100.
+
+Registers a thread, bytes spilled, bytes of shared memory, matrix instructions, for each configuration that ships.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "kernels"))
+
+from resources import SHARED_LIMIT, measured
+
+from dllm_fast.view import print_table
+
+MODULES = ("compile_cases_attention", "compile_cases_predict")
+
+
+def main() -> None:
+    for arch in map(int, sys.argv[1:] or SHARED_LIMIT):
+        rows = []
+        for module in MODULES:
+            for name, used in measured(module, arch).items():
+                matrix = {80: used.hmma, 90: used.hgmma, 100: used.tcgen05}[arch]
+                rows.append([name, *(str(x) for x in (used.registers, used.spill, used.shared, matrix))])
+        columns = ["kernel", "registers", "spilled bytes", "shared bytes", "matrix instructions"]
+        print_table(columns, rows, f"sm_{arch}")
+
+
+if __name__ == "__main__":
+    main()
