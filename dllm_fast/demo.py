@@ -14,14 +14,11 @@ from dllm_fast.schedules import Pyramid, Threshold, Uniform
 from dllm_fast.view import print_table, watching
 
 PROMPTS = (
-    "Maria has 12 apples. She buys 3 bags with 4 apples in each bag. How many apples does Maria have now?\n",
-    "A shop sells pens for $2 each and notebooks for $5 each. Tom buys 4 pens and 3 notebooks. How much does he pay?\n",
+    "Maria has 12 apples. She buys 3 bags with",
+    "Every day James runs 3 miles before",
 )
-GAP = (
-    "And Moses spake unto the children of Israel, saying, ",
-    24,
-    " and all the people answered and said, All that the LORD hath spoken we will do.",
-)
+GAP = ("And Moses spake unto the children of Israel, saying,", 12, " and all the people answered and said, All that the"
+       " LORD hath spoken we will do.")  # fmt: skip
 LENGTH, BLOCK, REPEATS = 64, 32, 3
 
 
@@ -30,18 +27,18 @@ def demo(plain: bool = False) -> None:
     torch.manual_seed(0)
     model, tokenizer = _load("llada-gsm8k")
     mask_id, eos_id = model.config.mask_token_id, tokenizer.eos_token_id
-    print("A small LLaDA trained on grade-school arithmetic answers (its English is better than its sums):")
+    print("A small LLaDA, trained for an hour on two cores, goes on with grade-school word problems:")
     for prompt in PROMPTS:
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
         with watching(tokenizer, mask_id, plain, "llada-gsm8k") as streamer:
             generate(
-                model, ids, gen_length=LENGTH, block_length=BLOCK, schedule=Uniform(LENGTH // 2), cache="none",
-                temperature=0.5, eos_id=eos_id, seed=0, streamer=streamer,
+                model, ids, gen_length=LENGTH, block_length=BLOCK, schedule=Uniform(LENGTH), cache="none",
+                temperature=0.3, confidence="entropy", eos_id=eos_id, seed=1, streamer=streamer,
             )  # fmt: skip
         print()
 
     filler, words = _load("modernbert-kjv")
-    print("A small ModernBERT trained on the King James Bible fills a gap:")
+    print("A small ModernBERT, trained as long on the King James Bible, fills a gap:")
     before, gap, after = GAP
     ids = words(before)["input_ids"] + [filler.config.mask_token_id] * gap + words(after)["input_ids"]
     with watching(words, filler.config.mask_token_id, plain, "modernbert-kjv") as streamer:
