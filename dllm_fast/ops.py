@@ -84,7 +84,8 @@ def geglu(gate, up, impl="torch"):
 def rope(q, k, v, cos, sin, position=None, slot=None, keys=None, values=None, impl="torch"):
     """`reference.rope`, returning (q, keys, values).
 
-    Without buffers the rotated k and v themselves are what attention reads. ``position`` and ``slot`` default to 0.
+    Without buffers the rotated k and v themselves are what attention reads. ``position`` defaults to 0. Every slot
+    must lie inside the buffers: picking out those that do would cost more than the writes.
     """
     if impl == "triton":
         zero = torch.zeros(q.shape[0], dtype=torch.int64, device=q.device)
@@ -92,8 +93,6 @@ def rope(q, k, v, cos, sin, position=None, slot=None, keys=None, values=None, im
             keys, values = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
         position, slot = (zero if x is None else x for x in (position, slot))
         return _triton().rope(q, k, v, cos, sin, position, slot, keys, values), keys, values
-    if keys is not None:
-        return reference.rope(q, k, v, cos, sin, position, slot, keys, values), keys, values
     if position is None:
         c, s = cos[: q.shape[1], None], sin[: q.shape[1], None]
     else:
@@ -104,7 +103,12 @@ def rope(q, k, v, cos, sin, position=None, slot=None, keys=None, values=None, im
         x1, x2 = x.float().chunk(2, -1)
         return torch.cat((x1 * c - x2 * s, x2 * c + x1 * s), -1).to(x.dtype)
 
-    return rotate(q), rotate(k), v
+    if keys is None:
+        return rotate(q), rotate(k), v
+    row = torch.arange(q.shape[0], device=q.device)[:, None]
+    to = slot[:, None] + torch.arange(q.shape[1], device=q.device)
+    keys[row, to], values[row, to] = rotate(k), v
+    return rotate(q), keys, values
 
 
 def attention(q, keys, values, start=None, end=None, slot=None, window=None, impl="torch"):
