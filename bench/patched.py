@@ -6,7 +6,9 @@ LLaDA's published sampler the patched model gives. Then samples at NFE = tokens 
 JSON line.
 """
 
+import datetime
 import json
+import os
 import platform
 import subprocess
 
@@ -89,7 +91,8 @@ def samples(name: str, tokenizer) -> list[dict]:
 
 def main() -> None:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    print(f"{platform.machine()}, torch {torch.__version__}, transformers {transformers.__version__}, commit {commit}")
+    device = f"{platform.machine()}, {os.cpu_count()} cores, {datetime.date.today()}"
+    print(f"{device}, torch {torch.__version__}, transformers {transformers.__version__}, commit {commit}")
     rows, texts = [], []
     for name in PROMPTS:
         tokenizer = AutoTokenizer.from_pretrained(dllm_fast.model_path(name))

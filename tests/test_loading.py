@@ -132,18 +132,33 @@ def test_safetensors_size_is_the_files(folder):
         assert safetensors_size(file) == file.stat().st_size
 
 
-@pytest.mark.parametrize("name", ["llada-gsm8k", "modernbert-kjv"])
-def test_shipped_models_write_english(name):
+ENGLISH = {
+    "llada-gsm8k": (
+        "How many apples does he have left?",
+        "She buys 3 bags of apples and 2 boxes of oranges. How much does she pay in total?",
+    ),
+    "modernbert-kjv": (
+        "And the LORD spake unto Moses, saying, Speak unto the children of Israel.",
+        "And it came to pass in those days, that the king of Israel sent unto the people.",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ENGLISH)
+def test_shipped_models_know_english(name):
+    """Each token of two sentences hidden in turn: luck would guess 1 in 2048."""
     assert name in dllm_fast.shipped()
     model = dllm_fast.from_pretrained(name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(dllm_fast.model_path(name))
     assert tokenizer.mask_token_id == model.config.mask_token_id
-    text = {"llada-gsm8k": "How many apples does he have", "modernbert-kjv": "And the LORD spake unto Moses"}[name]
-    ids = tokenizer(text, return_tensors="pt")["input_ids"]
-    hidden = ids.clone()
-    hidden[0, ids.shape[1] // 2] = model.config.mask_token_id
-    out = dllm_fast.generate(model, hidden, gen_length=0, block_length=1)
-    assert tokenizer.decode(out.sequences[0]) == text
+    right = total = 0
+    for text in ENGLISH[name]:
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        length = ids.shape[1]
+        hidden = ids.repeat(length, 1).fill_diagonal_(model.config.mask_token_id)
+        out = dllm_fast.generate(model, hidden, gen_length=0, block_length=1).sequences
+        right, total = right + int((out.diagonal() == ids[0]).sum()), total + length
+    assert right >= 0.4 * total
 
 
 # What LLaDA's published file does that transformers 5 does not accept, in a model of our own: it reads
