@@ -76,6 +76,14 @@ def train_tokenizer(texts: list[str], vocab_size: int, length: int) -> PreTraine
     )
 
 
+def save_tokenizer(tokenizer, folder: Path) -> None:
+    """Save it so that transformers 4 loads it too: version 5 writes a class name that only version 5 has."""
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    config = path.read_text().replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"')
+    path.write_text(config)
+
+
 class PackedText(Dataset):
     """Documents tokenized, joined with end-of-text, and cut into rows of ``length`` tokens."""
 
@@ -225,12 +233,12 @@ def pretrain(args: argparse.Namespace) -> Path:
     checkpoint = get_last_checkpoint(str(out)) if out.is_dir() else None
     if checkpoint and not args.resume:
         raise ValueError(f"--out: {out} already holds {Path(checkpoint).name}; add --resume or choose another folder")
-    tokenizer.save_pretrained(kept)
+    save_tokenizer(tokenizer, kept)
     began = time.time()
     trainer.train(resume_from_checkpoint=checkpoint)
     final = out / "final"
     model.to(getattr(torch, args.save_dtype)).save_pretrained(final)
-    tokenizer.save_pretrained(final)
+    save_tokenizer(tokenizer, final)
     (final / "recipe.json").write_text(json.dumps(recipe(args, trainer, time.time() - began), indent=2) + "\n")
     plot_loss(trainer.state.log_history, final / "loss.png")
     return final

@@ -24,6 +24,12 @@ def spans(tokenizer, ids: list[int], mask_id: int, new: set[int]) -> list[tuple[
     return runs
 
 
+def until_end(tokenizer, sequence: torch.Tensor) -> list[int]:
+    """Ids up to the first end of text: what stands after it is dropped when the row is finished."""
+    ids, eos = sequence.tolist(), getattr(tokenizer, "eos_token_id", None)
+    return ids[: ids.index(eos)] if eos in ids else ids
+
+
 class Plain:
     """A `generate` streamer that prints the sequence each time another quarter of it is known."""
 
@@ -35,13 +41,13 @@ class Plain:
         pass
 
     def put_draft(self, value: torch.Tensor, sequence: torch.Tensor) -> None:
-        ids = sequence.tolist()
-        hidden = ids.count(self.mask_id)
+        hidden = sequence.tolist().count(self.mask_id)
         self.total = max(self.total, hidden + 1)
         quarter = 4 * (self.total - hidden) // self.total
-        if quarter > self.printed or hidden == 0:
-            self.printed = quarter
-            text = "".join(text for text, _ in spans(self.tokenizer, ids, self.mask_id, set()))
+        shown = until_end(self.tokenizer, sequence)
+        text = "".join(text for text, _ in spans(self.tokenizer, shown, self.mask_id, set()))
+        if (quarter > self.printed or hidden == 0) and text != self.last:
+            self.printed, self.last = quarter, text
             print(f"{self.total - hidden:>4} known | {' '.join(text.split())}", file=self.file)
 
     def end(self) -> None:
@@ -64,7 +70,7 @@ class Live:
         pass
 
     def put_draft(self, value: torch.Tensor, sequence: torch.Tensor) -> None:
-        ids = sequence.tolist()
+        ids = until_end(self.tokenizer, sequence)
         new = {at for at, (old, now) in enumerate(zip(self.before, ids)) if old == self.mask_id != now}
         self.before, self.step = ids, self.step + 1
         self._draw(ids, new)

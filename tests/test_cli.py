@@ -84,6 +84,13 @@ class Letters:
         return "".join(chr(97 + i) for i in ids)
 
 
+def test_nothing_is_shown_after_the_end_of_text():
+    letters = Letters()
+    assert view.until_end(letters, torch.tensor([3, 1, 9, 1])) == [3, 1, 9, 1]
+    letters.eos_token_id = 1
+    assert view.until_end(letters, torch.tensor([3, 4, 1, 9, 1])) == [3, 4]
+
+
 def test_spans_group_masks_and_news():
     got = view.spans(Letters(), [0, 1, 9, 9, 2, 3, 4], 9, {5})
     assert got == [("ab", "text"), (view.HIDDEN * 2, "mask"), ("c", "text"), ("d", "new"), ("e", "text")]

@@ -103,6 +103,15 @@ def test_documents_are_paragraphs_or_templated_lines(tmp_path):
     assert train.documents(text, "{text}", None) == ["one\ntwo", "three"]
 
 
+def test_a_saved_tokenizer_loads_in_transformers_4_too(tmp_path):
+    tokenizer = train.train_tokenizer([TEXT], 300, 64)
+    train.save_tokenizer(tokenizer, tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+    again = train.AutoTokenizer.from_pretrained(tmp_path)
+    assert again("The fox.")["input_ids"] == tokenizer("The fox.")["input_ids"] and again.mask_token_id == 299
+
+
 def test_packed_rows_hold_every_token_in_order():
     tokenizer = train.train_tokenizer([TEXT], 300, 64)
     assert tokenizer.decode(tokenizer("a 123 é")["input_ids"]) == "a 123 é"
