@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoConfig, ModernBertForMaskedLM, PreTrainedModel
+from transformers import AutoConfig, ModernBertForMaskedLM, PretrainedConfig, PreTrainedModel
 
 from dllm_fast.llada import LLaDAModelLM
 from dllm_fast.patch import patch
@@ -54,8 +54,10 @@ def from_pretrained(
         raise ValueError(f"{name}: no such folder")
     config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **kwargs)
     remote = trust_remote_code and "AutoModel" in getattr(config, "auto_map", {})
-    if config.model_type == "llada":
-        cls = _mended_remote_class(config, name, **kwargs) if remote else LLaDAModelLM
+    if config.model_type == "llada" and remote:
+        config, cls = _mended_remote_code(config.auto_map, name, **kwargs)
+    elif config.model_type == "llada":
+        cls = LLaDAModelLM
     elif config.model_type == "modernbert":
         cls = ModernBertForMaskedLM
     else:
@@ -105,26 +107,30 @@ def safetensors_size(path: Path) -> int | None:
     return 8 + length + max(ends, default=0)
 
 
-def _mended_remote_class(config, name: str, **kwargs) -> type[PreTrainedModel]:
-    """LLaDA's published class, made to load under transformers 5.
+def _mended_remote_code(auto_map: dict, name: str, **kwargs) -> tuple[PretrainedConfig, type[PreTrainedModel]]:
+    """LLaDA's published config and class, made to load under transformers 5.
 
     It reads ``config.use_cache``, which configs no longer have; never calls ``post_init``, which sets what
     ``from_pretrained`` now asks for; and its ``tie_weights`` takes no arguments, but is given some.
     """
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-    cls = get_class_from_dynamic_module(config.auto_map["AutoModel"], name, **kwargs)
+    # AutoConfig would give the native config, which is registered for the same model type.
+    config = get_class_from_dynamic_module(auto_map["AutoConfig"], name, **kwargs).from_pretrained(name, **kwargs)
+    cls = get_class_from_dynamic_module(auto_map["AutoModel"], name, **kwargs)
     if not hasattr(config, "use_cache"):
         config.use_cache = False
     if int(transformers.__version__.split(".")[0]) < 5 or "_dllm_fast_mended" in cls.__dict__:
-        return cls
+        return config, cls
     published_init, published_tie = cls.__init__, cls.tie_weights
     head, embedding = "model.transformer.ff_out.weight", "model.transformer.wte.weight"
 
     def __init__(self, *args, **kwargs):
         published_init(self, *args, **kwargs)
         if not hasattr(self, "all_tied_weights_keys"):
-            self.all_tied_weights_keys = {head: embedding} if getattr(self.config, "weight_tying", False) else {}
+            tied = getattr(self.config, "weight_tying", False)
+            self.all_tied_weights_keys = {head: embedding} if tied else {}
+            published_tie(self)  # makes the head that the entry above names
 
     def tie_weights(self, missing_keys: set[str] | None = None, **kwargs):
         published_tie(self)
@@ -132,4 +138,4 @@ def _mended_remote_class(config, name: str, **kwargs) -> type[PreTrainedModel]:
             missing_keys -= {head, embedding}
 
     cls.__init__, cls.tie_weights, cls._dllm_fast_mended = __init__, tie_weights, True
-    return cls
+    return config, cls

@@ -12,6 +12,7 @@ from tiny import make_llada, make_modernbert
 from transformers import AutoModel, AutoTokenizer
 
 import dllm_fast
+from dllm_fast import LLaDAConfig
 from dllm_fast.loading import safetensors_size
 
 
@@ -182,6 +183,8 @@ class LLaDAModelLM(PreTrainedModel):
     def __init__(self, config, model=None, init_params=False):
         super().__init__(config)
         self.model = LLaDAModel(config)
+        if config.weight_tying:  # the published file makes no head of its own then
+            del self.model.transformer["ff_out"]
     def forward(self, input_ids=None, attention_mask=None, use_cache=None, return_dict=None):
         use_cache = self.config.use_cache if use_cache is None else use_cache
         return CausalLMOutputWithPast(logits=self.model(input_ids, attention_mask))
@@ -208,6 +211,7 @@ def test_the_remote_code_class_is_mended(tmp_path, ids, tied, monkeypatch):
     assert isinstance(native, dllm_fast.LLaDAModelLM)
     remote = dllm_fast.from_pretrained(folder, trust_remote_code=True)
     assert "transformers_modules" in type(remote).__module__
+    assert "transformers_modules" in type(remote.config).__module__ and not isinstance(remote.config, LLaDAConfig)
     torch.testing.assert_close(remote(ids).logits, model(ids).logits, atol=1e-5, rtol=1e-4)
     out = remote(ids)
     assert type(out).__name__ == "CausalLMOutputWithPast"
