@@ -27,7 +27,7 @@ def demo(plain: bool = False) -> None:
     torch.manual_seed(0)
     model, tokenizer = _load("llada-gsm8k")
     mask_id, eos_id = model.config.mask_token_id, tokenizer.eos_token_id
-    print("A small LLaDA, trained for an hour on two cores, goes on with grade-school word problems:")
+    print("A small LLaDA, trained on two CPU cores, goes on with grade-school word problems:")
     for prompt in PROMPTS:
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
         with watching(tokenizer, mask_id, plain, "llada-gsm8k") as streamer:
@@ -38,7 +38,7 @@ def demo(plain: bool = False) -> None:
         print()
 
     filler, words = _load("modernbert-kjv")
-    print("A small ModernBERT, trained as long on the King James Bible, fills a gap:")
+    print("A small ModernBERT, trained on the King James Bible, fills a gap:")
     before, gap, after = GAP
     ids = words(before)["input_ids"] + [filler.config.mask_token_id] * gap + words(after)["input_ids"]
     with watching(words, filler.config.mask_token_id, plain, "modernbert-kjv") as streamer:
