@@ -23,7 +23,7 @@ from transformers.modeling_outputs import MaskedLMOutput
 
 from dllm_fast.kernels.reference import rope_table
 
-_TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
+TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
 
 
 class LLaDAConfig(PretrainedConfig):
@@ -186,7 +186,7 @@ class LLaDAModelLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         if config.weight_tying:
             head, embedding = "model.transformer.ff_out.weight", "model.transformer.wte.weight"
-            self._tied_weights_keys = {head: embedding} if _TRANSFORMERS_5 else [head]
+            self._tied_weights_keys = {head: embedding} if TRANSFORMERS_5 else [head]
         self.model = LLaDAModel(config)
         self.post_init()
 

@@ -5,10 +5,9 @@ import struct
 from pathlib import Path
 
 import torch
-import transformers
 from transformers import AutoConfig, ModernBertForMaskedLM, PretrainedConfig, PreTrainedModel
 
-from dllm_fast.llada import LLaDAModelLM
+from dllm_fast.llada import TRANSFORMERS_5, LLaDAModelLM
 from dllm_fast.patch import patch
 
 MODELS = Path(__file__).with_name("models")
@@ -120,7 +119,7 @@ def _mended_remote_code(auto_map: dict, name: str, **kwargs) -> tuple[Pretrained
     cls = get_class_from_dynamic_module(auto_map["AutoModel"], name, **kwargs)
     if not hasattr(config, "use_cache"):
         config.use_cache = False
-    if int(transformers.__version__.split(".")[0]) < 5 or "_dllm_fast_mended" in cls.__dict__:
+    if not TRANSFORMERS_5 or "_dllm_fast_mended" in cls.__dict__:
         return config, cls
     published_init, published_tie = cls.__init__, cls.tie_weights
     head, embedding = "model.transformer.ff_out.weight", "model.transformer.wte.weight"

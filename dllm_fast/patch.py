@@ -13,6 +13,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast, MaskedLMOutput
 from dllm_fast import ops
 from dllm_fast.families import FAMILIES, LLaDA, ModernBert
 from dllm_fast.families.modernbert import fresh_rotary
+from dllm_fast.families.rows import valid_spans
 from dllm_fast.llada import LLaDAModelLM
 
 _STATE = "_dllm_fast"
@@ -124,10 +125,7 @@ def _check_weights(model: nn.Module) -> None:
 
 def _span(attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
     """[start, end) of each row's ones, or None where a row has a hole or no one at all."""
-    valid = attention_mask.bool()
-    length = valid.sum(1)
-    start = valid.int().argmax(1)
-    end = valid.shape[1] - valid.int().flip(1).argmax(1)
+    start, end, length = valid_spans(attention_mask.bool())
     return (start, end) if bool(((end - start == length) & (length > 0)).all()) else None
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from dllm_fast.families.rows import valid_spans
 from dllm_fast.schedules import Schedule
 
 CONFIDENCES = ("probability", "margin", "entropy", "random")
@@ -118,12 +119,11 @@ class Request:
                 f"attention_mask: {_describe(mask)} does not match input_ids, {_describe(ids)}",
             )
             require(bool(((mask == 0) | (mask == 1)).all()), "attention_mask: has values other than 0 and 1")
-            length = mask.long().sum(1)
-            last = prompt - mask.long().flip(1).argmax(1)  # one past the last 1
+            start, end, length = valid_spans(mask)
             require(bool((length > 0).all()), f"attention_mask: row {int(length.argmin())} is an empty prompt")
-            holes = last - mask.long().argmax(1) != length
+            holes = end - start != length
             require(not bool(holes.any()), f"attention_mask: row {int(holes.long().argmax())} has a hole")
-            self.pad, self.roll = prompt - length, prompt - last
+            self.pad, self.roll = prompt - length, prompt - end
         tail = ids.new_full((batch, self.gen_length), self.mask_id)
         self.canvas = torch.cat((rolled(ids, self.roll), tail), 1)
 

@@ -33,8 +33,8 @@ def until_end(tokenizer, sequence: torch.Tensor) -> list[int]:
 class Plain:
     """A `generate` streamer that prints the sequence each time another quarter of it is known."""
 
-    def __init__(self, tokenizer, mask_id: int, file=None):
-        self.tokenizer, self.mask_id, self.file = tokenizer, mask_id, file or sys.stdout
+    def __init__(self, tokenizer, mask_id: int):
+        self.tokenizer, self.mask_id = tokenizer, mask_id
         self.total, self.printed, self.last = 0, -1, ""
 
     def put(self, value: torch.Tensor) -> None:
@@ -48,7 +48,7 @@ class Plain:
         text = "".join(text for text, _ in spans(self.tokenizer, shown, self.mask_id, set()))
         if (quarter > self.printed or hidden == 0) and text != self.last:
             self.printed, self.last = quarter, text
-            print(f"{self.total - hidden:>4} known | {' '.join(text.split())}", file=self.file)
+            print(f"{self.total - hidden:>4} known | {' '.join(text.split())}")
 
     def end(self) -> None:
         pass

@@ -19,7 +19,7 @@ class LLaDA:
         self.transformer = model.model.transformer
         self.impl = impl
         self.positions = config.max_sequence_length
-        self.heads, self.head_dim = config.n_heads, config.d_model // config.n_heads
+        self.head_dim = config.d_model // config.n_heads
         self.kv_heads = getattr(config, "n_kv_heads", None) or config.n_heads
         self.layers = config.n_layers
         self.vocab_size = self.transformer.wte.weight.shape[0]

@@ -17,6 +17,15 @@ def take(x: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
     return x[torch.arange(x.shape[0], device=x.device)[:, None], rows]
 
 
+def valid_spans(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """First valid slot, one past the last, and how many are valid, each [B] int64, of a mask [B, S], 0 = padding.
+
+    The third is the difference of the others unless the row has a hole; of a row without any it is 0.
+    """
+    valid = mask.long()
+    return valid.argmax(1), valid.shape[1] - valid.flip(1).argmax(1), valid.sum(1)
+
+
 class RopeTables:
     """cos and sin [positions, D/2] fp32 per theta, made on first use and again when the model changes device."""
 
