@@ -8,11 +8,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "kernels"))
 
-from resources import SHARED_LIMIT, measured
+from resources import MODULES, SHARED_LIMIT, measured
 
 from dllm_fast.view import print_table
-
-MODULES = ("compile_cases_attention", "compile_cases_predict")
 
 
 def main() -> None:
@@ -20,8 +18,7 @@ def main() -> None:
         rows = []
         for module in MODULES:
             for name, used in measured(module, arch).items():
-                matrix = {80: used.hmma, 90: used.hgmma, 100: used.tcgen05}[arch]
-                rows.append([name, *(str(x) for x in (used.registers, used.spill, used.shared, matrix))])
+                rows.append([name, *(str(x) for x in (used.registers, used.spill, used.shared, used.matrix(arch)))])
         columns = ["kernel", "registers", "spilled bytes", "shared bytes", "matrix instructions"]
         print_table(columns, rows, f"sm_{arch}")
 

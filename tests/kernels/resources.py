@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 
+MODULES = ("compile_cases_attention", "compile_cases_predict")  # every kernel that ships
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may have, by architecture
 
 
@@ -41,6 +42,10 @@ class Resources:
     hgmma: int  # warp-group matrix instructions (sm_90)
     hmma: int  # warp matrix instructions
     tcgen05: int  # tensor-memory matrix instructions (sm_100)
+
+    def matrix(self, arch: int) -> int:
+        """The matrix instructions that a kernel should use on ``arch``."""
+        return {80: self.hmma, 90: self.hgmma, 100: self.tcgen05}[arch]
 
 
 def measure(case: Case, arch: int) -> Resources:

@@ -3,16 +3,16 @@
 import importlib
 
 import pytest
-from resources import SHARED_LIMIT, measured
+from resources import MODULES, SHARED_LIMIT, measured
 
 
 @pytest.mark.parametrize("arch", SHARED_LIMIT)
-@pytest.mark.parametrize("module", ["compile_cases_attention", "compile_cases_predict"])
+@pytest.mark.parametrize("module", MODULES)
 def test_fits(module, arch):
     cases = {case.name: case for case in importlib.import_module(module).CASES if arch in case.archs}
     complaints = []
     for name, used in measured(module, arch).items():
-        instructions = {80: used.hmma, 90: used.hgmma, 100: used.tcgen05}[arch]
+        instructions = used.matrix(arch)
         # The big matrix instructions of sm_90 and sm_100 take 64 rows; smaller tiles do without.
         rows = cases[name].constexprs.get("BM", 64)
         if used.spill:
