@@ -1,14 +1,16 @@
 """A schedule's choice among the candidates of each row, written into the sequence in place.
 
 A candidate's rank is how many candidates of its row go before it: those of higher confidence, and those of the same
-at a lower position; NaN goes last. With ranks 0, 1, ... the row keeps those below k:
+at a lower position; what is not finite counts as -inf. With ranks 0, 1, ... the row keeps those below k:
 
     count       k = count[b]
     threshold   k = how many reach it
     factor      k = the largest r + 1 with (r + 2) (1 - c_r) < factor, c_r the confidence of rank r
+    bound       k = the largest r + 1 with -(c_0 + ... + c_{r-1}) <= bound, c the negative entropy
 
-at least one and at most all. Counting comparisons, T^2 of them, needs no sort, no scratch and no word from the host;
-for the blocks of up to 1024 positions that this is for, one program a row does it in microseconds.
+and all but ``count`` at least one. Counting comparisons, T^2 of them, needs no sort, no scratch and no word from the
+host, and they also sum the entropies that ``bound`` wants; for the blocks of up to 1024 positions that this is for, one
+program a row does it in microseconds.
 """
 
 import torch
@@ -19,7 +21,13 @@ from dllm_fast.kernels.gumbel import INTEGERS, check_tensors
 
 MAX_POSITIONS = 8192  # the tile of comparisons is as tall as the block is long
 COMPARISONS = 8192  # of a tile
-RULES = ("count", "threshold", "factor")
+RULES = ("count", "threshold", "factor", "bound")
+
+
+@triton.jit
+def _load_confidence(confidence_ptr, mask):
+    confidence = tl.load(confidence_ptr, mask=mask, other=0.0)
+    return tl.where(tl.abs(confidence) < float("inf"), confidence, float("-inf"))
 
 
 @triton.jit
@@ -42,27 +50,29 @@ def _commit_kernel(
     b = tl.program_id(0).to(tl.int64)
     t = tl.arange(0, BT)  # [BT]
     candidate = tl.load(candidate_ptr + b * T + t, mask=t < T, other=0) != 0  # [BT]
-    confidence = tl.load(confidence_ptr + b * T + t, mask=t < T, other=0.0)  # [BT]
-    # NaN compares false with everything and would share a rank; the order is total with it apart, below -inf.
-    number = tl.abs(confidence) <= float("inf")
+    confidence = _load_confidence(confidence_ptr + b * T + t, t < T)  # [BT]
     rank = tl.zeros([BT], tl.int32)
+    entropy = tl.zeros([BT], tl.float32)  # of those that go before
     for start in range(0, T, BJ):
         j = start + tl.arange(0, BJ)  # [BJ]
         rival = tl.load(candidate_ptr + b * T + j, mask=j < T, other=0) != 0  # [BJ]
-        other = tl.load(confidence_ptr + b * T + j, mask=j < T, other=0.0)  # [BJ]
-        real = tl.abs(other) <= float("inf")
-        above = (other[None, :] > confidence[:, None]) | (real[None, :] & ~number[:, None])  # [BT, BJ]
-        level = (other[None, :] == confidence[:, None]) | ~(real[None, :] | number[:, None])
-        before = above | (level & (j[None, :] < t[:, None]))
-        rank += tl.sum((before & rival[None, :]).to(tl.int32), 1)
+        other = _load_confidence(confidence_ptr + b * T + j, j < T)  # [BJ]
+        level = (other[None, :] == confidence[:, None]) & (j[None, :] < t[:, None])  # [BT, BJ]
+        before = rival[None, :] & ((other[None, :] > confidence[:, None]) | level)  # [BT, BJ]
+        rank += tl.sum(before.to(tl.int32), 1)
+        if RULE == "bound":
+            entropy += tl.sum(tl.where(before, -other[None, :], 0.0), 1)
     if RULE == "count":
-        k = tl.minimum(tl.load(count_ptr + b), T).to(tl.int32)
+        k = tl.load(count_ptr + b)
     elif RULE == "threshold":
-        k = tl.sum((candidate & (confidence >= limit)).to(tl.int32), 0)
+        k = tl.maximum(tl.sum((candidate & (confidence >= limit)).to(tl.int32), 0), 1)
     else:
-        enough = candidate & ((rank + 2).to(tl.float32) * (1.0 - confidence) < limit)
-        k = tl.max(tl.where(enough, rank + 1, 0), 0)
-    chosen = candidate & (rank < tl.maximum(k, 1))
+        if RULE == "factor":
+            enough = (rank + 2).to(tl.float32) * (1.0 - confidence) < limit
+        else:
+            enough = entropy <= limit
+        k = tl.maximum(tl.max(tl.where(candidate & enough, rank + 1, 0), 0), 1)
+    chosen = candidate & (rank < k)
     at = tl.load(slot_ptr + b).to(tl.int64) + t  # [BT]
     token = tl.load(token_ptr + b * T + t, mask=chosen, other=0)  # [BT]
     tl.store(sequence_ptr + b * sequence_stride + at, token, mask=chosen & (at >= 0) & (at < S))
@@ -108,9 +118,11 @@ def commit(
     count: torch.Tensor | None = None,  # [B] int
     threshold: float | None = None,
     factor: float | None = None,
+    bound: float | None = None,
 ) -> torch.Tensor:
     """`reference.commit`: the chosen candidates [B, T] bool, now in ``sequence``. Writes nothing outside [0, S)."""
-    rules = [name for name, value in zip(RULES, (count, threshold, factor), strict=True) if value is not None]
+    given = dict(zip(RULES, (count, threshold, factor, bound), strict=True))
+    rules = [name for name, value in given.items() if value is not None]
     if len(rules) != 1:
         raise ValueError(f"exactly one of {', '.join(RULES)} must be given, not {rules}")
     if token.dim() != 2 or token.shape[1] > MAX_POSITIONS:
@@ -129,5 +141,5 @@ def commit(
             f"sequence is {sequence.dtype} {list(sequence.shape)} with strides {sequence.stride()}; expected int64 "
             f"[{batch}, S] with neighbouring positions neighbours in memory"
         )
-    limit = 0.0 if count is not None else float(threshold if threshold is not None else factor)
+    limit = 0.0 if count is not None else float(given[rules[0]])
     return _commit(sequence, token, confidence, candidate, slot, count, rules[0], limit)

@@ -281,14 +281,22 @@ def commit(
     count: torch.Tensor | None = None,  # [B] int
     threshold: float | None = None,
     factor: float | None = None,
+    bound: float | None = None,
 ) -> torch.Tensor:
     """Write each row's chosen candidates at ``slot + t`` of ``sequence``; return which they were, [B, T] bool.
 
-    A row keeps its k most confident candidates, ties to the lowest position, and k is: ``count``; or how many reach
-    ``threshold``; or the largest k with ``(k + 1) (1 - c_k) < factor``, c sorted downwards (arXiv:2505.22618). At
-    least one and at most all of a row's candidates. NaN counts as -inf.
+    A row keeps its k most confident candidates, all if it has fewer, ties to the lowest position. With c sorted
+    downwards, k is one of:
+
+    - ``count``, exactly: 0 keeps nothing;
+    - how many reach ``threshold``;
+    - the largest k with ``(k + 1) (1 - c_k) < factor`` (arXiv:2505.22618);
+    - the largest k with ``-(c_1 + ... + c_{k-1}) <= bound``, c the negative entropy: the error of keeping k tokens
+      together is at most the sum of all their entropies but the largest (EB-Sampler, arXiv:2505.24857).
+
+    All but ``count`` keep at least one. A confidence that is not finite counts as -inf.
     """
-    score = confidence.masked_fill(~candidate | confidence.isnan(), float("-inf"))
+    score = confidence.masked_fill(~candidate | ~confidence.isfinite(), float("-inf"))
     order = score.argsort(dim=-1, descending=True, stable=True)
     # A candidate at -inf still comes before what is none, or a row could keep nothing for ever.
     order = order.gather(1, candidate.gather(1, order).int().argsort(dim=-1, descending=True, stable=True))
@@ -296,11 +304,14 @@ def commit(
     if count is not None:
         k = count
     elif threshold is not None:
-        k = (best >= threshold).sum(-1)
-    else:
+        k = (best >= threshold).sum(-1).clamp(min=1)
+    elif factor is not None:
         nth = torch.arange(1, best.shape[1] + 1, device=best.device)
-        k = (nth * ((nth + 1) * (1 - best) < factor)).amax(-1)
-    chosen = candidate & (rank < k.clamp(min=1)[:, None])
+        k = (nth * ((nth + 1) * (1 - best) < factor)).amax(-1).clamp(min=1)
+    else:
+        before = torch.nn.functional.pad(-best, (1, 0))[:, :-1].cumsum(-1)
+        k = (before <= bound).sum(-1).clamp(min=1)
+    chosen = candidate & (rank < k[:, None])
     at = slot[:, None] + torch.arange(token.shape[1], device=token.device)
     row = torch.arange(sequence.shape[0], device=token.device)[:, None]
     sequence[row, at] = torch.where(chosen, token, sequence[row, at])

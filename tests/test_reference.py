@@ -192,14 +192,19 @@ def commit_by_loops(sequence, token, confidence, candidate, slot, k_of):
     for b in range(len(sequence)):
         at = [t for t in range(token.shape[1]) if candidate[b, t]]
         at.sort(key=lambda t: (-float(confidence[b, t]), t))
-        for t in at[: max(1, k_of(b, [float(confidence[b, t]) for t in at]))]:
+        for t in at[: k_of(b, [float(confidence[b, t]) for t in at])]:
             chosen[b, t] = True
             sequence[b, int(slot[b]) + t] = token[b, t]
     return sequence, chosen
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 4), st.integers(1, 9), st.integers(0, 10**6), st.sampled_from(["count", "threshold", "factor"]))
+@given(
+    st.integers(1, 4),
+    st.integers(1, 9),
+    st.integers(0, 10**6),
+    st.sampled_from(["count", "threshold", "factor", "bound"]),
+)
 def test_commit_is_the_plain_loop(batch, length, seed, kind):
     g = torch.Generator().manual_seed(seed)
     sequence = torch.randint(0, 9, (batch, length + 5), generator=g)
@@ -208,12 +213,22 @@ def test_commit_is_the_plain_loop(batch, length, seed, kind):
     candidate = torch.rand(batch, length, generator=g) < 0.7
     slot = torch.randint(0, 6, (batch,), generator=g)
     count = torch.randint(0, length + 2, (batch,), generator=g)
+
+    def by_factor(b, c):
+        return max([1, *(k for k, x in enumerate(c, 1) if (k + 1) * (1 - x) < 1.3)])
+
+    def by_bound(b, c):
+        return max([1, *(k for k in range(1, len(c) + 1) if -sum(c[: k - 1]) <= 1.25)])
+
     rules = {
         "count": ({"count": count}, lambda b, c: int(count[b])),
-        "threshold": ({"threshold": 0.5}, lambda b, c: sum(x >= 0.5 for x in c)),
-        "factor": ({"factor": 1.3}, lambda b, c: max([0, *(k for k, x in enumerate(c, 1) if (k + 1) * (1 - x) < 1.3)])),
+        "threshold": ({"threshold": 0.5}, lambda b, c: max(1, sum(x >= 0.5 for x in c))),
+        "factor": ({"factor": 1.3}, by_factor),
+        "bound": ({"bound": 1.25}, by_bound),
     }
     rule, k_of = rules[kind]
+    if kind == "bound":
+        confidence = confidence - 1  # negative entropies
     expected = commit_by_loops(sequence, token, confidence, candidate, slot, k_of)
     chosen = reference.commit(sequence, token, confidence, candidate, slot, **rule)
     assert torch.equal(sequence, expected[0]) and torch.equal(chosen, expected[1])
@@ -221,11 +236,16 @@ def test_commit_is_the_plain_loop(batch, length, seed, kind):
 
 def test_commit_always_keeps_a_candidate():
     sequence, token = torch.zeros(2, 3, dtype=torch.int64), torch.full((2, 3), 5)
-    confidence = torch.tensor([[float("-inf")] * 3, [float("nan"), float("-inf"), 0.1]])
+    confidence = torch.tensor([[float("-inf")] * 3, [float("nan"), float("inf"), 0.1]])
     candidate = torch.tensor([[False, False, True], [True, True, False]])
-    chosen = reference.commit(sequence, token, confidence, candidate, torch.zeros(2, dtype=torch.int64), threshold=0.9)
-    assert chosen.tolist() == [[False, False, True], [True, False, False]]
-    assert torch.equal(sequence, chosen * 5)
+    slot = torch.zeros(2, dtype=torch.int64)
+    for rule in ({"threshold": 0.9}, {"factor": 1.0}, {"bound": -1.0}, {"bound": 9.0}):
+        sequence.zero_()
+        chosen = reference.commit(sequence, token, confidence, candidate, slot, **rule)
+        assert chosen.tolist() == [[False, False, True], [True, False, False]]
+        assert torch.equal(sequence, chosen * 5)
+    sequence.zero_()
+    assert not reference.commit(sequence, token, confidence, candidate, slot, count=slot).any() and not sequence.any()
 
 
 def test_masked_loss_is_weighted_cross_entropy():

@@ -29,11 +29,18 @@ def problem(batch, positions, device, seed=0):
     return [x.to(device) for x in (sequence, token, confidence, candidate, slot)]
 
 
+def as_entropy(arguments, rule):
+    """For ``bound``, confidences that are negative entropies, in eighths: their sums are exact in any order."""
+    sequence, token, confidence, *rest = arguments
+    return sequence, token, ((confidence - 1) * 12 / 8 if "bound" in rule else confidence), *rest
+
+
 def rules(batch, positions, device):
     count = torch.arange(batch, device=device) * 3 % (positions + 2)
-    yield from ({"count": count}, {"count": count.int() + 2})
+    yield from ({"count": count}, {"count": count.int() + 2}, {"count": count - 2}, {"count": count + (1 << 40)})
     yield from ({"threshold": x} for x in (-1.0, 0.5, 11 / 12, 2.0))
     yield from ({"factor": x} for x in (0.3, 1.0, 1.5, 100.0))
+    yield from ({"bound": x} for x in (-1.0, 0.0, 2.25, 1000.0))
 
 
 def assert_matches(sequence, *arguments, **rule):
@@ -48,8 +55,8 @@ def assert_matches(sequence, *arguments, **rule):
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_matches_definition(shape, device, poison):
     arguments = problem(*shape, device)
-    for rule in list(rules(*shape, device))[:: 1 if shape[1] < 100 else 3]:  # count, threshold, factor
-        assert_matches(*arguments, **rule)
+    for rule in list(rules(*shape, device))[:: 1 if shape[1] < 100 else 3]:  # count, threshold, factor, bound
+        assert_matches(*as_entropy(arguments, rule), **rule)
 
 
 def test_few_candidates(device, poison):
@@ -57,8 +64,9 @@ def test_few_candidates(device, poison):
     candidate = torch.zeros(4, 9, dtype=torch.bool, device=device)
     candidate[1, 8] = candidate[2, 0] = candidate[3] = True
     for rule in rules(4, 9, device):
-        chosen = assert_matches(sequence, token, confidence, candidate, slot, **rule)
-        assert chosen.any(1).tolist() == [False, True, True, True]
+        chosen = assert_matches(*as_entropy((sequence, token, confidence, candidate, slot), rule), **rule)
+        kept = rule["count"] > 0 if "count" in rule else torch.ones(4, dtype=torch.bool, device=device)
+        assert chosen.any(1).tolist() == (candidate.any(1) & kept).tolist()
 
 
 def test_ties_go_to_the_lowest_position(device):
@@ -69,23 +77,28 @@ def test_ties_go_to_the_lowest_position(device):
         assert chosen[row].nonzero()[:, 0].tolist() == candidate[row].nonzero()[:k, 0].tolist()
 
 
-def test_nan_goes_last_and_one_is_always_kept(device, poison):
+def test_what_is_not_finite_goes_last_and_one_is_always_kept(device, poison):
     sequence, token, confidence, candidate, slot = problem(4, 6, device)
     candidate.fill_(True)
     candidate[3, :2] = False
-    nan, low = float("nan"), -float("inf")
-    confidence[:] = torch.tensor([[nan, low, nan, 0.5, nan, 0.1], [nan] * 6, [nan] * 5 + [low], [low] * 6])
+    nan, inf = float("nan"), float("inf")
+    confidence[:] = torch.tensor([[nan, -inf, inf, -0.5, nan, -1], [nan] * 6, [inf] + [nan] * 4 + [-inf], [-inf] * 6])
     for k, expected in (
-        (1, [[3], [0], [5], [2]]),
-        (2, [[3, 5], [0, 1], [0, 5], [2, 3]]),
-        (4, [[0, 1, 3, 5], [0, 1, 2, 3], [0, 1, 2, 5], [2, 3, 4, 5]]),
+        (0, [[], [], [], []]),
+        (1, [[3], [0], [0], [2]]),
+        (2, [[3, 5], [0, 1], [0, 1], [2, 3]]),
+        (4, [[0, 1, 3, 5], [0, 1, 2, 3], [0, 1, 2, 3], [2, 3, 4, 5]]),
     ):
         count = torch.full((4,), k, device=device)
-        chosen = commit(sequence.clone(), token, confidence, candidate, slot, count=count)
+        chosen = assert_matches(sequence, token, confidence, candidate, slot, count=count)
         assert [row.nonzero()[:, 0].tolist() for row in chosen] == expected
-    for rule in ({"threshold": 0.2}, {"factor": 0.9}):
-        chosen = commit(sequence.clone(), token, confidence, candidate, slot, **rule)
-        assert [row.nonzero()[:, 0].tolist() for row in chosen] == [[3], [0], [5], [2]]
+    for rule in ({"threshold": -0.7}, {"factor": 3.1}, {"bound": 0.4}):
+        chosen = assert_matches(sequence, token, confidence, candidate, slot, **rule)
+        assert [row.nonzero()[:, 0].tolist() for row in chosen] == [[3], [0], [0], [2]]
+    # An entropy counts only once another candidate would follow it, and after an infinite one nothing does.
+    for bound, first in ((0.5, [3, 5]), (1.5, [0, 3, 5]), (1e30, [0, 3, 5])):
+        chosen = assert_matches(sequence, token, confidence, candidate, slot, bound=bound)
+        assert [row.nonzero()[:, 0].tolist() for row in chosen] == [first, [0], [0], [2]]
 
 
 def test_a_view_of_a_longer_sequence(device):
@@ -119,8 +132,16 @@ def test_nothing_to_do(device):
 def test_any_shape(batch, positions, seed):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     arguments = problem(batch, positions, device, seed)
-    for rule in ({"count": arguments[-1] // 2}, {"threshold": (seed % 12) / 12}, {"factor": 0.1 + seed / 300}):
-        assert_matches(*arguments, **rule)
+    spoilt = [float("nan"), float("inf"), -float("inf")] if seed % 2 else []
+    for i, value in enumerate(spoilt):
+        arguments[2].view(-1)[i :: 5 + i] = value
+    for rule in (
+        {"count": arguments[-1] // 2},
+        {"threshold": (seed % 12) / 12},
+        {"factor": 0.1 + seed / 300},
+        {"bound": (seed - 99) / 24},
+    ):
+        assert_matches(*as_entropy(arguments, rule), **rule)
 
 
 def test_bad_arguments(device):
@@ -128,7 +149,8 @@ def test_bad_arguments(device):
     good = {"sequence": sequence, "token": token, "confidence": confidence, "candidate": candidate, "slot": slot}
     wide = kernel.MAX_POSITIONS + 1
     for message, change in {
-        "exactly one of count, threshold, factor must be given, not \\[\\]": {"threshold": None},
+        "exactly one of count, threshold, factor, bound must be given, not \\[\\]": {"threshold": None},
+        "exactly one of .*'threshold', 'bound'": {"bound": 0.0},
         "exactly one of .*'threshold', 'factor'": {"factor": 1.0},
         "sequence is torch.int32": {"sequence": sequence.int()},
         r"sequence is .* strides \(1, 2\)": {"sequence": sequence.T.contiguous().T},
@@ -146,7 +168,7 @@ def test_bad_arguments(device):
 
 def test_custom_op(device):
     sequence, *arguments = problem(3, 11, device)
-    for rule in (("threshold", 0.5), ("factor", 1.1)):
+    for rule in (("threshold", 0.5), ("factor", 1.1), ("bound", 2.0)):
         torch.library.opcheck(kernel._commit, (sequence, *arguments, None, *rule))
     torch.library.opcheck(kernel._commit, (sequence, *arguments, arguments[-1], "count", 0.0))
 
