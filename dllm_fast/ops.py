@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from dllm_fast.kernels import reference
 
 IMPLS = ("auto", "triton", "torch")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # that the kernels take
 KERNELS = {
     "attention": ("attention",),
     "rope": ("rope",),
@@ -27,22 +28,39 @@ KERNELS = {
 CHUNK = 256  # rows of logits held at once: 256 x 126,464 fp32 is 130 MB
 
 
-def resolve(impl: str, device: torch.device) -> str:
-    """The implementation that ``impl`` stands for on ``device``. Raises ValueError if it cannot be had.
+def resolve(impl: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The implementation that ``impl`` stands for, for weights of ``dtype`` on ``device``: ``"triton"`` or ``"torch"``.
 
-    ``"auto"`` is PyTorch until the kernels have been checked on a GPU; ``"triton"`` wants a CUDA device, or
-    TRITON_INTERPRET=1, which runs them in Triton's interpreter: right, and very slow.
+    ``"auto"`` is Triton on a CUDA device wherever it can be had, else PyTorch. On a CPU ``"triton"`` wants
+    TRITON_INTERPRET=1, which runs the kernels in Triton's interpreter: right, and very slow.
+
+    Raises:
+        ValueError: ``impl`` is none of `IMPLS`, or is ``"triton"`` and cannot be had; it says why.
     """
     if impl not in IMPLS:
         raise ValueError(f"impl={impl!r} is not one of {', '.join(map(repr, IMPLS))}")
-    if impl == "triton":
-        if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-            raise ValueError(f"impl='triton': the model is on {device}; it needs CUDA, or TRITON_INTERPRET=1")
-        try:
-            _triton()
-        except ImportError as error:
-            raise ValueError(f"impl='triton': {error}") from error
-    return "torch" if impl == "auto" else impl
+    if impl == "torch" or (impl == "auto" and device.type != "cuda"):
+        return "torch"
+    obstacle = _obstacle(device, dtype)
+    if impl == "triton" and obstacle:
+        raise ValueError(f"impl='triton': {obstacle}")
+    return "torch" if obstacle else "triton"
+
+
+def _obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the kernels cannot run, or None where they can."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type != "cuda" and not interpreted:
+        return f"the model is on {device}; it needs CUDA, or TRITON_INTERPRET=1"
+    if dtype not in FLOATS:
+        return f"the model's dtype is {dtype}; it needs {', '.join(map(str, FLOATS))}"
+    if interpreted and dtype == torch.bfloat16:
+        return f"the model's dtype is {dtype}, and Triton's interpreter multiplies its bit patterns as integers"
+    try:
+        _triton()
+    except ImportError as error:
+        return str(error)
+    return None
 
 
 @functools.cache

@@ -34,7 +34,8 @@ def patch(model: nn.Module, impl: str = "auto") -> nn.Module:
 
     Args:
         model: a LLaDA (native or remote code) or a ``transformers.ModernBertForMaskedLM``, on a real device.
-        impl: ``"auto"``, ``"torch"`` or ``"triton"``, see `ops.resolve`. What cannot be had raises.
+        impl: ``"auto"`` (Triton on CUDA, else PyTorch), ``"torch"`` or ``"triton"``, see `ops.resolve`. What cannot be
+            had raises.
 
     ``model(input_ids, attention_mask=...)`` then goes through `dllm_fast.ops` whenever no gradient is wanted; any
     other call (labels, ``position_ids``, a mask with holes, training) is answered by the model's own forward.
@@ -45,7 +46,8 @@ def patch(model: nn.Module, impl: str = "auto") -> nn.Module:
             weights, or ``impl`` cannot be had. The model is then as it was.
     """
     family_class, output = _recognise(model)
-    resolved = ops.resolve(impl, _device(model))
+    parameter = _first_parameter(model)
+    resolved = ops.resolve(impl, parameter.device, parameter.dtype)
     state = model.__dict__.get(_STATE)
     if state is not None and state.impl == resolved:
         return model
@@ -108,11 +110,10 @@ def _recognise(model: nn.Module) -> tuple[type[LLaDA] | type[ModernBert], type]:
     )
 
 
-def _device(model: nn.Module) -> torch.device:
-    parameter = next(model.parameters())
+def _first_parameter(model: nn.Module) -> nn.Parameter:
     if any(p.is_meta for p in model.parameters()):
         raise ValueError("model: its weights are on the meta device; load them first")
-    return parameter.device
+    return next(model.parameters())
 
 
 def _check_weights(model: nn.Module) -> None:

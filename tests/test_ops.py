@@ -98,6 +98,40 @@ def test_predict_without_a_candidate_and_in_chunks(monkeypatch):
         torch.testing.assert_close(a, b)
 
 
-def test_an_implementation_that_cannot_be_had_raises():
+def test_an_implementation_that_cannot_be_had_raises(monkeypatch):
     with pytest.raises(ValueError, match=r"impl='cuda-graphs' is not one of"):
-        ops.resolve("cuda-graphs", torch.device("cpu"))
+        ops.resolve("cuda-graphs", torch.device("cpu"), torch.float32)
+    with pytest.raises(ValueError, match=r"impl='triton': the model is on meta"):
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        ops.resolve("triton", torch.device("meta"), torch.float32)
+    with pytest.raises(ValueError, match=r"impl='triton': the model's dtype is torch.float64"):
+        ops.resolve("triton", torch.device("cuda"), torch.float64)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(
+        ValueError, match=r"impl='triton': the model's dtype is torch.bfloat16, and Triton's interpreter"
+    ):
+        ops.resolve("triton", torch.device("cpu"), torch.bfloat16)
+    assert ops.resolve("triton", torch.device("cpu"), torch.float16) == "triton"
+
+
+def test_auto_is_triton_where_it_can_be_had(monkeypatch):
+    """`resolve` looks at no device, so it can be asked about one that is not here."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    cuda, cpu = torch.device("cuda:0"), torch.device("cpu")
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert ops.resolve("auto", cuda, dtype) == ops.resolve("triton", cuda, dtype) == "triton"
+        assert ops.resolve("auto", cpu, dtype) == ops.resolve("torch", cuda, dtype) == "torch"
+    assert ops.resolve("auto", cuda, torch.float64) == "torch"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert ops.resolve("auto", cpu, torch.float32) == "torch"
+
+
+def test_without_triton_auto_is_pytorch_and_an_explicit_choice_raises(monkeypatch):
+    def missing():
+        raise ImportError("No module named 'triton'")
+
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(ops, "_triton", missing)
+    assert ops.resolve("auto", torch.device("cuda"), torch.float32) == "torch"
+    with pytest.raises(ValueError, match="impl='triton': No module named 'triton'"):
+        ops.resolve("triton", torch.device("cuda"), torch.float32)
