@@ -1,23 +1,36 @@
 """Masked-diffusion language models, fast: `patch` a LLaDA or a ModernBERT in place, `generate` from it."""
 
-from dllm_fast.generate import Output, generate
+from dllm_fast.generate import Completion, Output, generate, generate_many
 from dllm_fast.hf import custom_generate
 from dllm_fast.llada import LLaDAConfig, LLaDAModelLM
 from dllm_fast.loading import from_pretrained, model_path, shipped
 from dllm_fast.patch import patch, patched, unpatch
-from dllm_fast.schedules import Factor, Pyramid, Threshold, Uniform
+from dllm_fast.refresh import Drift, Every, Window
+from dllm_fast.remask import P2, ReMDM, Verify
+from dllm_fast.schedules import Ancestral, EntropyBound, Factor, FirstHitting, Pyramid, Threshold, Uniform
 
 __all__ = [
+    "P2",
+    "Ancestral",
+    "Completion",
+    "Drift",
+    "EntropyBound",
+    "Every",
     "Factor",
+    "FirstHitting",
     "LLaDAConfig",
     "LLaDAModelLM",
     "Output",
     "Pyramid",
+    "ReMDM",
     "Threshold",
     "Uniform",
+    "Verify",
+    "Window",
     "custom_generate",
     "from_pretrained",
     "generate",
+    "generate_many",
     "model_path",
     "patch",
     "patched",

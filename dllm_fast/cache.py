@@ -6,14 +6,43 @@ import torch
 class BlockCache:
     """Static buffers of post-RoPE keys and of values, [B, S, G, D] a layer; `cache[layer]` is the pair.
 
-    A full forward writes every slot; a block step overwrites its own slots and reads the rest as they are.
+    A full forward writes every slot; a block step overwrites its own slots and reads the rest as they are. With
+    ``width``, the hidden states [B, S, width] that enter each layer are kept as well, in `states`.
     """
 
-    def __init__(self, layers: int, batch: int, slots: int, kv_heads: int, head_dim: int, dtype, device):
+    def __init__(
+        self, layers: int, batch: int, slots: int, kv_heads: int, head_dim: int, dtype, device, width: int = 0
+    ):
         shape = (layers, 2, batch, slots, kv_heads, head_dim)
         # Zeros, not empty: a slot that is never written is padding, and 0 x NaN would still be NaN.
         self.buffers = torch.zeros(shape, dtype=dtype, device=device)
+        self.states = torch.zeros((layers, batch, slots, width), dtype=dtype, device=device) if width else None
 
     def __getitem__(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         keys, values = self.buffers[layer]
         return keys, values
+
+    def keep_state(self, layer: int, x: torch.Tensor, slot: torch.Tensor) -> None:
+        """Remember x [B, T, width], which enters ``layer`` at slots ``slot`` [B] on. Nothing, if no states are kept."""
+        if self.states is not None:
+            row = torch.arange(x.shape[0], device=x.device)[:, None]
+            self.states[layer][row, slot[:, None] + torch.arange(x.shape[1], device=x.device)] = x
+
+    def rows(self, index: torch.Tensor) -> "BlockCache":
+        """A copy of the batch rows ``index`` [N]."""
+        part = object.__new__(BlockCache)
+        part.buffers = self.buffers[:, :, index]
+        part.states = None if self.states is None else self.states[:, index]
+        return part
+
+    def put(self, index: torch.Tensor, part: "BlockCache") -> None:
+        """Write what `rows` copied back over the rows ``index`` [N]."""
+        self.buffers[:, :, index] = part.buffers
+        if self.states is not None:
+            self.states[:, index] = part.states
+
+    def take_over(self, other: "BlockCache", index: torch.Tensor, shift: int, slots: int) -> None:
+        """Fill slots 0 to ``slots`` with those from ``shift`` on of a larger cache's rows ``index`` [N]."""
+        self.buffers[:, :, :, :slots] = other.buffers[:, :, index, shift : shift + slots]
+        if self.states is not None:
+            self.states[:, :, :slots] = other.states[:, index, shift : shift + slots]

@@ -1,24 +1,26 @@
-"""The denoising loop.
+"""`generate` and `generate_many`: rows laid out in a batch, block after block, until each is done.
 
-The canvas holds prompt and [MASK]s, padded on the left so that every row's answer ends at the same slot. Blocks are
-planned before the first evaluation: each row's next `block_length` positions from its first open [MASK] on. A step
-evaluates the model, turns the block's masked positions into candidates, and commits the schedule's choice of them.
+All rows of a batch begin a block together. At its end the host takes the block's tokens in; rows that are done leave,
+and prompts that wait take their seats.
 """
 
-import itertools
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 
-from dllm_fast import ops
-from dllm_fast.cache import BlockCache
-from dllm_fast.patch import bound_family
-from dllm_fast.request import Request, rolled
+from dllm_fast.engine import Counts, Engine
+from dllm_fast.memory import require_memory
+from dllm_fast.patch import bound_family, bound_pool
+from dllm_fast.refresh import Refresh
+from dllm_fast.remask import Remask
+from dllm_fast.request import Request, Row, check_batch, require
 from dllm_fast.schedules import Schedule, Threshold
 
-# A block's steps are numbered from here times its index, so that a row's noise does not depend on how many steps its
-# neighbours' earlier blocks took.
-STEPS_PER_BLOCK = 1 << 16
+SHRINK = 0.75  # an engine gives way to a smaller one when the rows fit in this share of its slots
 
 
 @dataclass
@@ -26,14 +28,16 @@ class Output:
     """What `generate` returns.
 
     sequences: [B, P + gen_length] int64, the prompts as they were given, then the answers.
-    nfe: model evaluations, a forward of the whole batch each; guidance takes two a step.
-    nfe_full, nfe_block: those over the whole sequence, and those over the live part against a cache.
+    nfe: model evaluations, a forward of the batch each; guidance takes two a step.
+    nfe_full, nfe_block: those over the whole sequence, and those over a part of it against a cache.
+    positions: token-positions evaluated, padding and guidance's second pass included; what a refresh policy saves.
     """
 
     sequences: torch.Tensor
     nfe: int
     nfe_full: int
     nfe_block: int
+    positions: int
 
 
 @torch.no_grad()
@@ -48,7 +52,8 @@ def generate(
     temperature: float = 0.0,
     cfg_scale: float = 0.0,
     cache: str = "dual",
-    refresh: str = "block",
+    refresh: str | Refresh = "block",
+    remask: Remask | None = None,
     mask_id: int | None = None,
     eos_id: int | None = None,
     seed: int | None = None,
@@ -57,23 +62,27 @@ def generate(
     """Fill ``gen_length`` [MASK]s after each prompt, and any [MASK] inside the prompts, block by block.
 
     Args:
-        model: a patched LLaDA or ModernBERT.
+        model: a patched LLaDA or ModernBERT. Its mode, training or not, plays no part: there is no dropout here.
         input_ids: prompts; with ``gen_length=0`` only their own [MASK]s are filled.
         attention_mask: 0 on padding; each row's ones lie together.
         block_length: positions that are live together; divides ``gen_length``.
-        schedule: how many candidates a step keeps: `Uniform`, `Pyramid`, `Threshold`, `Factor`.
-        confidence: which are kept first: ``"probability"``, ``"margin"``, ``"entropy"`` (negative), ``"random"``.
+        schedule: how many candidates a step keeps: `Uniform`, `Pyramid`, `Threshold`, `Factor`, `EntropyBound`,
+            `FirstHitting`, `Ancestral`.
+        confidence: which are kept first: ``"probability"``, ``"margin"``, ``"entropy"`` (negative), ``"random"``. The
+            last three schedules are defined by one of their own.
         temperature: tokens are ``argmax(logits + temperature * Gumbel)``; 0 is greedy.
         cfg_scale: ``logits = uncond + (cfg_scale + 1) * (cond - uncond)``, uncond with its prompt masked.
         cache: ``"none"``: every step evaluates the whole sequence. ``"dual"``: a block's first step does, and stores
             all keys and values; the others evaluate the block against them. ``"prefix"``: the others evaluate the
             block and all that follows it.
-        refresh: when stale keys and values are computed again; ``"block"``: at each block's first step.
+        refresh: when stale keys and values are computed again: ``"block"``, at each block's first step; or `Every`,
+            `Window`, `Drift`.
+        remask: which committed tokens of the live block are opened again: `ReMDM`, `Verify`, `P2`; None: none.
         mask_id: default ``model.config.mask_token_id``.
         eos_id: once a finished block holds it, the row's remaining [MASK]s become it. None: every position is
             generated, as LLaDA's published sampler does.
-        seed: of the noise, a pure function of (seed, step, row, position, token id). None draws one from torch's
-            global generator.
+        seed: of the noise, a pure function of (seed, step of the block, row, position, token id). None draws one from
+            torch's global generator.
         streamer: a transformers ``TextStreamer`` (or anything with ``put`` and ``end``), batch 1: whole blocks, in
             order. If it has ``put_draft``, it also gets the live block after each step.
 
@@ -82,130 +91,201 @@ def generate(
 
     Raises:
         ValueError: an argument that does not fit; it names the argument and the value, and nothing has run.
+        MemoryError: the batch does not fit what memory the device has left; nothing has run.
     """
     family = bound_family(model)
+    start, end = check_batch(input_ids, attention_mask, family.head()[0].device)
     request = Request(
-        input_ids, attention_mask, gen_length, block_length, schedule, confidence, temperature, cfg_scale,
-        cache, refresh, mask_id, eos_id, seed, streamer,
-    )  # fmt: skip
-    return _Run(family, request.check(model, family)).finish()
+        gen_length, block_length, schedule, confidence, temperature, cfg_scale, cache, refresh, remask,
+        mask_id, eos_id, seed,
+    ).check(model, family)  # fmt: skip
+    batch, prompt = input_ids.shape
+    require(streamer is None or batch == 1, f"streamer: takes one row, and input_ids has {batch}")
+    host = input_ids.cpu()
+    rows = [request.row(b, host[b, start[b] : end[b]], family) for b in range(batch)]
+    require(any(row.blocks for row in rows), "gen_length=0 and no [MASK] in input_ids: there is nothing to fill")
+    sequences = torch.cat((host, host.new_zeros(batch, gen_length)), 1)
+    counts = Counts()
+    for row in _Server(model, request, rows, batch, counts, streamer).serve():
+        length = end[row.index] - start[row.index]
+        sequences[row.index, start[row.index] : end[row.index]] = row.ids[:length]
+        sequences[row.index, prompt:] = row.ids[length:]
+    nfe = counts.full + counts.block
+    return Output(sequences.to(input_ids.device), nfe, counts.full, counts.block, round(counts.positions))
 
 
-class _Run:
-    """One call's canvas, cache and counts."""
+@dataclass
+class Completion:
+    """One prompt of `generate_many`: its number among the prompts, and prompt and answer, [L] int64 on the host."""
 
-    def __init__(self, family, request: Request):
-        self.family, self.request = family, request
-        self.canvas, self.open = request.canvas, request.open()  # [B, S]
-        self.pad = request.pad  # [B]
-        (batch, slots), device = self.canvas.shape, self.canvas.device
-        self.device, self.live = device, min(request.block_length, slots)
-        self.row = torch.arange(batch, device=device)
-        # Without padding there is no range to pass, and attention takes its unmasked path.
-        self.start = self.pad if bool(self.pad.any()) else None
-        self.end = None
-        self.passes = 2 if request.cfg_scale > 0 else 1
-        self.nfe_full = self.nfe_block = 0
-        self.shown = 0  # slots handed to the streamer
-        self.cache = None
-        if request.cache != "none":
-            spare = 0
-            if request.cache == "prefix":
-                # Rows at different slots are evaluated to a common length; what overruns lands in spare slots.
-                spare = max(int(slot.max() - slot.min()) for slot, _ in request.blocks)
-                self.end = torch.full_like(self.row, slots) if spare else None
-            shape = (family.layers, batch * self.passes, slots + spare, family.kv_heads, family.head_dim)
-            self.cache = BlockCache(*shape, family.head()[0].dtype, device)
+    index: int
+    sequence: torch.Tensor
 
-    def finish(self) -> Output:
-        request = self.request
-        if request.streamer is not None:
-            self._stream()
-        for index, (slot, masked) in enumerate(request.blocks):
-            self._block(index, slot, masked)
-            if request.eos_id is not None and self._stop_at_eos():
-                break
-            if request.streamer is not None:
-                self._stream()
-        if request.streamer is not None:
-            self._stream()
-            request.streamer.end()
-        prompt = request.input_ids.shape[1]
-        sequences = torch.cat((rolled(self.canvas[:, :prompt], -request.roll), self.canvas[:, prompt:]), 1)
-        return Output(sequences, self.nfe_full + self.nfe_block, self.nfe_full, self.nfe_block)
 
-    def _block(self, index: int, slot: torch.Tensor, masked: torch.Tensor) -> None:
-        """Fill one block: of each row the slots from ``slot[b]`` on, ``masked[b]`` of them open."""
-        request, family, schedule = self.request, self.family, self.request.schedule
-        blocks, limit = len(request.blocks), schedule.limit(int(masked.max()), len(request.blocks))
-        tail = self.canvas.shape[1] - int(slot.min())  # positions from the leftmost live slot to the end
-        slot, masked = slot.to(self.device), masked.to(self.device)
-        at = slot[:, None] + torch.arange(self.live, device=self.device)  # [B, T]
-        for step in itertools.count() if limit is None else range(limit):
-            candidate = (self.canvas.gather(1, at) == request.mask_id) & self.open.gather(1, at)
-            if limit is None and not bool(candidate.any()):  # the step's one read of the device
-                break
-            hidden, uncond = self._evaluate(slot, at, tail, fresh=step == 0)
-            token, score, _ = ops.predict(
-                hidden,
-                *family.head(),
-                candidate=candidate.flatten(),
-                mask_id=request.mask_id,
-                confidence=request.confidence,
-                temperature=request.temperature,
-                seed=request.seed,
-                step=index * STEPS_PER_BLOCK + step,
-                row=self.row[:, None].expand_as(at).flatten(),
-                position=(at - self.pad[:, None]).flatten(),
-                uncond=uncond,
-                cfg_scale=request.cfg_scale,
-                impl=family.impl,
-            )
-            rule = schedule.rule(step, masked, blocks)
-            ops.commit(self.canvas, token.view_as(at), score.view_as(at), candidate, slot, impl=family.impl, **rule)
-            if hasattr(request.streamer, "put_draft"):
-                self._draft(int(at[0, -1]) + 1)
+_DEFAULTS = {name: p.default for name, p in inspect.signature(generate).parameters.items() if p.default is not p.empty}
 
-    def _evaluate(
-        self, slot: torch.Tensor, at: torch.Tensor, tail: int, fresh: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Hidden states [B*T, d] of the slots ``at`` [B, T], and the unconditional ones where there is guidance."""
-        canvas, start, end = self.canvas, self.start, self.end
-        if self.passes == 2:
-            canvas = torch.cat((canvas, canvas.masked_fill(~self.open, self.request.mask_id)))
-            slot, at = slot.repeat(2), at.repeat(2, 1)
-            start, end = (x if x is None else x.repeat(2) for x in (start, end))
-        if fresh or self.cache is None:
-            begin = None if self.cache is None else torch.zeros_like(slot)
-            hidden = self.family.hidden(canvas, start, end, self.cache, begin, rows=at)
-            self.nfe_full += self.passes
-        else:
-            rows = None
-            if self.request.cache == "prefix":
-                rows = torch.arange(self.live, device=self.device).expand_as(at)
-                at = slot[:, None] + torch.arange(tail, device=self.device)
-            ids = canvas.gather(1, at.clamp(max=canvas.shape[1] - 1))
-            hidden = self.family.hidden(ids, start, end, self.cache, slot, rows)
-            self.nfe_block += self.passes
-        hidden = hidden.flatten(0, 1)
-        return hidden.chunk(2) if self.passes == 2 else (hidden, None)
 
-    def _draft(self, end: int) -> None:
-        draft = self.canvas[0, self.shown : max(end, self.shown)]
-        self.request.streamer.put_draft(draft.cpu(), sequence=self.canvas[0, int(self.pad[0]) :].cpu())
+def generate_many(
+    model: torch.nn.Module,
+    prompts: Iterable[torch.Tensor | list[int]],
+    batch_size: int = 8,
+    ordered: bool = True,
+    progress: bool | Callable[[int, int], None] = False,
+    **options,
+) -> Iterator[Completion]:
+    """`generate` for any number of prompts of any lengths, ``batch_size`` at a time; an iterator of `Completion`.
 
-    def _stop_at_eos(self) -> bool:
-        """Fill what is left of rows whose answer ended; True when no row has anything left."""
-        eos_id, mask_id = self.request.eos_id, self.request.mask_id
-        ended = ((self.canvas == eos_id) & self.open).cumsum(1) > 0
-        self.canvas = self.canvas.where(~(ended & self.open), eos_id)
-        return not bool(((self.canvas == mask_id) & self.open).any())
+    Rows finish on their own: one that is done leaves the batch at the end of its block, and a waiting prompt, longest
+    first, takes its seat. A prompt's tokens are those that `generate` gives it as row ``index`` of a batch.
 
-    def _stream(self) -> None:
-        """Hand over what is final: everything up to the first position still open."""
-        left = ((self.canvas[0] == self.request.mask_id) & self.open[0]).nonzero()
-        end = int(left[0]) if len(left) else self.canvas.shape[1]
-        begin = max(self.shown, int(self.pad[0]))
-        if end > begin:
-            self.request.streamer.put(self.canvas[0, begin:end].cpu())
+    Args:
+        model: a patched LLaDA or ModernBERT.
+        prompts: ids [P] each, int64 tensors or lists.
+        batch_size: rows evaluated together.
+        ordered: yield in the prompts' order; else as they are completed.
+        progress: True shows a bar (tqdm); a callable is given (done, total).
+        options: `generate`'s, but for ``attention_mask`` and ``streamer``.
+
+    Raises:
+        ValueError, MemoryError: as `generate`, when called, before the first prompt runs.
+    """
+    family = bound_family(model)
+    known = {name: value for name, value in _DEFAULTS.items() if name not in ("attention_mask", "streamer")}
+    unknown = sorted(set(options) - set(known))
+    require(not unknown, f"{', '.join(unknown)}: not an option of generate_many")
+    good = isinstance(batch_size, int) and not isinstance(batch_size, bool) and batch_size >= 1
+    require(good, f"batch_size={batch_size!r} is not a positive whole number")
+    request = Request(**{**known, **options}).check(model, family)
+    rows = []
+    for index, prompt in enumerate(prompts):
+        name = f"prompts[{index}]"
+        ids = torch.as_tensor(prompt)
+        require(ids.dim() == 1, f"{name}: shape {tuple(ids.shape)} is not [P]")
+        require(ids.numel() == 0 or ids.dtype == torch.int64, f"{name}: dtype {ids.dtype} is not torch.int64")
+        rows.append(request.row(index, ids.cpu(), family, name))
+    server = _Server(model, request, rows, batch_size, Counts())
+    return _completions(server, len(rows), ordered, progress)
+
+
+def _completions(server, total: int, ordered: bool, progress) -> Iterator[Completion]:
+    with contextlib.ExitStack() as stack:
+        if progress is True:
+            from tqdm.auto import tqdm
+
+            bar = stack.enter_context(tqdm(total=total, unit="prompt"))
+            progress = lambda done, total: bar.update(1)  # noqa: E731
+        kept, expected = {}, 0
+        for done, row in enumerate(server.serve(), 1):
+            if progress:
+                progress(done, total)
+            kept[row.index] = Completion(row.index, row.ids)
+            while ordered and expected in kept:
+                yield kept.pop(expected)
+                expected += 1
+            if not ordered:
+                yield kept.pop(row.index)
+
+
+class _Server:
+    """Seats rows in an engine and runs it block by block."""
+
+    def __init__(self, model, request: Request, rows: list[Row], seats: int, counts: Counts, streamer=None):
+        self.family, self.pool, self.parameters = bound_family(model), bound_pool(model), list(model.parameters())
+        self.request, self.counts = request, counts
+        self.finished = [row for row in rows if row.done]  # nothing to fill
+        self.waiting = sorted((row for row in rows if not row.done), key=lambda row: -len(row.ids))
+        self.seated: list[Row] = []
+        self.engine = self.key = None
+        self.stream = None if streamer is None else _Stream(streamer, rows[0])
+        self.seats = min(seats, len(self.waiting))
+        if self.seats:
+            require_memory(self.family, request.options, *self._plan(self.waiting, self.seats)[:3])
+
+    def serve(self) -> Iterator[Row]:
+        """Yield rows as they are done. Threads take turns, a block each; every run has buffers of its own."""
+        yield from self.finished
+        while self.waiting or not all(row.done for row in self.seated):
+            with torch.no_grad(), self.pool.lock:
+                self._seat()
+                self._block()
+            yield from (row for row in self.seated if row.done)
+        if self.engine is not None:
+            self.pool.give(self.key, self.engine)
+        if self.stream is not None:
+            self.stream.end()
+
+    def _plan(self, rows: list[Row], seats: int) -> tuple[int, int, int, bool]:
+        """(seats, slots, spare slots, padded) of an engine for ``rows``, of which ``seats`` sit at a time."""
+        slots, spare, options = max(len(row.ids) for row in rows), 0, self.request.options
+        if options.cache == "prefix":
+            spare = 0 if options.refresh.full(1) else options.refresh.span(options.block_length)[0]
+            firsts = [slots - len(row.ids) + first for row in rows for first, _ in row.blocks]
+            if seats > 1:
+                spare += max(firsts) - min(firsts)
+        return seats, slots, spare, any(len(row.ids) < slots for row in rows)
+
+    def _seat(self) -> None:
+        """Give the seats of rows that are done to rows that wait; where none waits, do without those seats."""
+        before, self.seated, stayed = self.seated, [], []
+        for seat in range(len(before) or self.seats):
+            row = before[seat] if before else None
+            if (row is None or row.done) and self.waiting:
+                row = self.waiting.pop(0)
+            if not row.done:
+                self.seated.append(row)
+                stayed.append(seat)
+        if self.seated == before:
+            return
+        plan = self._plan(self.seated + self.waiting, len(self.seated))
+        old = self.engine
+        if old is None or len(self.seated) < old.rows or plan[1] <= SHRINK * old.slots:
+            weights = self.family.head()[0]
+            versions = tuple(p.data_ptr() for p in self.parameters) if weights.is_cuda else ()
+            key = (self.request.options, plan, versions)
+            self.engine = self.pool.take(key) or Engine(self.family, self.request.options, *plan)
+            if old is not None:
+                self.engine.take_over(old, stayed)
+                self.pool.give(self.key, old)
+            self.key = key
+            self.engine.counts = self.counts
+            self.engine.seed.fill_(self.request.seed)
+        self.engine.load(self.seated)
+
+    def _block(self) -> None:
+        """Fill each seated row's next block, and take its tokens in."""
+        engine, rows = self.engine, self.seated
+        slot = torch.tensor([max(0, row.blocks[row.next][0] + engine.slots - len(row.ids)) for row in rows])
+        masked = torch.tensor([row.blocks[row.next][1] for row in rows])
+        blocks = torch.tensor([len(row.blocks) for row in rows])
+        fresh = torch.tensor([self.request.options.refresh.full(row.next) for row in rows])
+        draft = None
+        if self.stream is not None:
+            self.stream.flush()
+            draft = functools.partial(self.stream.draft, engine, int(slot[0]) + engine.live)
+        engine.block(slot, masked, blocks, fresh, draft)
+        for row, first, tokens in zip(rows, slot.tolist(), engine.tokens(), strict=True):
+            row.write(first - (engine.slots - len(row.ids)), tokens, self.request.eos_id)
+        if self.stream is not None:
+            self.stream.flush()
+
+
+class _Stream:
+    """Hands a row to a transformers streamer: everything up to the first position still open."""
+
+    def __init__(self, streamer, row: Row):
+        self.streamer, self.row, self.shown = streamer, row, 0
+
+    def flush(self) -> None:
+        left = self.row.left().nonzero()[:, 0]
+        end = int(left[0]) if len(left) else len(self.row.ids)
+        if end > self.shown:
+            self.streamer.put(self.row.ids[self.shown : end].clone())
             self.shown = end
+
+    def draft(self, engine: Engine, end: int) -> None:
+        if hasattr(self.streamer, "put_draft"):
+            sequence, pad = engine.canvas[0].cpu(), engine.slots - len(self.row.ids)
+            self.streamer.put_draft(sequence[pad:][self.shown : max(end - pad, self.shown)], sequence=sequence[pad:])
+
+    def end(self) -> None:
+        self.streamer.end()

@@ -15,6 +15,7 @@ from dllm_fast.families import FAMILIES, LLaDA, ModernBert
 from dllm_fast.families.modernbert import fresh_rotary
 from dllm_fast.families.rows import valid_spans
 from dllm_fast.llada import LLaDAModelLM
+from dllm_fast.pool import Pool
 
 _STATE = "_dllm_fast"
 
@@ -27,6 +28,7 @@ class _Patch:
     own_forward: object | None  # what the instance's __dict__ held under "forward", e.g. an Accelerate hook
     output: type
     buffers: list[tuple[nn.Module, str, torch.Tensor]] = field(default_factory=list)
+    pool: Pool = field(default_factory=Pool)
 
 
 def patch(model: nn.Module, impl: str = "auto") -> nn.Module:
@@ -92,10 +94,19 @@ def patched(model: nn.Module, impl: str = "auto") -> Iterator[nn.Module]:
 
 def bound_family(model: nn.Module) -> LLaDA | ModernBert:
     """The family object of a patched model. Raises ValueError for one that is not."""
+    return _state(model).family
+
+
+def bound_pool(model: nn.Module) -> Pool:
+    """What a patched model keeps between calls. Raises ValueError for one that is not patched."""
+    return _state(model).pool
+
+
+def _state(model: nn.Module) -> _Patch:
     state = model.__dict__.get(_STATE) if isinstance(model, nn.Module) else None
     if state is None:
         raise ValueError(f"model: this {type(model).__name__} is not patched; call dllm_fast.patch(model) first")
-    return state.family
+    return state
 
 
 def _recognise(model: nn.Module) -> tuple[type[LLaDA] | type[ModernBert], type]:

@@ -1,11 +1,14 @@
-"""What `generate` is asked for: every argument checked, and the blocks planned, before any work."""
+"""What `generate` is asked for: every argument checked, and each row's blocks planned, before any work."""
 
 import math
 from dataclasses import dataclass, field
 
 import torch
 
+from dllm_fast.engine import Options
 from dllm_fast.families.rows import valid_spans
+from dllm_fast.refresh import Every, Refresh
+from dllm_fast.remask import Remask
 from dllm_fast.schedules import Schedule
 
 CONFIDENCES = ("probability", "margin", "entropy", "random")
@@ -19,11 +22,40 @@ def require(good: bool, message: str) -> None:
 
 
 @dataclass
-class Request:
-    """The arguments of `generate`, and after `check` what follows from them."""
+class Row:
+    """One sequence, without padding, on the host: its prompt, its [MASK]s, and the blocks that fill them."""
 
-    input_ids: torch.Tensor  # [B, P] int64
-    attention_mask: torch.Tensor | None  # [B, P]
+    index: int  # among the prompts; the noise's row
+    ids: torch.Tensor  # [L] int64
+    open: torch.Tensor  # [L] bool: to be filled
+    blocks: list[tuple[int, int]]  # (first position, how many are open from there on within a block length)
+    mask_id: int
+    next: int = 0  # the block that is live or comes next
+
+    def left(self) -> torch.Tensor:
+        """Positions that are still to be filled, [L] bool."""
+        return self.open & (self.ids == self.mask_id)
+
+    def write(self, first: int, tokens: torch.Tensor, eos_id: int | None) -> None:
+        """Take in a finished block's ``tokens`` from position ``first`` on, and stop at the end of the text."""
+        skip = max(0, -first)  # the window of a row shorter than a block begins in its padding
+        self.ids[max(0, first) : first + len(tokens)] = tokens[skip:]
+        self.next += 1
+        if eos_id is not None:
+            ended = ((self.ids == eos_id) & self.open).cumsum(0) > 0
+            if bool(ended.any()):
+                self.ids[ended & self.open] = eos_id
+                self.next = len(self.blocks)
+
+    @property
+    def done(self) -> bool:
+        return self.next == len(self.blocks)
+
+
+@dataclass
+class Request:
+    """The options of `generate`, which hold for every prompt. `check` comes first."""
+
     gen_length: int
     block_length: int
     schedule: Schedule
@@ -31,47 +63,47 @@ class Request:
     temperature: float
     cfg_scale: float
     cache: str
-    refresh: str
+    refresh: str | Refresh
+    remask: Remask | None
     mask_id: int | None
     eos_id: int | None
     seed: int | None
-    streamer: object | None
-    pad: torch.Tensor = field(init=False)  # [B] int64: padding to the left of each row once it is rolled
-    canvas: torch.Tensor = field(init=False)  # [B, P + gen_length]: rolled prompts, then [MASK]s
-    roll: torch.Tensor = field(init=False)  # [B] int64: how far right each prompt moved, around its end
-    blocks: list[tuple[torch.Tensor, torch.Tensor]] = field(init=False)  # (slot [B], open positions [B]), on the host
+    options: Options = field(init=False)
 
     def check(self, model: torch.nn.Module, family) -> "Request":
-        """Check every argument and plan the run. Raises ValueError naming the argument and the value."""
+        """Check everything but the prompts. Raises ValueError naming the argument and the value."""
         self._check_ids(model, family)
-        self._check_numbers(model, family)
-        self._lay_out(family)
-        self.blocks = plan_blocks(self.open().cpu(), self.block_length)
-        require(bool(self.blocks), "gen_length=0 and no [MASK] in input_ids: there is nothing to fill")
-        self.schedule.check(len(self.blocks), max(int(masked.max()) for _, masked in self.blocks))
+        self._check_numbers()
+        refresh = Every(1) if self.refresh == "block" else self.refresh
+        self.options = Options(
+            self.block_length, self.schedule, self.confidence, float(self.temperature), float(self.cfg_scale),
+            self.cache, refresh, self.remask, self.mask_id,
+        )  # fmt: skip
         if self.seed is None:
             self.seed = int(torch.randint(2**63 - 1, ()))
         return self
 
-    def open(self) -> torch.Tensor:
-        """Positions to fill, [B, P + gen_length] bool."""
-        slots = torch.arange(self.canvas.shape[1], device=self.canvas.device)
-        return (self.canvas == self.mask_id) & (slots >= self.pad[:, None])
-
-    def _check_ids(self, model, family) -> None:
-        ids = self.input_ids
-        require(isinstance(ids, torch.Tensor), f"input_ids: a {type(ids).__name__} is not a tensor")
-        require(ids.dtype == torch.int64, f"input_ids: dtype {ids.dtype} is not torch.int64")
-        require(ids.dim() == 2, f"input_ids: shape {tuple(ids.shape)} is not [B, P]")
-        require(ids.shape[0] > 0, f"input_ids: shape {tuple(ids.shape)} has no rows")
-        require(ids.shape[1] > 0, f"input_ids: shape {tuple(ids.shape)} is an empty prompt")
-        device = family.head()[0].device
-        require(ids.device == device, f"input_ids: on {ids.device}, but the model is on {device}")
+    def row(self, index: int, ids: torch.Tensor, family, name: str = "input_ids") -> Row:
+        """The row of one prompt [P] on the host, and its plan. Raises ValueError naming ``name`` and the value."""
+        require(len(ids) > 0, f"{name}: an empty prompt")
         low, high = int(ids.min()), int(ids.max())
         require(
             low >= 0 and high < family.vocab_size,
-            f"input_ids: id {low if low < 0 else high} is outside the vocabulary of {family.vocab_size}",
+            f"{name}: id {low if low < 0 else high} is outside the vocabulary of {family.vocab_size}",
         )
+        require(
+            len(ids) + self.gen_length <= family.positions,
+            f"{name}: a prompt of {len(ids)} and gen_length={self.gen_length} exceed the model's {family.positions} "
+            "positions",
+        )
+        ids = torch.cat((ids, ids.new_full((self.gen_length,), self.mask_id)))
+        open_ = ids == self.mask_id
+        blocks = plan_blocks(open_, self.block_length)
+        if blocks:
+            self.schedule.check(len(blocks), max(masked for _, masked in blocks))
+        return Row(index, ids, open_, blocks, self.mask_id)
+
+    def _check_ids(self, model, family) -> None:
         for name, default in (("mask_id", "mask_token_id"), ("eos_id", None)):
             value = getattr(self, name)
             if value is None and default:
@@ -84,79 +116,68 @@ class Request:
             )
         require(self.eos_id is None or self.eos_id != self.mask_id, f"eos_id={self.eos_id} is the mask id")
 
-    def _check_numbers(self, model, family) -> None:
-        gen, block, prompt = self.gen_length, self.block_length, self.input_ids.shape[1]
+    def _check_numbers(self) -> None:
+        gen, block = self.gen_length, self.block_length
         require(_whole(gen) and gen >= 0, f"gen_length={gen!r} is not a whole number from 0 up")
         require(_whole(block) and block >= 1, f"block_length={block!r} is not a positive whole number")
         require(gen % block == 0, f"gen_length={gen} is not a multiple of block_length={block}")
-        require(
-            prompt + gen <= family.positions,
-            f"input_ids: a prompt of {prompt} and gen_length={gen} exceed the model's {family.positions} positions",
-        )
         require(isinstance(self.schedule, Schedule), f"schedule={self.schedule!r} is not a schedule of dllm_fast")
-        for name, choices in (("confidence", CONFIDENCES), ("cache", CACHES), ("refresh", REFRESHES)):
+        for name, choices in (("confidence", CONFIDENCES), ("cache", CACHES)):
             value = getattr(self, name)
             require(value in choices, f"{name}={value!r} is not one of {', '.join(map(repr, choices))}")
+        if isinstance(self.refresh, Refresh):
+            require(self.cache != "none", f"refresh={self.refresh!r}: there is nothing to refresh with cache='none'")
+            self.refresh.check()
+        else:
+            known = f"{', '.join(map(repr, REFRESHES))}, Every, Window, Drift"
+            require(self.refresh in REFRESHES, f"refresh={self.refresh!r} is not one of {known}")
+        if self.remask is not None:
+            require(isinstance(self.remask, Remask), f"remask={self.remask!r} is not one of ReMDM, Verify, P2")
+            self.remask.check()
         for name in ("temperature", "cfg_scale"):
             value = getattr(self, name)
             good = isinstance(value, int | float) and math.isfinite(value) and value >= 0
             require(good, f"{name}={value!r} is not a finite number from 0 up")
-        require(self.seed is None or _whole(self.seed), f"seed={self.seed!r} is not a whole number")
-        require(
-            self.streamer is None or self.input_ids.shape[0] == 1,
-            f"streamer: takes one row, and input_ids has {self.input_ids.shape[0]}",
-        )
-
-    def _lay_out(self, family) -> None:
-        """Roll right-padded prompts to the right, so that every row's answer starts at slot P."""
-        ids, mask = self.input_ids, self.attention_mask
-        batch, prompt = ids.shape
-        if mask is None:
-            self.pad = self.roll = torch.zeros(batch, dtype=torch.int64, device=ids.device)
-        else:
-            require(
-                isinstance(mask, torch.Tensor) and mask.shape == ids.shape and mask.device == ids.device,
-                f"attention_mask: {_describe(mask)} does not match input_ids, {_describe(ids)}",
-            )
-            require(bool(((mask == 0) | (mask == 1)).all()), "attention_mask: has values other than 0 and 1")
-            start, end, length = valid_spans(mask)
-            require(bool((length > 0).all()), f"attention_mask: row {int(length.argmin())} is an empty prompt")
-            holes = end - start != length
-            require(not bool(holes.any()), f"attention_mask: row {int(holes.long().argmax())} has a hole")
-            self.pad, self.roll = prompt - length, prompt - end
-        tail = ids.new_full((batch, self.gen_length), self.mask_id)
-        self.canvas = torch.cat((rolled(ids, self.roll), tail), 1)
+        good = self.seed is None or (_whole(self.seed) and 0 <= self.seed < 2**63)
+        require(good, f"seed={self.seed!r} is not a whole number from 0 to 2^63 - 1")
 
 
-def rolled(x: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """Row b of x [B, P] rolled right by ``shift[b]``."""
-    at = (torch.arange(x.shape[1], device=x.device) - shift[:, None]) % x.shape[1]
-    return x.gather(1, at)
+def check_batch(input_ids, attention_mask, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """First position and one past the last of each row's prompt, on the host. Raises ValueError."""
+    ids, mask = input_ids, attention_mask
+    require(isinstance(ids, torch.Tensor), f"input_ids: a {type(ids).__name__} is not a tensor")
+    require(ids.dtype == torch.int64, f"input_ids: dtype {ids.dtype} is not torch.int64")
+    require(ids.dim() == 2, f"input_ids: shape {tuple(ids.shape)} is not [B, P]")
+    require(ids.shape[0] > 0, f"input_ids: shape {tuple(ids.shape)} has no rows")
+    require(ids.shape[1] > 0, f"input_ids: shape {tuple(ids.shape)} is an empty prompt")
+    require(ids.device == device, f"input_ids: on {ids.device}, but the model is on {device}")
+    if mask is None:
+        zero = torch.zeros(len(ids), dtype=torch.int64)
+        return zero, zero + ids.shape[1]
+    require(
+        isinstance(mask, torch.Tensor) and mask.shape == ids.shape and mask.device == ids.device,
+        f"attention_mask: {_describe(mask)} does not match input_ids, {_describe(ids)}",
+    )
+    require(bool(((mask == 0) | (mask == 1)).all()), "attention_mask: has values other than 0 and 1")
+    start, end, length = (x.cpu() for x in valid_spans(mask))
+    require(bool((length > 0).all()), f"attention_mask: row {int(length.argmin())} is an empty prompt")
+    holes = end - start != length
+    require(not bool(holes.any()), f"attention_mask: row {int(holes.long().argmax())} has a hole")
+    return start, end
 
 
-def plan_blocks(open_: torch.Tensor, block_length: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Cover each row's open positions [B, S] with windows of ``block_length`` slots, from left to right.
+def plan_blocks(open_: torch.Tensor, block_length: int) -> list[tuple[int, int]]:
+    """Cover the open positions [L] with windows of ``block_length``, from left to right: (first, open in it) each.
 
-    Returns (slot [B], open positions in the window [B]) a block; a row that has fewer blocks than its neighbours
-    idles at the end of the sequence with nothing open. A window that would overrun the sequence starts earlier, and
-    holds only what earlier windows left.
+    A window that would overrun the sequence starts earlier, and holds only what earlier windows left; in a sequence
+    shorter than a block it starts before the sequence does.
     """
-    slots = open_.shape[1]
-    block_length = min(block_length, slots)
-    rows = []
-    for row in open_.tolist():
-        windows, covered = [], 0
-        for i, is_open in enumerate(row):
-            if is_open and i >= covered:
-                windows.append((min(i, slots - block_length), sum(row[i : i + block_length])))
-                covered = i + block_length
-        rows.append(windows)
-    idle = (slots - block_length, 0)
-    count = max(map(len, rows))
-    return [
-        tuple(torch.tensor(column) for column in zip(*(row[n] if n < len(row) else idle for row in rows), strict=True))
-        for n in range(count)
-    ]
+    windows, covered = [], 0
+    for i in open_.nonzero()[:, 0].tolist():
+        if i >= covered:
+            windows.append((min(i, len(open_) - block_length), int(open_[i : i + block_length].sum())))
+            covered = i + block_length
+    return windows
 
 
 def _whole(value: object) -> bool:

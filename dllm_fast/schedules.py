@@ -1,13 +1,18 @@
 """How many of a block's masked positions each step keeps.
 
-A schedule is told how a run is cut (`check`), says how many steps a block takes where that is known beforehand
-(`limit`), and gives each step's rule for `ops.commit` (`rule`). Which positions are kept is the confidence's business.
+A schedule either knows beforehand what each step of a block keeps (`counts`) or leaves it to a rule on the step's
+confidences, one of `ops.commit`'s (`rule`). Which positions are kept is the confidence's business; a schedule that is
+defined by one names it (`confidence`), and then the caller's is not asked.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
+
+NOISES = ("linear", "cosine", "loglinear")
 
 
 def _require(good: bool, message: str) -> None:
@@ -19,15 +24,38 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 @dataclass(frozen=True)
-class Uniform:
+class _Planned:
+    """A schedule whose `counts` say it all."""
+
+    confidence: ClassVar[str | None] = None
+    rule: ClassVar[dict] = {}
+
+    def check(self, blocks: int, masked: int) -> None:
+        """A row's ``blocks``, the fullest of which has ``masked`` positions to fill. Raises ValueError."""
+
+    def counts(
+        self,
+        masked: torch.Tensor,  # [B] int64, on the host: positions to fill in this block
+        blocks: torch.Tensor,  # [B] int64: blocks of each row's run
+        draw: Callable[[], torch.Tensor],  # [B, T] fp64: uniform noise of the block's positions, 2 where none is open
+    ) -> list[tuple[int, torch.Tensor]] | None:
+        """(step's number, positions kept [B]) of each step that keeps any; None: `rule` decides."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Uniform(_Planned):
     """``steps`` in all, shared equally by the blocks; of a block's n masked positions and s steps each step keeps
     ``n // s``, the first ``n % s`` steps one more (LLaDA, arXiv:2502.09992)."""
 
     steps: int
 
     def check(self, blocks: int, masked: int) -> None:
-        """``blocks`` in the run, the fullest of which has ``masked`` positions to fill."""
         _require(_is_count(self.steps), f"Uniform: steps={self.steps!r} is not a positive whole number")
         _require(self.steps % blocks == 0, f"Uniform: steps={self.steps} is not a multiple of the {blocks} blocks")
         _require(
@@ -35,16 +63,16 @@ class Uniform:
             f"Uniform: steps={self.steps} over {blocks} blocks is more than the {masked} positions of a block",
         )
 
-    def limit(self, masked: int, blocks: int) -> int | None:
-        return min(self.steps // blocks, masked)
-
-    def rule(self, step: int, masked: torch.Tensor, blocks: int) -> dict:
-        share = self.steps // blocks
-        return {"count": masked // share + (step < masked % share)}
+    def counts(self, masked, blocks, draw):
+        share = self.steps // blocks  # [B]
+        found = []
+        for step in range(int(torch.minimum(share, masked).max())):
+            found.append((step, (masked // share + (step < masked % share)) * (step < share)))
+        return found
 
 
 @dataclass(frozen=True)
-class Pyramid:
+class Pyramid(_Planned):
     """Step i of a block keeps ``i // factor + 1``, so few tokens while little is known and more as it fills: factor 1
     takes 8 steps for 32 positions. As many steps as the block needs."""
 
@@ -53,53 +81,116 @@ class Pyramid:
     def check(self, blocks: int, masked: int) -> None:
         _require(_is_count(self.factor), f"Pyramid: factor={self.factor!r} is not a positive whole number")
 
-    def limit(self, masked: int, blocks: int) -> int | None:
-        step = kept = 0
-        while kept < masked:
+    def counts(self, masked, blocks, draw):
+        found, kept = [], 0
+        while kept < int(masked.max()):
+            step = len(found)
+            found.append((step, (masked - kept).clamp(0, step // self.factor + 1)))
             kept += step // self.factor + 1
-            step += 1
-        return step
-
-    def rule(self, step: int, masked: torch.Tensor, blocks: int) -> dict:
-        return {"count": torch.full_like(masked, step // self.factor + 1)}
+        return found
 
 
 @dataclass(frozen=True)
-class Threshold:
+class FirstHitting(_Planned):
+    """One position at a time, at the times at which the reverse process hits them (arXiv:2409.02908).
+
+    The times order the positions uniformly at random and enter a time-agnostic model no further, so a step keeps one
+    masked position drawn at random. At temperature 1 that samples the masked-diffusion process exactly.
+    """
+
+    confidence: ClassVar[str | None] = "random"
+
+    def counts(self, masked, blocks, draw):
+        return [(step, (step < masked).long()) for step in range(int(masked.max()))]
+
+
+@dataclass(frozen=True)
+class Ancestral(_Planned):
+    """The reverse posterior on a grid (MDLM, arXiv:2406.07524): from time t to s every masked position is kept with
+    probability ``(alpha_s - alpha_t) / (1 - alpha_t)``, by itself; at temperature 1.
+
+    ``steps`` in all, shared equally by the blocks, each block's times going from 1 to 0. ``noise``: alpha is
+    ``1 - t`` ("linear"), ``cos(pi t / 2)`` ("cosine") or ``1 - (1 - 10^-3) t`` ("loglinear"). The draws do not depend
+    on the model, so they are made first, and grid steps that keep nothing in any row are not evaluated.
+    """
+
+    steps: int
+    noise: str = "linear"
+    confidence: ClassVar[str | None] = "random"
+
+    def check(self, blocks: int, masked: int) -> None:
+        _require(_is_count(self.steps), f"Ancestral: steps={self.steps!r} is not a positive whole number")
+        _require(self.steps % blocks == 0, f"Ancestral: steps={self.steps} is not a multiple of the {blocks} blocks")
+        known = ", ".join(map(repr, NOISES))
+        _require(self.noise in NOISES, f"Ancestral: noise={self.noise!r} is not one of {known}")
+
+    def _alpha(self, t: torch.Tensor) -> torch.Tensor:
+        if self.noise == "cosine":
+            return torch.cos(math.pi / 2 * t)
+        return 1 - t if self.noise == "linear" else 1 - (1 - 1e-3) * t
+
+    def counts(self, masked, blocks, draw):
+        share = (self.steps // blocks)[:, None]  # [B, 1]
+        time = 1 - torch.arange(1, int(share.max()) + 1, dtype=torch.float64) / share  # [B, n]: each step's end
+        begin = self._alpha(torch.ones((), dtype=torch.float64))
+        # The product of (1 - alpha_s) / (1 - alpha_t) over a position's steps telescopes into the share still masked.
+        reached = (self._alpha(time.clamp(min=0)) - begin) / (1 - begin)
+        reached[time <= 0] = 1.0  # cos(0) and the division leave it within rounding of 1
+        hit = torch.searchsorted(reached, draw())  # [B, T]: each position's step; a draw of 2 is in none
+        found = [(step, (hit == step).sum(1)) for step in range(reached.shape[1])]
+        return [(step, count) for step, count in found if bool(count.any())]
+
+
+@dataclass(frozen=True)
+class _Adaptive(_Planned):
+    def counts(self, masked, blocks, draw):
+        return None
+
+
+@dataclass(frozen=True)
+class Threshold(_Adaptive):
     """Every position whose confidence reaches ``threshold``, and always the best (Fast-dLLM, arXiv:2505.22618)."""
 
     threshold: float = 0.9
 
     def check(self, blocks: int, masked: int) -> None:
-        _require(
-            isinstance(self.threshold, int | float) and math.isfinite(self.threshold),
-            f"Threshold: threshold={self.threshold!r} is not a finite number",
-        )
+        _require(_is_number(self.threshold), f"Threshold: threshold={self.threshold!r} is not a finite number")
 
-    def limit(self, masked: int, blocks: int) -> int | None:
-        return None
-
-    def rule(self, step: int, masked: torch.Tensor, blocks: int) -> dict:
+    @property
+    def rule(self) -> dict:
         return {"threshold": self.threshold}
 
 
 @dataclass(frozen=True)
-class Factor:
+class Factor(_Adaptive):
     """The largest k with ``(k + 1) (1 - c_k) < factor``, c sorted downwards, and always one (Fast-dLLM)."""
 
     factor: float = 1.0
 
     def check(self, blocks: int, masked: int) -> None:
-        _require(
-            isinstance(self.factor, int | float) and math.isfinite(self.factor) and self.factor > 0,
-            f"Factor: factor={self.factor!r} is not a positive number",
-        )
+        good = _is_number(self.factor) and self.factor > 0
+        _require(good, f"Factor: factor={self.factor!r} is not a positive number")
 
-    def limit(self, masked: int, blocks: int) -> int | None:
-        return None
-
-    def rule(self, step: int, masked: torch.Tensor, blocks: int) -> dict:
+    @property
+    def rule(self) -> dict:
         return {"factor": self.factor}
 
 
-Schedule = Uniform | Pyramid | Threshold | Factor
+@dataclass(frozen=True)
+class EntropyBound(_Adaptive):
+    """The most certain positions whose entropies, without the largest, sum to at most ``gamma`` nats
+    (EB-Sampler, arXiv:2505.24857): a bound on how far sampling them at once is from one after the other."""
+
+    gamma: float = 0.1
+    confidence: ClassVar[str | None] = "entropy"
+
+    def check(self, blocks: int, masked: int) -> None:
+        good = _is_number(self.gamma) and self.gamma >= 0
+        _require(good, f"EntropyBound: gamma={self.gamma!r} is not a finite number from 0 up")
+
+    @property
+    def rule(self) -> dict:
+        return {"bound": self.gamma}
+
+
+Schedule = Uniform | Pyramid | FirstHitting | Ancestral | Threshold | Factor | EntropyBound

@@ -144,11 +144,10 @@ def test_masks_in_the_prompt_are_filled_and_nothing_else(either, ids):
 
 
 def test_blocks_cover_open_positions_once_and_in_order():
-    open_ = torch.zeros(2, 12, dtype=torch.bool)
-    open_[0, [1, 2, 6, 11]] = True
-    open_[1, 9] = True
-    plan = [(slot.tolist(), count.tolist()) for slot, count in plan_blocks(open_, 4)]
-    assert plan == [([1, 8], [2, 1]), ([6, 8], [1, 0]), ([8, 8], [1, 0])]
+    open_ = torch.zeros(12, dtype=torch.bool)
+    open_[[1, 2, 6, 11]] = True
+    assert plan_blocks(open_, 4) == [(1, 2), (6, 1), (8, 1)]
+    assert plan_blocks(open_, 16) == [(-4, 4)] and plan_blocks(open_ & False, 4) == []
 
 
 def test_end_of_text_stops_a_row_and_fills_the_rest(llada, ids):

@@ -22,6 +22,7 @@ class LLaDA:
         self.head_dim = config.d_model // config.n_heads
         self.kv_heads = getattr(config, "n_kv_heads", None) or config.n_heads
         self.layers = config.n_layers
+        self.ffn_width = self.transformer.blocks[0].ff_proj.weight.shape[0]
         self.vocab_size = self.transformer.wte.weight.shape[0]
         self.theta, self.eps = config.rope_theta, config.rms_norm_eps
         self._tables = RopeTables(self.positions, self.head_dim)
@@ -41,18 +42,22 @@ class LLaDA:
         cache: BlockCache | None = None,
         slot: torch.Tensor | None = None,  # [B] int: slot of each row's first id
         rows: torch.Tensor | None = None,  # see `rows.take`
+        first: int = 0,
     ) -> torch.Tensor:
         """What the LM head multiplies, [B, T, d] or the chosen rows of it.
 
         Without a cache the T ids are the whole sequence. With one they are slots ``slot`` to ``slot + T`` of it:
-        their keys and values are written there, and every valid slot is attended to, however old.
+        their keys and values are written there, and every valid slot is attended to, however old. From layer
+        ``first`` on, over all slots: the ids are not read, but the hidden states that the cache has of that layer.
         """
         transformer, impl = self.transformer, self.impl
         position = slot if start is None else (slot if slot is not None else 0) - start
         cos, sin = self._tables(self.theta, input_ids.device)
-        x, delta = transformer.wte(input_ids), None
-        for layer, block in enumerate(transformer.blocks):
+        x, delta = transformer.wte(input_ids) if first == 0 else cache.states[first][:, : input_ids.shape[1]], None
+        for layer, block in enumerate(transformer.blocks[first:], first):
             y, x = self._norm(x, delta, block.attn_norm)
+            if cache is not None:
+                cache.keep_state(layer, x, slot)
             q, k, v = (
                 F.linear(y, proj.weight).unflatten(-1, (-1, self.head_dim))
                 for proj in (block.q_proj, block.k_proj, block.v_proj)

@@ -22,6 +22,7 @@ class ModernBert:
         self.heads = self.kv_heads = config.num_attention_heads
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.layers = config.num_hidden_layers
+        self.ffn_width = config.intermediate_size
         self.vocab_size = config.vocab_size
         self.eps = config.norm_eps
         # A sliding layer sees |i - j| <= local_attention // 2, whatever number its attention function is handed.
@@ -37,17 +38,23 @@ class ModernBert:
         cache: BlockCache | None = None,
         slot: torch.Tensor | None = None,  # [B] int: slot of each row's first id
         rows: torch.Tensor | None = None,  # see `rows.take`
+        first: int = 0,
     ) -> torch.Tensor:
         """What the decoder multiplies, [B, T, d] or the chosen rows of it; arguments as in `LLaDA.hidden`."""
         backbone, impl = self.model.model, self.impl
         position = slot if start is None else (slot if slot is not None else 0) - start
-        x = self._norm(backbone.embeddings.tok_embeddings(input_ids), None, backbone.embeddings.norm)[0]
+        if first == 0:
+            x = self._norm(backbone.embeddings.tok_embeddings(input_ids), None, backbone.embeddings.norm)[0]
+        else:
+            x = cache.states[first][:, : input_ids.shape[1]]
         delta = None
-        for layer, block in enumerate(backbone.layers):
+        for layer, block in enumerate(backbone.layers[first:], first):
             if isinstance(block.attn_norm, nn.Identity):
                 y = x
             else:
                 y, x = self._norm(x, delta, block.attn_norm)
+            if cache is not None:
+                cache.keep_state(layer, x, slot)
             qkv = block.attn.Wqkv(y).unflatten(-1, (3, self.heads, self.head_dim))
             cos, sin = self._tables(self.thetas[layer], x.device)
             buffers = cache[layer] if cache else ()

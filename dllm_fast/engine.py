@@ -1,0 +1,307 @@
+"""The denoising step on static buffers, and the blocks made of such steps.
+
+The canvas holds prompts and [MASK]s, padded on the left so that every row's end is the last slot. A step evaluates the
+model on some slots, turns the live block's masked positions into candidates, and commits the schedule's choice of
+them. Nothing in a step depends on a value that the host would have to read, so it can be recorded in a CUDA graph; the
+host reads one flag a step, and none where the schedule knows its counts.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from dllm_fast import ops
+from dllm_fast.cache import BlockCache
+from dllm_fast.graphs import Graphs
+from dllm_fast.kernels import reference
+from dllm_fast.refresh import Drift, Refresh
+from dllm_fast.remask import Committed, Remask
+from dllm_fast.schedules import Schedule
+
+PLAN_STEP = (1 << 32) - 1  # the step number under which a schedule's own draws are made; no step of a block has it
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is fixed for an engine, and baked into its graphs."""
+
+    block_length: int
+    schedule: Schedule
+    confidence: str
+    temperature: float
+    cfg_scale: float
+    cache: str
+    refresh: Refresh
+    remask: Remask | None
+    mask_id: int
+
+
+@dataclass
+class Counts:
+    """Model evaluations of a run: forwards over whole sequences, over parts against a cache, and positions in all."""
+
+    full: int = 0
+    block: int = 0
+    positions: float = 0.0  # of padding too; one that passes through half the layers counts a half
+
+
+class Engine:
+    """Buffers for a batch of ``rows`` sequences of up to ``slots`` positions, and the steps over them."""
+
+    def __init__(self, family, options: Options, rows: int, slots: int, spare: int, padded: bool):
+        self.family, self.options, self.rows, self.slots = family, options, rows, slots
+        self.weight = family.head()[0]
+        device = self.device = self.weight.device
+        self.live = min(options.block_length, slots)
+        self.passes = 2 if options.cfg_scale > 0 else 1
+        self.counts = Counts()
+        long = functools.partial(torch.zeros, dtype=torch.int64, device=device)
+        self.canvas = long((rows, slots))
+        self.open = torch.zeros((rows, slots), dtype=torch.bool, device=device)  # to be filled, or filled by us
+        self.pad, self.row, self.slot, self.masked, self.count = (long(rows) for _ in range(5))
+        self.budget = long(rows)  # positions that may still be opened again in this block
+        self.step, self.seed = long(1), long(1)
+        self.more = torch.zeros((), dtype=torch.bool, device=device)  # is any position of the block still open
+        self.then = torch.zeros((rows, self.live), device=device)  # probabilities at commitment
+        self.offsets = torch.arange(self.live, device=device)
+        # Without padding there is no range to pass, and attention takes its unmasked path.
+        self.start = self.pad if padded else None
+        # Rows at different slots are evaluated to a common length; what overruns lands in the spare slots.
+        self.end = torch.full_like(self.pad, slots) if spare else None
+        self.cache = None
+        if options.cache != "none":
+            width = self.weight.shape[1] if isinstance(options.refresh, Drift) else 0
+            shape = (family.layers, rows * self.passes, slots + spare, family.kv_heads, family.head_dim)
+            self.cache = BlockCache(*shape, self.weight.dtype, device, width)
+        self.graphs = Graphs(device.type == "cuda" and family.impl == "triton")
+
+    def load(self, rows: list) -> None:
+        """Write the sequences of ``rows`` (`request.Row`) into the canvas, as they stand."""
+        shape = (len(rows), self.slots)
+        canvas, open_ = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.bool)
+        for b, row in enumerate(rows):
+            canvas[b, self.slots - len(row.ids) :] = row.ids
+            open_[b, self.slots - len(row.ids) :] = row.open
+        self.canvas.copy_(canvas)
+        self.open.copy_(open_)
+        self.pad.copy_(torch.tensor([self.slots - len(row.ids) for row in rows]))
+        self.row.copy_(torch.tensor([row.index for row in rows]))
+
+    def tokens(self) -> torch.Tensor:
+        """The live block of every row, [B, T] int64 on the host."""
+        return self.canvas.gather(1, self.slot[:, None] + self.offsets).cpu()
+
+    def take_over(self, other: "Engine", stayed: list[int]) -> None:
+        """Go on with the rows ``stayed`` of a larger engine: its cache, the last slots of it."""
+        if self.cache is not None and not self.options.refresh.full(1):
+            index = other._doubled(torch.tensor(stayed, device=self.device))
+            self.cache.take_over(other.cache, index, other.slots - self.slots, self.slots)
+
+    def block(
+        self,
+        slot: torch.Tensor,  # [B] int64, on the host as all arguments are: the live block's first slot
+        masked: torch.Tensor,  # [B]: positions it has to fill
+        blocks: torch.Tensor,  # [B]: blocks of each row's run
+        fresh: torch.Tensor,  # [B] bool: rows whose first step is a full forward
+        draft=None,  # called after each step
+    ) -> None:
+        """Fill one block of every row."""
+        self.slot.copy_(slot)
+        self.masked.copy_(masked)
+        self.budget.fill_(self.live)
+        self.then.zero_()
+        planned = self.options.schedule.counts(masked, blocks, functools.partial(self._draw, slot))
+        if planned is not None:
+            plan = torch.stack([count for _, count in planned]).to(self.device)  # [steps, B]
+            steps = [step for step, _ in planned]
+        else:
+            steps = range(self.live + (self.live if self.options.remask else 0))
+        tail = self.slots - int(slot.min())
+        for n, step in enumerate(steps):
+            self.step.fill_(step)
+            if planned is not None:
+                self.count.copy_(plan[n])
+            if n == 0 and self.cache is not None:
+                self._first(fresh, tail)
+            else:
+                kind = "full" if self.cache is None else "block"
+                self._run(kind, tail)
+            if draft is not None:
+                draft()
+            if planned is None and not bool(self.more):  # the step's one read of the device
+                break
+
+    def _draw(self, slot: torch.Tensor) -> torch.Tensor:
+        """Uniform noise [B, T] of the block's positions, on the host; 2 where none is open."""
+        at = slot[:, None] + torch.arange(self.live)  # [B, T]
+        row, position = self.row.cpu()[:, None].expand_as(at), at - self.pad.cpu()[:, None]
+        seed = int(self.seed)
+        drawn = reference.uniform(seed, PLAN_STEP, row.flatten(), position.flatten()).view_as(at)
+        block, live = self.canvas.cpu().gather(1, at), self.open.cpu().gather(1, at)
+        return drawn.where((block == self.options.mask_id) & live, 2.0)
+
+    # The kinds of step
+
+    def _first(self, fresh: torch.Tensor, tail: int) -> None:
+        """A block's first step: a full forward for the rows that need one, the refresh's window for the others."""
+        if bool(fresh.all()):
+            self._run("full", tail)
+        elif not bool(fresh.any()) and not isinstance(self.options.refresh, Drift):
+            self._run("window", tail)
+        else:
+            self._mixed(fresh, tail)
+
+    def _run(self, kind: str, tail: int) -> None:
+        self.graphs.run((kind, tail), functools.partial(self._step, kind, tail))
+        self._tally(kind, tail, self.rows)
+
+    def _tally(self, kind: str, tail: int, rows: int, share: float = 1.0) -> None:
+        length = self.slots if kind == "full" else self._reach(kind, tail)[1]
+        self.counts.positions += rows * self.passes * length * share
+        if kind == "full":
+            self.counts.full += self.passes
+        else:
+            self.counts.block += self.passes
+
+    def _reach(self, kind: str, tail: int) -> tuple[int, int]:
+        """How far before the block an evaluation against the cache begins, and over how many slots it goes."""
+        before, after = self.options.refresh.span(self.live) if kind == "window" else (0, 0)
+        before = min(before, self.slots - self.live)
+        if self.options.cache == "prefix":
+            return before, before + tail
+        return before, min(before + self.live + after, self.slots)
+
+    def _step(self, kind: str, tail: int) -> None:
+        """One evaluation of all rows, and what is kept of it."""
+        self._decide(self._evaluate(kind, tail))
+
+    def _mixed(self, fresh: torch.Tensor, tail: int) -> None:
+        """A first step in which rows differ: evaluated a group at a time, decided together."""
+        rows, layers = self.rows, self.family.layers
+        hidden = self.weight.new_zeros(rows * self.passes, self.live, self.weight.shape[1])
+        window = (~fresh).nonzero()[:, 0].to(self.device)
+        first = torch.where(fresh, 0, layers)  # [B]: the layer from which all of a row's positions are computed
+        if len(window):
+            index = self._doubled(window)
+            old = self.cache.rows(index)
+            hidden[index] = self._evaluate("window", tail, index)
+            self._tally("window", tail, len(window))
+            if isinstance(self.options.refresh, Drift):
+                first[~fresh] = self._drifted(old, index, tail)
+        for layer in first.unique().tolist():
+            if layer < layers:
+                index = self._doubled((first == layer).nonzero()[:, 0].to(self.device))
+                hidden[index] = self._evaluate("full", tail, index, layer)
+                self._tally("full", tail, len(index) // self.passes, (layers - layer) / layers)
+        self._decide(hidden)
+
+    def _doubled(self, rows: torch.Tensor) -> torch.Tensor:
+        return torch.cat((rows, rows + self.rows)) if self.passes == 2 else rows
+
+    def _drifted(self, old: BlockCache, index: torch.Tensor, tail: int) -> torch.Tensor:
+        """Of each row, the first layer whose value vectors changed by more than tau, or the number of layers; [N]."""
+        begin, length = self._begin("window", tail)
+        at = begin.repeat(self.passes)[index][:, None] + torch.arange(length, device=self.device)  # [N, W]
+        row = torch.arange(len(index), device=self.device)[:, None]
+        seen = (at < self.slots) & (at >= self.pad.repeat(self.passes)[index][:, None])  # [N, W]
+        layers = []
+        for layer in range(self.family.layers):
+            was = old.buffers[layer, 1][row, at].flatten(2).float()  # [N, W, G*D]
+            change = self.cache.buffers[layer, 1][index[:, None], at].flatten(2).float() - was
+            drift = change.norm(dim=2) / was.norm(dim=2).clamp(min=1e-12)
+            layers.append((drift * seen).sum(1) / seen.sum(1))
+        drift = torch.stack(layers).unflatten(1, (self.passes, -1)).amax(1)  # [L, rows]
+        past = torch.cat((drift > self.options.refresh.tau, torch.ones_like(drift[:1], dtype=torch.bool)))
+        return past.int().argmax(0).cpu()
+
+    # Evaluation
+
+    def _begin(self, kind: str, tail: int) -> tuple[torch.Tensor, int]:
+        """First slot of an evaluation against the cache, [B], and its length."""
+        before, length = self._reach(kind, tail)
+        begin = (self.slot - before).clamp(min=0)
+        if self.options.cache != "prefix":
+            begin = begin.clamp(max=self.slots - length)
+        return begin, length
+
+    def _evaluate(self, kind: str, tail: int, index: torch.Tensor | None = None, first: int = 0) -> torch.Tensor:
+        """What the LM head multiplies for the live block, [B*passes, T, d]; of the rows ``index`` alone, where given.
+
+        A full evaluation goes over all slots; the others over `_reach` of them, against the cache. Guidance's second
+        half sees the prompt masked. From layer ``first`` on: from the cache's hidden states of that layer.
+        """
+        canvas, slot, start, end = self.canvas, self.slot, self.start, self.end
+        begin, length = (torch.zeros_like(slot), self.slots) if kind == "full" else self._begin(kind, tail)
+        if self.passes == 2:
+            canvas = torch.cat((canvas, canvas.masked_fill(~self.open, self.options.mask_id)))
+            slot, begin, start, end = (x if x is None else x.repeat(2) for x in (slot, begin, start, end))
+        cache = self.cache
+        if index is not None:
+            canvas, slot, begin, start, end = (x if x is None else x[index] for x in (canvas, slot, begin, start, end))
+            cache = cache.rows(index)
+        ids = canvas
+        if kind != "full":
+            at = begin[:, None] + torch.arange(length, device=self.device)
+            ids = canvas.gather(1, at.clamp(max=self.slots - 1))
+        rows = None
+        if length != self.live:
+            rows = (slot - begin)[:, None] + self.offsets
+        hidden = self.family.hidden(ids, start, end, cache, None if cache is None else begin, rows, first)
+        if index is not None:
+            self.cache.put(index, cache)
+        return hidden
+
+    def _decide(self, hidden: torch.Tensor) -> None:
+        """Candidates from hidden states, the schedule's choice of them, and what is opened again."""
+        o, family = self.options, self.family
+        uncond = None
+        if self.passes == 2:
+            hidden, uncond = (x.flatten(0, 1) for x in hidden.chunk(2))
+        else:
+            hidden = hidden.flatten(0, 1)
+        at = self.slot[:, None] + self.offsets  # [B, T]
+        block, live = self.canvas.gather(1, at), self.open.gather(1, at)
+        candidate = (block == o.mask_id) & live
+        token, score, lse = ops.predict(
+            hidden,
+            *family.head(),
+            candidate=(candidate if o.remask is None else live).flatten(),
+            mask_id=o.mask_id,
+            confidence=o.schedule.confidence or o.confidence,
+            temperature=o.temperature,
+            seed=self.seed,
+            step=self.step,
+            row=self.row[:, None].expand_as(at).flatten(),
+            position=(at - self.pad[:, None]).flatten(),
+            uncond=uncond,
+            cfg_scale=o.cfg_scale,
+            impl=family.impl,
+        )
+        token, score = token.view_as(at), score.view_as(at)
+        commit = functools.partial(ops.commit, self.canvas, token, score, impl=family.impl)
+        planned = not o.schedule.rule
+        chosen = commit(candidate, self.slot, **({"count": self.count} if planned else o.schedule.rule))
+        if o.remask is not None:
+            current = torch.where(candidate, token, block)
+            now = ops.token_probability(
+                hidden, *family.head(), token=current.flatten(), lse=lse, uncond=uncond, cfg_scale=o.cfg_scale
+            ).view_as(at)
+            seen = Committed(live & ~candidate, now, self.then, candidate, chosen.sum(1))
+            opened = self._reopen(seen, at, planned)
+            if planned:
+                chosen = chosen | commit(candidate & ~chosen, self.slot, count=opened)
+            self.then.copy_(torch.where(chosen, now, self.then))
+        self.more.copy_(((self.canvas.gather(1, at) == o.mask_id) & live).any())
+
+    def _reopen(self, seen: Committed, at: torch.Tensor, planned: bool) -> torch.Tensor:
+        """Mask the most urgent of the committed positions, within the bound that ends the block; how many, [B]."""
+        urgency = self.options.remask.urgency(seen)  # [B, T]
+        bound = seen.masked.sum(1) - seen.kept if planned else self.budget
+        rank = urgency.argsort(1, descending=True, stable=True).argsort(1)
+        again = (urgency > float("-inf")) & (rank < bound[:, None])
+        self.canvas.scatter_(1, at, self.canvas.gather(1, at).masked_fill(again, self.options.mask_id))
+        opened = again.sum(1)
+        if not planned:
+            self.budget.sub_(opened)
+        return opened
