@@ -16,7 +16,7 @@ from dllm_fast.cache import BlockCache
 from dllm_fast.graphs import Graphs
 from dllm_fast.kernels import reference
 from dllm_fast.refresh import Drift, Refresh
-from dllm_fast.remask import Committed, Remask
+from dllm_fast.remask import STAYS, Committed, Remask, ranks
 from dllm_fast.schedules import Schedule
 
 PLAN_STEP = (1 << 32) - 1  # the step number under which a schedule's own draws are made; no step of a block has it
@@ -298,8 +298,7 @@ class Engine:
         """Mask the most urgent of the committed positions, within the bound that ends the block; how many, [B]."""
         urgency = self.options.remask.urgency(seen)  # [B, T]
         bound = seen.masked.sum(1) - seen.kept if planned else self.budget
-        rank = urgency.argsort(1, descending=True, stable=True).argsort(1)
-        again = (urgency > float("-inf")) & (rank < bound[:, None])
+        again = (urgency > STAYS) & (ranks(urgency) < bound[:, None])
         self.canvas.scatter_(1, at, self.canvas.gather(1, at).masked_fill(again, self.options.mask_id))
         opened = again.sum(1)
         if not planned:

@@ -284,7 +284,7 @@ class _Stream:
 
     def draft(self, engine: Engine, end: int) -> None:
         if hasattr(self.streamer, "put_draft"):
-            sequence, pad = engine.canvas[0].cpu(), engine.slots - len(self.row.ids)
+            sequence, pad = engine.canvas[0].to("cpu", copy=True), engine.slots - len(self.row.ids)
             self.streamer.put_draft(sequence[pad:][self.shown : max(end - pad, self.shown)], sequence=sequence[pad:])
 
     def end(self) -> None:

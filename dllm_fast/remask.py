@@ -18,6 +18,11 @@ import torch
 STAYS = float("-inf")
 
 
+def ranks(score: torch.Tensor) -> torch.Tensor:
+    """Each position's place in its row, [B, T], from the highest score on; ties to the lowest position."""
+    return score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+
+
 def _check_unit(policy: object, name: str) -> None:
     value = getattr(policy, name)
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
@@ -51,7 +56,7 @@ class ReMDM:
         left = block.masked.sum(1) - block.kept
         share = self.eta * (left / filled.clamp(min=1)).clamp(max=1) * filled
         fell = (block.then - block.now).where(block.before, STAYS)  # [B, T]
-        rank = fell.argsort(1, descending=True, stable=True).argsort(1)
+        rank = ranks(fell)
         return fell.where((fell > 0) & (rank < (share + 0.5).floor()[:, None]), STAYS)
 
 
@@ -83,7 +88,7 @@ class P2:
     def urgency(self, block: Committed) -> torch.Tensor:
         score = block.now.clamp(min=1e-30).log() * torch.where(block.before, self.eta, 1.0)  # [B, T]
         score = score.where(block.before | block.masked, STAYS)
-        rank = score.argsort(1, descending=True, stable=True).argsort(1)
+        rank = ranks(score)
         stay = rank < (block.before.sum(1) + block.kept)[:, None]
         return (-score).where(block.before & ~stay, STAYS)
 

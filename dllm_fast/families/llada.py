@@ -53,7 +53,10 @@ class LLaDA:
         transformer, impl = self.transformer, self.impl
         position = slot if start is None else (slot if slot is not None else 0) - start
         cos, sin = self._tables(self.theta, input_ids.device)
-        x, delta = transformer.wte(input_ids) if first == 0 else cache.states[first][:, : input_ids.shape[1]], None
+        x, delta = (
+            transformer.wte(input_ids) if first == 0 else cache.states[first][:, : input_ids.shape[1]].clone(),
+            None,
+        )
         for layer, block in enumerate(transformer.blocks[first:], first):
             y, x = self._norm(x, delta, block.attn_norm)
             if cache is not None:

@@ -46,7 +46,7 @@ class ModernBert:
         if first == 0:
             x = self._norm(backbone.embeddings.tok_embeddings(input_ids), None, backbone.embeddings.norm)[0]
         else:
-            x = cache.states[first][:, : input_ids.shape[1]]
+            x = cache.states[first][:, : input_ids.shape[1]].clone()
         delta = None
         for layer, block in enumerate(backbone.layers[first:], first):
             if isinstance(block.attn_norm, nn.Identity):
