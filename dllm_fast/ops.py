@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 
 from dllm_fast.kernels import reference
+from dllm_fast.kernels.checks import FLOATS
 
 IMPLS = ("auto", "triton", "torch")
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # that the kernels take
 KERNELS = {
     "attention": ("attention",),
     "rope": ("rope",),
