@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 
 from dllm_fast.kernels import reference
+from dllm_fast.kernels.checks import FLOATS
 
 IMPLS = ("auto", "triton", "torch")
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # that the kernels take
 KERNELS = {
     "attention": ("attention",),
     "rope": ("rope",),
@@ -129,24 +129,51 @@ def rope(q, k, v, cos, sin, position=None, slot=None, keys=None, values=None, im
     return rotate(q), keys, values
 
 
-def attention(q, keys, values, start=None, end=None, slot=None, window=None, impl="torch"):
-    """`reference.attention`; ``start`` and ``slot`` default to 0, ``end`` to the number of slots."""
-    (batch, queries), slots = q.shape[:2], keys.shape[1]
-    mask = None
-    if impl == "triton" or start is not None or end is not None or window is not None:
-        zero = torch.zeros(batch, dtype=torch.int64, device=q.device)
-        start, end, slot = (zero if x is None else x for x in (start, zero + slots if end is None else end, slot))
-        if impl == "triton":
-            return _triton().attention(q, keys, values, start, end, slot, window)
-        mask = reference.visible_slots(queries, slots, start, end, slot, window)[:, None]
-    group = q.shape[2] // keys.shape[2]
-    if group > 1:
-        keys, values = keys.repeat_interleave(group, 2), values.repeat_interleave(group, 2)
-    out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, keys, values)), attn_mask=mask)
+def visible(like, slots, start=None, end=None, slot=None, window=None, impl="torch") -> tuple:
+    """Which of ``slots`` each query sees, as `attention` takes it: made once a forward for all layers of a window.
+
+    ``like`` [B, T, ...] has the queries' batch, number and device. ``start`` and ``slot`` [B] default to 0, ``end`` to
+    ``slots``; all as in `reference.attention`.
+
+    For PyTorch that is (near, mask, blind): the slots [B, W] that a window can reach, None for all of them, so that a
+    few queries do not read the whole buffer; who sees which of those, [B, T or 1, W or S]; and who sees none.
+    """
+    batch, queries = like.shape[:2]
+    if impl == "torch" and start is None and end is None and window is None:
+        return None, None, None
+    zero = torch.zeros(batch, dtype=torch.int64, device=like.device)
+    start, end, slot = (zero if x is None else x for x in (start, zero + slots if end is None else end, slot))
+    if impl == "triton":
+        return start, end, slot, window
+    near = None
+    if window is None:
+        queries = 1  # all see the same
+    elif queries + 2 * window < slots:
+        reach = queries + 2 * window
+        first = (slot - window).clamp(0, slots - reach)
+        near = first[:, None] + torch.arange(reach, device=like.device)
+        slots, start, end, slot = reach, start - first, end - first, slot - first
+    mask = reference.visible_slots(queries, slots, start, end, slot, window)
+    return near, mask, ~mask.any(-1)
+
+
+def attention(q, keys, values, seen, impl="torch"):
+    """`reference.attention`; ``seen`` is what `visible` made of its ranges with the same ``impl``."""
+    if impl == "triton":
+        return _triton().attention(q, keys, values, *seen)
+    near, mask, blind = seen
+    if near is not None:
+        row = torch.arange(q.shape[0], device=q.device)[:, None]
+        keys, values = keys[row, near], values[row, near]
+    # The query heads of a group become rows of one head, which spares copies of K and V for each of them.
+    queries, group = q.shape[1], q.shape[2] // keys.shape[2]
+    q = q.unflatten(2, (-1, group)).transpose(1, 2).flatten(2, 3)  # [B, G, T x H/G, D]
     if mask is not None:
-        # PyTorch leaves open what a query that sees nothing gets; it differs between its back ends.
-        out = out.masked_fill(~mask.any(-1, keepdim=True), 0.0)
-    return out.transpose(1, 2)
+        mask = mask[:, None] if group == 1 or mask.shape[1] == 1 else mask[:, None].repeat_interleave(group, 2)
+    out = F.scaled_dot_product_attention(q, keys.transpose(1, 2), values.transpose(1, 2), attn_mask=mask)
+    out = out.unflatten(2, (queries, group)).transpose(1, 2).flatten(2, 3)  # [B, T, H, D]
+    # PyTorch leaves open what a query that sees nothing gets; it differs between its back ends.
+    return out if blind is None else out.masked_fill(blind[..., None, None], 0.0)
 
 
 def predict(hidden, weight, bias=None, *, candidate=None, uncond=None, cfg_scale=0.0, impl="torch", **options):

@@ -22,6 +22,8 @@ import torch
 import triton
 import triton.language as tl
 
+from dllm_fast.kernels.checks import FLOATS, INTEGERS, check_tensors
+
 # (BM query rows, BN slots, warps, stages, masks in every tile) of a program with few rows or a window, and of one with
 # many rows. By (bytes an element, padded head dim, whether a block may have 227 KB of shared memory). Compiled without
 # spills on each such chip, not searched:
@@ -291,32 +293,16 @@ def _(q, keys, values, start, end, slot, window=None, scale=None):
 
 
 def _check(q, keys, values, start, end, slot, window, scale):
-    tensors = {"q": q, "keys": keys, "values": values}
-    rows = {"start": start, "end": end, "slot": slot}
-    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise ValueError(f"q.dtype={q.dtype} is not bfloat16, float16 or float32")
-    for name, x in tensors.items():
-        if x.dim() != 4:
-            raise ValueError(f"{name}.shape={tuple(x.shape)} is not of 4 dimensions")
-        if x.dtype != q.dtype:
-            raise ValueError(f"{name}.dtype={x.dtype} differs from q.dtype={q.dtype}")
-        if x.stride(3) != 1 and x.shape[3] > 1:
-            raise ValueError(f"{name}.stride()={x.stride()}: the last dimension must be contiguous")
+    check_tensors(q.device, contiguous=False, q=(q, [None] * 4, FLOATS))
     batch, _, heads, head_dim = q.shape
     if not 1 <= head_dim <= 256:
-        raise ValueError(f"q.shape={tuple(q.shape)}: the head dim must be in 1..256")
-    if keys.shape[0] != batch or keys.shape[3] != head_dim or keys.shape[2] == 0 or heads % keys.shape[2]:
-        raise ValueError(f"keys.shape={tuple(keys.shape)} does not fit q.shape={tuple(q.shape)}")
-    if values.shape != keys.shape:
-        raise ValueError(f"values.shape={tuple(values.shape)} differs from keys.shape={tuple(keys.shape)}")
-    for name, x in rows.items():
-        if x.shape != (batch,) or not x.is_contiguous():
-            raise ValueError(f"{name}.shape={tuple(x.shape)}, stride()={x.stride()}: must be contiguous ({batch},)")
-        if x.dtype not in (torch.int32, torch.int64):
-            raise ValueError(f"{name}.dtype={x.dtype} is not int32 or int64")
-    for name, x in (tensors | rows).items():
-        if x.device != q.device:
-            raise ValueError(f"{name}.device={x.device} differs from q.device={q.device}")
+        raise ValueError(f"q is {list(q.shape)}: the head dim must be in 1..256")
+    check_tensors(q.device, contiguous=False, keys=(keys, [batch, None, None, head_dim], (q.dtype,)))
+    if keys.shape[2] == 0 or heads % keys.shape[2]:
+        raise ValueError(f"keys is {list(keys.shape)}: its heads do not divide those of q, {list(q.shape)}")
+    check_tensors(q.device, contiguous=False, values=(values, keys.shape, (q.dtype,)))
+    rows = {"start": start, "end": end, "slot": slot}
+    check_tensors(q.device, **{name: (x, [batch], INTEGERS) for name, x in rows.items()})
     if window is not None and window < 0:
         raise ValueError(f"window={window} is negative")
     if scale is not None and not scale > 0:

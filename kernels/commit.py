@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dllm_fast.kernels.gumbel import INTEGERS, check_tensors
+from dllm_fast.kernels.checks import INTEGERS, check_tensors
 
 MAX_POSITIONS = 8192  # the tile of comparisons is as tall as the block is long
 COMPARISONS = 8192  # of a tile
@@ -128,6 +128,7 @@ def commit(
     if token.dim() != 2 or token.shape[1] > MAX_POSITIONS:
         raise ValueError(f"token is {list(token.shape)}; expected [B, T] with T <= {MAX_POSITIONS}")
     batch, positions = token.shape
+    check_tensors(sequence.device, contiguous=False, sequence=(sequence, [batch, None], (torch.int64,)))
     check_tensors(
         sequence.device,
         token=(token, [batch, positions], (torch.int64,)),
@@ -136,10 +137,5 @@ def commit(
         slot=(slot, [batch], INTEGERS),
         count=(count, [batch], INTEGERS),
     )
-    if sequence.dim() != 2 or sequence.shape[0] != batch or sequence.dtype != torch.int64 or sequence.stride(1) != 1:
-        raise ValueError(
-            f"sequence is {sequence.dtype} {list(sequence.shape)} with strides {sequence.stride()}; expected int64 "
-            f"[{batch}, S] with neighbouring positions neighbours in memory"
-        )
     limit = 0.0 if count is not None else float(given[rules[0]])
     return _commit(sequence, token, confidence, candidate, slot, count, rules[0], limit)

@@ -20,8 +20,9 @@ import torch
 import triton
 import triton.language as tl
 
+from dllm_fast.kernels.checks import INTEGERS, as_scalar, check_tensors
+
 BLOCK = 1024  # columns of a program of `gumbel`, rows of one of `uniform`
-INTEGERS = (torch.int32, torch.int64)
 
 
 @triton.jit
@@ -125,35 +126,6 @@ def _uniform_kernel(
     position = tl.load(position_ptr + n, mask=n < N, other=0).to(tl.uint32)  # [BN]
     draw = uniform_from_key(tl.load(seed_ptr), tl.load(step_ptr).to(tl.uint32), row, position)
     tl.store(out_ptr + n, draw, mask=n < N)
-
-
-def as_scalar(name: str, value: int | torch.Tensor, device: torch.device) -> torch.Tensor:
-    """``value`` as an int64 tensor [1] on ``device``.
-
-    A tensor is used as it is, so that a CUDA graph reads its present value at each replay. An int is filled in on
-    the device: a copy from the host could not be captured in a graph.
-    """
-    if not isinstance(value, torch.Tensor):
-        if not -(1 << 63) <= value < 1 << 64:
-            raise ValueError(f"{name}={value} does not fit in 64 bits")
-        return torch.full((1,), value - (1 << 64) if value >= 1 << 63 else value, dtype=torch.int64, device=device)
-    if value.dtype != torch.int64 or value.numel() != 1 or value.device != device:
-        raise ValueError(
-            f"{name} is {value.dtype} {list(value.shape)} on {value.device}; expected one int64 on {device}"
-        )
-    return value.reshape(1)
-
-
-def check_tensors(device: torch.device, **expected: tuple[torch.Tensor | None, list, tuple]) -> None:
-    """Raise ValueError unless each is None, or contiguous on ``device`` with the shape and one of the dtypes given."""
-    for name, (x, shape, kinds) in expected.items():
-        if x is None:
-            continue
-        if list(x.shape) != list(shape) or x.dtype not in kinds or not x.is_contiguous() or x.device != device:
-            raise ValueError(
-                f"{name} is {x.dtype} {list(x.shape)} with strides {x.stride()} on {x.device}; expected contiguous "
-                f"{' or '.join(map(str, kinds))} {list(shape)} on {device}"
-            )
 
 
 @torch.library.custom_op("dllm_fast::gumbel", mutates_args=())

@@ -21,9 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dllm_fast.kernels.gumbel import check_tensors
-
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+from dllm_fast.kernels.checks import FLOATS, check_tensors
 
 # Large products: both tiles are read from L2, which 128 x 128 halves against 64 x 64.
 CONFIGS = {
@@ -49,7 +47,6 @@ def _masked_loss_kernel(
     D,
     S,
     BIAS: tl.constexpr,
-    WIDEN: tl.constexpr,
     BN: tl.constexpr,
     BV: tl.constexpr,
     BK: tl.constexpr,
@@ -74,8 +71,6 @@ def _masked_loss_kernel(
         inside = (start + k < D)[None, :]  # [1, BK]
         w = tl.load(w_ptr, mask=inside, other=0.0)  # [BV, BK]
         h = tl.load(h_ptr, mask=inside, other=0.0)  # [BN, BK]
-        if WIDEN:  # the interpreter would multiply bf16's bit patterns
-            w, h = w.to(tl.float32), h.to(tl.float32)
         z = tl.dot(h, tl.trans(w), z, input_precision="ieee")
         w_ptr += BK
         h_ptr += BK
@@ -168,7 +163,7 @@ def _masked_loss(
     with torch.cuda.device_of(hidden):
         _masked_loss_kernel[(splits * triton.cdiv(rows, config["BN"]),)](
             hidden, weight, bias, target, peak, mass, logit, rows, vocabulary, width, splits,
-            BIAS=bias is not None, WIDEN=not hidden.is_cuda, GROUP=GROUP, **config,
+            BIAS=bias is not None, GROUP=GROUP, **config,
         )  # fmt: skip
         _masked_loss_merge_kernel[(rows,)](
             nll, lse, peak, mass, logit, target, vocabulary, splits, BS=triton.next_power_of_2(splits), num_warps=4
@@ -207,14 +202,12 @@ def _masked_loss_backward(
     for first in range(0, vocabulary, chunk):
         part = slice(first, min(first + chunk, vocabulary))
         logits = _product(hidden, weight[part].T)  # [N, C]
-        # The interpreter cuts fp32 off to bf16 where a GPU rounds: on a CPU PyTorch does it.
-        dz = torch.empty(logits.shape, dtype=hidden.dtype if hidden.is_cuda else torch.float32, device=device)
+        dz = torch.empty(logits.shape, dtype=hidden.dtype, device=device)
         with torch.cuda.device_of(hidden):
             _masked_loss_gradient_kernel[(rows, triton.cdiv(logits.shape[1], GRADIENT["BV"]))](
                 dz, logits, None if bias is None else bias[part], grad, lse, target, first, logits.shape[1],
                 BIAS=bias is not None, **GRADIENT,
             )  # fmt: skip
-        dz = dz.to(hidden.dtype)
         if needs[0]:
             grad_hidden += _product(dz, weight[part])
         if needs[1]:
@@ -259,13 +252,11 @@ def masked_loss(
 
     A target outside the vocabulary makes the loss NaN: the launcher does not wait for the device to look.
     """
-    if hidden.dim() != 2 or weight.dim() != 2:
-        raise ValueError(f"hidden is {list(hidden.shape)} and weight {list(weight.shape)}; expected [N, D] and [V, D]")
-    (rows, width), vocabulary = hidden.shape, weight.shape[0]
+    check_tensors(hidden.device, hidden=(hidden, [None, None], FLOATS))
+    check_tensors(hidden.device, weight=(weight, [None, hidden.shape[1]], (hidden.dtype,)))
+    rows, vocabulary = hidden.shape[0], weight.shape[0]
     check_tensors(
         hidden.device,
-        hidden=(hidden, [rows, width], FLOATS),
-        weight=(weight, [vocabulary, width], (hidden.dtype,)),
         bias=(bias, [vocabulary], FLOATS),
         target=(target, [rows], (torch.int64,)),
         loss_weight=(loss_weight, [rows], FLOATS),

@@ -22,10 +22,9 @@ import torch
 import triton
 import triton.language as tl
 
-from dllm_fast.kernels.gumbel import INTEGERS, as_scalar, check_tensors
+from dllm_fast.kernels.checks import FLOATS, INTEGERS, as_scalar, check_tensors
 from dllm_fast.kernels.select import FIELDS, SELECT, combine, reduce_tile, select
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 CONFIDENCES = ("probability", "margin", "entropy", "random")
 
 # Rows above which cuBLAS and a reduction replace the fused kernel, by bytes of an element. To be set by measurement:
@@ -93,7 +92,6 @@ def _predict_kernel(
     GATHER: tl.constexpr,
     GUIDED: tl.constexpr,
     BIAS: tl.constexpr,
-    WIDEN: tl.constexpr,
     BN: tl.constexpr,
     BV: tl.constexpr,
     BK: tl.constexpr,
@@ -127,13 +125,9 @@ def _predict_kernel(
         inside = (start + k < D)[None, :]  # [1, BK]
         w = tl.load(w_ptr, mask=inside, other=0.0)  # [BV, BK]
         h = tl.load(h_ptr, mask=inside, other=0.0)  # [BN, BK]
-        if WIDEN:  # the interpreter would multiply bf16's bit patterns
-            w, h = w.to(tl.float32), h.to(tl.float32)
         z = tl.dot(w, tl.trans(h), z, input_precision="ieee")
         if GUIDED:
             u = tl.load(u_ptr, mask=inside, other=0.0)  # [BN, BK]
-            if WIDEN:
-                u = u.to(tl.float32)
             base = tl.dot(w, tl.trans(u), base, input_precision="ieee")
             u_ptr += BK
         w_ptr += BK
@@ -213,7 +207,7 @@ def _predict(
                 _compact_kernel[(1,)](index, count, candidate, rows, BN=1024, num_warps=4)
             _predict_kernel[(splits * triton.cdiv(rows, config["BN"]),)](
                 hidden, uncond, weight, bias, index, count, part, best, *keys,
-                guidance, temperature, rows, vocabulary, width, splits, WIDEN=not hidden.is_cuda, **flags,
+                guidance, temperature, rows, vocabulary, width, splits, **flags,
             )  # fmt: skip
         else:
             tiles = max(1, CHUNK_ELEMENTS // (rows * config["BV"]))  # of a chunk
@@ -255,13 +249,11 @@ def predict(
 
     ``banned`` is compiled into the kernel as ranges of ids: meant for sets that stay, not for one that changes.
     """
-    if hidden.dim() != 2 or weight.dim() != 2:
-        raise ValueError(f"hidden is {list(hidden.shape)} and weight {list(weight.shape)}; expected [N, D] and [V, D]")
+    check_tensors(hidden.device, hidden=(hidden, [None, None], FLOATS))
+    check_tensors(hidden.device, weight=(weight, [None, hidden.shape[1]], (hidden.dtype,)))
     (rows, width), vocabulary, device = hidden.shape, weight.shape[0], hidden.device
     check_tensors(
         device,
-        hidden=(hidden, [rows, width], FLOATS),
-        weight=(weight, [vocabulary, width], (hidden.dtype,)),
         uncond=(uncond, [rows, width], (hidden.dtype,)),
         bias=(bias, [vocabulary], FLOATS),
         candidate=(candidate, [rows], (torch.bool,)),

@@ -15,6 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
+from dllm_fast.kernels.checks import FLOATS, INTEGERS, check_tensors
+
 PAIRS = 512  # elements of one half in a program: with 2 warps, 8 a thread, 16 bytes of bf16
 WARPS = 2
 
@@ -147,38 +149,18 @@ def _(q, k, v, cos, sin, position, slot, keys, values):
 
 
 def _check(q, k, v, cos, sin, position, slot, keys, values):
-    tensors = {"q": q, "k": k, "v": v, "keys": keys, "values": values}
-    tables = {"cos": cos, "sin": sin}
-    rows = {"position": position, "slot": slot}
-    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise ValueError(f"q.dtype={q.dtype} is not bfloat16, float16 or float32")
-    for name, x in tensors.items():
-        if x.dim() != 4:
-            raise ValueError(f"{name}.shape={tuple(x.shape)} is not of 4 dimensions")
-        if x.dtype != q.dtype:
-            raise ValueError(f"{name}.dtype={x.dtype} differs from q.dtype={q.dtype}")
-        if x.stride(3) != 1:
-            raise ValueError(f"{name}.stride()={x.stride()}: the last dimension must be contiguous")
+    check_tensors(q.device, contiguous=False, q=(q, [None] * 4, FLOATS))
     batch, queries, _, head_dim = q.shape
     if head_dim % 2 or not 2 <= head_dim <= 2 * PAIRS:
-        raise ValueError(f"q.shape={tuple(q.shape)}: the head dim must be even and in 2..{2 * PAIRS}")
-    if k.shape[:2] != (batch, queries) or k.shape[3] != head_dim:
-        raise ValueError(f"k.shape={tuple(k.shape)} does not fit q.shape={tuple(q.shape)}")
-    if v.shape != k.shape:
-        raise ValueError(f"v.shape={tuple(v.shape)} differs from k.shape={tuple(k.shape)}")
-    for name, x in (("keys", keys), ("values", values)):
-        if x.shape != (batch, keys.shape[1], *k.shape[2:]):
-            raise ValueError(f"{name}.shape={tuple(x.shape)} does not fit k.shape={tuple(k.shape)}")
-    for name, x in tables.items():
-        if x.shape != (cos.shape[0], head_dim // 2) or x.shape[0] == 0 or not x.is_contiguous():
-            raise ValueError(f"{name}.shape={tuple(x.shape)}: must be contiguous [P, {head_dim // 2}], P above 0")
-        if x.dtype != torch.float32:
-            raise ValueError(f"{name}.dtype={x.dtype} is not float32")
-    for name, x in rows.items():
-        if x.shape != (batch,) or not x.is_contiguous():
-            raise ValueError(f"{name}.shape={tuple(x.shape)}, stride()={x.stride()}: must be contiguous ({batch},)")
-        if x.dtype not in (torch.int32, torch.int64):
-            raise ValueError(f"{name}.dtype={x.dtype} is not int32 or int64")
-    for name, x in (tensors | tables | rows).items():
-        if x.device != q.device:
-            raise ValueError(f"{name}.device={x.device} differs from q.device={q.device}")
+        raise ValueError(f"q is {list(q.shape)}: the head dim must be even and in 2..{2 * PAIRS}")
+    check_tensors(q.device, contiguous=False, k=(k, [batch, queries, None, head_dim], (q.dtype,)))
+    kv_heads = k.shape[2]
+    check_tensors(q.device, contiguous=False, keys=(keys, [batch, None, kv_heads, head_dim], (q.dtype,)))
+    check_tensors(q.device, contiguous=False, v=(v, k.shape, (q.dtype,)), values=(values, keys.shape, (q.dtype,)))
+    check_tensors(q.device, cos=(cos, [None, head_dim // 2], (torch.float32,)))
+    if cos.shape[0] == 0:
+        raise ValueError(f"cos is {list(cos.shape)}: it holds no position")
+    rows = {"position": position, "slot": slot}
+    check_tensors(
+        q.device, sin=(sin, cos.shape, (torch.float32,)), **{name: (x, [batch], INTEGERS) for name, x in rows.items()}
+    )

@@ -43,7 +43,8 @@ def test_attention(dtype, window, ranged):
     start, end, slot = torch.tensor([0, 5, 6]), torch.tensor([20, 9, 6]), torch.tensor([3, 4, 0])
     full = torch.zeros(3, dtype=torch.int64), torch.full((3,), 20)
     arguments = (start, end) if ranged else full
-    got = ops.attention(q, keys, values, *(arguments if ranged else (None, None)), slot, window)
+    seen = ops.visible(q, 20, *(arguments if ranged else (None, None)), slot, window)
+    got = ops.attention(q, keys, values, seen)
     eager = reference.attention(q, keys, values, *arguments, slot, window)
     truth = reference.attention(q.double(), keys.double(), values.double(), *arguments, slot, window)
     if dtype == torch.float32:
@@ -54,6 +55,44 @@ def test_attention(dtype, window, ranged):
         score = (q.transpose(1, 2) @ k.transpose(2, 3) * 16**-0.5).masked_fill(~mask, float("-inf"))
         plain = (torch.softmax(score, -1).nan_to_num() @ v).transpose(1, 2)
         check([got], [plain], [truth])
+
+
+def block_in_a_window():
+    """Queries 5 slots long against 64, a window of 6 to either side: at the left end, inside, at the right end."""
+    torch.manual_seed(0)
+    q = torch.randn(4, 5, 4, 16)
+    keys, values = torch.randn(2, 4, 64, 2, 16)
+    start, end, slot = torch.tensor([0, 25, 3, 64]), torch.tensor([64, 64, 62, 64]), torch.tensor([0, 30, 59, 20])
+    return q, keys, values, start, end, slot, 6
+
+
+def test_a_short_block_reads_no_further_than_its_window():
+    q, keys, values, start, end, slot, window = block_in_a_window()
+    seen = ops.visible(q, 64, start, end, slot, window)
+    wide = [x.double() for x in (q, keys, values)]
+    eager = reference.attention(q, keys, values, start, end, slot, window)
+    truth = reference.attention(*wide, start, end, slot, window)
+    assert (truth[3] == 0).all()  # sees nothing
+    far = (torch.arange(64) - slot[:, None]).abs() > 5 + 2 * window
+    keys[far] = values[far] = float("nan")
+    check([ops.attention(q, keys, values, seen)], [eager], [truth])
+
+
+def test_attention_compiles_whole_and_follows_ranges_that_change_in_place():
+    q, keys, values, start, end, slot, window = block_in_a_window()
+
+    def forward(q, keys, values, start, end, slot):
+        out = [ops.attention(q, keys, values, ops.visible(q, 64, start, end, slot, w)) for w in (window, None)]
+        return torch.stack(out)
+
+    compiled = torch.compile(forward, fullgraph=True, backend="aot_eager")
+    for shift in (0, 1, 7):
+        start += shift
+        slot -= shift
+        arguments = [q, keys, values, start, end, slot]
+        expected = torch.stack([reference.attention(*arguments, w) for w in (window, None)])
+        torch.testing.assert_close(forward(*arguments), expected)
+        torch.testing.assert_close(compiled(*arguments), expected)
 
 
 @DTYPES

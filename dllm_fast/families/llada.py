@@ -51,6 +51,8 @@ class LLaDA:
         ``first`` on, over all slots: the ids are not read, but the hidden states that the cache has of that layer.
         """
         transformer, impl = self.transformer, self.impl
+        slots = input_ids.shape[1] if cache is None else cache[0][0].shape[1]
+        seen = ops.visible(input_ids, slots, start, end, slot, impl=impl)
         position = slot if start is None else (slot if slot is not None else 0) - start
         cos, sin = self._tables(self.theta, input_ids.device)
         x, delta = (
@@ -66,7 +68,7 @@ class LLaDA:
                 for proj in (block.q_proj, block.k_proj, block.v_proj)
             )
             q, k, v = ops.rope(q, k, v, cos, sin, position, slot, *(cache[layer] if cache else ()), impl=impl)
-            attended = ops.attention(q, k, v, start, end, slot, impl=impl).flatten(2)
+            attended = ops.attention(q, k, v, seen, impl=impl).flatten(2)
             if layer == self.layers - 1:
                 attended, x = take(attended, rows), take(x, rows)
             y, x = self._norm(x, F.linear(attended, block.attn_out.weight), block.ff_norm)

@@ -42,6 +42,8 @@ class ModernBert:
     ) -> torch.Tensor:
         """What the decoder multiplies, [B, T, d] or the chosen rows of it; arguments as in `LLaDA.hidden`."""
         backbone, impl = self.model.model, self.impl
+        slots = input_ids.shape[1] if cache is None else cache[0][0].shape[1]
+        seen = {w: ops.visible(input_ids, slots, start, end, slot, w, impl=impl) for w in set(self.windows)}
         position = slot if start is None else (slot if slot is not None else 0) - start
         if first == 0:
             x = self._norm(backbone.embeddings.tok_embeddings(input_ids), None, backbone.embeddings.norm)[0]
@@ -59,7 +61,7 @@ class ModernBert:
             cos, sin = self._tables(self.thetas[layer], x.device)
             buffers = cache[layer] if cache else ()
             q, k, v = ops.rope(*qkv.unbind(-3), cos, sin, position, slot, *buffers, impl=impl)
-            attended = ops.attention(q, k, v, start, end, slot, self.windows[layer], impl=impl).flatten(2)
+            attended = ops.attention(q, k, v, seen[self.windows[layer]], impl=impl).flatten(2)
             if layer == self.layers - 1:
                 attended, x = take(attended, rows), take(x, rows)
             y, x = self._norm(x, block.attn.Wo(attended), block.mlp_norm)

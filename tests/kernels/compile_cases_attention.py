@@ -68,16 +68,17 @@ def _norm():
     signature |= dict.fromkeys(("x_stride", "residual_stride", "d"), "i32:16") | {"rows": "i32", "eps": "fp32"}
     for longest, warps in norm.WARPS.items():
         constexprs = {"RESIDUAL": True, "BR": 1, "BD": longest}
-        yield Case(f"rms_norm {longest}", norm._rms_norm_kernel, signature, constexprs, warps)
-        both = (signature | {"bias_ptr": "*bf16"}, constexprs | {"BIAS": True})
-        yield Case(f"layer_norm {longest}", norm._layer_norm_kernel, *both, warps)
+        plain, biased = {"CENTRED": False, "BIAS": False, "bias_ptr": None}, {"CENTRED": True, "BIAS": True}
+        yield Case(f"rms_norm {longest}", norm._norm_kernel, signature, constexprs | plain, warps)
+        both = (signature | {"bias_ptr": "*bf16"}, constexprs | biased)
+        yield Case(f"layer_norm {longest}", norm._norm_kernel, *both, warps)
 
 
 def _glu():
     signature = dict.fromkeys(("gate_ptr", "up_ptr", "out_ptr"), "*bf16")
     signature |= dict.fromkeys(("gate_stride", "up_stride", "f"), "i32:16")
-    for kernel in (glu._swiglu_kernel, glu._geglu_kernel):
-        yield Case(kernel.__name__, kernel, signature, {"BLOCK": glu.BLOCK}, glu.WARPS)
+    for name, gelu in (("swiglu", False), ("geglu", True)):
+        yield Case(name, glu._glu_kernel, signature, {"GELU": gelu, "BLOCK": glu.BLOCK}, glu.WARPS)
 
 
 CASES = [*_attention(), *_rope(), *_norm(), *_glu()]

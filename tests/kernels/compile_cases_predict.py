@@ -32,7 +32,7 @@ def _predict(dtype, config, confidence, noise, guided, gather):
         else:
             none = none | dict.fromkeys(names)
     constexprs = {"EXCLUDED": EXCLUDED, "CONFIDENCE": confidence, "NOISE": noise, "GATHER": gather, "GUIDED": guided}
-    constexprs |= {"BIAS": False, "bias_ptr": None, "WIDEN": False, **none}
+    constexprs |= {"BIAS": False, "bias_ptr": None, **none}
     name = f"predict-{dtype}-{config['BN']}-{confidence}" + "-noise" * noise + "-guided" * guided + "-gather" * gather
     return _case(name, predict._predict_kernel, signature, constexprs, config, matrix=dtype != "fp32")
 
@@ -75,7 +75,7 @@ def _masked_loss(dtype, size):
     signature = {"hidden_ptr": f"*{dtype}", "weight_ptr": f"*{dtype}", "bias_ptr": f"*{dtype}", "target_ptr": "*i64"}
     signature |= {"peak_ptr": "*fp32", "mass_ptr": "*fp32", "logit_ptr": "*fp32"}
     signature |= {"N": "i32", "V": "i32:16", "D": "i32:16", "S": "i32"}
-    constexprs = {"BIAS": True, "WIDEN": False, "GROUP": masked_loss.GROUP}
+    constexprs = {"BIAS": True, "GROUP": masked_loss.GROUP}
     return _case(
         f"masked_loss-{dtype}", masked_loss._masked_loss_kernel, signature, constexprs, config, matrix=size == 2
     )

@@ -1,0 +1,47 @@
+"""What the launchers ask of their arguments. A ValueError names the argument and what it is, before any work."""
+
+import torch
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+INTEGERS = (torch.int32, torch.int64)
+
+
+def check_tensors(
+    device: torch.device,
+    /,
+    contiguous: bool = True,  # else the last dimension alone must be
+    **expected: tuple[torch.Tensor | None, list[int | None], tuple[torch.dtype, ...]],
+) -> None:
+    """Raise ValueError unless each tensor is on ``device`` with the shape and one of the dtypes given, and contiguous.
+
+    A tensor may be None, and so may a length of its shape: any.
+    """
+    for name, (x, shape, kinds) in expected.items():
+        if x is None:
+            continue
+        fits = x.dim() == len(shape) and all(length is None or length == n for length, n in zip(shape, x.shape))
+        dense = x.is_contiguous() if contiguous else x.stride(-1) == 1 or x.shape[-1] <= 1
+        if not fits or not dense or x.dtype not in kinds or x.device != device:
+            lengths = ", ".join("any" if length is None else str(length) for length in shape)
+            raise ValueError(
+                f"{name} is {x.dtype} {list(x.shape)} with strides {x.stride()} on {x.device}; expected "
+                f"{' or '.join(map(str, kinds))} [{lengths}] on {device}, "
+                f"{'' if contiguous else 'its last dimension '}contiguous"
+            )
+
+
+def as_scalar(name: str, value: int | torch.Tensor, device: torch.device) -> torch.Tensor:
+    """``value`` as an int64 tensor [1] on ``device``.
+
+    A tensor is used as it is, so that a CUDA graph reads its present value at each replay. An int is filled in on
+    the device: a copy from the host could not be captured in a graph.
+    """
+    if not isinstance(value, torch.Tensor):
+        if not -(1 << 63) <= value < 1 << 64:
+            raise ValueError(f"{name}={value} does not fit in 64 bits")
+        return torch.full((1,), value - (1 << 64) if value >= 1 << 63 else value, dtype=torch.int64, device=device)
+    if value.dtype != torch.int64 or value.numel() != 1 or value.device != device:
+        raise ValueError(
+            f"{name} is {value.dtype} {list(value.shape)} on {value.device}; expected one int64 on {device}"
+        )
+    return value.reshape(1)
