@@ -117,7 +117,8 @@ class Engine:
             steps = [step for step, _ in planned]
         else:
             steps = range(self.live + (self.live if self.options.remask else 0))
-        tail = self.slots - int(slot.min())
+        # How far the longest suffix goes, which is what a prefix cache's evaluations depend on, and others do not.
+        tail = self.slots - int(slot.min()) if self.options.cache == "prefix" else 0
         for n, step in enumerate(steps):
             self.step.fill_(step)
             if planned is not None:
