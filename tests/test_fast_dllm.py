@@ -1,0 +1,91 @@
+"""`generate` with a cache against Fast-dLLM's algorithms written out plainly: same tokens, same evaluations."""
+
+import pytest
+import torch
+from fast_dllm import PlainLLaDA, PlainModernBert, fast_dllm
+from tiny import EOS, MAKERS, MASK
+
+import dllm_fast
+from dllm_fast import Factor, Threshold, Uniform
+
+RULES = {
+    "one-a-step": lambda gen, block: ({"steps": gen}, Uniform(gen)),
+    "all-at-once": lambda gen, block: ({"steps": gen // block}, Uniform(gen // block)),
+    "uneven-shares": lambda gen, block: ({"steps": 3 * gen // block}, Uniform(3 * gen // block)),
+    "threshold-0.3": lambda gen, block: ({"threshold": 0.3}, Threshold(0.3)),
+    "threshold-0.9": lambda gen, block: ({"threshold": 0.9}, Threshold(0.9)),
+    "factor-1": lambda gen, block: ({"factor": 1.0}, Factor(1.0)),
+    "factor-0.4": lambda gen, block: ({"factor": 0.4}, Factor(0.4)),
+}
+
+
+@torch.no_grad()
+def lively(name):
+    """A tiny model that looks about and is sure of itself. As they are initialised, all positions see nearly the same
+    average, most predict one token, and a stale cache changes nothing: such a model could not tell the caches apart."""
+    model = MAKERS[name]()
+    if hasattr(model, "decoder"):
+        for layer in model.model.layers:
+            layer.attn.Wqkv.weight[: 2 * model.config.hidden_size] *= 4
+            layer.attn.Wo.weight *= 3
+        model.decoder.weight.data = 4 * model.decoder.weight  # a new tensor: it was tied to the embeddings
+        return model, PlainModernBert(model)
+    for block in model.model.transformer.blocks:
+        block.q_proj.weight *= 4
+        block.k_proj.weight *= 4
+        block.attn_out.weight *= 3
+    model.model.transformer.ff_out.weight *= 4
+    return model, PlainLLaDA(model)
+
+
+def prompts(length):
+    return torch.randint(0, EOS, (2, length), generator=torch.Generator().manual_seed(length))
+
+
+@pytest.mark.parametrize("name", ["llada", "llada-gqa", "modernbert"])
+@pytest.mark.parametrize("prompt, gen, block", [(24, 32, 8), (5, 32, 32), (17, 30, 10)])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("cache", ["prefix", "dual"])
+def test_tokens_and_evaluations(name, prompt, gen, block, rule, cache):
+    model, plain = lively(name)
+    dllm_fast.patch(model)
+    options, schedule = RULES[rule](gen, block)
+    for ids in prompts(prompt):
+        expected, whole, cached = fast_dllm(
+            plain, ids, gen_length=gen, block_length=block, mask_id=MASK, cache=cache, **options
+        )
+        out = dllm_fast.generate(model, ids[None], gen_length=gen, block_length=block, schedule=schedule, cache=cache)
+        assert torch.equal(out.sequences[0], expected)
+        assert (out.nfe_full, out.nfe_block) == (whole, cached)
+
+
+@pytest.mark.parametrize("name", ["llada", "modernbert"])
+def test_these_models_tell_the_caches_apart(name):
+    """No cache, the prefix's and the dual one leave different tokens, and many different ones."""
+    model, _ = lively(name)
+    dllm_fast.patch(model)
+    found = [
+        dllm_fast.generate(
+            model, prompts(24), gen_length=32, block_length=8, schedule=Uniform(32), cache=cache
+        ).sequences[:, 24:]
+        for cache in ("none", "prefix", "dual")
+    ]
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        assert ((found[a] != found[b]).sum(1) >= 8).all()
+    assert all(len(row.unique()) >= 8 for tokens in found for row in tokens)
+
+
+@pytest.mark.parametrize("name", ["llada", "llada-gqa", "modernbert"])
+@torch.no_grad()
+def test_the_plain_models_are_the_models(name):
+    """Logits in fp64 against the model's own (rotary tables are fp32 in both), and against a cache of the same ids."""
+    model, plain = lively(name)
+    model.double()
+    ids, at = prompts(40)[0], torch.arange(40)
+    logits, cache = plain(ids, at)
+    own = model(ids[None]).logits[0]
+    assert (logits - own).abs().max() < 1e-5 * own.abs().max()
+    for rows in (slice(10, 20), slice(30, 40)):
+        again, merged = plain(ids[rows], at[rows], cache)
+        assert torch.allclose(again, logits[rows], rtol=0, atol=1e-12 * float(own.abs().max()))
+        assert all(len(layer[0]) == 40 for layer in merged)
