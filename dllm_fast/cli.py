@@ -12,8 +12,10 @@ from transformers.utils import logging as transformers_logging
 
 from dllm_fast.generate import Output, generate
 from dllm_fast.loading import from_pretrained, model_path, shipped
+from dllm_fast.refresh import Drift, Every, Window
+from dllm_fast.remask import P2, ReMDM, Verify
 from dllm_fast.request import CACHES, CONFIDENCES
-from dllm_fast.schedules import Factor, Pyramid, Schedule, Threshold, Uniform
+from dllm_fast.schedules import Ancestral, EntropyBound, Factor, FirstHitting, Pyramid, Schedule, Threshold, Uniform
 from dllm_fast.view import watching
 
 SCHEDULES = {
@@ -21,19 +23,45 @@ SCHEDULES = {
     "pyramid": (Pyramid, int),
     "threshold": (Threshold, float),
     "factor": (Factor, float),
+    "entropy-bound": (EntropyBound, float),
+    "ancestral": (Ancestral, int, str),
+    "first-hitting": (FirstHitting,),
 }
+REFRESHES = {"every": (Every, int), "window": (Window, int, int), "drift": (Drift, float)}
+REMASKS = {"remdm": (ReMDM, float), "verify": (Verify, float), "p2": (P2, float)}
+
+
+def spelled(choices: dict, text: str):
+    """``name=value,value`` of one of ``choices``: {name: (class, the type of each of its arguments)}."""
+    name, _, values = text.partition("=")
+    if name not in choices:
+        known = ", ".join(f"{name}{'=N' * bool(types)}" for name, (_, *types) in choices.items())
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {known}")
+    cls, *types = choices[name]
+    given = values.split(",") if values else []
+    if len(given) > len(types):
+        raise argparse.ArgumentTypeError(f"{text!r}: {name} takes {len(types) or 'no'} value{'s' * (len(types) != 1)}")
+    try:
+        return cls(*(kind(value) for kind, value in zip(types, given)))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {values!r} is not a number") from error
+    except TypeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {name} needs a value") from error
 
 
 def schedule_of(text: str) -> Schedule:
-    """``uniform=32``, ``pyramid=1``, ``threshold=0.9`` or ``factor=1.0``."""
-    name, _, value = text.partition("=")
-    if name not in SCHEDULES:
-        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(f'{name}=N' for name in SCHEDULES)}")
-    cls, number = SCHEDULES[name]
-    try:
-        return cls(number(value))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r}: {value!r} is not a number") from error
+    """``uniform=32``, ``threshold=0.9``, ``ancestral=64,cosine``, ``first-hitting``, ..."""
+    return spelled(SCHEDULES, text)
+
+
+def refresh_of(text: str):
+    """``block``, ``every=4``, ``window=32,0`` or ``drift=0.2``."""
+    return text if text == "block" else spelled(REFRESHES, text)
+
+
+def remask_of(text: str):
+    """``remdm=0.1``, ``verify=0.7`` or ``p2=1``."""
+    return spelled(REMASKS, text)
 
 
 def load(args: argparse.Namespace):
@@ -77,6 +105,7 @@ def run_generate(args: argparse.Namespace) -> int:
             out = generate(
                 model, ids, gen_length=args.gen_length, block_length=args.block_length, schedule=args.schedule,
                 confidence=args.confidence, temperature=args.temperature, cfg_scale=args.cfg_scale, cache=args.cache,
+                refresh=args.refresh, remask=args.remask,
                 mask_id=mask_id, eos_id=tokenizer.eos_token_id, seed=args.seed, streamer=streamer,
             )  # fmt: skip
         seconds = time.perf_counter() - began
@@ -116,11 +145,13 @@ def parser() -> argparse.ArgumentParser:
     add("--prompt", action="append", help="may be given again; [MASK]s in it are filled; default: standard input")
     add("--gen-length", type=int, default=64, help="tokens to add after the prompt; 0 fills its [MASK]s alone")
     add("--block-length", type=int, default=32)
-    add("--schedule", type=schedule_of, default=Threshold(0.9), help="uniform=N, pyramid=N, threshold=P or factor=F")
+    add("--schedule", type=schedule_of, default=Threshold(0.9), help=f"{', '.join(SCHEDULES)}; uniform=32, say")
     add("--confidence", choices=CONFIDENCES, default="probability")
     add("--temperature", type=float, default=0.0)
     add("--cfg-scale", type=float, default=0.0)
     add("--cache", choices=CACHES, default="dual")
+    add("--refresh", type=refresh_of, default="block", help="block, every=BLOCKS, window=BEFORE,AFTER or drift=TAU")
+    add("--remask", type=remask_of, help="remdm=ETA, verify=THRESHOLD or p2=ETA")
     add("--mask-id", type=int, help="default: the model's own")
     add("--seed", type=int)
     add("--chat", action="store_true", help="put the prompt through the tokenizer's chat template")

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from dllm_fast import cli, view
-from dllm_fast.schedules import Factor, Pyramid, Threshold, Uniform
+from dllm_fast.refresh import Drift, Every, Window
+from dllm_fast.remask import P2, ReMDM
+from dllm_fast.schedules import Ancestral, EntropyBound, Factor, FirstHitting, Pyramid, Threshold, Uniform
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -62,13 +64,28 @@ def test_schedules_are_spelt_as_name_equals_number(capsys):
         "pyramid=2": Pyramid(2),
         "threshold=0.5": Threshold(0.5),
         "factor=1": Factor(1.0),
+        "threshold": Threshold(),
+        "entropy-bound=0.5": EntropyBound(0.5),
+        "ancestral=64,cosine": Ancestral(64, "cosine"),
+        "first-hitting": FirstHitting(),
     }
     for text, schedule in expected.items():
         assert cli.schedule_of(text) == schedule
-    for bad in ("cosine=3", "uniform=x", "uniform"):
+    assert cli.refresh_of("block") == "block" and cli.refresh_of("window=32,8") == Window(32, 8)
+    assert cli.refresh_of("every=4") == Every(4) and cli.refresh_of("drift=0.3") == Drift(0.3)
+    assert cli.remask_of("remdm=0.2") == ReMDM(0.2) and cli.remask_of("p2") == P2()
+    for flag, bad, message in (
+        ("--schedule", "cosine=3", "'cosine=3' is none of uniform=N, pyramid=N"),
+        ("--schedule", "uniform=x", "'uniform=x': 'x' is not a number"),
+        ("--schedule", "uniform", "'uniform': uniform needs a value"),
+        ("--schedule", "first-hitting=3", "'first-hitting=3': first-hitting takes no values"),
+        ("--refresh", "never", "'never' is none of every=N, window=N, drift=N"),
+        ("--refresh", "every=1,2", "'every=1,2': every takes 1 value"),
+        ("--remask", "wino=1", "'wino=1' is none of remdm=N, verify=N, p2=N"),
+    ):
         with pytest.raises(SystemExit):
-            cli.parser().parse_args(["generate", "--model", "m", "--schedule", bad])
-    assert "uniform=N" in capsys.readouterr().err
+            cli.parser().parse_args(["generate", "--model", "m", flag, bad])
+        assert message in capsys.readouterr().err
 
 
 def test_interrupt_exits_130(monkeypatch, capsys):
