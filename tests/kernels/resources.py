@@ -30,7 +30,7 @@ class Case:
     constexprs: dict  # argument name -> value
     num_warps: int = 4
     num_stages: int = 3
-    matrix: bool = False  # whether it must use the matrix units
+    matrix: bool = False  # whether it must use the matrix units; only then are their instructions counted
     archs: tuple = (80, 90, 100)  # the architectures it is launched on
 
 
@@ -39,13 +39,13 @@ class Resources:
     registers: int  # a thread
     spill: int  # bytes a thread
     shared: int  # bytes a block
-    mma: int  # warp matrix instructions
-    wgmma: int  # warp-group matrix instructions (sm_90)
+    hgmma: int  # warp-group matrix instructions (sm_90)
+    hmma: int  # warp matrix instructions
     tcgen05: int  # tensor-memory matrix instructions (sm_100)
 
     def matrix(self, arch: int) -> int:
         """The matrix instructions that a kernel should use on ``arch``."""
-        return {80: self.mma, 90: self.wgmma, 100: self.tcgen05}[arch]
+        return {80: self.hmma, 90: self.hgmma, 100: self.tcgen05}[arch]
 
 
 def measure(case: Case, arch: int) -> Resources:
@@ -70,17 +70,17 @@ def measure(case: Case, arch: int) -> Resources:
     with tempfile.TemporaryDirectory() as folder:
         cubin = pathlib.Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
-        listing = subprocess.run([tool, "-res-usage", cubin], check=True, capture_output=True, text=True).stdout
+        # Disassembly takes longer than all the rest of a cached compilation: only where it is asked for.
+        command = [tool, "-res-usage", *["-sass"] * case.matrix, cubin]
+        listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     used = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", listing)}
-    # Of these instructions the machine code has exactly those of the PTX, which needs no disassembly.
-    ptx = compiled.asm["ptx"]
     return Resources(
         registers=used["REG"],
         spill=used["STACK"] + used["LOCAL"],
         shared=compiled.metadata.shared,
-        mma=len(re.findall(r"\bmma\.sync", ptx)),
-        wgmma=len(re.findall(r"\bwgmma\.mma_async", ptx)),
-        tcgen05=len(re.findall(r"\btcgen05\.mma", ptx)),
+        hgmma=len(re.findall(r"\bHGMMA\b", listing)),
+        hmma=len(re.findall(r"\bHMMA\b", listing)),
+        tcgen05=len(re.findall(r"\bUTC[A-Z]*MMA\b", listing)),
     )
 
 
