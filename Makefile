@@ -11,9 +11,9 @@ test: .venv/.dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
 
-# On a machine with a GPU, with the Python that has torch there; installs nothing.
+# On a machine with a GPU, with the Python that has torch there; installs nothing. In slices: make gpu ARGS="--minutes 9".
 gpu:
-	PYTHONPATH=. $(PYTHON) bench/gpu.py
+	PYTHONPATH=. $(PYTHON) bench/gpu.py $(ARGS)
 
 lint: .venv/.dev
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .

@@ -1,55 +1,154 @@
-"""The whole GPU round: ``python bench/gpu.py [piece ...]``, or ``make gpu``.
+"""The whole GPU round, in pieces: ``make gpu``, or ``python bench/gpu.py [--minutes 9] [piece ...]``.
 
 Runs each piece with the Python that has torch and CUDA, the checkout uninstalled, each under its time limit, and writes
-what it printed, whole, to ``bench/results/<device>/<piece>.txt`` (or under $OUT where that is set). Pieces that have
-run are run again only when they are named.
+what it prints as it comes, whole, to ``bench/results/<device>/<piece>.txt`` (or under $OUT where that is set). A piece
+that has run on this commit is not run again unless it is named, so that a round can be had in slices: with
+``--minutes`` only pieces whose limit fits into what is left are started.
 """
 
+import argparse
 import datetime
+import importlib.util
 import os
+import shlex
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
-import torch
-import transformers
-import triton
-
 ROOT = Path(__file__).parent.parent
-# The most telling first: are the kernels right there?
+RESULTS = ROOT / "bench" / "results"
+FILES = 8  # that one call leaves under $OUT
+
+PYTEST = "-m pytest -q -p no:cacheprovider"
+PARALLEL = f"{PYTEST} -n 8" if importlib.util.find_spec("xdist") else PYTEST
+BENCH = f"{PYTEST} --import-mode=importlib bench/kernels.py -k"
+
+
+def tests(*names: str) -> str:
+    return " ".join([PARALLEL, *(f"tests/kernels/test_{name}.py" for name in names)])
+
+
+# Limit in seconds and command, the most telling first: are the kernels right there, and how fast? A piece is a line.
 PIECES = {
-    "correctness": (500, ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels"]),
-    "loop": (300, ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_generate.py", "tests/test_patch.py"]),
+    "correctness-attention": (480, tests("attention", "rope", "norm", "glu")),
+    "correctness-predict": (480, tests("predict", "gumbel", "commit", "masked_loss", "end_to_end")),
+    "floors": (60, "bench/floors.py"),
+    "attention-llada": (300, f"{BENCH} 'attention and llada'"),
+    "predict": (300, f"{BENCH} predict"),
+    "crossover": (240, "-m bench.tune crossover"),
+    "small": (420, f"{BENCH} 'norm or rope or glu'"),
+    "loop": (300, f"{PARALLEL} tests/test_generate.py tests/test_patch.py"),
+    "attention-base": (480, f"{BENCH} 'attention and base'"),
+    "noise": (240, "bench/noise.py"),
+    "tune-llada": (420, "-m bench.tune attention-llada"),
+    "tune-base": (480, "-m bench.tune attention-base"),
+    "tune-predict": (420, "-m bench.tune predict"),
+    "tune-small": (400, "-m bench.tune small loss"),
+    "attention-large": (480, f"{BENCH} 'attention and large'"),
+    "others": (240, f"{BENCH} 'loss or gumbel or commit'"),
+    "compile": (500, tests("resources")),
+    "sanitizer": (500, "-m bench.sanitize"),
 }
 
 
+def commit() -> str:
+    """Of the checkout, with a "+" if it has changes outside the results; else $COMMIT."""
+
+    def git(*arguments: str) -> str:
+        try:
+            done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
+        except OSError:
+            return ""
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    head = git("rev-parse", "--short=12", "HEAD")
+    if not head:
+        return os.environ.get("COMMIT", "unknown")
+    return head + "+" * bool(git("status", "--porcelain", "--", ".", ":!bench/results"))
+
+
+def has_run(path: Path, at: str) -> bool:
+    """Whether ``path`` holds a piece's output of that commit to its end."""
+    if not path.exists():
+        return False
+    lines = path.read_text(errors="replace").splitlines()
+    return len(lines) > 1 and lines[0].endswith(f"commit {at}") and lines[-1].startswith("exit ")
+
+
+def run(name: str, limit: float, command: list[str], path: Path, head: str) -> int:
+    """Run a command with this Python; its output goes to ``path`` and to the terminal line by line."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    start = time.monotonic()
+    with path.open("w") as file:
+
+        def say(text: str) -> None:
+            file.write(text)
+            file.flush()
+            sys.stdout.write(text)
+            sys.stdout.flush()
+
+        say(f"{head}\n{shlex.join(['python', *command])}\n")
+        process = subprocess.Popen(
+            [sys.executable, *command], cwd=ROOT, env=environment, text=True, errors="replace",
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        stopped = threading.Event()
+
+        def stop() -> None:
+            stopped.set()
+            os.killpg(process.pid, signal.SIGKILL)
+
+        timer = threading.Timer(limit, stop)
+        timer.start()
+        try:
+            for line in process.stdout:
+                say(line)
+            code = process.wait()
+        finally:
+            timer.cancel()
+        if stopped.is_set():
+            say(f"\nstopped: {name} ran past its {limit:g} s")
+        say(f"\nexit {code} after {time.monotonic() - start:.0f} s\n")
+    return code
+
+
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("pieces", nargs="*", metavar="piece", help=", ".join(PIECES))
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start only what fits into them")
+    options = parser.parse_args()
+    if unknown := [name for name in options.pieces if name not in PIECES]:
+        parser.error(f"no piece {', '.join(unknown)}; there are {', '.join(PIECES)}")
+    end = time.monotonic() + 60 * options.minutes
+
+    import torch
+    import transformers
+    import triton
+
     if not torch.cuda.is_available():
         print("no CUDA device: this is the GPU round", file=sys.stderr)
         return 2
-    device = torch.cuda.get_device_name().lower().replace(" ", "-")
-    out = Path(os.environ.get("OUT", ROOT / "bench" / "results")) / device
+    device, at = torch.cuda.get_device_name().lower().replace(" ", "-"), commit()
+    out = Path(os.environ.get("OUT", RESULTS)) / device
     out.mkdir(parents=True, exist_ok=True)
-    git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
     versions = f"torch {torch.__version__}, triton {triton.__version__}, transformers {transformers.__version__}"
-    failed = []
-    for name in sys.argv[1:] or [name for name in PIECES if not (out / f"{name}.txt").exists()]:
-        limit, command = PIECES[name]
-        head = f"{device}, {versions}, {datetime.date.today()}, commit {commit}\n{' '.join(['python', *command])}\n"
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        try:
-            done = subprocess.run(
-                [sys.executable, *command], cwd=ROOT, env=environment, text=True, timeout=limit,
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            )  # fmt: skip
-            text, code = done.stdout, done.returncode
-        except subprocess.TimeoutExpired as error:
-            text, code = (error.stdout or b"").decode() + f"\nstopped after {limit} s\n", 124
-        (out / f"{name}.txt").write_text(head + text)
-        print(head + text[-2000:])
-        failed += [name] if code else []
-    print(f"failed: {', '.join(failed)}" if failed else "all pieces passed")
+    head = f"{device}, {versions}, {datetime.date.today()}, commit {at}"
+    failed, left, written = [], [], 0
+    for name, (limit, command) in PIECES.items():
+        if options.pieces and name not in options.pieces:
+            continue
+        if not options.pieces and any(has_run(folder / f"{name}.txt", at) for folder in (out, RESULTS / device)):
+            print(f"{name}: has run")
+            continue
+        if time.monotonic() + limit > end or ("OUT" in os.environ and written == FILES):
+            left.append(name)
+            continue
+        written += 1
+        failed += [name] if run(name, limit, shlex.split(command), out / f"{name}.txt", head) else []
+    print(f"failed: {', '.join(failed) or 'none'}; not started: {', '.join(left) or 'none'}")
     return bool(failed)
 
 

@@ -12,36 +12,42 @@ import pytest
 from tiny import EOS, MAKERS, make_llada, make_modernbert
 
 
+@pytest.fixture
+def device() -> str:
+    """Where models and prompts are. A module whose tests the GPU round runs has a fixture of this name of its own."""
+    return "cpu"
+
+
 @pytest.fixture(params=list(MAKERS))
-def model(request):
-    return MAKERS[request.param]()
+def model(request, device):
+    return MAKERS[request.param]().to(device)
 
 
 @pytest.fixture(params=["llada", "modernbert"])
-def either(request):
-    return MAKERS[request.param]()
+def either(request, device):
+    return MAKERS[request.param]().to(device)
 
 
 @pytest.fixture
-def llada():
-    return make_llada()
+def llada(device):
+    return make_llada().to(device)
 
 
 @pytest.fixture
-def modernbert():
-    return make_modernbert()
+def modernbert(device):
+    return make_modernbert().to(device)
 
 
 @pytest.fixture
-def ids():
+def ids(device):
     """Three prompts of 24 ids, none of them special."""
-    return torch.randint(0, EOS, (3, 24), generator=torch.Generator().manual_seed(1))
+    return torch.randint(0, EOS, (3, 24), generator=torch.Generator().manual_seed(1)).to(device)
 
 
 @pytest.fixture
-def padded():
+def padded(device):
     """A mask over `ids`: whole, 7 padded on the left, 5 on the right."""
     mask = torch.ones(3, 24, dtype=torch.int64)
     mask[1, :7] = 0
     mask[2, -5:] = 0
-    return mask
+    return mask.to(device)

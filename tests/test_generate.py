@@ -15,6 +15,11 @@ from dllm_fast.published import published_generate
 from dllm_fast.request import plan_blocks
 
 
+@pytest.fixture
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 @torch.no_grad()
 def published(model, ids, mask=None, **options):
     dllm_fast.unpatch(model)
@@ -22,8 +27,8 @@ def published(model, ids, mask=None, **options):
 
 
 @pytest.fixture
-def left():
-    mask = torch.ones(3, 24, dtype=torch.int64)
+def left(device):
+    mask = torch.ones(3, 24, dtype=torch.int64, device=device)
     mask[0, :3], mask[2, :11] = 0, 0
     return mask
 
@@ -92,9 +97,9 @@ def test_a_rows_tokens_are_those_it_gets_alone(either, ids, padded, cache, tempe
         assert torch.equal(dllm_fast.generate(either, prompt, **options).sequences[0, prompt.shape[1] :], batch[row])
 
 
-def test_padding_on_the_right_is_padding_on_the_left(either, ids):
+def test_padding_on_the_right_is_padding_on_the_left(either, ids, device):
     dllm_fast.patch(either)
-    prompt, pad = ids[:1, :15], torch.full((1, 9), EOS)
+    prompt, pad = ids[:1, :15], torch.full((1, 9), EOS, device=device)
     ones, zeros = torch.ones_like(prompt), torch.zeros_like(pad)
     a = dllm_fast.generate(
         either, torch.cat((prompt, pad), 1), torch.cat((ones, zeros), 1), gen_length=16, block_length=8

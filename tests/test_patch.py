@@ -11,6 +11,11 @@ import dllm_fast
 from dllm_fast.families.modernbert import fresh_rotary
 
 
+@pytest.fixture
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def state_of(model):
     """Everything about a model that a patch could change, by identity."""
     own = {id(module): dict(module.__dict__) for module in model.modules()}
@@ -30,9 +35,9 @@ def unchanged(model, before):
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 4e-2)], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "padded"])
 @pytest.mark.parametrize("family", MAKERS)
-def test_patched_logits_are_the_models_own(family, masked, dtype, tolerance, ids, padded):
+def test_patched_logits_are_the_models_own(family, masked, dtype, tolerance, ids, padded, device):
     """Relative to the largest logit; bf16 rounding differs by a few ulp where the order of operations does."""
-    model = MAKERS[family]()
+    model = MAKERS[family]().to(device)
     fp32 = copy.deepcopy(model).double()
     model = model.to(dtype)
     for module, name, fresh in fresh_rotary(model) if "modernbert" in family else ():
@@ -52,9 +57,9 @@ def test_patched_logits_are_the_models_own(family, masked, dtype, tolerance, ids
 
 
 @torch.no_grad()
-def test_long_windows_and_batches_match():
-    model = make_modernbert(local_attention=32)
-    ids = torch.randint(0, 99, (2, 150), generator=torch.Generator().manual_seed(0))
+def test_long_windows_and_batches_match(device):
+    model = make_modernbert(local_attention=32).to(device)
+    ids = torch.randint(0, 99, (2, 150), generator=torch.Generator().manual_seed(0)).to(device)
     own = model(ids).logits
     torch.testing.assert_close(dllm_fast.patch(model)(ids).logits, own, atol=2e-5, rtol=1e-4)
 
@@ -145,10 +150,10 @@ def test_unknown_models_are_refused_by_name():
 
 
 @torch.no_grad()
-def test_a_cast_modernbert_gets_its_rotary_tables_back():
+def test_a_cast_modernbert_gets_its_rotary_tables_back(device):
     """`.to(bfloat16)` rounds inv_freq; far positions show it."""
-    model = make_modernbert(max_position_embeddings=4096, num_hidden_layers=4, initializer_range=0.3)
-    ids = torch.randint(0, 99, (1, 1500), generator=torch.Generator().manual_seed(0))
+    model = make_modernbert(max_position_embeddings=4096, num_hidden_layers=4, initializer_range=0.3).to(device)
+    ids = torch.randint(0, 99, (1, 1500), generator=torch.Generator().manual_seed(0)).to(device)
     holes = torch.ones_like(ids)
     holes[0, 5] = 0  # answered by the model's own forward, which must be right too
     right = copy.deepcopy(model).to(torch.bfloat16)

@@ -29,11 +29,11 @@ def _words_kernel(out_ptr, high_ptr, low_ptr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _tile_kernel(out_ptr, seed_ptr, step, row_ptr, position_ptr, first, BV: tl.constexpr, BN: tl.constexpr):
+def _tile_kernel(out_ptr, seed_ptr, step_ptr, row_ptr, position_ptr, first, BV: tl.constexpr, BN: tl.constexpr):
     n, v = tl.arange(0, BN), tl.arange(0, BV)
     row = tl.load(row_ptr + n).to(tl.uint32)[None, :]
     position = tl.load(position_ptr + n).to(tl.uint32)[None, :]
-    tile = gumbel_tile(tl.load(seed_ptr), tl.to_tensor(step).to(tl.uint32), row, position, first, BV, BN)
+    tile = gumbel_tile(tl.load(seed_ptr), tl.load(step_ptr).to(tl.uint32), row, position, first, BV, BN)
     tl.store(out_ptr + n[None, :] * BV + v[:, None], tile)
 
 
@@ -95,8 +95,8 @@ def test_tile_is_the_launchers_noise(device):
     row, position = indices(8, device)
     for first in (0, 64, 126464 - 64):
         out = torch.full((8, 32), float("nan"), device=device)
-        seed = torch.tensor([11], device=device)
-        _tile_kernel[(1,)](out, seed, 2, row, position, first, BV=32, BN=8)
+        seed, step = torch.tensor([[11], [2]], device=device)
+        _tile_kernel[(1,)](out, seed, step, row, position, first, BV=32, BN=8)
         assert torch.equal(out, gumbel(11, 2, row, position, torch.arange(first, first + 32, device=device)))
 
 

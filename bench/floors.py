@@ -1,0 +1,128 @@
+"""What the machine can do: ``python bench/floors.py [--device cuda|cpu]``.
+
+Copy bandwidth, bytes read plus bytes written, of a buffer that no cache holds; matrix rate of a square product of
+random data (zeros run faster and would flatter the machine). Each is the median of several runs, with the 10th and the
+90th percentile. Ends with one JSON line.
+"""
+
+import argparse
+import dataclasses
+import json
+import time
+
+import torch
+
+COPIES, PRODUCTS = 20, 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Rate:
+    median: float  # of bytes or operations a second
+    low: float  # 10th percentile
+    high: float  # 90th
+
+
+@dataclasses.dataclass(frozen=True)
+class Floors:
+    device: str
+    cache_bytes: int  # the last cache before memory; 0 if it is not known
+    copy: Rate
+    bf16: Rate
+    fp32: Rate
+
+    @property
+    def copy_bandwidth(self) -> float:
+        """Bytes a second, those read and those written."""
+        return self.copy.median
+
+    @property
+    def matrix_rate(self) -> float:
+        """bf16 operations a second, a multiplication and an addition counting two."""
+        return self.bf16.median
+
+
+def cache_bytes(device: str) -> int:
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    try:
+        with open("/sys/devices/system/cpu/cpu0/cache/index3/size") as file:
+            return int(file.read().strip().removesuffix("K")) * 1024
+    except (OSError, ValueError):
+        return 0
+
+
+def seconds(function, device: str, repeats: int) -> list[float]:
+    """Times of ``repeats`` calls after two that do not count."""
+    function(), function()
+    times = []
+    if torch.device(device).type == "cuda":
+        for _ in range(repeats):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            function()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) / 1e3)
+    else:
+        for _ in range(repeats):
+            start = time.perf_counter()
+            function()
+            times.append(time.perf_counter() - start)
+    return times
+
+
+def percentile(values: list[float], fraction: float) -> float:
+    return float(torch.tensor(values, dtype=torch.float64).quantile(fraction))
+
+
+def _rate(amount: float, times: list[float]) -> Rate:
+    return Rate(*(amount / percentile(times, at) for at in (0.5, 0.9, 0.1)))
+
+
+def copy_rate(device: str, size: int) -> Rate:
+    """Bytes a second of copying ``size`` bytes."""
+    source = torch.randint(0, 127, (size,), dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    return _rate(2 * size, seconds(lambda: target.copy_(source), device, COPIES))
+
+
+def product_rate(device: str, n: int, dtype: torch.dtype) -> Rate:
+    """Operations a second of an n x n x n product of random data."""
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    return _rate(2 * n**3, seconds(lambda: a @ b, device, PRODUCTS))
+
+
+def measure(device: str, quick: bool = False) -> Floors:
+    """Measured here and now; ``quick`` is for dry runs and gives no meaningful rates."""
+    cache = cache_bytes(device)
+    if quick:
+        name, size, sides = "quick", 1 << 20, (64, 64)
+    elif torch.device(device).type == "cuda":
+        name, size, sides = torch.cuda.get_device_name(device), max(1 << 30, 8 * cache), (8192, 4096)
+    else:
+        # Two buffers of four times the cache; products of about a tenth of a second.
+        name, size = f"{torch.get_num_threads()} threads", max(1 << 28, 4 * cache)
+        sides = []
+        for dtype in (torch.bfloat16, torch.float32):
+            trial = product_rate(device, 512, dtype).median
+            sides.append(max(256, int((0.1 * trial / 2) ** (1 / 3)) // 64 * 64))
+    rates = (product_rate(device, n, dtype) for n, dtype in zip(sides, (torch.bfloat16, torch.float32)))
+    return Floors(name, cache, copy_rate(device, size), *rates)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: a dry run")
+    options = parser.parse_args()
+    floors = measure(options.device, options.quick)
+    print(f"{floors.device}: last cache {floors.cache_bytes / 2**20:.0f} MiB; median (10th to 90th percentile)")
+    for name, rate, unit in (("copy", floors.copy, "GB/s"), ("bf16", floors.bf16, "TFLOP/s"),
+                             ("fp32", floors.fp32, "TFLOP/s")):  # fmt: skip
+        scale = 1e9 if unit == "GB/s" else 1e12
+        print(f"{name}: {rate.median / scale:.4g} {unit} ({rate.low / scale:.4g} to {rate.high / scale:.4g})")
+    print(json.dumps(dataclasses.asdict(floors)))
+
+
+if __name__ == "__main__":
+    main()
