@@ -1,0 +1,88 @@
+"""Where a run's time goes, from torch.profiler in a run of its own that is not timed otherwise.
+
+On a CPU: each function of `dllm_fast.ops` is a scope, and what runs outside of them is told apart by its name. On CUDA:
+by the names of the kernels, as a recorded graph has no scopes; what is left of the wall is the host's.
+"""
+
+import contextlib
+import functools
+import inspect
+from collections import Counter
+from collections.abc import Callable, Iterator
+from unittest import mock
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from dllm_fast import ops
+
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "mkldnn::", "mkl::", "dllm_fast::linear")
+SCOPES = {
+    "attention": "attention",
+    "rms_norm": "norm, rope, gate",
+    "layer_norm": "norm, rope, gate",
+    "rope": "norm, rope, gate",
+    "swiglu": "norm, rope, gate",
+    "geglu": "norm, rope, gate",
+    "linear": "products",
+    "predict": "selection",
+    "commit": "commit",
+}
+# The first that matches. The kernel that selects also multiplies by the LM head.
+KERNELS = (
+    ("attention", ("flash", "fmha", "attention")),
+    ("LM head, selection", ("predict", "select", "argmax", "logsumexp")),
+    ("commit", ("commit",)),
+    ("norm, rope, gate", ("norm", "rope", "swiglu", "geglu")),
+    ("products", ("gemm", "nvjet", "cutlass", "cublas", "splitk")),
+)
+
+
+def break_down(run: Callable[[], object], device: torch.device) -> dict[str, float]:
+    """Milliseconds of ``run`` by what they were spent on; on CUDA of the device, on a CPU of the calling thread."""
+    cuda = device.type == "cuda"
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if cuda else [])
+    with profile(activities=activities) as profiler, contextlib.nullcontext() if cuda else _scopes():
+        run()
+    spent: Counter[str] = Counter()
+    for event in profiler.events():
+        if cuda and event.device_type == torch.autograd.DeviceType.CUDA:
+            spent[_kernel(event.name)] += event.self_device_time_total / 1e3
+        elif not cuda:
+            spent[_category(event)] += event.self_cpu_time_total / 1e3
+    return dict(spent.most_common())
+
+
+@contextlib.contextmanager
+def _scopes() -> Iterator[None]:
+    """Every function of `ops` that has a category, as a scope of the profiler."""
+
+    def scoped(name: str, function: Callable) -> Callable:
+        @functools.wraps(function)
+        def call(*args, **kwargs):
+            with record_function(f"ops.{name}"):
+                return function(*args, **kwargs)
+
+        return call
+
+    with contextlib.ExitStack() as stack:
+        for name, function in inspect.getmembers(ops, inspect.isfunction):
+            if name in SCOPES:
+                stack.enter_context(mock.patch.object(ops, name, scoped(name, function)))
+        yield
+
+
+def _category(event) -> str:
+    product = event.name.startswith(PRODUCTS)
+    parent = event
+    while parent is not None:
+        if parent.name.startswith("ops."):
+            scope = SCOPES[parent.name.removeprefix("ops.")]
+            return "LM head" if product and scope == "selection" else scope
+        parent = parent.cpu_parent
+    return "products" if product else "other"
+
+
+def _kernel(name: str) -> str:
+    name = name.lower()
+    return next((category for category, parts in KERNELS if any(part in name for part in parts)), "other")

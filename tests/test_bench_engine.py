@@ -1,0 +1,195 @@
+"""The engine's bench: its tokens, its bare operations, how it loads a clone, when it refuses to measure."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+import dllm_fast
+
+BENCH = Path(__file__).parent.parent / "bench"
+sys.path.insert(0, str(BENCH))
+
+import bare  # noqa: E402
+import breakdown  # noqa: E402
+import harness  # noqa: E402
+import peers  # noqa: E402
+
+CPU = torch.device("cpu")
+# PyTorch's counter knows the flash attention of GPUs alone.
+FLASH = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, **_: sdpa_flop_count(q, k, v),
+}
+QUICK = harness.SHAPES["quick"]
+
+
+@pytest.fixture
+def model():
+    return harness.build_model(QUICK, torch.float32, CPU)
+
+
+@pytest.fixture
+def job(model):
+    return harness.make_job(QUICK, model, QUICK.schedule, 1)
+
+
+def test_quick_run_ends_with_a_json_line():
+    """The whole bench on a tiny shape: in fp32 it exits with 1 unless ours without a cache has the published tokens."""
+    command = [sys.executable, str(BENCH / "engine.py"), "--quick"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])["results"][0]
+    assert result["found"]["published"] == {"nfe": 16, "same_tokens": 32, "of": 32}
+    assert result["found"]["ours dual"] == {"nfe": 16, "nfe_full": 2, "nfe_block": 14}
+    assert {"ours none", "ours prefix", "ours, whole steps only", "bare, fastest forms"} < result["seconds"].keys()
+    assert all(len(seconds) == 1 and seconds[0] > 0 for seconds in result["seconds"].values())
+    assert result["shares_ms"].keys() >= {"products", "attention", "LM head", "selection", "commit", "norm, rope, gate"}
+
+
+def test_tokens_are_worth_comparing(model, job):
+    """The bench's weights: many tokens, [MASK] never, and each cache leaves others."""
+    dllm_fast.patch(model)
+    found = [
+        dllm_fast.generate(
+            model, job.ids, gen_length=32, block_length=16, schedule=job.schedule, cache=cache
+        ).sequences[0, -32:]
+        for cache in ("none", "prefix", "dual")
+    ]
+    assert all(len(tokens.unique()) >= 12 for tokens in found)
+    assert all((found[a] != found[b]).sum() >= 10 for a, b in ((0, 1), (0, 2), (1, 2)))
+    logits = dllm_fast.unpatch(model)(job.ids).logits
+    assert (logits.argmax(-1) != job.mask_id).all() and (logits[..., job.mask_id] == 0).all()
+
+
+@pytest.mark.parametrize("steps, masked", [(8, [16, 12, 8, 4]), (10, [16, 12, 9, 6, 3]), (2, [16]), (32, None)])
+def test_bare_operations_are_those_of_the_run(model, job, steps, masked):
+    """FLOPs as counted while they run, and those of the run itself, which may make a few that it does not need."""
+    operations = bare.Bare(model, job, steps, fastest=False)
+    assert operations.masked == (masked or list(range(16, 0, -1)))
+    products = [torch.ops.aten.mm, torch.ops.aten.addmm]
+    with FlopCounterMode(display=False, custom_mapping=FLASH) as counter:
+        operations.run()
+    counted = counter.get_flop_counts()["Global"]
+    attention = sum(flops for op, flops in counted.items() if op not in products)
+    needed = sum(operations.flops(queries, rows) for queries, rows in operations.plan)
+    assert sum(counted.values()) == needed
+    dllm_fast.patch(model)
+    with FlopCounterMode(display=False, custom_mapping=FLASH) as counter:
+        dllm_fast.generate(model, job.ids, gen_length=32, block_length=16, schedule=dllm_fast.Uniform(steps))
+    made = sum(flops for op, flops in counter.get_flop_counts()["Global"].items() if op in products)
+    assert needed - attention <= made <= 1.1 * (needed - attention)
+
+
+def test_fastest_forms_are_the_same_products(model, job):
+    """Every form that may win a race gives F.linear's, or SDPA's, result."""
+    operations = bare.Bare(model, job, 8, fastest=True)
+    weight = model.model.transformer.blocks[0].ff_proj.weight.detach()
+    x, out = operations.x[56, 64], torch.empty(56, 96)
+    for form in (bare._into, bare._weight_left, bare._onednn):
+        made = form(x, weight, out)
+        torch.testing.assert_close(made.T if form is bare._weight_left else made, bare._linear(x, weight, out))
+    q, (keys, values), score = operations.q[16], operations.kv[0], operations.score[16]
+    three = bare._three(q * 16**-0.5, keys, values, score)
+    torch.testing.assert_close(three, bare._sdpa(q, keys, values, score))
+    operations.run()
+    assert set(operations.forms.values()) <= {
+        bare._linear, bare._into, bare._weight_left, bare._onednn, bare._sdpa, bare._three
+    }  # fmt: skip
+
+
+def test_breakdown_counts_the_heads_product_apart(model, job):
+    dllm_fast.patch(model)
+    options = {"gen_length": 32, "block_length": 16, "schedule": job.schedule}
+    shares = breakdown.break_down(lambda: dllm_fast.generate(model, job.ids, **options), CPU)
+    assert all(ms > 0 for ms in shares.values())
+    assert {"LM head", "selection", "products", "attention", "commit", "norm, rope, gate", "other"} == shares.keys()
+    assert not hasattr(dllm_fast.ops.predict, "__wrapped__")
+
+
+# Peers
+
+GENERATE = '''
+import torch
+import helper
+
+def generate(model, prompt, steps=128, gen_length=128, block_length=128, mask_id=0):
+    """Every new token is the one the model is surest of at the prompt's end."""
+    token = model(prompt).logits[:, -1:].argmax(-1)
+    return torch.cat((prompt, token.expand(-1, helper.length(gen_length))), 1)
+'''
+
+
+@pytest.fixture
+def clone(tmp_path):
+    (tmp_path / "generate.py").write_text(GENERATE)
+    (tmp_path / "helper.py").write_text("def length(n):\n    return n\n")
+    return tmp_path
+
+
+def test_a_clone_is_loaded_by_path_and_leaves_nothing_behind(model, job, clone, monkeypatch):
+    mine = type(sys)("generate")
+    monkeypatch.setitem(sys.modules, "generate", mine)
+    path = list(sys.path)
+    found, lines = peers.find_peers([f"llada={clone}"], model, job)
+    assert [peer.name for peer in found] == ["published", "llada"] and lines == []
+    tokens, nfe = found[1].run()
+    assert nfe is None and torch.equal(tokens, model(job.ids).logits[:, -1:].argmax(-1).expand(-1, 32))
+    assert sys.path == path and sys.modules["generate"] is mine
+
+
+def test_a_peer_that_cannot_run_says_why(model, clone):
+    job = harness.make_job(QUICK, model, "threshold:0.9", 1)
+    found, lines = peers.find_peers([f"llada={clone}", f"dinfer={clone}"], model, job)
+    assert [peer.name for peer in found] == ["published"]
+    assert lines[0] == "llada: not run: this revision's generate takes no threshold"
+    assert lines[1] == "dinfer: not run: No module named 'dinfer'"
+    with pytest.raises(ValueError, match="--peer: 'vllm' is not one of fast-dllm, llada, dllm-cache, dinfer"):
+        peers.find_peers(["vllm=/tmp"], model, job)
+    with pytest.raises(ValueError, match="--peer llada: '/nowhere' is not a folder"):
+        peers.find_peers(["llada=/nowhere"], model, job)
+
+
+def test_a_twin_has_the_same_storage(model, job):
+    other = peers.twin(model)
+    for mine, its in zip(model.parameters(), other.parameters(), strict=True):
+        assert mine.data_ptr() == its.data_ptr()
+    dllm_fast.patch(other)
+    assert "forward" not in model.__dict__ and torch.equal(other(job.ids).logits, model(job.ids).logits)
+
+
+# The harness
+
+
+def test_a_busy_machine_is_not_measured(monkeypatch, capsys):
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setattr("os.getloadavg", lambda: (2.5, 0.0, 0.0))
+    with pytest.raises(SystemExit, match=r"busy: a load average of 2\.50 where 2\.00 would do on 8 cores"):
+        harness.require_idle(force=False)
+    assert harness.require_idle(force=True) == 2.5
+    monkeypatch.setattr("os.getloadavg", lambda: (1.5, 9.0, 9.0))
+    assert harness.require_idle(force=False) == 1.5
+    assert "load average 1.50 on 8 cores" in capsys.readouterr().out
+
+
+def test_rounds_begin_with_another_run_each():
+    order = []
+    times = harness.interleave({name: lambda name=name: order.append(name) for name in "abc"}, 4, CPU)
+    assert "".join(order) == "abcbcacababc" and all(len(timed.seconds) == 4 for timed in times.values())
+    fast, slow = harness.Timed([1.0, 2.0, 4.0]), harness.Timed([2.0, 3.0, 16.0])
+    assert slow.over(fast) == [2.0, 1.5, 4.0] and slow.median == 3.0
+    assert harness.spread(slow.over(fast)) == "2.00 (1.50-4.00)"
+
+
+def test_options_of_the_command_line_name_what_is_wrong():
+    assert harness.parse_schedule("threshold:0.8") == dllm_fast.Threshold(0.8)
+    assert harness.parse_refresh("window:32,16") == dllm_fast.Window(32, 16)
+    for text in ("uniform", "uniform:x", "best:1"):
+        with pytest.raises(ValueError, match=f"--schedule: '{text}'"):
+            harness.parse_schedule(text)
+    for text in ("never", "every:x", "window:1,2,3"):
+        with pytest.raises(ValueError, match=f"--refresh: '{text}'"):
+            harness.parse_refresh(text)
