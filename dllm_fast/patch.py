@@ -1,16 +1,18 @@
 """`patch`, `unpatch`, `patched`: a model's forward replaced on this one instance, and put back exactly."""
 
+import copy
 import functools
+import inspect
 import types
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast, MaskedLMOutput
 
-from dllm_fast import ops
+from dllm_fast import ops, weights
 from dllm_fast.families import FAMILIES, LLaDA, ModernBert
 from dllm_fast.families.modernbert import fresh_rotary
 from dllm_fast.families.rows import valid_spans
@@ -28,7 +30,16 @@ class _Patch:
     own_forward: object | None  # what the instance's __dict__ held under "forward", e.g. an Accelerate hook
     output: type
     buffers: list[tuple[nn.Module, str, torch.Tensor]] = field(default_factory=list)
+    fused: dict[int, weights.Fused] = field(default_factory=dict)  # by the number of the group, to be moved back
     pool: Pool = field(default_factory=Pool)
+
+    def __deepcopy__(self, memo: dict) -> "_Patch":
+        """A copy of a patched model is patched."""
+        return _Patch(**{x.name: copy.deepcopy(getattr(self, x.name), memo) for x in fields(self)})
+
+    def __reduce__(self) -> tuple:
+        """A pickled model is not patched: bound forwards come back from a pickle as the class's own."""
+        return type(None), ()
 
 
 def patch(model: nn.Module, impl: str = "auto") -> nn.Module:
@@ -41,42 +52,86 @@ def patch(model: nn.Module, impl: str = "auto") -> nn.Module:
 
     ``model(input_ids, attention_mask=...)`` then goes through `dllm_fast.ops` whenever no gradient is wanted; any
     other call (labels, ``position_ids``, a mask with holes, training) is answered by the model's own forward.
-    Weights are neither copied nor changed. A second call with the same ``impl`` does nothing.
+    Weights are not changed; those that multiply the same input come to lie in one storage (`dllm_fast.weights`), one
+    group at a time, which leaves every Parameter object and its values what they were. A second call with the same
+    ``impl`` does nothing but fuse again what ``.to()`` and its like moved apart; `dllm_fast.generate` does that too.
 
     Raises:
         ValueError: the model is of an unknown type or architecture, on the meta device or holds NaN or infinite
-            weights, or ``impl`` cannot be had. The model is then as it was.
+            weights, an adapter stands for its head or a norm, or ``impl`` cannot be had. The model is then as it was,
+            as after any other error (memory for a group of weights, say).
     """
     family_class, output = _recognise(model)
     parameter = _first_parameter(model)
     resolved = ops.resolve(impl, parameter.device, parameter.dtype)
     state = model.__dict__.get(_STATE)
     if state is not None and state.impl == resolved:
+        with state.pool.lock:
+            _fuse(state)
         return model
     _check_weights(model)
-    family = family_class(model, resolved)
-    # All that can fail is done; from here on the model changes.
-    unpatch(model)
-    state = _Patch(resolved, family, model.forward, model.__dict__.get("forward"), output)
-    for module, name, fresh in fresh_rotary(model) if family_class is ModernBert else ():
-        state.buffers.append((module, name, module._buffers[name]))
-        module._buffers[name] = fresh
-    model.__dict__[_STATE] = state
-    model.__dict__["forward"] = types.MethodType(functools.wraps(state.forward)(_fast_forward), model)
+    with state.pool.lock if state is not None else nullcontext():
+        family = family_class(model, resolved)
+        own = model.forward if state is None else state.forward
+        own_forward = model.__dict__.get("forward") if state is None else state.own_forward
+        fresh = _Patch(resolved, family, own, own_forward, output)
+        if state is not None:
+            fresh.fused, fresh.pool.lock = state.fused, state.pool.lock
+        _fuse(fresh)
+        # All that can fail is done; from here on the model's own attributes change.
+        if state is not None:
+            _put_back(model, state)
+        for module, name, table in fresh_rotary(model) if family_class is ModernBert else ():
+            fresh.buffers.append((module, name, module._buffers[name]))
+            module._buffers[name] = table
+        model.__dict__[_STATE] = fresh
+        model.__dict__["forward"] = types.MethodType(_like(own), model)
     return model
 
 
 def unpatch(model: nn.Module) -> nn.Module:
-    """Put back exactly what `patch` replaced; returns the model. Does nothing to a model that is not patched."""
-    state = model.__dict__.pop(_STATE, None)
+    """Put back exactly what `patch` replaced; returns the model. Does nothing to a model that is not patched.
+
+    Weights have storages of their own again, with the values they have now: training in between is kept. Waits for
+    a `dllm_fast.generate` in another thread.
+    """
+    state = model.__dict__.get(_STATE)
     if state is None:
         return model
-    del model.__dict__["forward"]
+    with state.pool.lock:
+        if model.__dict__.get(_STATE) is state:
+            _put_back(model, state)
+            for group in state.fused.values():
+                group.separate()
+    return model
+
+
+def _put_back(model: nn.Module, state: _Patch) -> None:
+    del model.__dict__[_STATE], model.__dict__["forward"]
     if state.own_forward is not None:
         model.__dict__["forward"] = state.own_forward
     for module, name, old in state.buffers:
         module._buffers[name] = old.to(module._buffers[name].device)
-    return model
+
+
+def _fuse(state: _Patch) -> None:
+    """Fuse every group of the family's weights that lies apart; none of them if one cannot be."""
+    moved = {}
+    try:
+        for number, group in enumerate(state.family.groups()):
+            if (fused := weights.fuse(group)) is not None:
+                moved[number] = fused
+    except BaseException:
+        for fused in moved.values():
+            with suppress(RuntimeError):  # no memory to move it back either: its values are right where it is
+                fused.separate()
+        raise
+    for number, fused in moved.items():
+        if number in state.fused:
+            state.fused[number].unhook()
+        state.fused[number] = fused
+    if any(fused.weights[0].is_cuda for fused in moved.values()):
+        torch.cuda.empty_cache()  # the storages that were left are too small for the next group, and would be kept
 
 
 @contextmanager
@@ -93,12 +148,16 @@ def patched(model: nn.Module, impl: str = "auto") -> Iterator[nn.Module]:
 
 
 def bound_family(model: nn.Module) -> LLaDA | ModernBert:
-    """The family object of a patched model. Raises ValueError for one that is not."""
-    return _state(model).family
+    """The family object of a patched model, its weights fused. Raises ValueError for a model that is not patched."""
+    state = _state(model)
+    with state.pool.lock:
+        _fuse(state)
+    return state.family
 
 
 def bound_pool(model: nn.Module) -> Pool:
-    """What a patched model keeps between calls. Raises ValueError for one that is not patched."""
+    """What a patched model keeps between calls, and the lock to hold while relying on its state: `unpatch` and another
+    `patch` wait for it. Raises ValueError for a model that is not patched."""
     return _state(model).pool
 
 
@@ -139,6 +198,23 @@ def _span(attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | N
     """[start, end) of each row's ones, or None where a row has a hole or no one at all."""
     start, end, length = valid_spans(attention_mask.bool())
     return (start, end) if bool(((end - start == length) & (length > 0)).all()) else None
+
+
+def _like(own: Callable) -> Callable:
+    """`_fast_forward` under the name, the docstring and the signature of the model's own bound ``forward``.
+
+    A function for each patch: `_fast_forward` itself, once it named a model, would keep it alive.
+    """
+
+    @functools.wraps(getattr(own, "__func__", own))
+    def forward(self, *args, **kwargs):
+        return _fast_forward(self, *args, **kwargs)
+
+    # transformers' Trainer asks the bound method which columns of a data set the model takes.
+    signature = inspect.signature(own)
+    first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    forward.__signature__ = signature.replace(parameters=[first, *signature.parameters.values()])
+    return forward
 
 
 def _fast_forward(self, input_ids=None, attention_mask=None, **kwargs):

@@ -34,6 +34,3 @@ class Pool:
                 self._engines[key] = engine
                 while len(self._engines) > self.SIZE:
                     del self._engines[next(iter(self._engines))]
-
-    def clear(self) -> None:
-        self._engines.clear()

@@ -1,13 +1,15 @@
 """LLaDA: the published remote-code class and the native one, which name their modules alike."""
 
+from collections.abc import Iterator
+
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from dllm_fast import ops
 from dllm_fast.cache import BlockCache
 from dllm_fast.families.rows import RopeTables, take
 from dllm_fast.llada import LLaDAConfig
+from dllm_fast.weights import products, require_weights
 
 
 class LLaDA:
@@ -17,6 +19,11 @@ class LLaDA:
         config = model.config
         self._check(config)
         self.transformer = model.model.transformer
+        require_weights(
+            (f"model.transformer.{name}", module)
+            for name, module in self.transformer.named_modules()
+            if name.endswith(("attn_norm", "ff_norm", "ln_f")) or name == "ff_out"
+        )
         self.impl = impl
         self.positions = config.max_sequence_length
         self.head_dim = config.d_model // config.n_heads
@@ -55,25 +62,19 @@ class LLaDA:
         seen = ops.visible(input_ids, slots, start, end, slot, impl=impl)
         position = slot if start is None else (slot if slot is not None else 0) - start
         cos, sin = self._tables(self.theta, input_ids.device)
-        x, delta = (
-            transformer.wte(input_ids) if first == 0 else cache.states[first][:, : input_ids.shape[1]].clone(),
-            None,
-        )
+        x = transformer.wte(input_ids) if first == 0 else cache.states[first][:, : input_ids.shape[1]].clone()
+        delta = None
         for layer, block in enumerate(transformer.blocks[first:], first):
             y, x = self._norm(x, delta, block.attn_norm)
             if cache is not None:
                 cache.keep_state(layer, x, slot)
-            q, k, v = (
-                F.linear(y, proj.weight).unflatten(-1, (-1, self.head_dim))
-                for proj in (block.q_proj, block.k_proj, block.v_proj)
-            )
+            q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in products(y, *_qkv(block)))
             q, k, v = ops.rope(q, k, v, cos, sin, position, slot, *(cache[layer] if cache else ()), impl=impl)
             attended = ops.attention(q, k, v, seen, impl=impl).flatten(2)
             if layer == self.layers - 1:
                 attended, x = take(attended, rows), take(x, rows)
-            y, x = self._norm(x, F.linear(attended, block.attn_out.weight), block.ff_norm)
-            gate, up = F.linear(y, block.ff_proj.weight), F.linear(y, block.up_proj.weight)
-            delta = F.linear(ops.swiglu(gate, up, impl=impl), block.ff_out.weight)
+            y, x = self._norm(x, block.attn_out(attended), block.ff_norm)
+            delta = block.ff_out(ops.swiglu(*products(y, *_gate_up(block)), impl=impl))
         return self._norm(x, delta, transformer.ln_f)[0]
 
     def _norm(self, x, delta, norm):
@@ -84,3 +85,16 @@ class LLaDA:
     def head(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """LM head weight [V, d] and bias."""
         return self.transformer.ff_out.weight, None
+
+    def groups(self) -> Iterator[tuple[nn.Module, ...]]:
+        """The linears of the layers that multiply one input, group by group."""
+        for block in self.transformer.blocks:
+            yield from (_qkv(block), _gate_up(block))
+
+
+def _qkv(block: nn.Module) -> tuple[nn.Module, ...]:
+    return block.q_proj, block.k_proj, block.v_proj
+
+
+def _gate_up(block: nn.Module) -> tuple[nn.Module, ...]:
+    return block.ff_proj, block.up_proj

@@ -1,5 +1,7 @@
 """ModernBERT (arXiv:2412.13663): transformers' own `ModernBertForMaskedLM`, 4.57 or 5.x."""
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -7,6 +9,7 @@ from torch import nn
 from dllm_fast import ops
 from dllm_fast.cache import BlockCache
 from dllm_fast.families.rows import RopeTables, take
+from dllm_fast.weights import require_weights
 
 
 class ModernBert:
@@ -17,6 +20,11 @@ class ModernBert:
         for name in ("hidden_activation", "classifier_activation"):
             if getattr(config, name) != "gelu":
                 raise ValueError(f"model.config.{name}={getattr(config, name)!r} is not supported, only 'gelu'")
+        require_weights(
+            (name, module)
+            for name, module in model.named_modules()
+            if (name.endswith("norm") and not isinstance(module, nn.Identity)) or name == "decoder"
+        )
         self.model, self.impl = model, impl
         self.positions = config.max_position_embeddings
         self.heads = self.kv_heads = config.num_attention_heads
@@ -77,6 +85,10 @@ class ModernBert:
     def head(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Decoder weight [V, d] and bias [V]."""
         return self.model.decoder.weight, self.model.decoder.bias
+
+    def groups(self) -> Iterator[tuple[nn.Module, ...]]:
+        """None: ModernBERT's own weights are one matrix a product already (``Wqkv``, ``Wi``)."""
+        return iter(())
 
 
 def sliding_layers(config) -> list[bool]:
