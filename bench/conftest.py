@@ -66,6 +66,7 @@ def measured(request):
             for name, result in found.items():
                 write(report.line(one, name, result))
             STATE["rows"].append(report.row(one, found, STATE["floors"]))
+            write(report.verdict(STATE["rows"][-1]))
         if isinstance(STATE["results"][one.id], Exception):
             pytest.fail(f"ours failed: {STATE['results'][one.id]}", pytrace=False)
         return STATE["results"][one.id]

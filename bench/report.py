@@ -54,6 +54,13 @@ def row(case, results: dict[str, Result], floors: Floors) -> dict:
     }  # fmt: skip
 
 
+def verdict(row: dict) -> str:
+    """The row in words, so that a run that is cut off has said it."""
+    said = f"  {row['bytes']} bytes, {row['flops']} FLOPs: {row['share']:.0%} of the {row['bound']} floor"
+    said += f"; {row['ratio']:.2f} of {row['best_peer']}'s speed" if row["best_peer"] else ""
+    return said + {None: "", True: "; aim met", False: "; aim missed"}[row["met"]]
+
+
 def table(rows: list[dict], results: dict[str, dict[str, Result]]) -> None:
     from rich.console import Console
     from rich.table import Table
