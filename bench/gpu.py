@@ -1,7 +1,7 @@
 """The whole GPU round, in pieces: ``make gpu``, or ``python bench/gpu.py [--minutes 9] [piece ...]``.
 
 Runs each piece with the Python that has torch and CUDA, the checkout uninstalled, each under its time limit, and writes
-what it prints as it comes, whole, to ``bench/results/<device>/<piece>.txt`` (or under $OUT where that is set). A piece
+what it prints as it comes, whole, to ``bench/results/<device>/<piece>.txt`` (or under ``--out``). A piece
 that has run on this commit is not run again unless it is named, so that a round can be had in slices: with
 ``--minutes`` only pieces whose limit fits into what is left are started.
 """
@@ -20,7 +20,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
-FILES = 8  # that one call leaves under $OUT
 
 PYTEST = "-m pytest -q -p no:cacheprovider"
 PARALLEL = f"{PYTEST} -n 8" if importlib.util.find_spec("xdist") else PYTEST
@@ -119,6 +118,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("pieces", nargs="*", metavar="piece", help=", ".join(PIECES))
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start only what fits into them")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="the folder that gets the results")
     options = parser.parse_args()
     if unknown := [name for name in options.pieces if name not in PIECES]:
         parser.error(f"no piece {', '.join(unknown)}; there are {', '.join(PIECES)}")
@@ -132,21 +132,20 @@ def main() -> int:
         print("no CUDA device: this is the GPU round", file=sys.stderr)
         return 2
     device, at = torch.cuda.get_device_name().lower().replace(" ", "-"), commit()
-    out = Path(os.environ.get("OUT", RESULTS)) / device
+    out = options.out / device
     out.mkdir(parents=True, exist_ok=True)
     versions = f"torch {torch.__version__}, triton {triton.__version__}, transformers {transformers.__version__}"
     head = f"{device}, {versions}, {datetime.date.today()}, commit {at}"
-    failed, left, written = [], [], 0
+    failed, left = [], []
     for name, (limit, command) in PIECES.items():
         if options.pieces and name not in options.pieces:
             continue
         if not options.pieces and any(has_run(folder / f"{name}.txt", at) for folder in (out, RESULTS / device)):
             print(f"{name}: has run")
             continue
-        if time.monotonic() + limit > end or ("OUT" in os.environ and written == FILES):
+        if time.monotonic() + limit > end:
             left.append(name)
             continue
-        written += 1
         failed += [name] if run(name, limit, shlex.split(command), out / f"{name}.txt", head) else []
     print(f"failed: {', '.join(failed) or 'none'}; not started: {', '.join(left) or 'none'}")
     return bool(failed)

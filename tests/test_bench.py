@@ -280,12 +280,11 @@ def test_a_piece_past_its_limit_keeps_what_it_printed(tmp_path):
 def test_a_round_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     pieces = {"a": (10, "-c 'print(1)'"), "b": (500, "-c 'print(2)'"), "c": (10, "-c 'import sys; sys.exit(1)'")}
     monkeypatch.setattr(gpu, "PIECES", pieces)
-    monkeypatch.setenv("OUT", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Pretended GPU")
 
     def round_of(*arguments):
-        monkeypatch.setattr(sys, "argv", ["gpu.py", *arguments])
+        monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(tmp_path), *arguments])
         return gpu.main(), capsys.readouterr().out
 
     code, out = round_of("--minutes", "1")

@@ -7,7 +7,7 @@ from torch import nn
 
 from dllm_fast import ops
 from dllm_fast.cache import BlockCache
-from dllm_fast.families.rows import RopeTables, take
+from dllm_fast.families.rows import RopeTables, is_span, take
 from dllm_fast.llada import LLaDAConfig
 from dllm_fast.weights import products, require_weights
 
@@ -70,6 +70,9 @@ class LLaDA:
                 cache.keep_state(layer, x, slot)
             q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in products(y, *_qkv(block)))
             q, k, v = ops.rope(q, k, v, cos, sin, position, slot, *(cache[layer] if cache else ()), impl=impl)
+            if layer == self.layers - 1 and is_span(rows):
+                q, x, begin = take(q, rows), take(x, rows), rows[:, 0] if slot is None else slot + rows[:, 0]
+                seen, rows = ops.visible(q, slots, start, end, begin, impl=impl), None
             attended = ops.attention(q, k, v, seen, impl=impl).flatten(2)
             if layer == self.layers - 1:
                 attended, x = take(attended, rows), take(x, rows)

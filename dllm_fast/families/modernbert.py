@@ -8,7 +8,7 @@ from torch import nn
 
 from dllm_fast import ops
 from dllm_fast.cache import BlockCache
-from dllm_fast.families.rows import RopeTables, take
+from dllm_fast.families.rows import RopeTables, is_span, take
 from dllm_fast.weights import require_weights
 
 
@@ -69,7 +69,11 @@ class ModernBert:
             cos, sin = self._tables(self.thetas[layer], x.device)
             buffers = cache[layer] if cache else ()
             q, k, v = ops.rope(*qkv.unbind(-3), cos, sin, position, slot, *buffers, impl=impl)
-            attended = ops.attention(q, k, v, seen[self.windows[layer]], impl=impl).flatten(2)
+            window = self.windows[layer]
+            if layer == self.layers - 1 and is_span(rows):
+                q, x, begin = take(q, rows), take(x, rows), rows[:, 0] if slot is None else slot + rows[:, 0]
+                seen[window], rows = ops.visible(q, slots, start, end, begin, window, impl=impl), None
+            attended = ops.attention(q, k, v, seen[window], impl=impl).flatten(2)
             if layer == self.layers - 1:
                 attended, x = take(attended, rows), take(x, rows)
             y, x = self._norm(x, block.attn.Wo(attended), block.mlp_norm)

@@ -8,13 +8,19 @@ from dllm_fast.kernels.reference import rope_table
 def take(x: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
     """The wanted rows of x [B, T, ...].
 
-    ``rows`` None: all; bool [B, T]: those that are True, flattened to [N, ...]; int [B, R]: per batch row, [B, R, ...].
+    ``rows`` None: all; bool [B, T]: those that are True, flattened to [N, ...]; int [B, R]: R consecutive ones per
+    batch row, [B, R, ...].
     """
     if rows is None:
         return x
     if rows.dtype == torch.bool:
         return x[rows]
     return x[torch.arange(x.shape[0], device=x.device)[:, None], rows]
+
+
+def is_span(rows: torch.Tensor | None) -> bool:
+    """Whether ``rows`` are consecutive: then the last layer needs attention for them alone."""
+    return rows is not None and rows.dtype != torch.bool
 
 
 def valid_spans(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
