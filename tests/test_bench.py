@@ -191,9 +191,8 @@ def test_pytest_benchmark_gets_the_times(tmp_path):
 def test_candidates_replace_what_is_pinned_and_crossovers_are_found(capsys, monkeypatch):
     knob = next(x for x in tune.small_knobs("cpu", True) if x.name == "glu")
     blocks = []
-    launch = tune.glu_kernel._launch
-    monkeypatch.setattr(tune.glu_kernel, "_launch", lambda *a: blocks.append(tune.glu_kernel.BLOCK) or launch(*a))
-    pinned = tune.glu_kernel.BLOCK
+    module, check, pinned = tune.glu_kernel, tune.glu_kernel.check_tensors, tune.glu_kernel.BLOCK
+    monkeypatch.setattr(module, "check_tensors", lambda *a, **k: blocks.append(module.BLOCK) or check(*a, **k))
     found = tune.tune(knob, "cpu", True)
     assert set(found["relative_time"]) == {"pinned", "BLOCK=4096, 4 warps", "BLOCK=4096, 8 warps"}
     assert found["relative_time"]["pinned"] == 1 and set(blocks) == {pinned, 4096}
