@@ -11,8 +11,8 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from harness import Job
 
+from bench.harness import Job
 from dllm_fast import LLaDAModelLM
 
 RACE = 5  # repetitions, of which the fastest counts
@@ -159,18 +159,3 @@ def _fastest(form: Callable, operands: tuple) -> float:
         wait()
         seconds.append(time.perf_counter() - begin)
     return min(seconds)
-
-
-def copy_bandwidth(device: torch.device) -> float:
-    """Bytes a second, read and written, of a plain copy."""
-    source = torch.ones((1 << 30) if device.type == "cuda" else (1 << 28), dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2 * source.numel() / _fastest(lambda x, y: y.copy_(x), (source, target))
-
-
-def matrix_rate(model: LLaDAModelLM) -> float:
-    """FLOPs a second of the model's up projection on many rows, in the model's dtype."""
-    weight = model.model.transformer.blocks[0].up_proj.weight
-    x = torch.randn(8192 if weight.is_cuda else 1024, weight.shape[1], device=weight.device).to(weight.dtype)
-    forms = [_linear, _weight_left] + ([] if weight.is_cuda else [_onednn])
-    return 2 * x.shape[0] * weight.numel() / min(_fastest(form, (x, weight, None)) for form in forms)

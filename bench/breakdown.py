@@ -14,6 +14,7 @@ from unittest import mock
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from bench.harness import clock
 from dllm_fast import ops
 
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "mkldnn::", "mkl::", "dllm_fast::linear")
@@ -38,18 +39,23 @@ KERNELS = (
 )
 
 
-def break_down(run: Callable[[], object], device: torch.device) -> dict[str, float]:
-    """Milliseconds of ``run`` by what they were spent on; on CUDA of the device, on a CPU of the calling thread."""
+def break_down(run: Callable[[], object], device: torch.device, seconds: float) -> dict[str, float]:
+    """Milliseconds of ``run`` by what they were spent on.
+
+    "host" is what no operation accounts for: on CUDA of the ``seconds`` that the run takes unwatched, as the kernels
+    keep their speed under the profiler; on a CPU of those that it takes under it, which slows every call.
+    """
     cuda = device.type == "cuda"
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if cuda else [])
     with profile(activities=activities) as profiler, contextlib.nullcontext() if cuda else _scopes():
-        run()
+        watched = clock(run, device)
     spent: Counter[str] = Counter()
     for event in profiler.events():
         if cuda and event.device_type == torch.autograd.DeviceType.CUDA:
             spent[_kernel(event.name)] += event.self_device_time_total / 1e3
         elif not cuda:
             spent[_category(event)] += event.self_cpu_time_total / 1e3
+    spent["host"] = max(0.0, 1e3 * (seconds if cuda else watched) - sum(spent.values()))
     return dict(spent.most_common())
 
 

@@ -1,7 +1,7 @@
 """The engine's speed against the bare operations it consists of, and against other generators on the same weights.
 
-    python bench/engine.py --shape cpu-768 --peer fast-dllm=PATH --peer llada=PATH
-    python bench/engine.py --shape llada-8b --device cuda --batch 1 8 32 128
+    python -m bench.engine --shape cpu-768 --peer fast-dllm=PATH --peer llada=PATH
+    python -m bench.engine --shape llada-8b --device cuda --batch 1 8 32 128
 
 Random weights (`harness.build_model`), random prompts, greedy. Everything is run once, unmeasured, and its tokens are
 compared; then in interleaved rounds on an idle machine. Ends with one JSON line. Exits with 1 where the tokens of the
@@ -14,9 +14,12 @@ import sys
 from collections.abc import Callable
 
 import torch
-from bare import Bare, copy_bandwidth, matrix_rate
-from breakdown import break_down
-from harness import (
+
+import dllm_fast
+from bench import floors
+from bench.bare import Bare
+from bench.breakdown import break_down
+from bench.harness import (
     SHAPES,
     Job,
     Timed,
@@ -29,9 +32,7 @@ from harness import (
     require_idle,
     spread,
 )
-from peers import find_peers, twin
-
-import dllm_fast
+from bench.peers import find_peers, twin
 from dllm_fast.view import print_table
 
 OURS = ("none", "prefix", "dual")
@@ -86,8 +87,8 @@ def compare(returned: dict, caches: dict[str, str | None], job: Job) -> dict[str
     return found
 
 
-def step_times(times: dict[str, Timed], output: dllm_fast.Output, bare: Bare, device, rate: float) -> dict:
-    """Milliseconds of a whole step and of a block step, each over its floor: FLOPs at ``rate``, or weights copied."""
+def step_times(times: dict[str, Timed], output: dllm_fast.Output, bare: Bare, copied: float, rate: float) -> dict:
+    """Milliseconds of whole and block steps, and their floors: the weights at ``copied`` bytes, FLOPs at ``rate``."""
     blocks = output.nfe_full
     whole = [seconds / blocks for seconds in times[WHOLE].seconds]
     found = {"whole_ms": [1e3 * s for s in whole]}
@@ -95,7 +96,7 @@ def step_times(times: dict[str, Timed], output: dllm_fast.Output, bare: Bare, de
     if output.nfe_block:
         rest = zip(times["ours dual"].seconds, times[WHOLE].seconds, strict=True)
         found["block_ms"] = [1e3 * (all_ - first) / output.nfe_block for all_, first in rest]
-        found["block_floor_ms"] = 1e3 * bare.weight_bytes() / copy_bandwidth(device)
+        found["block_floor_ms"] = 1e3 * bare.weight_bytes() / copied
         found["block_flops_ms"] = 1e3 * bare.flops(bare.live, sum(bare.masked[1:]) // len(bare.masked[1:])) / rate
     return found
 
@@ -126,22 +127,17 @@ def print_runs(times: dict[str, Timed], found: dict[str, dict], tokens: int) -> 
     print_table(columns, rows, "median (least-most) of interleaved rounds; NFE whole + block")
 
 
-def print_shares(shares: dict[str, float], wall: float, device: torch.device) -> None:
-    # The profiler slows what it watches, so on a CPU shares are of its own sum; a device's kernels keep their speed.
-    total = 1e3 * wall if device.type == "cuda" else sum(shares.values())
-    if device.type == "cuda":
-        shares = {**shares, "host": total - sum(shares.values())}
-    rows = [[name, f"{ms:.1f}", f"{ms / total:.1%}"] for name, ms in shares.items()]
-    print_table(["", "ms", "share"], rows, "where a run of ours dual goes, under the profiler")
+def print_shares(shares: dict[str, float]) -> None:
+    rows = [[name, f"{ms:.1f}", f"{ms / sum(shares.values()):.1%}"] for name, ms in shares.items()]
+    print_table(["", "ms", "share"], rows, "where a run of ours dual goes")
 
 
 def measure(options, model, batch: int, device: torch.device) -> dict:
-    """All of one batch size, printed; what the JSON line says of it."""
+    """All of one batch size, printed; what the JSON line says of it. ``model`` is patched."""
     shape = SHAPES[options.shape]
     job = make_job(shape, model, options.schedule or shape.schedule, batch)
-    fast = dllm_fast.patch(twin(model))
-    peers, lines = find_peers(options.peer, model, job)
-    runs = our_runs(fast, job, parse_refresh(options.refresh)) | {peer.name: peer.run for peer in peers}
+    peers, lines = find_peers(options.peer, twin(model), job)
+    runs = our_runs(model, job, parse_refresh(options.refresh)) | {peer.name: peer.run for peer in peers}
     steps = job.schedule.steps if isinstance(job.schedule, dllm_fast.Uniform) else runs["ours dual"]().nfe
     bares = {name: Bare(model, job, steps, fastest) for name, fastest in BARE.items()}
     runs |= {name: bare.run for name, bare in bares.items()}
@@ -154,17 +150,22 @@ def measure(options, model, batch: int, device: torch.device) -> dict:
     found = compare(returned, {peer.name: peer.cache for peer in peers}, job)
     print(f"\nbatch {batch}, prompt {shape.prompt}, {job.gen_length} new tokens, blocks of {job.block_length}, "
           f"{job.schedule}, refresh {options.refresh}")  # fmt: skip
-    print("\n".join(lines + failed))
+    for line in lines + failed:
+        print(line)
     if device.type == "cuda":
         interleave(runs, 1, device)  # a step's second run records its graph
     times = interleave(runs, options.rounds, device)
     print_runs(times, found, batch * job.gen_length)
+    for name in BARE:
+        print(f"ours dual takes {spread(times['ours dual'].over(times[name]))} times {name}")
     print(f"fastest forms: {bares['bare, fastest forms'].chosen()}")
     output, bare = returned["ours dual"], bares["bare, fastest forms"]
-    taken = step_times(times, output, bare, device, matrix_rate(model))
+    floor = floors.measure(device.type, quick=options.quick)
+    rate = (floor.fp32 if options.dtype == "float32" else floor.bf16).median
+    taken = step_times(times, output, bare, floor.copy_bandwidth, rate)
     print_steps(taken)
-    shares = break_down(runs["ours dual"], device)
-    print_shares(shares, times["ours dual"].median, device)
+    shares = break_down(runs["ours dual"], device, times["ours dual"].median)
+    print_shares(shares)
     return {
         "batch": batch, "prompt": shape.prompt, "gen_length": job.gen_length, "schedule": str(job.schedule),
         "seconds": {name: timed.seconds for name, timed in times.items()}, "found": found, "not_run": lines + failed,
@@ -202,7 +203,7 @@ def main(arguments: list[str] | None = None) -> int:
     load = require_idle(options.force)
     where = machine(device, dtype)
     print(where)
-    model = build_model(SHAPES[options.shape], dtype, device)
+    model = dllm_fast.patch(build_model(SHAPES[options.shape], dtype, device))
     results = [measure(options, model, batch, device) for batch in options.batch]
     facts = [fact for result in results for fact in result.get("found", {}).values() if "same_tokens" in fact]
     equal = all(fact["same_tokens"] == fact["of"] for fact in facts)

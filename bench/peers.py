@@ -22,10 +22,10 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from harness import Job
 from torch import nn
 from transformers import AutoConfig, AutoModel
 
+from bench.harness import Job
 from dllm_fast import Factor, LLaDAModelLM, Pyramid, Threshold, Uniform
 from dllm_fast.published import published_generate
 
