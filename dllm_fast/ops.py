@@ -12,9 +12,10 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
+from dllm_fast import compiled
 from dllm_fast.kernels import reference
 
-IMPLS = ("auto", "triton", "torch")
+IMPLS = ("auto", "triton", "cpp", "torch")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # that the kernels take
 KERNELS = {
     "attention": ("attention",),
@@ -29,26 +30,28 @@ CHUNK = 256  # rows of logits held at once: 256 x 126,464 fp32 is 130 MB
 
 
 def resolve(impl: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The implementation that ``impl`` stands for, for weights of ``dtype`` on ``device``: ``"triton"`` or ``"torch"``.
+    """The implementation that ``impl`` stands for, for weights of ``dtype`` on ``device``.
 
-    ``"auto"`` is Triton on a CUDA device wherever it can be had, else PyTorch. On a CPU ``"triton"`` wants
-    TRITON_INTERPRET=1, which runs the kernels in Triton's interpreter: right, and very slow.
+    ``"auto"`` is Triton on a CUDA device and the compiled extension on a CPU, wherever they can be had, else PyTorch.
+    On a CPU ``"triton"`` wants TRITON_INTERPRET=1, which runs the kernels in Triton's interpreter: right, and very
+    slow.
 
     Raises:
-        ValueError: ``impl`` is none of `IMPLS`, or is ``"triton"`` and cannot be had; it says why.
+        ValueError: ``impl`` is none of `IMPLS`, or is ``"triton"`` or ``"cpp"`` and cannot be had; it says why.
     """
     if impl not in IMPLS:
         raise ValueError(f"impl={impl!r} is not one of {', '.join(map(repr, IMPLS))}")
-    if impl == "torch" or (impl == "auto" and device.type != "cuda"):
+    if impl == "torch":
         return "torch"
-    obstacle = _obstacle(device, dtype)
-    if impl == "triton" and obstacle:
-        raise ValueError(f"impl='triton': {obstacle}")
-    return "torch" if obstacle else "triton"
+    wanted = ("triton" if device.type == "cuda" else "cpp") if impl == "auto" else impl
+    obstacle = compiled.obstacle(device, dtype) if wanted == "cpp" else _obstacle(device, dtype)
+    if impl != "auto" and obstacle:
+        raise ValueError(f"impl={impl!r}: {obstacle}")
+    return "torch" if obstacle else wanted
 
 
 def _obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the kernels cannot run, or None where they can."""
+    """Why the Triton kernels cannot run, or None where they can."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if device.type != "cuda" and not interpreted:
         return f"the model is on {device}; it needs CUDA, or TRITON_INTERPRET=1"
@@ -131,6 +134,8 @@ def rope(q, k, v, cos, sin, position=None, slot=None, keys=None, values=None, im
 
 def attention(q, keys, values, start=None, end=None, slot=None, window=None, impl="torch"):
     """`reference.attention`; ``start`` and ``slot`` default to 0, ``end`` to the number of slots."""
+    if impl == "cpp":
+        return compiled.attention(q, keys, values, start, end, slot, window)
     (batch, queries), slots = q.shape[:2], keys.shape[1]
     mask = None
     if impl == "triton" or start is not None or end is not None or window is not None:
