@@ -18,7 +18,7 @@ gpu:
 lint: .venv/.dev
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
-.venv/.core: requirements.txt pyproject.toml setup.py
+.venv/.core: requirements.txt pyproject.toml setup.py $(wildcard csrc/cpu/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements.txt -e '.[cli]'
 	touch $@

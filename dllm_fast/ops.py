@@ -12,10 +12,11 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
+from dllm_fast import compiled
 from dllm_fast.kernels import reference
 from dllm_fast.kernels.checks import FLOATS
 
-IMPLS = ("auto", "triton", "torch")
+IMPLS = ("auto", "triton", "cpp", "torch")
 KERNELS = {
     "attention": ("attention",),
     "rope": ("rope",),
@@ -29,26 +30,28 @@ CHUNK = 256  # rows of logits held at once: 256 x 126,464 fp32 is 130 MB
 
 
 def resolve(impl: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The implementation that ``impl`` stands for, for weights of ``dtype`` on ``device``: ``"triton"`` or ``"torch"``.
+    """The implementation that ``impl`` stands for, for weights of ``dtype`` on ``device``.
 
-    ``"auto"`` is Triton on a CUDA device wherever it can be had, else PyTorch. On a CPU ``"triton"`` wants
-    TRITON_INTERPRET=1, which runs the kernels in Triton's interpreter: right, and very slow.
+    ``"auto"`` is Triton on a CUDA device and the compiled extension on a CPU, wherever they can be had, else PyTorch.
+    On a CPU ``"triton"`` wants TRITON_INTERPRET=1, which runs the kernels in Triton's interpreter: right, and very
+    slow.
 
     Raises:
-        ValueError: ``impl`` is none of `IMPLS`, or is ``"triton"`` and cannot be had; it says why.
+        ValueError: ``impl`` is none of `IMPLS`, or is ``"triton"`` or ``"cpp"`` and cannot be had; it says why.
     """
     if impl not in IMPLS:
         raise ValueError(f"impl={impl!r} is not one of {', '.join(map(repr, IMPLS))}")
-    if impl == "torch" or (impl == "auto" and device.type != "cuda"):
+    if impl == "torch":
         return "torch"
-    obstacle = _obstacle(device, dtype)
-    if impl == "triton" and obstacle:
-        raise ValueError(f"impl='triton': {obstacle}")
-    return "torch" if obstacle else "triton"
+    wanted = ("triton" if device.type == "cuda" else "cpp") if impl == "auto" else impl
+    obstacle = compiled.obstacle(device, dtype) if wanted == "cpp" else _obstacle(device, dtype)
+    if impl != "auto" and obstacle:
+        raise ValueError(f"impl={impl!r}: {obstacle}")
+    return "torch" if obstacle else wanted
 
 
 def _obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the kernels cannot run, or None where they can."""
+    """Why the Triton kernels cannot run, or None where they can."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if device.type != "cuda" and not interpreted:
         return f"the model is on {device}; it needs CUDA, or TRITON_INTERPRET=1"
@@ -138,6 +141,8 @@ def visible(like, slots, start=None, end=None, slot=None, window=None, impl="tor
     For PyTorch that is (near, mask, blind): the slots [B, W] that a window can reach, None for all of them, so that a
     few queries do not read the whole buffer; who sees which of those, [B, T or 1, W or S]; and who sees none.
     """
+    if impl == "cpp":
+        return start, end, slot, window
     batch, queries = like.shape[:2]
     if impl == "torch" and start is None and end is None and window is None:
         return None, None, None
@@ -161,6 +166,8 @@ def attention(q, keys, values, seen, impl="torch"):
     """`reference.attention`; ``seen`` is what `visible` made of its ranges with the same ``impl``."""
     if impl == "triton":
         return _triton().attention(q, keys, values, *seen)
+    if impl == "cpp":
+        return compiled.attention(q, keys, values, *seen)
     near, mask, blind = seen
     if near is not None:
         row = torch.arange(q.shape[0], device=q.device)[:, None]

@@ -8,6 +8,11 @@ if not torch.cuda.is_available():
     # Without a GPU kernels run in Triton's interpreter. It is chosen when Triton is imported, as transformers does.
     os.environ["TRITON_INTERPRET"] = "1"
 
+# `torch.device` as a context remembers, on first use, which functions it redirects. It must not remember a poisoned
+# `torch.empty`: a model that a later test makes on the meta device would then be made in memory, 32 GB of it.
+with torch.device("meta"):
+    torch.empty(1)
+
 import pytest
 from tiny import EOS, MAKERS, make_llada, make_modernbert
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dllm_fast import ops
+from dllm_fast import compiled, ops
 from dllm_fast.kernels import reference
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -159,10 +159,28 @@ def test_auto_is_triton_where_it_can_be_had(monkeypatch):
     cuda, cpu = torch.device("cuda:0"), torch.device("cpu")
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         assert ops.resolve("auto", cuda, dtype) == ops.resolve("triton", cuda, dtype) == "triton"
-        assert ops.resolve("auto", cpu, dtype) == ops.resolve("torch", cuda, dtype) == "torch"
+        assert ops.resolve("torch", cuda, dtype) == ops.resolve("torch", cpu, dtype) == "torch"
     assert ops.resolve("auto", cuda, torch.float64) == "torch"
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert ops.resolve("auto", cpu, torch.float32) == "torch"
+    assert ops.resolve("auto", cpu, torch.float32) != "triton"
+
+
+def test_on_a_cpu_auto_is_the_compiled_extension_where_it_is_built(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    for why in ("not built", None):
+        monkeypatch.setattr(compiled, "missing", lambda why=why: why)
+        for dtype in (torch.float32, torch.bfloat16):
+            assert ops.resolve("auto", cpu, dtype) == ("torch" if why else "cpp")
+        assert ops.resolve("auto", cpu, torch.float16) == "torch"
+        assert ops.resolve("torch", cpu, torch.float32) == "torch"
+        with pytest.raises(ValueError, match=r"impl='cpp': the model's dtype is torch\.float16"):
+            ops.resolve("cpp", cpu, torch.float16)
+        with pytest.raises(ValueError, match="impl='cpp': the model is on cuda"):
+            ops.resolve("cpp", cuda, torch.float32)
+    assert ops.resolve("cpp", cpu, torch.bfloat16) == "cpp"
+    monkeypatch.setattr(compiled, "missing", lambda: "not built")
+    with pytest.raises(ValueError, match="impl='cpp': not built"):
+        ops.resolve("cpp", cpu, torch.float32)
 
 
 def test_without_triton_auto_is_pytorch_and_an_explicit_choice_raises(monkeypatch):

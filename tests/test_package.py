@@ -1,9 +1,13 @@
 """The package as files: importable without Triton, `kernels/` no top-level package, the tree as README says."""
 
+import importlib.metadata
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+from dllm_fast import compiled
 
 ROOT = Path(__file__).parent.parent
 
@@ -26,6 +30,31 @@ print("used without triton")
 def test_the_package_works_without_triton():
     done = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert done.stdout.strip() == "used without triton", done.stderr
+
+
+MISSING = """
+import warnings
+import torch
+from dllm_fast import compiled, ops
+
+compiled._library = lambda: (_ for _ in ()).throw(ImportError("not built"))
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    assert [ops.resolve("auto", torch.device("cpu"), torch.float32) for _ in range(2)] == ["torch"] * 2
+print([str(w.message) for w in seen])
+"""
+
+
+def test_without_the_compiled_extension_pytorch_is_used_and_that_is_said_once():
+    done = subprocess.run([sys.executable, "-c", MISSING], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.stdout.strip() == "['dllm_fast runs on PyTorch alone: not built']", done.stderr
+
+
+def test_the_compiled_extension_is_built_where_there_is_a_compiler():
+    """An installation without it is right only where it could not be compiled; a bare checkout has none."""
+    installed = any(True for _ in importlib.metadata.distributions(name="dllm_fast"))
+    if installed and shutil.which("g++"):
+        assert compiled.missing() is None
 
 
 def test_kernels_is_a_plain_folder_behind_a_relative_link():

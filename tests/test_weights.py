@@ -180,7 +180,7 @@ def test_training_goes_to_the_parameters_and_is_seen_by_the_product(llada, ids):
 def test_gradients_through_the_family_are_the_unfused_ones(llada, ids):
     apart = copy.deepcopy(llada)
     FAMILIES["llada"](apart, "torch").hidden(ids).square().mean().backward()
-    bound_family(dllm_fast.patch(llada)).hidden(ids).square().mean().backward()
+    bound_family(dllm_fast.patch(llada, impl="torch")).hidden(ids).square().mean().backward()
     for (name, fused), own in zip(llada.named_parameters(), apart.parameters(), strict=True):
         assert fused.is_leaf and (own.grad is None) == (fused.grad is None), name
         assert own.grad is None or torch.equal(fused.grad, own.grad), name
@@ -277,7 +277,7 @@ def reassign(model):
 @pytest.mark.parametrize("move", [cast, reload, reassign])
 def test_weights_that_were_moved_apart_are_right_and_fused_again(llada, ids, move):
     """By `.to()`, an assigning load, or new data: first the modules are called, and `generate` fuses them again."""
-    dllm_fast.patch(llada)
+    dllm_fast.patch(llada, impl="torch")
     move(llada)
     assert not is_fused(llada)
     tolerance = {"atol": 4e-2 * float(own_logits(llada, ids).abs().max()), "rtol": 0}

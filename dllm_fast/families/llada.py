@@ -71,7 +71,7 @@ class LLaDA:
             q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in products(y, *_qkv(block)))
             q, k, v = ops.rope(q, k, v, cos, sin, position, slot, *(cache[layer] if cache else ()), impl=impl)
             if layer == self.layers - 1 and is_span(rows):
-                q, x, begin = take(q, rows), take(x, rows), rows[:, 0] if slot is None else slot + rows[:, 0]
+                q, x, begin = take(q, rows), take(x, rows), rows[:, 0] + (0 if slot is None else slot)
                 seen, rows = ops.visible(q, slots, start, end, begin, impl=impl), None
             attended = ops.attention(q, k, v, seen, impl=impl).flatten(2)
             if layer == self.layers - 1:

@@ -71,7 +71,7 @@ class ModernBert:
             q, k, v = ops.rope(*qkv.unbind(-3), cos, sin, position, slot, *buffers, impl=impl)
             window = self.windows[layer]
             if layer == self.layers - 1 and is_span(rows):
-                q, x, begin = take(q, rows), take(x, rows), rows[:, 0] if slot is None else slot + rows[:, 0]
+                q, x, begin = take(q, rows), take(x, rows), rows[:, 0] + (0 if slot is None else slot)
                 seen[window], rows = ops.visible(q, slots, start, end, begin, window, impl=impl), None
             attended = ops.attention(q, k, v, seen[window], impl=impl).flatten(2)
             if layer == self.layers - 1:

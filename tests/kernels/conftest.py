@@ -38,12 +38,6 @@ if not torch.cuda.is_available():
     _repair_interpreter()
 
 
-# `torch.device` as a context remembers, on first use, which functions it redirects. It must not remember the poisoned
-# `torch.empty` below: a model that a later test makes on the meta device would then be made in memory.
-with torch.device("meta"):
-    torch.empty(1)
-
-
 @pytest.fixture
 def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"

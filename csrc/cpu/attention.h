@@ -1,0 +1,212 @@
+// Flash attention over a K/V buffer (reference.attention): a tile of slots at a time, the softmax kept as a running
+// maximum and sum (arXiv:2205.14135, in bases of 2).
+//
+// Lanes are query rows, so a tile of scores is [slots, rows]: slots that no row sees are never looked at, and only a
+// window needs a mask, in the tiles at its edge. The H/G query heads that share a K/V head are rows of one tile,
+// (t, head) in that order.
+
+#pragma once
+
+#include "api.h"
+#include "words.h"
+
+namespace {
+
+constexpr int SLOTS = 128;  // of a tile: scores and K fit in the first cache
+constexpr float LOG2E = 1.4426950408889634f;
+
+template <class T>
+struct AttentionTask {
+  const Attention& a;
+  int64_t b, g, first, rows;  // batch row, K/V head; query rows ``first`` on, of this head's T H/G
+  int64_t group, words;       // H/G; words of a head
+  int64_t lanes;              // rows, up to whole vectors
+  int64_t lo, hi;             // slots that some row sees
+  int64_t from, to;           // slots that the first and the last row stand at
+  float* q;                   // [words, lanes]
+  float* score;               // [SLOTS, lanes]; then weights, as words [SLOTS / PER_WORD, lanes]
+  float* wide_k;              // [SLOTS, words, up to whole vectors]: keys that cannot be multiplied where they lie
+  float* wide_v;              // [SLOTS / PER_WORD, D, up to whole vectors]: values, likewise
+  float* out;                 // [D, up to whole vectors, lanes]
+  float *peak, *total, *shrink;  // [lanes]
+
+  AttentionTask(const Attention& arguments, int64_t task) : a(arguments) {
+    group = a.heads / a.kv_heads;
+    const int64_t all_rows = a.queries * group, tiles = parts(all_rows, a.tile);
+    first = task % tiles * a.tile;
+    g = task / tiles % a.kv_heads;
+    b = task / tiles / a.kv_heads;
+    rows = smaller(a.tile, all_rows - first);
+    lanes = parts(rows, W) * W;
+    words = parts(a.head_dim, PER_WORD<T>);
+    const int64_t slot = a.slot ? a.slot[b] : 0;
+    from = slot + first / group, to = slot + (first + rows - 1) / group;
+    lo = larger(0, a.start ? a.start[b] : 0), hi = smaller(a.slots, a.end ? a.end[b] : a.slots);
+    if (a.window >= 0) lo = larger(lo, from - a.window), hi = smaller(hi, to + a.window + 1);
+    const int64_t wide = parts(a.head_dim, W) * W;
+    float* memory = (float*)scratch(sizeof(float) * (lanes * (words + SLOTS + wide + 3) + 2 * SLOTS * wide + 16));
+    auto take = [&](int64_t n) { return memory += n, memory - n; };
+    wide_k = take(SLOTS * wide), wide_v = take(SLOTS * wide);
+    q = take(words * lanes), score = take(SLOTS * lanes), out = take(wide * lanes);
+    peak = take(lanes), total = take(lanes), shrink = take(lanes);
+  }
+
+  void run() {
+    load_queries();
+    for (int64_t l = 0; l < lanes; ++l) peak[l] = -INFINITY, total[l] = 0;
+    memset(out, 0, sizeof(float) * parts(a.head_dim, W) * W * lanes);
+    for (int64_t j = lo; j < hi; j += SLOTS) absorb(j, smaller(SLOTS, hi - j));
+    store_out();
+  }
+
+  void load_queries() {
+    for (int64_t m = 0; m < lanes; m += W)
+      for (int64_t w = 0; w < words; w += W) {
+        Word x[W] = {};
+        for (int64_t l = 0; l < smaller(W, rows - m); ++l) {
+          const int64_t r = first + m + l, at = w * PER_WORD<T>;
+          const T* row = (const T*)a.q + b * a.q_stride[0] + r / group * a.q_stride[1] +
+                         (g * group + r % group) * a.q_stride[2];
+          x[l] = load_words(row + at, a.head_dim - at);
+        }
+        transpose(x);
+        for (int64_t i = 0; i < smaller(W, words - w); ++i) store(q + (w + i) * lanes + m, x[i]);
+      }
+  }
+
+  // Slots j to j + n into the running softmax.
+  void absorb(int64_t j, int64_t n) {
+    const T* k = (const T*)a.keys + b * a.k_stride[0] + j * a.k_stride[1] + g * a.k_stride[2];
+    const T* v = (const T*)a.values + b * a.v_stride[0] + j * a.v_stride[1] + g * a.v_stride[2];
+    const char *k_words = (const char*)k, *v_words = (const char*)v;
+    int64_t k_row = a.k_stride[1] * sizeof(T), v_row = a.v_stride[1] * sizeof(T);
+    const int64_t D = a.head_dim, wide = parts(D, W) * W;
+    if (WIDEN<T> || D % PER_WORD<T>) {
+      for (int64_t i = 0; i < n; ++i) copy_words(wide_k + i * wide, k + i * a.k_stride[1], D);
+      k_words = (const char*)wide_k, k_row = wide * sizeof(float);
+    }
+    if (sizeof(T) == 2) {
+      for (int64_t i = 0; i < n; i += PER_WORD<T>) widen_values(i, n, v + i * a.v_stride[1], wide);
+      v_words = (const char*)wide_v, v_row = wide * sizeof(float);
+    }
+    const bool edge = a.window >= 0 && (j < to - a.window || j + n - 1 > from + a.window);
+    in_groups(lanes / W, [&](auto count, int64_t first_vector) {
+      constexpr int NR = decltype(count)::value;
+      const int64_t at = first_vector * W;
+      Vec top[NR];
+      for (int c = 0; c < NR; ++c) top[c] = all(-INFINITY);
+      product<T, NR>(
+          n, k_words, k_row, 4, q + at, lanes, words, [](int64_t, int) { return Vec{}; },
+          [&](int64_t i, int c, Vec x) {
+            store(score + i * lanes + at + c * W, x);
+            top[c] = larger(x, top[c]);
+          });
+      for (int c = 0; c < NR; ++c) {
+        if (edge) top[c] = mask(j, n, at + c * W);
+        softmax(n, at + c * W, top[c]);
+      }
+      product<T, NR>(
+          D, v_words, 4, v_row, score + at, lanes, parts(n, PER_WORD<T>), [](int64_t, int) { return Vec{}; },
+          [&](int64_t d, int c, Vec x) {
+            // A tile's sum is made before it is added: one sum over all slots would be less exact.
+            float* to = out + d * lanes + at + c * W;
+            store(to, load<Vec>(to) * load<Vec>(shrink + at + c * W) + x);
+          });
+    });
+  }
+
+  // Values of slot i, or of slots i and i + 1 as words: the last of an odd number with itself, its other weight is 0.
+  void widen_values(int64_t i, int64_t n, const T* v, int64_t wide) {
+    if constexpr (PER_WORD<T> == 2)
+      interleave((uint32_t*)wide_v + i / 2 * wide, v, i + 1 < n ? v + a.v_stride[1] : v, a.head_dim);
+    else
+      copy_words(wide_v + i * wide, v, a.head_dim);
+  }
+
+  // -inf for what W rows do not see of slots j to j + n; returns their largest scores.
+  Vec mask(int64_t j, int64_t n, int64_t at) {
+    Vec top = all(-INFINITY);
+    Int from_here;  // of each row, its slot less j: between -S and S, or no slot of the tile would be seen by any row
+    for (int l = 0; l < W; ++l) from_here[l] = int32_t(from - j + (first % group + at + l) / group);
+    const int32_t window = int32_t(smaller(a.window, 1 << 30));
+    for (int64_t i = 0; i < n; ++i) {
+      const Int away = from_here - int32_t(i);
+      const Int seen = (away <= window) & (away >= -window);
+      const Vec x = choose(seen, load<Vec>(score + i * lanes + at), all(-INFINITY));
+      store(score + i * lanes + at, x);
+      top = larger(x, top);
+    }
+    return top;
+  }
+
+  // Scores of W rows to weights, against the maximum so far.
+  void softmax(int64_t n, int64_t at, Vec top) {
+    const Vec scale = all(a.scale * LOG2E), old = load<Vec>(peak + at);
+    const Vec now = larger(top, old);
+    const Vec base = choose(now > -INFINITY, now, Vec{});  // -inf - -inf is NaN
+    const Vec less = exp2_small((old - base) * scale);
+    Vec sum[2] = {};
+    const float* x = score + at;
+    float* to = score + at;
+    int64_t i = 0;
+    for (; i + 2 <= n; i += 2, x += 2 * lanes) {
+      const Vec p0 = exp2_small((load<Vec>(x) - base) * scale), p1 = exp2_small((load<Vec>(x + lanes) - base) * scale);
+      sum[0] += p0, sum[1] += p1;
+      to = store_weights(to, p0, p1);
+    }
+    if (i < n) {
+      const Vec p = exp2_small((load<Vec>(x) - base) * scale);
+      sum[0] += p;
+      store_last_weight(to, p);
+    }
+    store(peak + at, now);
+    store(shrink + at, less);
+    store(total + at, load<Vec>(total + at) * less + sum[0] + sum[1]);
+  }
+
+  float* store_weights(float* to, Vec p0, Vec p1) {
+#if defined(__AVX512BF16__)
+    if constexpr (PER_WORD<T> == 2) {
+      store(to, interleave(p0, p1));
+      return to + lanes;
+    }
+#endif
+    store(to, p0), store(to + lanes, p1);
+    return to + 2 * lanes;
+  }
+
+  void store_last_weight(float* to, Vec p) {
+#if defined(__AVX512BF16__)
+    if constexpr (PER_WORD<T> == 2) {
+      store(to, interleave(p, Vec{}));
+      return;
+    }
+#endif
+    store(to, p);
+  }
+
+  void store_out() {
+    const int64_t D = a.head_dim;
+    for (int64_t m = 0; m < lanes; m += W) {
+      const Vec sum = load<Vec>(total + m);
+      const Vec inverse = 1.0f / choose(sum == 0.0f, all(1.0f), sum);
+      for (int64_t d = 0; d < D; d += W) {
+        Word x[W];
+        for (int i = 0; i < W; ++i) x[i] = (Word)(load<Vec>(out + (d + i) * lanes + m) * inverse);
+        transpose(x);
+        for (int64_t l = 0; l < smaller(W, rows - m); ++l) {
+          const int64_t r = first + m + l;
+          T* row = (T*)a.out + ((b * a.queries + r / group) * a.heads + g * group + r % group) * D;
+          store_rounded(row + d, (Vec)x[l], D - d);
+        }
+      }
+    }
+  }
+};
+
+template <class T>
+void attention(const void* arguments, int64_t task) {
+  AttentionTask<T>(*(const Attention*)arguments, task).run();
+}
+
+}  // namespace

@@ -1,0 +1,94 @@
+// The library that dllm_fast/compiled.py loads: which instruction sets there are, and tasks shared out to threads.
+
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#include "api.h"
+
+#if defined(__x86_64__)
+extern const Kernels plain, avx2, avx512, avx512bf16;
+#else
+extern const Kernels plain;
+#endif
+
+namespace {
+
+const Kernels* table(int level) {
+#if defined(__x86_64__)
+  if (level == 1) return &avx2;
+  if (level == 2) return &avx512;
+  if (level == 3) return &avx512bf16;
+#endif
+  return &plain;
+}
+
+struct Job {
+  void (*run)(const void*, int64_t);
+  const void* arguments;
+  int64_t tasks;
+  std::atomic<int64_t> next;
+};
+
+void work(void* pointer) {
+  Job& job = *static_cast<Job*>(pointer);
+  for (int64_t task; (task = job.next.fetch_add(1, std::memory_order_relaxed)) < job.tasks;)
+    job.run(job.arguments, task);
+}
+
+// OpenMP's own entry, of the very library that PyTorch uses: a second one would keep threads of its own spinning.
+using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+Parallel openmp = nullptr;
+
+void share(void (*run)(const void*, int64_t), const void* arguments, int64_t tasks, int64_t threads) {
+  Job job{run, arguments, tasks, {0}};
+  if (threads > tasks) threads = tasks;
+  if (threads <= 1) return work(&job);
+  if (openmp) return openmp(work, &job, unsigned(threads), 0);
+  std::vector<std::thread> others;
+  for (int64_t i = 1; i < threads; ++i) others.emplace_back(work, &job);
+  work(&job);
+  for (std::thread& other : others) other.join();
+}
+
+}  // namespace
+
+void* scratch(size_t bytes) {
+  struct Free {
+    void operator()(void* memory) const { std::free(memory); }
+  };
+  thread_local std::unique_ptr<void, Free> memory;
+  thread_local size_t size = 0;
+  if (bytes > size) {
+    size = (bytes + 4095) / 4096 * 4096;
+    memory.reset(std::aligned_alloc(64, size));
+  }
+  return memory.get();
+}
+
+#pragma GCC visibility push(default)
+extern "C" {
+
+// 0 plain, 1 AVX2, 2 AVX-512, 3 with bf16: the most that this CPU has.
+int dllm_level() {
+#if defined(__x86_64__)
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
+  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+      !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
+    return 1;
+  return __builtin_cpu_supports("avx512bf16") ? 3 : 2;
+#else
+  return 0;
+#endif
+}
+
+void dllm_openmp(void* parallel) { openmp = reinterpret_cast<Parallel>(parallel); }
+
+void dllm_attention(const Attention* a, int level, int is_bf16, int64_t threads) {
+  const int64_t tiles = (a->queries * (a->heads / a->kv_heads) + a->tile - 1) / a->tile;
+  share(table(level)->attention[is_bf16], a, a->batch * a->kv_heads * tiles, threads);
+}
+
+}

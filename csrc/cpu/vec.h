@@ -1,0 +1,104 @@
+// Vectors of fp32 lanes, as wide as the instruction set this file is compiled for.
+//
+// kernels.cpp is compiled once for each instruction set. Everything it includes is in an unnamed namespace, and it uses
+// no templates or inline functions of the standard library: the linker would merge the copies of those, and keep one
+// that this CPU may not have.
+
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int W = 16;  // lanes
+#elif defined(__AVX2__)
+constexpr int W = 8;
+#else
+constexpr int W = 4;  // SSE2 or NEON
+#endif
+constexpr bool MANY_REGISTERS = W == 16;
+
+typedef float Vec __attribute__((vector_size(4 * W)));
+typedef int32_t Int __attribute__((vector_size(4 * W)));
+typedef uint32_t Word __attribute__((vector_size(4 * W)));
+typedef uint16_t Half __attribute__((vector_size(2 * W)));
+
+template <class To, class From>
+inline To load(const From* from) {
+  To x;
+  memcpy(&x, from, sizeof x);
+  return x;
+}
+
+template <class To, class X>
+inline void store(To* to, X x) {
+  memcpy(to, &x, sizeof x);
+}
+
+inline Vec all(float x) { return x - Vec{}; }  // 0 + x would not keep -0
+
+inline Vec choose(Int mask, Vec yes, Vec no) { return (Vec)((mask & (Int)yes) | (~mask & (Int)no)); }
+
+// The larger; the second where either is NaN.
+inline Vec larger(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return _mm512_max_ps(a, b);
+#elif defined(__AVX2__)
+  return _mm256_max_ps(a, b);
+#else
+  return choose(a > b, a, b);
+#endif
+}
+
+inline Vec from_bf16(Half x) { return (Vec)(__builtin_convertvector(x, Word) << 16); }
+
+// Round to the nearest, ties to even; NaN stays NaN.
+inline Half to_bf16(Vec x) {
+  Word bits = (Word)x;
+  Word nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+  Word quiet = (bits >> 16) | 0x40;
+  Int nan = x != x;
+  return __builtin_convertvector(((Word)nan & quiet) | (~(Word)nan & nearest), Half);
+}
+
+// 2^x for x <= 126, exactly 0 from -127 down, within 1.3 * 2^-24 relative above -126: 2^n by the exponent bits, 2^f on
+// |f| <= 1/2 by a minimax polynomial.
+inline Vec exp2_small(Vec x) {
+  x = larger(all(-127.0f), x);
+  const Vec magic = all(12582912.0f);  // 1.5 * 2^23: what is added to it is rounded to a whole number in its low bits
+  Vec shifted = x + magic;
+  Vec f = x - (shifted - magic);
+  Vec p = all(1.535336203e-4f);
+  p = p * f + 1.339887448e-3f;
+  p = p * f + 9.618437358e-3f;
+  p = p * f + 5.550332471e-2f;
+  p = p * f + 2.402264791e-1f;
+  p = p * f + 6.931472029e-1f;
+  p = p * f + 1.0f;
+  return (Vec)((Int)p + ((Int)shifted << 23));
+}
+
+// A W x W block of 32-bit words, transposed in place.
+inline void transpose(Word (&x)[W]) {
+#pragma GCC unroll 4
+  for (int s = 1; s < W; s *= 2) {
+    Int low, high;
+#pragma GCC unroll 16
+    for (int l = 0; l < W; ++l) low[l] = l & s ? W + l - s : l, high[l] = l & s ? W + l : l + s;
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i)
+      if (!(i & s)) {
+        Word a = x[i], b = x[i | s];
+        x[i] = __builtin_shuffle(a, b, low), x[i | s] = __builtin_shuffle(a, b, high);
+      }
+  }
+}
+
+}  // namespace

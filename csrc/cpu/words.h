@@ -1,0 +1,87 @@
+// Tensors of bf16 or fp32 as the words that product.h multiplies.
+
+#pragma once
+
+#include "product.h"
+
+namespace {
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
+
+// W words from the n elements at ``from``, or from the first of them; zeros after the n-th.
+template <class T>
+inline Word load_words(const T* from, int64_t n) {
+  alignas(64) T some[W * PER_WORD<T>] = {};
+  if (n < W * PER_WORD<T>) memcpy(some, from, n * sizeof(T)), from = some;
+  if constexpr (WIDEN<T>)
+    return (Word)from_bf16(load<Half>(from));
+  else
+    return load<Word>(from);
+}
+
+// n elements as words, whole vectors of them: up to W - 1 words more than there are.
+template <class T>
+inline void copy_words(void* to, const T* from, int64_t n) {
+  for (int64_t i = 0; i < n; i += W * PER_WORD<T>)
+    store((uint32_t*)to + i / PER_WORD<T>, load_words(from + i, n - i));
+}
+
+// n fp32 of a vector, rounded to T.
+template <class T>
+inline void store_rounded(T* to, Vec x, int64_t n) {
+  alignas(64) T some[W];
+  if constexpr (sizeof(T) == 2)
+    store(some, to_bf16(x));
+  else
+    store(some, x);
+  if (n >= W)
+    memcpy(to, some, sizeof some);
+  else
+    memcpy(to, some, n * sizeof(T));
+}
+
+#if defined(__AVX512BF16__)
+// From 32 + 32 halves to (first of a, first of b, second of a, ...): the first 32 of those, and the rest.
+struct Order {
+  uint16_t index[2][32];
+  constexpr Order() : index() {
+    for (int i = 0; i < 64; ++i) index[i / 32][i % 32] = uint16_t(i / 2 + i % 2 * 32);
+  }
+};
+alignas(64) constexpr Order ORDER;
+
+// Words (low[i], high[i]) from n bf16 of two rows.
+inline void interleave(uint32_t* to, const bf16* low, const bf16* high, int64_t n) {
+  int64_t i = 0;
+  for (; i + 32 <= n; i += 32)
+    for (int k = 0; k < 2; ++k)
+      store(to + i + 16 * k,
+            _mm512_permutex2var_epi16(load<__m512i>(low + i), load<__m512i>(ORDER.index[k]), load<__m512i>(high + i)));
+  for (; i < n; ++i) to[i] = low[i] | (uint32_t)high[i] << 16;
+}
+
+// Words of two vectors of fp32, rounded.
+inline Word interleave(Vec low, Vec high) {
+  __m512i a = _mm512_castsi256_si512((__m256i)_mm512_cvtneps_pbh(low));
+  __m512i b = _mm512_castsi256_si512((__m256i)_mm512_cvtneps_pbh(high));
+  return (Word)_mm512_permutex2var_epi16(a, load<__m512i>(ORDER.index[0]), b);
+}
+#endif
+
+// f(Count<NR>, first) for ``vectors`` in groups of at most MOST_VECTORS.
+template <int N>
+struct Count {
+  static constexpr int value = N;
+};
+
+template <class F>
+inline void in_groups(int vectors, F f) {
+  int v = 0;
+  for (; v + 3 <= vectors; v += 3) f(Count<3>(), v);
+  if (vectors - v == 2) f(Count<2>(), v);
+  if (vectors - v == 1) f(Count<1>(), v);
+}
+
+}  // namespace
