@@ -52,6 +52,8 @@ struct AttentionTask {
   }
 
   void run() {
+    const T* k = (const T*)a.keys + b * a.k_stride[0] + g * a.k_stride[2];
+    for (int64_t j = lo; j < smaller(hi, lo + SLOTS); ++j) fetch(k + j * a.k_stride[1]);
     load_queries();
     for (int64_t l = 0; l < lanes; ++l) peak[l] = -INFINITY, total[l] = 0;
     memset(out, 0, sizeof(float) * parts(a.head_dim, W) * W * lanes);
@@ -85,10 +87,7 @@ struct AttentionTask {
       for (int64_t i = 0; i < n; ++i) copy_words(wide_k + i * wide, k + i * a.k_stride[1], D);
       k_words = (const char*)wide_k, k_row = wide * sizeof(float);
     }
-    if (sizeof(T) == 2) {
-      for (int64_t i = 0; i < n; i += PER_WORD<T>) widen_values(i, n, v + i * a.v_stride[1], wide);
-      v_words = (const char*)wide_v, v_row = wide * sizeof(float);
-    }
+    if (sizeof(T) == 2) v_words = (const char*)wide_v, v_row = wide * sizeof(float);
     const bool edge = a.window >= 0 && (j < to - a.window || j + n - 1 > from + a.window);
     in_groups(lanes / W, [&](auto count, int64_t first_vector) {
       constexpr int NR = decltype(count)::value;
@@ -96,7 +95,11 @@ struct AttentionTask {
       Vec top[NR];
       for (int c = 0; c < NR; ++c) top[c] = all(-INFINITY);
       product<T, NR>(
-          n, k_words, k_row, 4, q + at, lanes, words, [](int64_t, int) { return Vec{}; },
+          n, k_words, k_row, 4, q + at, lanes, words,
+          [&](int64_t i, int c) {
+            if (first_vector + c == 0) fetch(k + (i + n) * a.k_stride[1]), fetch(v + i * a.v_stride[1]);
+            return Vec{};
+          },
           [&](int64_t i, int c, Vec x) {
             store(score + i * lanes + at + c * W, x);
             top[c] = larger(x, top[c]);
@@ -105,6 +108,8 @@ struct AttentionTask {
         if (edge) top[c] = mask(j, n, at + c * W);
         softmax(n, at + c * W, top[c]);
       }
+      if (sizeof(T) == 2 && first_vector == 0)
+        for (int64_t i = 0; i < n; i += PER_WORD<T>) widen_values(i, n, v + i * a.v_stride[1], wide);
       product<T, NR>(
           D, v_words, 4, v_row, score + at, lanes, parts(n, PER_WORD<T>), [](int64_t, int) { return Vec{}; },
           [&](int64_t d, int c, Vec x) {
@@ -113,6 +118,11 @@ struct AttentionTask {
             store(to, load<Vec>(to) * load<Vec>(shrink + at + c * W) + x);
           });
     });
+  }
+
+  // Ask for a head of K or V, from main memory it may be, well before it is used.
+  void fetch(const T* x) const {
+    for (int64_t d = 0; d < a.head_dim; d += 64 / sizeof(T)) __builtin_prefetch(x + d);
   }
 
   // Values of slot i, or of slots i and i + 1 as words: the last of an odd number with itself, its other weight is 0.

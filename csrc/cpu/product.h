@@ -46,9 +46,12 @@ template <int NR>
 constexpr int ROWS = MANY_REGISTERS ? (NR == 1 ? 16 : 8) : (NR == 1 ? 8 : 4);
 constexpr int MOST_VECTORS = 3;  // NR is 1, 2 or 3
 
-template <class T, int MR, int NR, class Init, class Done>
-inline __attribute__((always_inline)) void block(int64_t first, const char* a, int64_t row, int64_t step, const float* b, int64_t b_step, int64_t steps,
-                  Init init, Done done) {
+// Where a's rows are. From main memory, the rows to come are fetched while these are multiplied.
+enum From { CACHE, MEMORY };
+
+template <class T, int MR, int NR, From FROM, class Init, class Done>
+inline __attribute__((always_inline)) void block(int64_t first, const char* a, int64_t row, int64_t step,
+                                                 const float* b, int64_t b_step, int64_t steps, Init init, Done done) {
   Vec c[MR][NR];
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i)
@@ -57,19 +60,25 @@ inline __attribute__((always_inline)) void block(int64_t first, const char* a, i
   const char* base[(MR + 3) / 4];  // a pointer for every four rows: with one each there are too few registers
 #pragma GCC unroll 4
   for (int i = 0; i < MR; i += 4) base[i / 4] = a + (first + i) * row;
-  for (int64_t s = 0; s < steps; ++s) {
-    Vec x[NR];
-#pragma GCC unroll 3
-    for (int n = 0; n < NR; ++n) x[n] = load<Vec>(b + n * W);
+  const int64_t stretch = FROM == MEMORY ? 16 : steps;  // words of a cache line
+  for (; steps > 0; steps -= stretch) {
+    if (FROM == MEMORY)
 #pragma GCC unroll 16
-    for (int i = 0; i < MR; ++i) {
-      const char* word = base[i / 4] + (i % 4) * row;
+      for (int i = 0; i < MR; ++i) __builtin_prefetch(base[i / 4] + (MR + i % 4) * row);
+    for (int64_t s = 0; s < smaller(stretch, steps); ++s) {
+      Vec x[NR];
 #pragma GCC unroll 3
-      for (int n = 0; n < NR; ++n) c[i][n] = multiply_add<T>(c[i][n], word, x[n]);
-    }
+      for (int n = 0; n < NR; ++n) x[n] = load<Vec>(b + n * W);
+#pragma GCC unroll 16
+      for (int i = 0; i < MR; ++i) {
+        const char* word = base[i / 4] + (i % 4) * row;
+#pragma GCC unroll 3
+        for (int n = 0; n < NR; ++n) c[i][n] = multiply_add<T>(c[i][n], word, x[n]);
+      }
 #pragma GCC unroll 4
-    for (int i = 0; i < MR; i += 4) base[i / 4] += step;
-    b += b_step;
+      for (int i = 0; i < MR; i += 4) base[i / 4] += step;
+      b += b_step;
+    }
   }
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i)
@@ -78,14 +87,15 @@ inline __attribute__((always_inline)) void block(int64_t first, const char* a, i
 }
 
 // c[i][n] starts as init(i, n) and is handed to done(i, n, c), for i in [0, rows).
-template <class T, int NR, class Init, class Done>
+template <class T, int NR, From FROM = CACHE, class Init, class Done>
 inline void product(int64_t rows, const char* a, int64_t row, int64_t step, const float* b, int64_t b_step,
                     int64_t steps, Init init, Done done) {
+  constexpr int MR = ROWS<NR>;
   int64_t i = 0;
-  for (; i + ROWS<NR> <= rows; i += ROWS<NR>) block<T, ROWS<NR>, NR>(i, a, row, step, b, b_step, steps, init, done);
-  if (ROWS<NR> > 4)
-    for (; i + 4 <= rows; i += 4) block<T, 4, NR>(i, a, row, step, b, b_step, steps, init, done);
-  for (; i < rows; ++i) block<T, 1, NR>(i, a, row, step, b, b_step, steps, init, done);
+  for (; i + MR <= rows; i += MR) block<T, MR, NR, FROM>(i, a, row, step, b, b_step, steps, init, done);
+  if (MR > 4)
+    for (; i + 4 <= rows; i += 4) block<T, 4, NR, FROM>(i, a, row, step, b, b_step, steps, init, done);
+  for (; i < rows; ++i) block<T, 1, NR, FROM>(i, a, row, step, b, b_step, steps, init, done);
 }
 
 }  // namespace

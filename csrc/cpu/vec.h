@@ -42,6 +42,9 @@ inline void store(To* to, X x) {
   memcpy(to, &x, sizeof x);
 }
 
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
 inline Vec all(float x) { return x - Vec{}; }  // 0 + x would not keep -0
 
 inline Vec choose(Int mask, Vec yes, Vec no) { return (Vec)((mask & (Int)yes) | (~mask & (Int)no)); }

@@ -6,8 +6,6 @@
 
 namespace {
 
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
 // W words from the n elements at ``from``, or from the first of them; zeros after the n-th.
