@@ -23,6 +23,9 @@ RESULTS = ROOT / "bench" / "results"
 
 PYTEST = "-m pytest -q -p no:cacheprovider"
 PARALLEL = f"{PYTEST} -n 8" if importlib.util.find_spec("xdist") else PYTEST
+# Clones of other people's generators that lie in peers/, under the names of bench/peers.py, run beside ours.
+PEERS = "".join(f" --peer {path.name}={path}" for path in sorted((ROOT / "peers").glob("*")) if path.is_dir())
+ENGINE = "-m bench.engine --shape llada-8b --force"
 BENCH = f"{PYTEST} --import-mode=importlib bench/kernels.py -k"
 
 
@@ -35,6 +38,8 @@ PIECES = {
     "correctness-attention": (480, tests("attention", "rope", "norm", "glu")),
     "correctness-predict": (480, tests("predict", "gumbel", "commit", "masked_loss", "end_to_end")),
     "floors": (60, "bench/floors.py"),
+    "engine": (420, f"{ENGINE}{PEERS}"),
+    "engine-window": (240, f"{ENGINE} --refresh window:32,0 --only none"),
     "attention-llada": (300, f"{BENCH} 'attention and llada'"),
     "predict": (300, f"{BENCH} predict"),
     "crossover": (240, "-m bench.tune crossover"),
@@ -46,6 +51,7 @@ PIECES = {
     "tune-base": (480, "-m bench.tune attention-base"),
     "tune-predict": (420, "-m bench.tune predict"),
     "tune-small": (400, "-m bench.tune small loss"),
+    "engine-batches": (500, f"{ENGINE} --batch 8 32 128 --rounds 2 --only none"),
     "attention-large": (480, f"{BENCH} 'attention and large'"),
     "others": (240, f"{BENCH} 'loss or gumbel or commit'"),
     "compile": (500, tests("resources")),
