@@ -239,9 +239,9 @@ class _Server:
         plan = self._plan(self.seated + self.waiting, len(self.seated))
         old = self.engine
         if old is None or len(self.seated) < old.rows or plan[1] <= SHRINK * old.slots:
-            weights = self.family.head()[0]
-            versions = tuple(p.data_ptr() for p in self.parameters) if weights.is_cuda else ()
-            key = (self.request.options, plan, versions)
+            # Graphs hold addresses: of weights, and of what was made from them.
+            stamps = tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.parameters)
+            key = (self.request.options, plan, stamps)
             self.engine = self.pool.take(key) or Engine(self.family, self.request.options, *plan)
             if old is not None:
                 self.engine.take_over(old, stayed)

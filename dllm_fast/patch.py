@@ -12,25 +12,30 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast, MaskedLMOutput
 
-from dllm_fast import ops, weights
+from dllm_fast import ops
 from dllm_fast.families import FAMILIES, LLaDA, ModernBert
 from dllm_fast.families.modernbert import fresh_rotary
 from dllm_fast.families.rows import valid_spans
+from dllm_fast.fp8 import Fp8
+from dllm_fast.fp8 import check as check_fp8
 from dllm_fast.llada import LLaDAModelLM
 from dllm_fast.pool import Pool
+from dllm_fast.weights import Fused, fuse, products
 
 _STATE = "_dllm_fast"
+WEIGHTS = (None, "fp8")
 
 
 @dataclass
 class _Patch:
-    impl: str
+    impl: str  # as it was asked for
+    weights: str | None
     family: LLaDA | ModernBert
     forward: types.MethodType  # the model's own
     own_forward: object | None  # what the instance's __dict__ held under "forward", e.g. an Accelerate hook
     output: type
     buffers: list[tuple[nn.Module, str, torch.Tensor]] = field(default_factory=list)
-    fused: dict[int, weights.Fused] = field(default_factory=dict)  # by the number of the group, to be moved back
+    fused: dict[int, Fused] = field(default_factory=dict)  # by the number of the group, to be moved back
     pool: Pool = field(default_factory=Pool)
 
     def __deepcopy__(self, memo: dict) -> "_Patch":
@@ -42,42 +47,50 @@ class _Patch:
         return type(None), ()
 
 
-def patch(model: nn.Module, impl: str = "auto") -> nn.Module:
+def patch(model: nn.Module, impl: str = "auto", weights: str | None = None) -> nn.Module:
     """Make ``model`` fast, in place, this instance alone; returns it.
 
     Args:
         model: a LLaDA (native or remote code) or a ``transformers.ModernBertForMaskedLM``, on a real device.
-        impl: ``"auto"`` (Triton on CUDA, else PyTorch), ``"torch"`` or ``"triton"``, see `ops.resolve`. What cannot be
-            had raises.
+        impl: ``"auto"``, ``"triton"``, ``"cpp"`` or ``"torch"``, see `ops.resolve`. What cannot be had raises.
+        weights: None for the model's own. ``"fp8"`` multiplies e4m3 copies of the layers' linear weights, with a scale
+            an output channel (`dllm_fast.fp8`), beside the parameters, which stay: half their bytes more in bf16.
+            Norms, embeddings and the LM head are as they were. Any dtype of the model; on Hopper bf16 and fp16 ones
+            multiply e4m3 by e4m3, elsewhere it is right and slow. What it costs in accuracy: ``bench/fp8.py``.
 
     ``model(input_ids, attention_mask=...)`` then goes through `dllm_fast.ops` whenever no gradient is wanted; any
     other call (labels, ``position_ids``, a mask with holes, training) is answered by the model's own forward.
     Weights are not changed; those that multiply the same input come to lie in one storage (`dllm_fast.weights`), one
     group at a time, which leaves every Parameter object and its values what they were. A second call with the same
-    ``impl`` does nothing but fuse again what ``.to()`` and its like moved apart; `dllm_fast.generate` does that too.
+    arguments does nothing but fuse again what ``.to()`` and its like moved apart, as `dllm_fast.generate` does too, and
+    round weights again.
 
     Raises:
         ValueError: the model is of an unknown type or architecture, on the meta device or holds NaN or infinite
-            weights, an adapter stands for its head or a norm, or ``impl`` cannot be had. The model is then as it was,
-            as after any other error (memory for a group of weights, say).
+            weights, an adapter stands for its head or a norm, or ``impl`` or ``weights`` cannot be had. The model is
+            then as it was, as after any other error (memory for a group of weights, say).
     """
     family_class, output = _recognise(model)
     parameter = _first_parameter(model)
     resolved = ops.resolve(impl, parameter.device, parameter.dtype)
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights={weights!r} is not one of {', '.join(map(repr, WEIGHTS))}")
     state = model.__dict__.get(_STATE)
-    if state is not None and state.impl == resolved:
+    if state is not None and (state.family.impl, state.weights) == (resolved, weights):
         with state.pool.lock:
-            _fuse(state)
+            _prepare(state)
         return model
     _check_weights(model)
     with state.pool.lock if state is not None else nullcontext():
-        family = family_class(model, resolved)
+        family = family_class(model, impl, products if weights is None else Fp8())
+        if weights == "fp8":
+            check_fp8(model, family.groups(), parameter.device)
         own = model.forward if state is None else state.forward
         own_forward = model.__dict__.get("forward") if state is None else state.own_forward
-        fresh = _Patch(resolved, family, own, own_forward, output)
+        fresh = _Patch(impl, weights, family, own, own_forward, output)
         if state is not None:
             fresh.fused, fresh.pool.lock = state.fused, state.pool.lock
-        _fuse(fresh)
+        _prepare(fresh)
         # All that can fail is done; from here on the model's own attributes change.
         if state is not None:
             _put_back(model, state)
@@ -114,12 +127,20 @@ def _put_back(model: nn.Module, state: _Patch) -> None:
         module._buffers[name] = old.to(module._buffers[name].device)
 
 
+def _prepare(state: _Patch) -> None:
+    """Bring what the forward multiplies up to date with the model's parameters."""
+    if state.weights == "fp8":
+        state.family.products.refresh(state.family.groups())
+    else:
+        _fuse(state)
+
+
 def _fuse(state: _Patch) -> None:
     """Fuse every group of the family's weights that lies apart; none of them if one cannot be."""
     moved = {}
     try:
         for number, group in enumerate(state.family.groups()):
-            if (fused := weights.fuse(group)) is not None:
+            if (fused := fuse(group)) is not None:
                 moved[number] = fused
     except BaseException:
         for fused in moved.values():
@@ -135,23 +156,24 @@ def _fuse(state: _Patch) -> None:
 
 
 @contextmanager
-def patched(model: nn.Module, impl: str = "auto") -> Iterator[nn.Module]:
+def patched(model: nn.Module, impl: str = "auto", weights: str | None = None) -> Iterator[nn.Module]:
     """`patch` within a ``with`` block. A model that was patched before it is patched after it, as it was."""
     before = model.__dict__.get(_STATE)
     try:
-        yield patch(model, impl)
+        yield patch(model, impl, weights)
     finally:
         if before is None:
             unpatch(model)
         elif model.__dict__.get(_STATE) is not before:
-            patch(model, before.impl)
+            patch(model, before.impl, before.weights)
 
 
 def bound_family(model: nn.Module) -> LLaDA | ModernBert:
     """The family object of a patched model, its weights fused. Raises ValueError for a model that is not patched."""
     state = _state(model)
-    with state.pool.lock:
-        _fuse(state)
+    if state.weights is None:  # e4m3 copies see for themselves that weights have changed
+        with state.pool.lock:
+            _fuse(state)
     return state.family
 
 

@@ -8,13 +8,15 @@ not (after ``.to()``, ``load_state_dict(assign=True)``, an adapter in a module's
 until the weights are fused again.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.hooks import RemovableHandle
+
+Products = Callable[..., tuple[torch.Tensor, ...]]  # `products`, or another way to the same
 
 
 def products(x: torch.Tensor, *linears: nn.Module) -> tuple[torch.Tensor, ...]:

@@ -1,6 +1,7 @@
 """Fused weights: the same parameters and the same products, whatever is done to the model while it is patched."""
 
 import copy
+import importlib
 import inspect
 import threading
 
@@ -309,7 +310,7 @@ def test_a_failure_half_way_leaves_the_model_as_it_was(llada, ids, monkeypatch, 
             raise torch.OutOfMemoryError("injected")
         return real(group)
 
-    monkeypatch.setattr(weights, "fuse", fuse)
+    monkeypatch.setattr(importlib.import_module("dllm_fast.patch"), "fuse", fuse)
     with pytest.raises(torch.OutOfMemoryError, match="injected"):
         dllm_fast.patch(llada)
     assert len(calls) == 4 and same_values(llada, values) and llada.__dict__ == attributes

@@ -7,15 +7,15 @@ from torch import nn
 
 from dllm_fast import ops
 from dllm_fast.cache import BlockCache
-from dllm_fast.families.rows import RopeTables, is_span, take
+from dllm_fast.families.rows import Impl, RopeTables, is_span, take
 from dllm_fast.llada import LLaDAConfig
-from dllm_fast.weights import products, require_weights
+from dllm_fast.weights import Products, products, require_weights
 
 
 class LLaDA:
     """A LLaDA's forward over `ops`. Weights are read from the model's own modules at each call."""
 
-    def __init__(self, model: nn.Module, impl: str):
+    def __init__(self, model: nn.Module, impl: str, products: Products = products):
         config = model.config
         self._check(config)
         self.transformer = model.model.transformer
@@ -24,7 +24,7 @@ class LLaDA:
             for name, module in self.transformer.named_modules()
             if name.endswith(("attn_norm", "ff_norm", "ln_f")) or name == "ff_out"
         )
-        self.impl = impl
+        self._impl, self.products = Impl(impl), products
         self.positions = config.max_sequence_length
         self.head_dim = config.d_model // config.n_heads
         self.kv_heads = getattr(config, "n_kv_heads", None) or config.n_heads
@@ -57,7 +57,7 @@ class LLaDA:
         their keys and values are written there, and every valid slot is attended to, however old. From layer
         ``first`` on, over all slots: the ids are not read, but the hidden states that the cache has of that layer.
         """
-        transformer, impl = self.transformer, self.impl
+        transformer, impl, products = self.transformer, self.impl, self.products
         slots = input_ids.shape[1] if cache is None else cache[0][0].shape[1]
         seen = ops.visible(input_ids, slots, start, end, slot, impl=impl)
         position = slot if start is None else (slot if slot is not None else 0) - start
@@ -76,14 +76,19 @@ class LLaDA:
             attended = ops.attention(q, k, v, seen, impl=impl).flatten(2)
             if layer == self.layers - 1:
                 attended, x = take(attended, rows), take(x, rows)
-            y, x = self._norm(x, block.attn_out(attended), block.ff_norm)
-            delta = block.ff_out(ops.swiglu(*products(y, *_gate_up(block)), impl=impl))
+            y, x = self._norm(x, *products(attended, block.attn_out), block.ff_norm)
+            (delta,) = products(ops.swiglu(*products(y, *_gate_up(block)), impl=impl), block.ff_out)
         return self._norm(x, delta, transformer.ln_f)[0]
 
     def _norm(self, x, delta, norm):
         if delta is None:
             return ops.rms_norm(x, norm.weight, self.eps, impl=self.impl)
         return ops.rms_norm(delta, norm.weight, self.eps, residual=x, impl=self.impl)
+
+    @property
+    def impl(self) -> str:
+        """The implementation of the ops, see `ops.resolve`."""
+        return self._impl(self.head()[0])
 
     def head(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """LM head weight [V, d] and bias."""
@@ -92,7 +97,7 @@ class LLaDA:
     def groups(self) -> Iterator[tuple[nn.Module, ...]]:
         """The linears of the layers that multiply one input, group by group."""
         for block in self.transformer.blocks:
-            yield from (_qkv(block), _gate_up(block))
+            yield from (_qkv(block), (block.attn_out,), _gate_up(block), (block.ff_out,))
 
 
 def _qkv(block: nn.Module) -> tuple[nn.Module, ...]:

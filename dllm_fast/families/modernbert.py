@@ -8,14 +8,14 @@ from torch import nn
 
 from dllm_fast import ops
 from dllm_fast.cache import BlockCache
-from dllm_fast.families.rows import RopeTables, is_span, take
-from dllm_fast.weights import require_weights
+from dllm_fast.families.rows import Impl, RopeTables, is_span, take
+from dllm_fast.weights import Products, products, require_weights
 
 
 class ModernBert:
     """A ModernBERT's forward over `ops`. Weights are read from the model's own modules at each call."""
 
-    def __init__(self, model: nn.Module, impl: str):
+    def __init__(self, model: nn.Module, impl: str, products: Products = products):
         config = model.config
         for name in ("hidden_activation", "classifier_activation"):
             if getattr(config, name) != "gelu":
@@ -25,7 +25,7 @@ class ModernBert:
             for name, module in model.named_modules()
             if (name.endswith("norm") and not isinstance(module, nn.Identity)) or name == "decoder"
         )
-        self.model, self.impl = model, impl
+        self.model, self._impl, self.products = model, Impl(impl), products
         self.positions = config.max_position_embeddings
         self.heads = self.kv_heads = config.num_attention_heads
         self.head_dim = config.hidden_size // config.num_attention_heads
@@ -49,7 +49,7 @@ class ModernBert:
         first: int = 0,
     ) -> torch.Tensor:
         """What the decoder multiplies, [B, T, d] or the chosen rows of it; arguments as in `LLaDA.hidden`."""
-        backbone, impl = self.model.model, self.impl
+        backbone, impl, products = self.model.model, self.impl, self.products
         slots = input_ids.shape[1] if cache is None else cache[0][0].shape[1]
         seen = {w: ops.visible(input_ids, slots, start, end, slot, w, impl=impl) for w in set(self.windows)}
         position = slot if start is None else (slot if slot is not None else 0) - start
@@ -65,7 +65,8 @@ class ModernBert:
                 y, x = self._norm(x, delta, block.attn_norm)
             if cache is not None:
                 cache.keep_state(layer, x, slot)
-            qkv = block.attn.Wqkv(y).unflatten(-1, (3, self.heads, self.head_dim))
+            (qkv,) = products(y, block.attn.Wqkv)
+            qkv = qkv.unflatten(-1, (3, self.heads, self.head_dim))
             cos, sin = self._tables(self.thetas[layer], x.device)
             buffers = cache[layer] if cache else ()
             q, k, v = ops.rope(*qkv.unbind(-3), cos, sin, position, slot, *buffers, impl=impl)
@@ -76,8 +77,9 @@ class ModernBert:
             attended = ops.attention(q, k, v, seen[window], impl=impl).flatten(2)
             if layer == self.layers - 1:
                 attended, x = take(attended, rows), take(x, rows)
-            y, x = self._norm(x, block.attn.Wo(attended), block.mlp_norm)
-            delta = block.mlp.Wo(ops.geglu(*block.mlp.Wi(y).chunk(2, -1), impl=impl))
+            y, x = self._norm(x, *products(attended, block.attn.Wo), block.mlp_norm)
+            (gate_up,) = products(y, block.mlp.Wi)
+            (delta,) = products(ops.geglu(*gate_up.chunk(2, -1), impl=impl), block.mlp.Wo)
         x = self._norm(x, delta, backbone.final_norm)[0]
         return self._norm(F.gelu(self.model.head.dense(x)), None, self.model.head.norm)[0]
 
@@ -86,13 +88,20 @@ class ModernBert:
             return ops.layer_norm(x, norm.weight, norm.bias, self.eps, impl=self.impl)
         return ops.layer_norm(delta, norm.weight, norm.bias, self.eps, residual=x, impl=self.impl)
 
+    @property
+    def impl(self) -> str:
+        """The implementation of the ops, see `ops.resolve`."""
+        return self._impl(self.head()[0])
+
     def head(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Decoder weight [V, d] and bias [V]."""
         return self.model.decoder.weight, self.model.decoder.bias
 
     def groups(self) -> Iterator[tuple[nn.Module, ...]]:
-        """None: ModernBERT's own weights are one matrix a product already (``Wqkv``, ``Wi``)."""
-        return iter(())
+        """The linears of the layers, each alone: ``Wqkv`` and ``Wi`` are fused as they come."""
+        for block in self.model.model.layers:
+            for linear in (block.attn.Wqkv, block.attn.Wo, block.mlp.Wi, block.mlp.Wo):
+                yield (linear,)
 
 
 def sliding_layers(config) -> list[bool]:

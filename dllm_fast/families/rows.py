@@ -2,6 +2,7 @@
 
 import torch
 
+from dllm_fast import ops
 from dllm_fast.kernels.reference import rope_table
 
 
@@ -30,6 +31,19 @@ def valid_spans(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.T
     """
     valid = mask.long()
     return valid.argmax(1), valid.shape[1] - valid.flip(1).argmax(1), valid.sum(1)
+
+
+class Impl:
+    """What ``impl`` stands for where the weights lie now: ``"auto"`` may be another after ``.to()``."""
+
+    def __init__(self, asked: str):
+        self.asked, self._found = asked, {}
+
+    def __call__(self, weight: torch.Tensor) -> str:
+        key = weight.device, weight.dtype
+        if key not in self._found:
+            self._found[key] = ops.resolve(self.asked, *key)
+        return self._found[key]
 
 
 class RopeTables:

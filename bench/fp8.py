@@ -1,0 +1,115 @@
+"""What e4m3 weights cost in accuracy. ``python bench/fp8.py``
+
+Of both shipped models and of a random LLaDA in bf16: the errors of the logits against fp64, the largest relative to the
+largest logit and the root mean square relative to the logits' own, of the bf16 model itself and with ``weights="fp8"``.
+Weights are rounded alone, as where the chip does not multiply e4m3; or with the rows they multiply, as on Hopper, in
+PyTorch's own product by rows; and then with the LM head's weight too, which `patch` leaves alone. Beside them at how
+many positions the most probable token changes, and how many tokens of a greedy generate. Ends with one JSON line.
+"""
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+from unittest.mock import patch as replaced
+
+import torch
+import transformers
+from patched import BLOCK, LENGTH, PROMPTS
+from torch.nn.functional import linear
+from transformers import AutoTokenizer
+
+import dllm_fast
+from dllm_fast import fp8
+from dllm_fast.families.rows import valid_spans
+from dllm_fast.patch import bound_family
+from dllm_fast.view import print_table
+
+WAYS = {"bf16": None, "weights": False, "weights, rows": True, "weights, rows, head": True}
+RANDOM = {"d_model": 512, "n_heads": 8, "n_layers": 8, "mlp_hidden_size": 1536, "vocab_size": 4096}
+
+
+def cases() -> dict:
+    """Model and padded prompts [B, P], mask [B, P] by name."""
+    found = {}
+    for name, prompts in PROMPTS.items():
+        batch = AutoTokenizer.from_pretrained(dllm_fast.model_path(name))(
+            list(prompts), return_tensors="pt", padding=True
+        )
+        found[name] = dllm_fast.from_pretrained(name, dtype=torch.bfloat16), batch["input_ids"], batch["attention_mask"]
+    torch.manual_seed(0)
+    config = dllm_fast.LLaDAConfig(**RANDOM, mask_token_id=4095, eos_token_id=4094, pad_token_id=4094)
+    ids = torch.randint(0, 4094, (3, 32))
+    model = dllm_fast.LLaDAModelLM(config).eval().bfloat16()
+    found[f"random, {RANDOM['n_layers']} x {RANDOM['d_model']}"] = model, ids, torch.ones_like(ids)
+    return found
+
+
+@torch.no_grad()
+def logits_of(model, ids, mask, head: bool) -> torch.Tensor:
+    """[B, P, V] fp64, the head's weight rounded to e4m3 and back where ``head``."""
+    start, end, _ = valid_spans(mask.bool())
+    family = bound_family(model)
+    weight, bias = family.head()
+    if head:
+        rounded, scale = fp8.round_rows(weight)
+        weight = (rounded.float() * scale).to(weight.dtype)
+    return linear(family.hidden(ids, start, end), weight, bias).double()
+
+
+@torch.no_grad()
+def measured(name: str, model, prompts, mask) -> list[dict]:
+    mask_id, valid = model.config.mask_token_id, mask.bool()
+    noise = torch.rand(prompts.shape, generator=torch.Generator().manual_seed(0))
+    ids = torch.where(noise < 0.3, mask_id, prompts)
+    wide = dllm_fast.unpatch(model).double()
+    truth = wide(ids, attention_mask=mask).logits
+    model = wide.bfloat16()  # exact: the weights were bf16
+    rows = []
+    for way, by_rows in WAYS.items():
+        weights = None if by_rows is None else "fp8"
+        with replaced.object(fp8, "native", lambda device, by_rows=by_rows: bool(by_rows)):
+            dllm_fast.unpatch(model)
+            dllm_fast.patch(model, weights=weights)
+            logits = logits_of(model, ids, mask, head="head" in way)
+            tokens = None
+            if "head" not in way:
+                tokens = dllm_fast.generate(
+                    model, prompts, mask, gen_length=LENGTH, block_length=BLOCK,
+                    schedule=dllm_fast.Uniform(LENGTH), cache="none",
+                ).sequences[:, prompts.shape[1] :]  # fmt: skip
+        if way == "bf16":
+            own, own_tokens = logits, tokens
+        row = {"model": name, "way": way, "positions": int(valid.sum()), "tokens": own_tokens.numel()}
+        row["largest"] = float((logits - truth)[valid].abs().max() / truth[valid].abs().max())
+        row["rms"] = float((logits - truth)[valid].norm() / truth[valid].norm())
+        row["argmax_changed"] = int((logits.argmax(-1) != own.argmax(-1))[valid].sum())
+        row["tokens_changed"] = None if tokens is None else int((tokens != own_tokens).sum())
+        rows.append(row)
+    return rows
+
+
+def main() -> None:
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    device = f"{platform.machine()}, {os.cpu_count()} cores, {datetime.date.today()}"
+    print(f"{device}, torch {torch.__version__}, transformers {transformers.__version__}, commit {commit}")
+    rows = [row for name, case in cases().items() for row in measured(name, *case)]
+    columns = ["model", "rounded to e4m3", "largest error", "rms error", "argmax changed", "greedy tokens changed"]
+    cells = [
+        [
+            r["model"],
+            "nothing (bf16)" if r["way"] == "bf16" else r["way"],
+            f"{r['largest']:.1e}",
+            f"{r['rms']:.1e}",
+            f"{r['argmax_changed']} of {r['positions']}",
+            "" if r["tokens_changed"] is None else f"{r['tokens_changed']} of {r['tokens']}",
+        ]
+        for r in rows
+    ]
+    print_table(columns, cells, "errors of the logits against fp64; changes against bf16")
+    print(json.dumps({"bench": "fp8", "commit": commit, "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()
