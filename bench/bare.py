@@ -101,6 +101,7 @@ class Bare:
             self.forward(queries)
             self._product(masked, self.head)
 
+    @torch.no_grad()
     def forward(self, queries: int) -> None:
         """The products of one forward without the head: ``queries`` positions of each row."""
         for n, block in enumerate(self.blocks):
