@@ -36,7 +36,18 @@ SHAPES = {
         {"d_model": 768, "n_heads": 12, "n_layers": 12, "mlp_hidden_size": 2048, "max_sequence_length": 1024},
         prompt=768, gen_length=128, block_length=32, schedule="uniform:32",
     ),
+    "llada-300m": Shape(
+        {"d_model": 1024, "n_heads": 16, "n_layers": 14, "mlp_hidden_size": 2816, "weight_tying": True},
+        prompt=768, gen_length=128, block_length=32, schedule="uniform:32",
+    ),
     "llada-8b": Shape({}, prompt=768, gen_length=256, block_length=32, schedule="uniform:88"),
+    "illada-8b": Shape(
+        {
+            "n_kv_heads": 8, "mlp_hidden_size": 14336, "vocab_size": 155136, "embedding_size": 155136,
+            "max_sequence_length": 8192, "mask_token_id": 5, "weight_tying": True,
+        },
+        prompt=768, gen_length=256, block_length=32, schedule="uniform:88",
+    ),
     "quick": Shape(
         {
             "d_model": 64, "n_heads": 4, "n_layers": 2, "mlp_hidden_size": 96, "max_sequence_length": 128,
@@ -65,7 +76,7 @@ def build_model(shape: Shape, dtype: torch.dtype, device: torch.device, seed: in
     As a LLaDA is initialised, all [MASK]s see nearly the same average, predict one token and are sure of nothing, so
     that equal tokens would say little. `GAINS` makes a position look at a few others, heed what it sees there, and be
     sure of its token to a degree that fills (0, 1). The head's row of [MASK] is zero, so that it is never predicted:
-    not every generator excludes it.
+    not every generator excludes it. Where the head is tied that row stays, as it is what a [MASK] looks like.
     """
     with torch.device("meta"):
         model = LLaDAModelLM(LLaDAConfig(**shape.config)).to(dtype).eval()
@@ -74,12 +85,14 @@ def build_model(shape: Shape, dtype: torch.dtype, device: torch.device, seed: in
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
             parameter.fill_(1.0)
-        elif name == "model.transformer.wte.weight":
+        elif name == "model.transformer.wte.weight" and not shape.config.get("weight_tying"):
             parameter.normal_(generator=generator)
         else:
+            name = name.replace("transformer.wte", "transformer.ff_out")  # tied: it is the head that has to be sure
             gain = GAINS.get(name, GAINS.get(name.split(".")[-2], 1.0))
             parameter.normal_(0.0, gain * parameter.shape[1] ** -0.5, generator=generator)
-    model.get_output_embeddings().weight[model.config.mask_token_id] = 0.0
+    if not model.config.weight_tying:
+        model.get_output_embeddings().weight[model.config.mask_token_id] = 0.0
     return model
 
 
@@ -87,9 +100,15 @@ def make_job(shape: Shape, model: LLaDAModelLM, schedule: str, batch: int, seed:
     """Random prompts of the shape's length, none of them special ids."""
     config = model.config
     generator = torch.Generator().manual_seed(seed)
-    special = min(config.mask_token_id, config.eos_token_id)
-    ids = torch.randint(0, special, (batch, shape.prompt), generator=generator).to(model.device)
+    ids = torch.randint(*plain_ids(config), (batch, shape.prompt), generator=generator).to(model.device)
     return Job(ids, shape.gen_length, shape.block_length, parse_schedule(schedule), config.mask_token_id)
+
+
+def plain_ids(config) -> tuple[int, int]:
+    """First and one past the last of a vocabulary's ids between its special ones, which come first or last."""
+    special = [i for i in (config.mask_token_id, config.eos_token_id) if i is not None]
+    low = [i + 1 for i in special if i < config.vocab_size // 2]
+    return max(low, default=0), min((i for i in special if i >= config.vocab_size // 2), default=config.vocab_size)
 
 
 def parse_schedule(text: str) -> schedules.Schedule:
@@ -166,12 +185,21 @@ class Timed:
         return [mine / its for mine, its in zip(self.seconds, other.seconds, strict=True)]
 
 
-def interleave(runs: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, Timed]:
-    """Each of ``runs`` once a round, beginning with another one in each, so that none is always first."""
+def interleave(
+    runs: dict[str, Callable[[], object]],
+    rounds: int,
+    device: torch.device,
+    before: Callable[[str], object] = lambda name: None,
+) -> dict[str, Timed]:
+    """Each of ``runs`` once a round, beginning with another one in each, so that none is always first.
+
+    ``before`` is called with a run's name, untimed, before each of its runs.
+    """
     times = {name: Timed() for name in runs}
     names = list(runs)
     for n in range(rounds):
         for name in names[n % len(names) :] + names[: n % len(names)]:
+            before(name)
             times[name].seconds.append(clock(runs[name], device))
     return times
 

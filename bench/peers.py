@@ -53,18 +53,24 @@ def find_peers(specs: list[str], model: LLaDAModelLM, job: Job) -> tuple[list[Pe
     found, lines = [], []
     loaders = [("published", None, _published)]
     for spec in specs:
-        name, _, path = spec.partition("=")
-        if name not in LOADERS:
-            raise ValueError(f"--peer: {name!r} is not one of {', '.join(LOADERS)}")
-        if not Path(path).is_dir():
-            raise ValueError(f"--peer {name}: {path!r} is not a folder")
-        loaders.append((name, Path(path).resolve(), LOADERS[name]))
+        name, path = read_spec(spec)
+        loaders.append((name, path, LOADERS[name]))
     for name, path, load in loaders:
         try:
             found += load(path, model, job)
         except (Unavailable, ImportError) as error:
             lines.append(f"{name}: not run: {error}")
     return found, lines
+
+
+def read_spec(spec: str) -> tuple[str, Path]:
+    """Name and folder of ``NAME=PATH``. Raises ValueError for those that do not exist."""
+    name, _, path = spec.partition("=")
+    if name not in LOADERS:
+        raise ValueError(f"--peer: {name!r} is not one of {', '.join(LOADERS)}")
+    if not Path(path).is_dir():
+        raise ValueError(f"--peer {name}: {path!r} is not a folder")
+    return name, Path(path).resolve()
 
 
 def twin(model: LLaDAModelLM) -> LLaDAModelLM:
@@ -84,9 +90,9 @@ def _new(sequences: torch.Tensor, job: Job) -> torch.Tensor:
 
 def _published(path: None, model: LLaDAModelLM, job: Job) -> list[Peer]:
     """This package's plain transcription of LLaDA's sampler, on the model's own forward."""
-    if isinstance(job.schedule, Factor):
-        raise Unavailable(f"it has no {job.schedule}")
     names = {Uniform: ("steps", "steps"), Pyramid: ("pyramid", "factor"), Threshold: ("threshold", "threshold")}
+    if type(job.schedule) not in names:
+        raise Unavailable(f"it has no {job.schedule}")
     argument, attribute = names[type(job.schedule)]
     rule = {argument: getattr(job.schedule, attribute)}
 
@@ -239,5 +245,8 @@ def _share(model: LLaDAModelLM, configuration: types.ModuleType, modeling: types
     sizes = modeling.create_model_config_from_pretrained_config(config)
     sizes.init_device = "meta"
     theirs = modeling.LLaDAModelLM(config, model=modeling.LLaDAModel(sizes, init_params=False)).eval()
-    theirs.load_state_dict(model.state_dict(), assign=True)
+    state = model.state_dict()
+    if model.config.weight_tying:
+        del state["model.transformer.ff_out.weight"]  # their head is the embedding itself
+    theirs.load_state_dict(state, assign=True)
     return theirs

@@ -298,7 +298,8 @@ class Engine:
     def _reopen(self, seen: Committed, at: torch.Tensor, planned: bool) -> torch.Tensor:
         """Mask the most urgent of the committed positions, within the bound that ends the block; how many, [B]."""
         urgency = self.options.remask.urgency(seen)  # [B, T]
-        bound = seen.masked.sum(1) - seen.kept if planned else self.budget
+        # Alone a row that is filled would have ended: its neighbours' steps must not open it again.
+        bound = seen.masked.sum(1) - seen.kept if planned else self.budget * seen.masked.any(1)
         again = (urgency > STAYS) & (ranks(urgency) < bound[:, None])
         self.canvas.scatter_(1, at, self.canvas.gather(1, at).masked_fill(again, self.options.mask_id))
         opened = again.sum(1)

@@ -106,6 +106,15 @@ def test_adaptive_schedules_end_within_twice_the_block(either, ids, schedule):
     assert 0 < reopened <= 16
 
 
+def test_a_row_that_is_filled_is_not_opened_in_its_neighbours_steps(llada, ids):
+    dllm_fast.patch(llada)
+    options = {"gen_length": 16, "block_length": 8, "schedule": Threshold(0.1), "remask": Verify(0.1), "cache": "none"}
+    together = dllm_fast.generate(llada, ids, **options)
+    alone = [dllm_fast.generate(llada, ids[row : row + 1], **options) for row in range(len(ids))]
+    assert min(out.nfe for out in alone) < together.nfe  # some row is filled before the others
+    assert torch.equal(together.sequences, torch.cat([out.sequences for out in alone]))
+
+
 MODELS = {name: dllm_fast.patch(MAKERS[name]()) for name in ("llada", "modernbert")}
 
 
