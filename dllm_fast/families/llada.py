@@ -31,7 +31,7 @@ class LLaDA:
         self.layers = config.n_layers
         self.vocab_size = self.transformer.wte.weight.shape[0]
         self.theta, self.eps = config.rope_theta, config.rms_norm_eps
-        self._tables = RopeTables(self.positions, self.head_dim)
+        self._tables = RopeTables(self.positions, self.head_dim, [self.theta], self.head()[0].device)
 
     @staticmethod
     def _check(config) -> None:

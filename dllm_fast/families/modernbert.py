@@ -35,7 +35,7 @@ class ModernBert:
         # A sliding layer sees |i - j| <= local_attention // 2, whatever number its attention function is handed.
         self.windows = [config.local_attention // 2 if sliding else None for sliding in sliding_layers(config)]
         self.thetas = [rope_theta(config, window is not None) for window in self.windows]
-        self._tables = RopeTables(self.positions, self.head_dim)
+        self._tables = RopeTables(self.positions, self.head_dim, self.thetas, self.head()[0].device)
 
     def hidden(
         self,
