@@ -59,7 +59,7 @@ class Engine:
         long = functools.partial(torch.zeros, dtype=torch.int64, device=device)
         self.canvas = long((rows, slots))
         self.open = torch.zeros((rows, slots), dtype=torch.bool, device=device)  # to be filled, or filled by us
-        self.pad, self.row, self.slot, self.masked, self.count = (long(rows) for _ in range(5))
+        self.pad, self.row, self.slot, self.count = (long(rows) for _ in range(4))
         self.budget = long(rows)  # positions that may still be opened again in this block
         self.step, self.seed = long(1), long(1)
         self.more = torch.zeros((), dtype=torch.bool, device=device)  # is any position of the block still open
@@ -108,7 +108,6 @@ class Engine:
     ) -> None:
         """Fill one block of every row."""
         self.slot.copy_(slot)
-        self.masked.copy_(masked)
         self.budget.fill_(self.live)
         self.then.zero_()
         planned = self.options.schedule.counts(masked, blocks, functools.partial(self._draw, slot))

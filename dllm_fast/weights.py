@@ -22,14 +22,18 @@ Products = Callable[..., tuple[torch.Tensor, ...]]  # `products`, or another way
 def products(x: torch.Tensor, *linears: nn.Module) -> tuple[torch.Tensor, ...]:
     """``linear(x)`` of each, [..., out]; as slices of one product where their weights are fused.
 
-    The modules themselves are called where a gradient is wanted, since the parameters are the leaves it must reach;
-    and under ``torch.compile``, which cannot see where weights lie: a compiled product may outlive their fusion.
+    They are multiplied one by one where a gradient is wanted, since the parameters are the leaves it must reach; and
+    under ``torch.compile``, which cannot see where weights lie: a compiled product may outlive their fusion. A plain
+    linear's product is taken without its module's call, which costs as much as a small product does.
     """
     if len(linears) > 1 and not torch.compiler.is_compiling():
         matrix = fused(linears)
         if matrix is not None:
-            return F.linear(x, matrix).split([linear.out_features for linear in linears], -1)
-    return tuple(linear(x) for linear in linears)
+            return F.linear(x, matrix).split_with_sizes([linear.out_features for linear in linears], -1)
+    return tuple(
+        F.linear(x, linear._parameters["weight"], linear._parameters["bias"]) if plain(linear) else linear(x)
+        for linear in linears
+    )
 
 
 def fused(linears: Sequence[nn.Module]) -> torch.Tensor | None:

@@ -116,3 +116,12 @@ def test_modernbert_sliding_layers_see_64_on_either_side():
     ids[0, 150] = (ids[0, 150] + 1) % 99
     moved = (family.hidden(ids) - base).abs().amax(-1)[0] > 0
     assert moved[[150 - 128, 150, 150 + 128]].all() and not moved[[150 - 129, 150 + 129]].any()
+
+
+def test_a_first_forward_in_inference_mode_leaves_gradients_possible(either, ids):
+    """Rotary tables made there could not be saved for a later backward."""
+    family = family_of(either)
+    with torch.inference_mode():
+        family.hidden(ids)
+    family.hidden(ids).square().mean().backward()
+    assert all(layer.weight.grad is not None for group in family.groups() for layer in group)

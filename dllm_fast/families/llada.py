@@ -24,7 +24,7 @@ class LLaDA:
             for name, module in self.transformer.named_modules()
             if name.endswith(("attn_norm", "ff_norm", "ln_f")) or name == "ff_out"
         )
-        self._impl, self.products = Impl(impl), products
+        self._impl, self.products = Impl(impl, self.head()[0]), products
         self.positions = config.max_sequence_length
         self.head_dim = config.d_model // config.n_heads
         self.kv_heads = getattr(config, "n_kv_heads", None) or config.n_heads
@@ -32,7 +32,7 @@ class LLaDA:
         self.ffn_width = self.transformer.blocks[0].ff_proj.weight.shape[0]
         self.vocab_size = self.transformer.wte.weight.shape[0]
         self.theta, self.eps = config.rope_theta, config.rms_norm_eps
-        self._tables = RopeTables(self.positions, self.head_dim)
+        self._tables = RopeTables(self.positions, self.head_dim, [self.theta], self.head()[0].device)
 
     @staticmethod
     def _check(config) -> None:

@@ -25,7 +25,8 @@ class ModernBert:
             for name, module in model.named_modules()
             if (name.endswith("norm") and not isinstance(module, nn.Identity)) or name == "decoder"
         )
-        self.model, self._impl, self.products = model, Impl(impl), products
+        self.model, self.products = model, products
+        self._impl = Impl(impl, self.head()[0])
         self.positions = config.max_position_embeddings
         self.heads = self.kv_heads = config.num_attention_heads
         self.head_dim = config.hidden_size // config.num_attention_heads
@@ -36,7 +37,7 @@ class ModernBert:
         # A sliding layer sees |i - j| <= local_attention // 2, whatever number its attention function is handed.
         self.windows = [config.local_attention // 2 if sliding else None for sliding in sliding_layers(config)]
         self.thetas = [rope_theta(config, window is not None) for window in self.windows]
-        self._tables = RopeTables(self.positions, self.head_dim)
+        self._tables = RopeTables(self.positions, self.head_dim, self.thetas, self.head()[0].device)
 
     def hidden(
         self,

@@ -1,5 +1,7 @@
 """What the families' forwards share: the choice of rows, and rotary tables that outlive no device."""
 
+from collections.abc import Iterable
+
 import torch
 
 from dllm_fast import ops
@@ -36,8 +38,9 @@ def valid_spans(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.T
 class Impl:
     """What ``impl`` stands for where the weights lie now: ``"auto"`` may be another after ``.to()``."""
 
-    def __init__(self, asked: str):
+    def __init__(self, asked: str, weight: torch.Tensor):
         self.asked, self._found = asked, {}
+        self(weight)  # torch.compile could not trace the search
 
     def __call__(self, weight: torch.Tensor) -> str:
         key = weight.device, weight.dtype
@@ -47,13 +50,16 @@ class Impl:
 
 
 class RopeTables:
-    """cos and sin [positions, D/2] fp32 per theta, made on first use and again when the model changes device."""
+    """cos and sin [positions, D/2] fp32 of each theta, made at once and again when the model changes device."""
 
-    def __init__(self, positions: int, head_dim: int):
+    def __init__(self, positions: int, head_dim: int, thetas: Iterable[float], device: torch.device):
         self.positions, self.head_dim, self._tables = positions, head_dim, {}
+        for theta in set(thetas):
+            self(theta, device)
 
     def __call__(self, theta: float, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         if (theta, device) not in self._tables:
             self._tables = {key: table for key, table in self._tables.items() if key[1] == device}
-            self._tables[theta, device] = rope_table(self.positions, self.head_dim, theta, device)
+            with torch.inference_mode(False):  # a later call may want gradients through what they multiply
+                self._tables[theta, device] = rope_table(self.positions, self.head_dim, theta, device)
         return self._tables[theta, device]

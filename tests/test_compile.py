@@ -1,0 +1,109 @@
+"""`torch.compile` of a patched model: one graph without a mask, the same logits, and the weights as they are.
+
+The backend is ``aot_eager``, which traces, functionalises and runs without a compiler; one case goes through Inductor.
+"""
+
+import shutil
+
+import pytest
+import torch
+from tiny import make_llada, make_modernbert
+
+import dllm_fast
+from dllm_fast.patch import bound_family
+
+MAKERS = {
+    "llada": lambda: make_llada(n_layers=2, n_kv_heads=2),
+    "modernbert": lambda: make_modernbert(num_hidden_layers=2, global_attn_every_n_layers=2),
+}
+LINEARS = {("llada", None): 7, ("llada", "fp8"): 4, ("modernbert", None): 4, ("modernbert", "fp8"): 4}  # a layer
+REST = {"llada": 1, "modernbert": 2}  # the head
+
+
+class Counting:
+    """``aot_eager``, counting graphs and the linear products in them."""
+
+    def __init__(self):
+        self.graphs = self.linears = 0
+
+    def __call__(self, graph, inputs):
+        self.graphs += 1
+        self.linears += sum(node.target is torch.nn.functional.linear for node in graph.graph.nodes)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def close(got, expected):
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("weights", [None, "fp8"])
+@pytest.mark.parametrize("family", MAKERS)
+def test_a_patched_model_compiles_to_one_graph(family, weights, ids):
+    model = dllm_fast.patch(MAKERS[family](), weights=weights)
+    backend = Counting()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    close(compiled(ids).logits, model(ids).logits)
+    assert (backend.graphs, backend.linears) == (1, 2 * LINEARS[family, weights] + REST[family])
+    if weights is None:
+        close(compiled(ids[:, :16]).logits, model(ids[:, :16]).logits)  # another length
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", MAKERS)
+def test_a_mask_costs_a_graph_break_and_nothing_else(family, ids, padded):
+    """Whether a row has a hole is read on the host; the layers are compiled all the same."""
+    model = dllm_fast.patch(MAKERS[family]())
+    backend = Counting()
+    compiled = torch.compile(model, backend=backend)
+    valid = padded.bool()
+    close(compiled(ids, attention_mask=padded).logits[valid], model(ids, attention_mask=padded).logits[valid])
+    assert backend.linears == 2 * LINEARS[family, None] + REST[family]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("weights", [None, "fp8"])
+def test_a_compiled_model_follows_its_weights(weights, ids):
+    """Written in place, moved apart, fused again: nothing stale is baked in. e4m3 copies follow when made anew."""
+    model = dllm_fast.patch(MAKERS["llada"](), weights=weights)
+    compiled = torch.compile(model, backend="aot_eager")
+    before = compiled(ids).logits
+    for parameter in model.parameters():
+        parameter.mul_(1.1)
+    dllm_fast.patch(model, weights=weights)
+    assert not torch.allclose(compiled(ids).logits, before, atol=1e-3)
+    close(compiled(ids).logits, model(ids).logits)
+    for parameter in model.parameters():
+        parameter.data = parameter.data * 1.1
+    if weights is None:
+        close(compiled(ids).logits, model(ids).logits)
+    bound_family(dllm_fast.patch(model, weights=weights))
+    close(compiled(ids).logits, model(ids).logits)
+
+
+@torch.no_grad()
+def test_compiling_survives_patching_and_unpatching(ids):
+    model = MAKERS["llada"]()
+    own = model(ids).logits
+    compiled = torch.compile(model, backend="aot_eager")
+    close(compiled(ids).logits, own)
+    dllm_fast.patch(model, weights="fp8")
+    rounded = model(ids).logits
+    assert not torch.allclose(rounded, own, atol=1e-3)
+    close(compiled(ids).logits, rounded)
+    dllm_fast.unpatch(model)
+    close(compiled(ids).logits, own)
+
+
+@torch.no_grad()
+@pytest.mark.skipif(shutil.which("c++") is None, reason="Inductor needs a C++ compiler, and there is no c++")
+def test_inductor_compiles_a_patched_model(ids):
+    model = dllm_fast.patch(make_llada(n_layers=1))
+    close(torch.compile(model, fullgraph=True)(ids).logits, model(ids).logits)
