@@ -58,6 +58,14 @@ class Setting:
         return {"name": self.name, **asdict(self), "temperature": self.temperature}
 
 
+def short_names(rows: list[dict]) -> list[str]:
+    """Names of timed rows' settings: without a block length that all have, with a batch size that not all have."""
+    lengths, batches = {row["setting"]["block_length"] for row in rows}, {row["batch"] for row in rows}
+    shared = f" blocks={min(lengths)}" if len(lengths) == 1 else ""
+    found = [row["setting"]["name"].removesuffix(shared) for row in rows]
+    return [name + f" batch={row['batch']}" * (len(batches) > 1) for name, row in zip(found, rows)]
+
+
 def swept(schedules, caches, refreshes, remasks, confidences, block_lengths) -> list[Setting]:
     """Every combination, without those that differ in nothing: no cache has nothing to refresh."""
     found = {}
