@@ -44,3 +44,25 @@ def pretrain_loss(family, input_ids: torch.Tensor, mask_id: int, generator: torc
     weight = (1 / ratio).to(input_ids.device)[:, None].expand_as(masked)[masked] / input_ids.numel()
     hidden = family.hidden(noisy, rows=masked)
     return ops.masked_loss(hidden, *family.head(), input_ids[masked], weight, impl=family.impl)
+
+
+def sft_loss(
+    family,
+    input_ids: torch.Tensor,  # [B, L] int64: prompt, answer, and end-of-text up to L
+    prompt_length: torch.Tensor,  # [B] int64
+    mask_id: int,
+    generator: torch.Generator,
+) -> torch.Tensor:
+    """LLaDA's fine-tuning loss (arXiv:2502.09992, eq. 5): prompts stay visible, answers are corrupted; a scalar.
+
+    The mean over rows of ``(1 / answer length) sum over masked answer positions of -ln p(x | noisy) / p_mask``. The
+    end-of-text that fills a row up to L is part of its answer, so that the model learns where to end.
+    """
+    ratio = mask_ratios(input_ids.shape[0], generator)
+    _, masked = corrupt(input_ids, ratio, mask_id, generator)
+    answer = torch.arange(input_ids.shape[1], device=input_ids.device) >= prompt_length[:, None]  # [B, L]
+    masked &= answer
+    weight = 1 / (ratio.to(input_ids.device) * answer.sum(1) * len(input_ids))  # [B]
+    hidden = family.hidden(input_ids.masked_fill(masked, mask_id), rows=masked)
+    weight = weight[:, None].expand_as(masked)[masked]
+    return ops.masked_loss(hidden, *family.head(), input_ids[masked], weight, impl=family.impl)

@@ -1,27 +1,24 @@
-"""Training: ``python -m dllm_fast.train pretrain --help``.
+"""Training: ``python -m dllm_fast.train pretrain --help``, and ``sft``.
 
 transformers' `Trainer` does the work (optimiser, schedule, checkpoints, many GPUs through Accelerate); this file adds
-the masked-diffusion loss, a packed-text data set, a byte-level BPE tokenizer, and the record of how weights came to be.
+the masked-diffusion losses and the record of how weights came to be.
 """
 
 import argparse
 import csv
 import hashlib
 import json
-import re
 import sys
 import time
 from pathlib import Path
 
 import torch
 import transformers
-from torch.utils.data import Dataset
 from transformers import (
     AutoModelForMaskedLM,
     AutoTokenizer,
     ModernBertConfig,
     ModernBertForMaskedLM,
-    PreTrainedTokenizerFast,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -29,81 +26,15 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from dllm_fast import diffusion
+from dllm_fast.data import PackedText, PromptAnswers, collate, documents, pairs, save_tokenizer, train_tokenizer
 from dllm_fast.families import FAMILIES
 from dllm_fast.llada import LLaDAConfig, LLaDAModelLM
 
 CUT = 0.01  # share of batches cut to a random length, as LLaDA's pre-training does
 
 
-def documents(path: Path, template: str, drop: str | None) -> list[str]:
-    """The texts of a file: each line of a ``.jsonl`` through ``template``, else each paragraph.
-
-    What matches the regular expression ``drop`` is removed. Raises ValueError for a file without text.
-    """
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".jsonl":
-        found = [template.format(**json.loads(line)) for line in text.splitlines() if line.strip()]
-    else:
-        found = [paragraph.strip() for paragraph in text.split("\n\n")]
-    found = [re.sub(drop, "", document) if drop else document for document in found]
-    if not any(found):
-        raise ValueError(f"--data: {path} holds no text")
-    return [document for document in found if document]
-
-
-def train_tokenizer(texts: list[str], vocab_size: int, length: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE with single digits and [MASK], <|endoftext|> and [PAD] as its last three ids."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    special = ["<|endoftext|>", "[PAD]", "[MASK]"]
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    bpe.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=vocab_size - len(special), initial_alphabet=alphabet, show_progress=False)
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        eos_token=special[0],
-        pad_token=special[1],
-        mask_token=special[2],
-        model_max_length=length,
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-    )
-
-
-def save_tokenizer(tokenizer, folder: Path) -> None:
-    """Save it so that transformers 4 loads it too: version 5 writes a class name that only version 5 has."""
-    tokenizer.save_pretrained(folder)
-    path = folder / "tokenizer_config.json"
-    config = path.read_text().replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"')
-    path.write_text(config)
-
-
-class PackedText(Dataset):
-    """Documents tokenized, joined with end-of-text, and cut into rows of ``length`` tokens."""
-
-    def __init__(self, texts: list[str], tokenizer, length: int):
-        eos = tokenizer.eos_token_id
-        ids = [i for encoded in tokenizer(texts, verbose=False)["input_ids"] for i in [*encoded, eos]]
-        rows = len(ids) // length
-        if rows == 0:
-            raise ValueError(f"--data: {len(ids)} tokens do not fill one row of --length {length}")
-        self.rows = torch.tensor(ids[: rows * length]).view(rows, length)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
-        return {"input_ids": self.rows[i]}
-
-
 class DiffusionTrainer(Trainer):
-    """`Trainer` with the masked-diffusion loss.
+    """`Trainer` with a masked-diffusion loss: LLaDA's fine-tuning one where a batch says how long its prompts are.
 
     Corruption is a pure function of (seed, step, micro-batch, process), not of a generator's state: a resumed run
     draws what the uninterrupted one would have drawn, however far the data loader had read ahead.
@@ -126,11 +57,15 @@ class DiffusionTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
         ids, generator = inputs["input_ids"], self._generator(model.training)
-        if model.training and torch.rand(1, generator=generator) < CUT:
+        prompt_length = inputs.get("prompt_length")
+        if prompt_length is None and model.training and torch.rand(1, generator=generator) < CUT:
             ids = ids[:, : int(torch.randint(1, ids.shape[1] + 1, (1,), generator=generator))]
         bare = self.accelerator.unwrap_model(model)
         family = FAMILIES[bare.config.model_type](bare, "torch")
-        loss = diffusion.pretrain_loss(family, ids, self.mask_id, generator)
+        if prompt_length is None:
+            loss = diffusion.pretrain_loss(family, ids, self.mask_id, generator)
+        else:
+            loss = diffusion.sft_loss(family, ids, prompt_length, self.mask_id, generator)
         return (loss, {"loss": loss.detach()[None]}) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -194,14 +129,21 @@ def build_model(args, tokenizer) -> transformers.PreTrainedModel:
     return ModernBertForMaskedLM(config)
 
 
-def pretrain(args: argparse.Namespace) -> Path:
+def read(args: argparse.Namespace, paths: list[Path]) -> list:
+    """What the files hold: documents, or for ``sft`` pairs of prompt and answer."""
+    if args.command == "sft":
+        return [pair for path in paths for pair in pairs(path)]
+    return [text for path in paths for text in documents(path, args.template, args.drop)]
+
+
+def train(args: argparse.Namespace) -> Path:
     """Train from scratch, or on from ``--model``; returns the folder with model, tokenizer and recipe."""
     if args.threads:
         torch.set_num_threads(args.threads)
     transformers.set_seed(args.seed)
     out = args.out
-    texts = [text for path in args.data for text in documents(path, args.template, args.drop)]
-    held_out = [text for path in args.eval_data for text in documents(path, args.template, args.drop)]
+    sft = args.command == "sft"
+    found, held_out = read(args, args.data), read(args, args.eval_data)
     kept = out / "tokenizer"  # made once: a resumed run reads the one that its checkpoints were trained with
     if args.model:
         tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -210,6 +152,7 @@ def pretrain(args: argparse.Namespace) -> Path:
         if args.resume and kept.is_dir():
             tokenizer = AutoTokenizer.from_pretrained(kept)
         else:
+            texts = [text for pair in found for text in pair] if sft else found
             tokenizer = train_tokenizer(texts, args.vocab_size, args.positions)
         model = build_model(args, tokenizer)
     if model.config.model_type not in FAMILIES:
@@ -225,10 +168,12 @@ def pretrain(args: argparse.Namespace) -> Path:
         seed=args.seed, data_seed=args.seed, use_cpu=args.cpu, remove_unused_columns=False, report_to=[],
         dataloader_pin_memory=torch.cuda.is_available() and not args.cpu,
     )  # fmt: skip
+    kind = PromptAnswers if sft else PackedText
     trainer = DiffusionTrainer(
         model=model, args=settings, mask_id=tokenizer.mask_token_id, callbacks=[LossRecord()],
-        train_dataset=PackedText(texts, tokenizer, args.length),
-        eval_dataset=PackedText(held_out, tokenizer, args.length) if held_out else None,
+        train_dataset=kind(found, tokenizer, args.length),
+        eval_dataset=kind(held_out, tokenizer, args.length) if held_out else None,
+        data_collator=collate if sft else None,
     )  # fmt: skip
     checkpoint = get_last_checkpoint(str(out)) if out.is_dir() else None
     if checkpoint and not args.resume:
@@ -247,6 +192,7 @@ def pretrain(args: argparse.Namespace) -> Path:
 def recipe(args: argparse.Namespace, trainer: Trainer, seconds: float) -> dict:
     """What made the weights: command (file names without their folders), data hashes, seed, losses, versions."""
     history = trainer.state.log_history
+    rows = trainer.state.global_step * args.batch * args.accumulate
     losses = {key: [entry[key] for entry in history if key in entry] for key in ("loss", "eval_loss")}
     names = {str(path): path.name for path in (*args.data, *args.eval_data, args.out)}
     names |= {args.model: Path(args.model).name} if args.model else {}
@@ -256,7 +202,8 @@ def recipe(args: argparse.Namespace, trainer: Trainer, seconds: float) -> dict:
         "data": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (*args.data, *args.eval_data)},
         "seed": args.seed,
         "steps": trainer.state.global_step,
-        "tokens": trainer.state.global_step * args.batch * args.accumulate * args.length,
+        "rows": rows,
+        **({"tokens": rows * args.length} if args.command == "pretrain" else {}),
         "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
         "final_loss": {key: values[-1] if values else None for key, values in losses.items()},
         "mean_loss_of_last_10_logs": sum(losses["loss"][-10:]) / max(1, len(losses["loss"][-10:])),
@@ -270,11 +217,19 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m dllm_fast.train", description=__doc__.splitlines()[0])
     commands = top.add_subparsers(dest="command", required=True)
     p = commands.add_parser("pretrain", help="masked-diffusion pre-training on plain text")
+    add_options(p, ".txt (a document a paragraph) or .jsonl (one a line)", "tokens a training row")
+    p.add_argument("--template", default="{text}", help="how a .jsonl line becomes text")
+    p.add_argument("--drop", help="a regular expression to remove from every document")
+    p = commands.add_parser("sft", help="LLaDA's fine-tuning: answers are masked, prompts stay visible")
+    add_options(p, '.jsonl, a {"prompt": ..., "answer": ...} a line', "most tokens of a prompt and its answer")
+    return top
+
+
+def add_options(p: argparse.ArgumentParser, data: str, length: str) -> None:
+    """The options that both commands take."""
     add = p.add_argument
-    add("--data", type=Path, nargs="+", required=True, help=".txt (a document a paragraph) or .jsonl (one a line)")
+    add("--data", type=Path, nargs="+", required=True, help=data)
     add("--eval-data", type=Path, nargs="*", default=[], help="held-out files of the same kind")
-    add("--template", default="{text}", help="how a .jsonl line becomes text")
-    add("--drop", help="a regular expression to remove from every document")
     add("--out", type=Path, required=True, help="folder for checkpoints, loss.csv, loss.png and final/")
     add("--resume", action="store_true", help="go on from the last checkpoint in --out")
     add("--model", help="train on from this model and its tokenizer instead of from scratch")
@@ -287,7 +242,7 @@ def parser() -> argparse.ArgumentParser:
     add("--ffn", type=int, default=512)
     add("--tie", action="store_true", help="tie the LM head to the embedding (ModernBERT always does)")
     add("--positions", type=int, default=1024, help="longest sequence that the model accepts")
-    add("--length", type=int, default=256, help="tokens a training row")
+    add("--length", type=int, default=256, help=length)
     add("--batch", type=int, default=16, help="rows a device and micro-batch")
     add("--accumulate", type=int, default=1)
     add("--steps", type=int, default=1000)
@@ -300,7 +255,6 @@ def parser() -> argparse.ArgumentParser:
     add("--threads", type=int, default=None, help="CPU threads")
     add("--cpu", action="store_true", help="train on the CPU though there is a GPU")
     add("--save-dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
-    return top
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -310,7 +264,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: no such file: {', '.join(missing)}", file=sys.stderr)
         return 2
     try:
-        print(pretrain(args))
+        print(train(args))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

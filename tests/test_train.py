@@ -8,6 +8,7 @@ import torch
 from tiny import EOS, MASK
 
 from dllm_fast import diffusion, train
+from dllm_fast.data import PackedText, PromptAnswers, collate, documents, save_tokenizer, train_tokenizer
 from dllm_fast.families import FAMILIES
 
 TEXT = "\n\n".join(f"The {a} {b} sat on the {c} and looked at the sea." for a in ("old", "red", "sly", "big", "shy")
@@ -23,8 +24,18 @@ def text(tmp_path):
     return path
 
 
-def run(out, text, *more):
-    assert train.main(["pretrain", "--data", str(text), "--out", str(out), *SMALL, *more]) == 0
+PAIRS = [(f"{a}+{b}=", str(a + b) * (1 + b % 3)) for a in range(1, 13) for b in range(4)]
+
+
+@pytest.fixture
+def asked(tmp_path):
+    path = tmp_path / "asked.jsonl"
+    path.write_text("".join(json.dumps({"prompt": p, "answer": a}) + "\n" for p, a in PAIRS))
+    return path
+
+
+def run(out, text, *more, command="pretrain"):
+    assert train.main([command, "--data", str(text), "--out", str(out), *SMALL, *more]) == 0
     return out / "final"
 
 
@@ -34,11 +45,12 @@ def tensors(folder):
     return load_file(folder / "model.safetensors")
 
 
-@pytest.mark.parametrize("family", ["llada", "modernbert"])
-def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, text, family, monkeypatch):
+@pytest.mark.parametrize("command, family", [("pretrain", "llada"), ("pretrain", "modernbert"), ("sft", "llada")])
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, text, asked, command, family, monkeypatch):
     """Stopped after step 5 of 8, past its checkpoint of step 4: the same weights, bit for bit."""
     options = ["--family", family, "--steps", "8", "--save-every", "4"]
-    whole = run(tmp_path / "whole", text, *options)
+    text = asked if command == "sft" else text
+    whole = run(tmp_path / "whole", text, *options, command=command)
 
     class Stop(train.TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
@@ -46,10 +58,10 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, text, family, monkeypa
                 raise KeyboardInterrupt
 
     monkeypatch.setattr(train, "LossRecord", lambda: Stop())
-    assert train.main(["pretrain", "--data", str(text), "--out", str(tmp_path / "cut"), *SMALL, *options]) == 130
+    assert train.main([command, "--data", str(text), "--out", str(tmp_path / "cut"), *SMALL, *options]) == 130
     monkeypatch.undo()
     torch.randn(17)  # another process would not share this one's generator
-    resumed = run(tmp_path / "cut", text, *options, "--resume")
+    resumed = run(tmp_path / "cut", text, *options, "--resume", command=command)
     a, b = tensors(whole), tensors(resumed)
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
     recipe = json.loads((resumed / "recipe.json").read_text())
@@ -73,6 +85,7 @@ def test_training_lowers_the_loss_and_the_result_generates(tmp_path, text):
     assert not (
         dllm_fast.generate(model, ids, gen_length=8, block_length=8).sequences == model.config.mask_token_id
     ).any()
+    assert "tokens" in json.loads((final / "recipe.json").read_text())
     further = run(tmp_path / "more", text, "--model", str(final), "--steps", "1", "--save-every", "1")
     assert tensors(further).keys() == tensors(final).keys()
 
@@ -97,15 +110,15 @@ def test_bad_data_is_named(tmp_path, text, capsys):
 def test_documents_are_paragraphs_or_templated_lines(tmp_path):
     lines = tmp_path / "d.jsonl"
     lines.write_text('{"q": "1+1?", "a": "<<1+1=2>>2"}\n\n{"q": "é", "a": "b"}\n', encoding="utf-8")
-    assert train.documents(lines, "{q}\n{a}", "<<[^>]*>>") == ["1+1?\n2", "é\nb"]
+    assert documents(lines, "{q}\n{a}", "<<[^>]*>>") == ["1+1?\n2", "é\nb"]
     text = tmp_path / "d.txt"
     text.write_text("one\ntwo\n\nthree\n")
-    assert train.documents(text, "{text}", None) == ["one\ntwo", "three"]
+    assert documents(text, "{text}", None) == ["one\ntwo", "three"]
 
 
 def test_a_saved_tokenizer_loads_in_transformers_4_too(tmp_path):
-    tokenizer = train.train_tokenizer([TEXT], 300, 64)
-    train.save_tokenizer(tokenizer, tmp_path)
+    tokenizer = train_tokenizer([TEXT], 300, 64)
+    save_tokenizer(tokenizer, tmp_path)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
     again = train.AutoTokenizer.from_pretrained(tmp_path)
@@ -113,10 +126,10 @@ def test_a_saved_tokenizer_loads_in_transformers_4_too(tmp_path):
 
 
 def test_packed_rows_hold_every_token_in_order():
-    tokenizer = train.train_tokenizer([TEXT], 300, 64)
+    tokenizer = train_tokenizer([TEXT], 300, 64)
     assert tokenizer.decode(tokenizer("a 123 é")["input_ids"]) == "a 123 é"
     assert len(tokenizer) == 300 and tokenizer.mask_token_id == 299
-    data = train.PackedText(["The fox", "the sea"], tokenizer, 3)
+    data = PackedText(["The fox", "the sea"], tokenizer, 3)
     flat = torch.cat([data[i]["input_ids"] for i in range(len(data))]).tolist()
     joined = [*tokenizer("The fox")["input_ids"], tokenizer.eos_token_id, *tokenizer("the sea")["input_ids"]]
     assert flat == [*joined, tokenizer.eos_token_id][: len(flat)]
@@ -160,3 +173,60 @@ def test_one_batch_in_a_hundred_is_cut(tmp_path, text, monkeypatch):
     run(tmp_path / "run", text, "--steps", "400", "--save-every", "400", "--log-every", "400")
     cut = [length for length in lengths if length < 32]
     assert len(lengths) == 400 and 1 <= len(cut) <= 12 and all(length >= 1 for length in cut)
+
+
+def test_fine_tuning_goes_on_from_a_model_and_learns_answers(tmp_path, text, asked):
+    """The held-out loss of the answers falls, from the weights that pre-training left."""
+    first = run(tmp_path / "first", text, "--steps", "2", "--save-every", "2")
+    options = ["--model", str(first), "--steps", "80", "--save-every", "20", "--lr", "1e-2", "--eval-data", str(asked)]
+    final = run(tmp_path / "run", asked, *options, command="sft")
+    rows = [line.split(",") for line in (tmp_path / "run" / "loss.csv").read_text().split()[1:]]
+    losses = [float(row[2]) for row in rows if row[2]]
+    assert len(losses) == 4 and losses[-1] < 0.5 * math.log(300)
+    recipe = json.loads((final / "recipe.json").read_text())
+    assert recipe["rows"] == 320 and recipe["started_from"]["steps"] == 2
+
+
+def test_prompts_are_seen_and_answers_end():
+    tokenizer = train_tokenizer([TEXT], 300, 64)
+    data = PromptAnswers([("1+1=", "2"), ("é", "abc")], tokenizer, 6)
+    batch = collate([data[0], data[1]])
+    assert batch["prompt_length"].tolist() == [4, 2]  # é is two bytes
+    eos = tokenizer.eos_token
+    assert [tokenizer.decode(row) for row in batch["input_ids"]] == [f"1+1=2{eos}", f"éabc{eos}"]
+    batch = collate([data[0], ([1], [2, 3, 9])])
+    assert batch["input_ids"][1].tolist() == [1, 2, 3, 9, 9, 9]
+    with pytest.raises(ValueError, match="takes 6 tokens, more than --length 5"):
+        PromptAnswers([("1+1=", "2")], tokenizer, 5)
+
+
+def test_the_fine_tuning_loss_is_the_published_one(llada):
+    """Against LLaDA's guideline code written out: prompts unmasked, CE / p / answer length, mean over rows."""
+    family = FAMILIES["llada"](llada, "torch")
+    ids, prompt = torch.randint(0, EOS, (4, 20)), torch.tensor([0, 5, 12, 19])
+    got = diffusion.sft_loss(family, ids, prompt, MASK, torch.Generator().manual_seed(3))
+    generator = torch.Generator().manual_seed(3)
+    ratio = diffusion.mask_ratios(4, generator)
+    noisy, _ = diffusion.corrupt(ids, ratio, MASK, generator)
+    expected = torch.zeros(())
+    for row in range(4):
+        noisy[row, : prompt[row]] = ids[row, : prompt[row]]
+        masked = noisy[row] == MASK
+        logits = llada(noisy[row : row + 1]).logits[0, masked]
+        loss = torch.nn.functional.cross_entropy(logits, ids[row, masked], reduction="sum")
+        expected = expected + loss / ratio[row] / (20 - prompt[row]) / 4
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    whole = diffusion.sft_loss(family, ids, 0 * prompt, MASK, torch.Generator().manual_seed(3))
+    same = diffusion.pretrain_loss(family, ids, MASK, torch.Generator().manual_seed(3))
+    torch.testing.assert_close(whole, same, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("line", ["nonsense", "[1]", '{"prompt": "x"}', '{"prompt": "x", "answer": ""}'])
+def test_a_line_without_prompt_and_answer_is_named(tmp_path, line, capsys):
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"prompt": "x", "answer": "y"}\n\n' + line + "\n")
+    assert train.main(["sft", "--data", str(path), "--out", str(tmp_path / "x"), *SMALL]) == 2
+    assert "line 3 of" in capsys.readouterr().err
+    path.write_text("\n")
+    assert train.main(["sft", "--data", str(path), "--out", str(tmp_path / "x"), *SMALL]) == 2
+    assert "holds no text" in capsys.readouterr().err

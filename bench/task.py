@@ -1,0 +1,185 @@
+"""A task with one right answer, for accuracy against NFE. ``python bench/task.py train --out runs/llada-steps``
+
+A problem is nine sums and products, each but the first of which starts from the last digit of the result just before
+(p) or of the one before that (q). The answer writes every step out:
+
+    prompt  7+5=??;p*3=??;q*7=??;p+4=??;q+4=??;...
+    answer  7+5=12;2*3=06;2*7=14;4+4=08;4+4=08;...
+
+Every operation maps the ten digits that it can start from onto ten different last digits, so nothing of one can be
+known without the one before it. More than half of an answer's tokens can be copied from the prompt at once, the others
+follow each other in a chain of four to eight links: how few evaluations a problem takes depends on the problem.
+
+``write`` makes a file for ``python -m dllm_fast.train sft``; ``train`` makes files, trains and scores a small LLaDA;
+``score`` scores a model at several NFE. Training and held-out problems are told apart by a hash of the problem, so that
+no problem is both.
+"""
+
+import argparse
+import hashlib
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer
+
+import dllm_fast
+
+VERSION = 1  # of the generator: a seed gives the same problems as long as this number stands
+STEPS = 9
+TOKENS = 64  # of an answer: a character each, and end-of-text
+OPERATIONS = (*(("+", n) for n in (1, 2, 4, 5, 6, 8)), *(("*", n) for n in (3, 7, 9)))
+HELD_OUT = 16  # one problem in so many is held out
+TRAINING = 200_000  # problems in the training file
+# For `dllm_fast.train sft`. A vocabulary of 259 is the bytes and three special tokens: a token is a character.
+RECIPE = (
+    *("--vocab-size", "259", "--positions", "256", "--length", "128", "--tie"),
+    *("--width", "128", "--heads", "4", "--layers", "4", "--ffn", "256"),
+    *("--batch", "64", "--steps", "1250", "--lr", "3e-3", "--warmup", "100", "--seed", "0", "--threads", "1", "--cpu"),
+    *("--log-every", "20", "--save-every", "250"),
+)  # fmt: skip
+
+
+def problem(draw: random.Random) -> tuple[str, str]:
+    """Prompt and answer, 63 characters each."""
+    prompt, answer, results = [], [], []
+    for i in range(STEPS):
+        back = draw.choice((1, 2)[:i]) if i else 0
+        first = results[-back] % 10 if back else draw.randrange(10)
+        sign, second = draw.choice(OPERATIONS)
+        results.append(first + second if sign == "+" else first * second)
+        prompt.append(f"{(first, 'p', 'q')[back]}{sign}{second}=??;")
+        answer.append(f"{first}{sign}{second}={results[-1]:02d};")
+    return "".join(prompt), "".join(answer)
+
+
+def is_held_out(prompt: str) -> bool:
+    return hashlib.blake2b(prompt.encode()).digest()[0] % HELD_OUT == 0
+
+
+def problems(count: int, seed: int, held_out: bool) -> list[tuple[str, str]]:
+    """``count`` problems of one side of the split; the same for the same arguments."""
+
+    def endless() -> Iterator[tuple[str, str]]:
+        draw = random.Random(f"{VERSION} {seed}")
+        while True:
+            yield problem(draw)
+
+    kept = (pair for pair in endless() if is_held_out(pair[0]) == held_out)
+    return [next(kept) for _ in range(count)]
+
+
+def write(path: Path, found: list[tuple[str, str]]) -> None:
+    """A JSON object with prompt and answer a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"prompt": p, "answer": a}) + "\n" for p, a in found))
+
+
+@dataclass
+class Score:
+    """exact: share of problems whose whole answer is right. token: share of characters. nfe: evaluations a problem."""
+
+    exact: float
+    token: float
+    nfe: float
+    problems: int
+
+
+def score(answers: Callable[[list[str]], tuple[list[str], int]], found: list[tuple[str, str]], batch: int) -> Score:
+    """Exact match of ``answers``, which gives a batch of prompts' answers and the evaluations that the batch took.
+
+    The rows of a batch are evaluated together: where the schedule lets each row take its own time, ``nfe`` is that of
+    the slowest, and a row's own only with ``batch=1``.
+    """
+    exact = characters = evaluations = 0
+    for at in range(0, len(found), batch):
+        prompts, expected = zip(*found[at : at + batch], strict=True)
+        got, nfe = answers(list(prompts))
+        for mine, right in zip(got, expected, strict=True):
+            exact += mine == right
+            characters += sum(a == b for a, b in zip(mine, right)) / len(right)
+        evaluations += nfe * len(prompts)
+    return Score(exact / len(found), characters / len(found), evaluations / len(found), len(found))
+
+
+def answering(model, tokenizer, **options) -> Callable[[list[str]], tuple[list[str], int]]:
+    """What `score` calls: `dllm_fast.generate` with ``options`` on a batch of prompts."""
+
+    def answers(prompts: list[str]) -> tuple[list[str], int]:
+        ids = tokenizer(prompts, return_tensors="pt")["input_ids"].to(model.device)
+        out = dllm_fast.generate(model, ids, gen_length=TOKENS, **options)
+        return tokenizer.batch_decode(out.sequences[:, ids.shape[1] :], skip_special_tokens=True), out.nfe
+
+    return answers
+
+
+def load(name: str):
+    model = dllm_fast.from_pretrained(name, dtype=torch.float32)
+    return model, AutoTokenizer.from_pretrained(dllm_fast.model_path(name))
+
+
+def scores(name: str, count: int, seed: int, batch: int) -> list[dict]:
+    """A model's scores with `Uniform` at NFE = tokens and at parts of it, in one block, without a cache."""
+    model, tokenizer = load(name)
+    found, rows = problems(count, seed, held_out=True), []
+    for divisor in (1, 2, 4, 8):
+        options = {"block_length": TOKENS, "schedule": dllm_fast.Uniform(TOKENS // divisor), "cache": "none"}
+        rows.append(vars(score(answering(model, tokenizer, **options), found, batch)))
+        print("NFE {nfe:g}: {exact:.1%} of {problems} right, {token:.2%} of their characters".format(**rows[-1]))
+    return rows
+
+
+def train(out: Path, extra: list[str]) -> Path:
+    """Write the files, train, and note in the recipe what the data were and how the model scores."""
+    files = {"train.jsonl": problems(TRAINING, seed=0, held_out=False), "eval.jsonl": problems(512, 1, held_out=True)}
+    for name, found in files.items():
+        write(out / name, found)
+    command = [sys.executable, "-m", "dllm_fast.train", "sft", "--data", out / "train.jsonl", "--eval-data"]
+    command += [out / "eval.jsonl", "--out", out, *RECIPE, *extra]
+    subprocess.run([str(word) for word in command], check=True)
+    final = out / "final"
+    recipe = json.loads((final / "recipe.json").read_text())
+    recipe["task"] = {"command": ["python", "bench/task.py", "train"], "generator_version": VERSION}
+    recipe["scores"] = scores(str(final), 512, seed=2, batch=64)
+    (final / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
+    return final
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(description=__doc__.splitlines()[0].split(".")[0])
+    commands = top.add_subparsers(dest="command", required=True)
+    p = commands.add_parser("write", help="a .jsonl of problems")
+    p.add_argument("--out", type=Path, required=True)
+    p.add_argument("--count", type=int, default=1000)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--held-out", action="store_true", help="of the held-out side")
+    p = commands.add_parser("train", help="train and score a small LLaDA; what else is given goes to dllm_fast.train")
+    p.add_argument("--out", type=Path, required=True, help="folder for data, checkpoints and final/")
+    p = commands.add_parser("score", help="exact match of a model at NFE = tokens and at parts of it")
+    p.add_argument("--model", default="llada-steps")
+    p.add_argument("--count", type=int, default=512)
+    p.add_argument("--seed", type=int, default=2)
+    p.add_argument("--batch", type=int, default=64)
+    return top
+
+
+def main() -> None:
+    args, extra = parser().parse_known_args()
+    if extra and args.command != "train":
+        parser().error(f"unrecognized arguments: {' '.join(extra)}")
+    if args.command == "write":
+        write(args.out, problems(args.count, args.seed, args.held_out))
+    elif args.command == "train":
+        print(train(args.out, extra))
+    else:
+        rows = scores(args.model, args.count, args.seed, args.batch)
+        print(json.dumps({"bench": "task", "model": args.model, "seed": args.seed, "scores": rows}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""The task for accuracy against NFE: its problems, the split, and the score."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import dllm_fast
+
+sys.path.append(str(Path(__file__).parent.parent / "bench"))
+import task
+
+
+def worked(prompt: str) -> str:
+    """A problem solved anew, from its prompt alone."""
+    results, steps = [], []
+    for statement in prompt.removesuffix(";").split(";"):
+        (first, sign, second), question = statement.split("=")
+        assert question == "??"
+        number = int(first) if first.isdigit() else results[{"p": -1, "q": -2}[first]] % 10
+        results.append(eval(f"{number}{sign}{second}"))
+        steps.append(f"{number}{sign}{second}={results[-1]:02d};")
+    return "".join(steps)
+
+
+def depth(prompt: str) -> int:
+    """Links of the longest chain of results."""
+    links = []
+    for first in prompt[::7]:
+        links.append(0 if first.isdigit() else links[{"p": -1, "q": -2}[first]] + 1)
+    return max(links)
+
+
+def test_answers_follow_from_their_prompts():
+    found = task.problems(500, seed=3, held_out=False)
+    for prompt, answer in found:
+        assert answer == worked(prompt)
+        assert len(prompt) == len(answer) == task.TOKENS - 1
+    assert len({prompt for prompt, _ in found}) == 500
+    links = {depth(prompt) for prompt, _ in found}
+    assert links <= set(range(4, 9)) and len(links) >= 4
+    starts = [{prompt[7 * step] for prompt, _ in found} for step in range(task.STEPS)]
+    assert starts == [set("0123456789"), {"p"}, *[{"p", "q"}] * 7]
+
+
+def test_a_last_digit_says_nothing_without_the_one_before_it():
+    for sign, second in task.OPERATIONS:
+        assert sorted(eval(f"{first}{sign}{second}") % 10 for first in range(10)) == list(range(10))
+
+
+def test_no_problem_is_on_both_sides_of_the_split():
+    assert all(task.is_held_out(prompt) for prompt, _ in task.problems(50, seed=0, held_out=True))
+    assert not any(task.is_held_out(prompt) for prompt, _ in task.problems(500, seed=0, held_out=False))
+    assert task.problems(5, seed=1, held_out=True) == task.problems(5, seed=1, held_out=True)
+    assert task.problems(5, seed=1, held_out=True) != task.problems(5, seed=2, held_out=True)
+
+
+def test_the_score_counts_whole_answers():
+    found = [("p", "1234"), ("q", "5678"), ("r", "90")]
+    replies = {"p": "1234", "q": "5679", "r": "9"}  # right, one character of four wrong, one of two missing
+    batches = []
+
+    def answers(prompts):
+        batches.append(prompts)
+        return [replies[prompt] for prompt in prompts], 10 * len(batches)
+
+    got = task.score(answers, found, batch=2)
+    assert batches == [["p", "q"], ["r"]]
+    assert got == task.Score(exact=1 / 3, token=(1 + 0.75 + 0.5) / 3, nfe=(10 + 10 + 20) / 3, problems=3)
+
+
+def test_a_file_of_problems_is_what_sft_reads(tmp_path):
+    from dllm_fast.data import pairs
+
+    found = task.problems(3, seed=0, held_out=False)
+    task.write(tmp_path / "new" / "x.jsonl", found)
+    assert pairs(tmp_path / "new" / "x.jsonl") == found
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return task.load("llada-steps")
+
+
+def test_the_shipped_model_works_the_steps_and_needs_them(shipped):
+    """All but whole at one evaluation a token; at an eighth of that, links of the chain are guessed."""
+    found = task.problems(32, seed=5, held_out=True)
+    exact = {}
+    for steps in (64, 8):
+        options = {"block_length": 64, "schedule": dllm_fast.Uniform(steps), "cache": "none"}
+        got = task.score(task.answering(*shipped, **options), found, batch=32)
+        assert got.nfe == steps and got.problems == 32
+        exact[steps] = got.exact
+    assert exact[64] >= 0.95 and exact[8] < exact[64] - 0.25
+
+
+def test_the_shipped_models_tokens_are_characters(shipped):
+    model, tokenizer = shipped
+    prompt, answer = task.problems(1, seed=0, held_out=True)[0]
+    assert len(tokenizer(prompt + answer)["input_ids"]) == 2 * (task.TOKENS - 1)
+    recipe = json.loads((dllm_fast.loading.MODELS / "llada-steps" / "recipe.json").read_text())
+    assert recipe["task"]["generator_version"] == task.VERSION
+    assert sum(p.numel() for p in model.parameters()) == recipe["parameters"]
+    assert all(torch.isfinite(p).all() for p in model.parameters())
