@@ -22,10 +22,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 
-from bench import floors
+from bench import floors, plots
 from bench.accuracy import TASKS, on_task, score
 from bench.claims import claims
 from bench.harness import machine, require_idle, spread
+from bench.page import page
 from bench.peers import read_spec
 from bench.settings import ADAPTIVE, Setting, short_names, study, swept
 from bench.store import save
@@ -208,13 +209,17 @@ def main(arguments: list[str] | None = None) -> int:
     told = "a dry run, not to be believed" if options.quick else "measured"
     print(f"copies {rates.copy / 1e9:.1f} GB/s, multiplies {rates.matrix / 1e12:.3f} TFLOP/s, {told}")
     result = {
-        "bench": "nfe", "model": subject.name, "trained": subject.trained, "machine": where, "load": load,
-        "rates": asdict(rates), "prompt": subject.shape.prompt, "gen_length": subject.shape.gen_length,
+        "bench": "nfe", "model": subject.name, "trained": subject.trained, "quick": options.quick, "machine": where,
+        "load": load, "rates": asdict(rates), "prompt": subject.shape.prompt, "gen_length": subject.shape.gen_length,
     }  # fmt: skip
     result["speed"] = speeds(options, subject, settings, texts, rates)
     if options.task:
         result["accuracy"] = scores(options, subject, settings)
-    save(result, options.out / f"nfe-{subject.name}")
+    stem = options.out / f"nfe-{subject.name}"
+    save(result, stem)
+    plots.save(result, stem)
+    stem.with_suffix(".html").write_text(page(result))
+    print(f"\n{stem}.json, .csv, .html")
     print(json.dumps(result))
     return 0
 
