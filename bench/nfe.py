@@ -22,12 +22,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 
-from bench import floors
+from bench import floors, plots
 from bench.accuracy import TASKS, on_task, score
 from bench.claims import claims
 from bench.harness import machine, require_idle, spread
+from bench.page import page
 from bench.peers import read_spec
-from bench.settings import ADAPTIVE, Setting, study, swept
+from bench.settings import ADAPTIVE, Setting, short_names, study, swept
 from bench.store import save
 from bench.subjects import Subject, names, open_subject, usual_texts
 from bench.sweep import Rates, time_settings
@@ -68,27 +69,28 @@ def print_rows(rows: list[dict], batch: int) -> None:
     def kind(row: dict, name: str) -> str:
         return f"{statistics.median(row['kinds'][name]['ms']):.2f}" if name in row["kinds"] else ""
 
-    cells = []
-    for row in rows:
+    cells, digits = [], 0 if min(row["tokens_per_s"] for row in rows) >= 100 else 1
+    for name, row in zip(short_names(rows), rows):
         peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f}"
         cells.append([
-            row["setting"]["name"], f"{row['nfe_full']} + {row['nfe_block']}", f"{row['tokens_per_nfe']:.2f}",
-            kind(row, "full"), kind(row, "block"), spread([row["new_tokens"] / s for s in row["seconds"]], 1),
+            name, f"{row['nfe_full']}+{row['nfe_block']}", f"{row['tokens_per_nfe']:.2f}",
+            kind(row, "full"), kind(row, "block"), spread([row["new_tokens"] / s for s in row["seconds"]], digits),
             f"{row['over_floor']:.1f}", peak,
         ])  # fmt: skip
-    columns = ["setting", "NFE", "tokens/NFE", "full ms", "block ms", "tokens/s", "x floor", "peak MiB"]
-    print_table(columns, cells, f"batch {batch}; NFE full + block; new tokens a second, median (least-most)")
+    columns = ["setting", "NFE", "tok/NFE", "full", "block", "tokens/s", "floors", "MiB"]
+    title = "NFE and ms of an evaluation: full, block; new tokens a second, median (least-most); how many times as long"
+    print_table(columns, cells, f"batch {batch}. {title} as the floors; peak memory")
 
 
 def print_peers(rows: list[dict]) -> None:
     cells = [
-        [f"{row['peer']}, {row['schedule']}", f"{row['tokens_per_s']:.1f}", row["ours"], spread(row["times_ours"]),
+        [f"{row['peer']}, {row['schedule']}", f"{row['tokens_per_s']:.1f}", spread(row["times_ours"]),
          f"{row['same_tokens']} of {row['new_tokens']}" + ("" if row["same_algorithm"] else " *")]
         for row in rows
     ]  # fmt: skip
     if cells:
         title = "others on the same weights and prompts (* another algorithm: its tokens need not be ours)"
-        print_table(["peer", "tokens/s", "ours", "times as long as ours", "tokens as ours"], cells, title)
+        print_table(["peer", "tokens/s", "times as long as ours", "tokens as ours"], cells, title)
 
 
 def print_scores(found: dict) -> None:
@@ -204,15 +206,20 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{subject.name}: random weights; a fixed schedule, not the model, sets the tokens a step")
     machine_rates = floors.measure(device.type, quick=options.quick)
     rates = Rates.of(machine_rates, dtype)
-    print(f"copies {rates.copy / 1e9:.1f} GB/s, multiplies {rates.matrix / 1e12:.3f} TFLOP/s, measured")
+    told = "a dry run, not to be believed" if options.quick else "measured"
+    print(f"copies {rates.copy / 1e9:.1f} GB/s, multiplies {rates.matrix / 1e12:.3f} TFLOP/s, {told}")
     result = {
-        "bench": "nfe", "model": subject.name, "trained": subject.trained, "machine": where, "load": load,
-        "rates": asdict(rates), "prompt": subject.shape.prompt, "gen_length": subject.shape.gen_length,
+        "bench": "nfe", "model": subject.name, "trained": subject.trained, "quick": options.quick, "machine": where,
+        "load": load, "rates": asdict(rates), "prompt": subject.shape.prompt, "gen_length": subject.shape.gen_length,
     }  # fmt: skip
     result["speed"] = speeds(options, subject, settings, texts, rates)
     if options.task:
         result["accuracy"] = scores(options, subject, settings)
-    save(result, options.out / f"nfe-{subject.name}")
+    stem = options.out / f"nfe-{subject.name}"
+    save(result, stem)
+    plots.save(result, stem)
+    stem.with_suffix(".html").write_text(page(result))
+    print(f"\n{stem}.json, .csv, .html")
     print(json.dumps(result))
     return 0
 

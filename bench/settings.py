@@ -58,6 +58,14 @@ class Setting:
         return {"name": self.name, **asdict(self), "temperature": self.temperature}
 
 
+def short_names(rows: list[dict]) -> list[str]:
+    """Names of timed rows' settings: without a block length that all have, with a batch size that not all have."""
+    lengths, batches = {row["setting"]["block_length"] for row in rows}, {row["batch"] for row in rows}
+    shared = f" blocks={min(lengths)}" if len(lengths) == 1 else ""
+    found = [row["setting"]["name"].removesuffix(shared) for row in rows]
+    return [name + f" batch={row['batch']}" * (len(batches) > 1) for name, row in zip(found, rows)]
+
+
 def swept(schedules, caches, refreshes, remasks, confidences, block_lengths) -> list[Setting]:
     """Every combination, without those that differ in nothing: no cache has nothing to refresh."""
     found = {}
@@ -74,39 +82,41 @@ def swept(schedules, caches, refreshes, remasks, confidences, block_lengths) -> 
 def study(tokens: int, full: bool) -> list[Setting]:
     """Settings that draw accuracy against NFE on a task of ``tokens`` new tokens; ``full`` False: a few of them.
 
-    Every family of schedules from one token a step to many, without a cache, so that a schedule's accuracy is its
-    own; then, at one schedule, confidences, self-correction, caches and refreshes.
+    Every schedule from one token a step to many, without a cache, so that its accuracy is its own; then, at two of
+    them, confidences, self-correction, caches and refreshes.
     """
-    shares = (1, 2, 3, 4, 6, 8, 16) if full else (1, 4, 8)
-    steps = sorted({max(2, tokens // share // 2 * 2) for share in shares}, reverse=True)  # two blocks share them
-    some = Setting(f"uniform={tokens // 4}", "none")
-    alone = [f"uniform={n}" for n in steps] + [f"pyramid={n}" for n in ((1, 2, 4) if full else (1,))]
-    alone += [f"threshold={t}" for t in ((0.5, 0.7, 0.9, 0.95, 0.99) if full else (0.7, 0.9))]
-    alone += [f"factor={f}" for f in ((0.25, 0.5, 1, 2) if full else (0.5, 1))]
-    alone += [f"entropy-bound={g}" for g in ((0.01, 0.1, 0.5, 1) if full else (0.1,))]
+    one, some, sure = f"uniform={tokens}", f"uniform={tokens // 4}", "threshold=0.9"
+    if not full:
+        alone = [one, some, f"uniform={tokens // 8}", "threshold=0.7", sure, "factor=0.5", "factor=1"]
+        found = [Setting(name, "none") for name in [*alone, "entropy-bound=0.1"]]
+        return found + _pyramids(tokens, (1,), BLOCK) + [Setting(one, "dual"), Setting(sure, "dual")]
+    # Two blocks share the steps, so that they are even.
+    alone = [f"uniform={max(2, tokens // share // 2 * 2)}" for share in (1, 2, 3, 4, 6, 8, 16)]
+    alone += [f"threshold={t}" for t in (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999)]
+    alone += [f"factor={f}" for f in (0.1, 0.25, 0.5, 1, 2, 4)]
+    alone += [f"entropy-bound={g}" for g in (0.001, 0.01, 0.1, 0.5, 1)]
+    alone += ["first-hitting", *(f"ancestral={tokens // share}" for share in (1, 2, 4))]
     found = [Setting(schedule, "none") for schedule in alone]
-    # Each pyramid has a uniform of just its NFE beside it: they are compared at equal NFE.
-    found += [Setting(f"uniform={nfe}", "none") for nfe in pyramid_steps(tokens, (1, 2, 4) if full else (1,))]
-    found += [Setting("first-hitting", "none")]
-    found += [Setting(f"ancestral={n}", "none") for n in (steps[:4] if full else ())]
-    chosen = ("uniform", "threshold=0.9") if full else ()
-    for schedule in chosen:
-        schedules = [some.schedule] if schedule == "uniform" else [schedule]
-        found += swept(schedules, ["none"], ["block"], ["none"], ["margin", "entropy", "random"], [BLOCK])
-        found += swept(schedules, ["none"], ["block"], ["remdm=0.2", "verify=0.7", "p2=1"], ["probability"], [BLOCK])
-        refreshes = ["block", "every=2", "window=32,0", "drift=0.2"]
-        found += swept(schedules, ["prefix", "dual"], refreshes, ["none"], ["probability"], [BLOCK])
-    found += [Setting("threshold=0.5", "none", remask="verify=0.9")] if full else []
-    found += [Setting(f"uniform={tokens}", "dual"), Setting("threshold=0.9", "dual")]
+    found += _pyramids(tokens, (1, 2, 4), BLOCK) + _pyramids(tokens, (1, 2, 4), tokens)
+    found += [Setting(one, "none", confidence="random"), Setting("threshold=0.5", "none", remask="verify=0.9")]
+    found += [Setting(name, "dual") for name in (one, f"uniform={tokens // 8}", "threshold=0.7", "factor=1")]
+    short = BLOCK // 2  # more blocks, so that refreshes differ
+    refreshes = ["block", "every=2", f"window={short},0", "drift=0.2"]
+    for schedule in (some, sure):
+        found += swept([schedule], ["none"], ["block"], ["none"], ["margin", "entropy", "random"], [BLOCK])
+        found += swept([schedule], ["none"], ["block"], ["remdm=0.2", "verify=0.7", "p2=1"], ["probability"], [BLOCK])
+        found += [Setting(schedule, "prefix"), Setting(schedule, "dual")]
+        found += swept([schedule], ["none", "prefix", "dual"], refreshes, ["none"], ["probability"], [short])
     return list(dict.fromkeys(found))
 
 
-def pyramid_steps(tokens: int, factors: tuple[int, ...], block: int = BLOCK) -> list[int]:
-    """Steps that each pyramid takes for ``tokens`` in blocks."""
+def _pyramids(tokens: int, factors: tuple[int, ...], block: int) -> list[Setting]:
+    """Pyramids, each with the Uniform of just its NFE, so that they can be compared."""
     found = []
     for factor in factors:
         step = kept = 0
         while kept < block:
             kept, step = kept + step // factor + 1, step + 1
-        found.append(step * (tokens // block))
+        steps = step * (tokens // block)
+        found += [Setting(name, "none", block_length=block) for name in (f"pyramid={factor}", f"uniform={steps}")]
     return found

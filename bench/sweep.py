@@ -125,7 +125,7 @@ def _floors(subject: Subject, trial: Trial, batch: int, slots: int, rates: Rates
 
 @dataclass
 class _Timed:
-    """A peer, and the setting of ours that it is held against: that of its cache, else the dual one."""
+    """A peer, and the setting of ours that it is held against."""
 
     peer: Peer
     ours: Trial
@@ -169,7 +169,11 @@ def _first_peers(subject, trials: dict[str, Trial], ids, specs) -> tuple[dict[st
         lines += [f"{schedule}: {line}" for line in failed]
         for peer in peers:
             if peer.name != "published" or "published" in specs:
-                trial = ours.get(peer.cache) or ours.get("dual") or next(iter(ours.values()))
+                # One whose cache is none of ours is held against the dual one.
+                trial = ours.get(peer.cache or "dual")
+                if trial is None:
+                    lines.append(f"{schedule}: {peer.name}: not run: no setting with cache {peer.cache or 'dual'}")
+                    continue
                 try:
                     timed = _Timed(peer, trial, *peer.run())
                     found[timed.name] = timed
