@@ -67,4 +67,5 @@ def wilson(right: int, count: int) -> tuple[float, float]:
     share, z2 = right / count, Z * Z
     middle = (share + z2 / (2 * count)) / (1 + z2 / count)
     half = Z / (1 + z2 / count) * math.sqrt(share * (1 - share) / count + z2 / (4 * count * count))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    # The ends lie on either side of the share but for rounding.
+    return min(share, max(0.0, middle - half)), max(share, min(1.0, middle + half))

@@ -12,6 +12,7 @@ plots and one self-contained page into --out; ends with one JSON line.
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import time
@@ -22,11 +23,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 
-from bench import floors, plots
+from bench import floors
 from bench.accuracy import TASKS, on_task, score
 from bench.claims import claims
-from bench.harness import machine, require_idle, spread
-from bench.page import page
+from bench.harness import IDLE_LOAD, machine, require_idle, spread
 from bench.peers import read_spec
 from bench.settings import ADAPTIVE, Setting, short_names, study, swept
 from bench.store import save
@@ -69,17 +69,20 @@ def print_rows(rows: list[dict], batch: int) -> None:
     def kind(row: dict, name: str) -> str:
         return f"{statistics.median(row['kinds'][name]['ms']):.2f}" if name in row["kinds"] else ""
 
-    cells, digits = [], 0 if min(row["tokens_per_s"] for row in rows) >= 100 else 1
+    cells = []
     for name, row in zip(short_names(rows), rows):
+        least, middle, most = (f(row["seconds"]) for f in (min, statistics.median, max))
         peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f}"
         cells.append([
-            name, f"{row['nfe_full']}+{row['nfe_block']}", f"{row['tokens_per_nfe']:.2f}",
-            kind(row, "full"), kind(row, "block"), spread([row["new_tokens"] / s for s in row["seconds"]], digits),
+            name, f"{row['nfe_full']}+{row['nfe_block']}", f"{row['tokens_per_nfe']:.2f}", kind(row, "full"),
+            kind(row, "block"), f"{row['tokens_per_s']:.4g}", f"{(most - least) / middle:.0%}",
             f"{row['over_floor']:.1f}", peak,
         ])  # fmt: skip
-    columns = ["setting", "NFE", "tok/NFE", "full", "block", "tokens/s", "floors", "MiB"]
-    title = "NFE and ms of an evaluation: full, block; new tokens a second, median (least-most); how many times as long"
-    print_table(columns, cells, f"batch {batch}. {title} as the floors; peak memory")
+    columns = ["setting", "NFE", "tok/NFE", "full", "block", "tok/s", "range", "floors", "MiB"]
+    title = (
+        f"batch {batch}: evaluations (full+block), ms of each kind, new tokens a second, how many floors long, memory"
+    )
+    print_table(columns, cells, title)
 
 
 def print_peers(rows: list[dict]) -> None:
@@ -210,16 +213,23 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"copies {rates.copy / 1e9:.1f} GB/s, multiplies {rates.matrix / 1e12:.3f} TFLOP/s, {told}")
     result = {
         "bench": "nfe", "model": subject.name, "trained": subject.trained, "quick": options.quick, "machine": where,
-        "load": load, "rates": asdict(rates), "prompt": subject.shape.prompt, "gen_length": subject.shape.gen_length,
+        "load": load, "busy": load > IDLE_LOAD * os.cpu_count(), "rates": asdict(rates),
+        "prompt": subject.shape.prompt, "gen_length": subject.shape.gen_length,
     }  # fmt: skip
     result["speed"] = speeds(options, subject, settings, texts, rates)
     if options.task:
         result["accuracy"] = scores(options, subject, settings)
     stem = options.out / f"nfe-{subject.name}"
     save(result, stem)
-    plots.save(result, stem)
-    stem.with_suffix(".html").write_text(page(result))
-    print(f"\n{stem}.json, .csv, .html")
+    try:
+        from bench.page import write
+    except ImportError as error:  # matplotlib is an extra, and a machine with a GPU may lack it
+        print(
+            f"\n{stem}.json, .csv; no pictures and no page here ({error}): python bench/page.py makes them of the .json"
+        )
+    else:
+        write(result, stem)
+        print(f"\n{stem}.json, .csv, .html")
     print(json.dumps(result))
     return 0
 

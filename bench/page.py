@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench import plots
 from bench.harness import spread
 from bench.settings import short_names
+from bench.store import save
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1b1b; --paper: #ffffff; --soft: #5c5c5c; --line: #d9d9d9; --card: #f4f5f7;
@@ -181,13 +182,30 @@ def _not_run(result: dict) -> list[str]:
     return [f'<h2>Not run</h2>\n<ul class="soft">{lines}</ul>'] if lines else []
 
 
+def write(result: dict, stem: Path) -> None:
+    """``stem``.json, .csv and .html, and its pictures."""
+    save(result, stem)
+    plots.save(result, stem)
+    stem.with_suffix(".html").write_text(page(result))
+
+
+def read(path: Path) -> dict:
+    """A stored result: a .json, or a run's output with its JSON line. Raises ValueError where there is none."""
+    text = path.read_text()
+    if path.suffix == ".json":
+        return json.loads(text)
+    for line in reversed(text.splitlines()):
+        if line.startswith('{"bench": "nfe"'):
+            return json.loads(line)
+    raise ValueError(f"{path}: holds no JSON line of bench/nfe.py")
+
+
 def main() -> None:
     for name in sys.argv[1:]:
-        path = Path(name)
-        result = json.loads(path.read_text())
-        plots.save(result, path.with_suffix(""))
-        path.with_suffix(".html").write_text(page(result))
-        print(path.with_suffix(".html"))
+        result = read(Path(name))
+        stem = Path(name).with_name(f"nfe-{result['model']}")
+        write(result, stem)
+        print(stem.with_suffix(".html"))
 
 
 if __name__ == "__main__":
