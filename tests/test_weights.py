@@ -19,6 +19,12 @@ from dllm_fast.families import FAMILIES
 from dllm_fast.patch import bound_family, bound_pool
 
 
+@pytest.fixture(autouse=True)
+def always(monkeypatch):
+    """Fuse in every dtype and on every device, so that fp32's tight tolerances hold the fused products."""
+    monkeypatch.setattr(weights, "pays", lambda weight: True)
+
+
 def groups_of(model):
     blocks = model.model.transformer.blocks
     return [group for b in blocks for group in ((b.q_proj, b.k_proj, b.v_proj), (b.ff_proj, b.up_proj))]
@@ -370,3 +376,13 @@ def test_unpatching_waits_for_who_holds_the_lock(llada):
     thread.join(30)
     with pytest.raises(ValueError, match="is not patched"):
         bound_pool(llada)
+
+
+def test_fusing_is_left_where_it_costs(llada, monkeypatch):
+    """In fp32 on a CPU: not at patching, and not at a generate."""
+    monkeypatch.undo()
+    before = storages(llada)
+    bound_family(dllm_fast.patch(llada))
+    assert storages(llada) == before and not is_fused(llada)
+    bound_family(llada.bfloat16())
+    assert is_fused(llada)
