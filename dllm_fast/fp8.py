@@ -76,7 +76,7 @@ class Fp8:
     def refresh(self, groups: Iterable[tuple[nn.Module, ...]]) -> None:
         """Copy every group anew."""
         for linears in groups:
-            self.copies[linears[0]] = _copied(linears)
+            self.copies[linears[0]] = _copied(linears, self.copies.get(linears[0]))
 
     def __call__(self, x: torch.Tensor, *linears: nn.Module) -> tuple[torch.Tensor, ...]:
         """``linear(x)`` of each, [..., out], with rounded weights; without rounding where a gradient is wanted."""
@@ -85,7 +85,7 @@ class Fp8:
             return tuple(linear(x) for linear in linears)
         copy = self.copies.get(linears[0])
         if not torch.compiler.is_compiling() and (copy is None or copy.stamps != _stamps(linears)):
-            copy = self.copies[linears[0]] = _copied(linears)
+            copy = self.copies[linears[0]] = _copied(linears, copy)
         rows = x.reshape(-1, x.shape[-1])
         scaled = copy.native and len(rows) > 0 and x.dtype in (torch.bfloat16, torch.float16)
         y = (_scaled if scaled else _widened)(rows, copy.matrix, copy.scale)
@@ -131,15 +131,20 @@ def _stamps(linears: tuple[nn.Module, ...]) -> list[tuple]:
     return found
 
 
-@torch.no_grad()
-def _copied(linears: tuple[nn.Module, ...]) -> _Copy:
+def _copied(linears: tuple[nn.Module, ...], old: _Copy | None) -> _Copy:
+    """The copy of the linears' weights, where the old one lies if that can be: a CUDA graph goes on reading there."""
     stamps, weights, done = _stamps(linears), [linear.weight for linear in linears], 0
     n, k = sum(weight.shape[0] for weight in weights), weights[0].shape[1]
-    matrix = weights[0].new_empty(n, k, dtype=torch.float8_e4m3fn)
-    scale = weights[0].new_empty(n, 1, dtype=torch.float32)
-    for rows in (rows for weight in weights for rows in weight.split(CHUNK)):
-        to = slice(done, done + len(rows))
-        matrix[to], scale[to] = round_rows(rows)
-        done += len(rows)
+    # What is made in inference mode could not be written again outside it.
+    with torch.inference_mode(False), torch.no_grad():
+        if old is not None and old.matrix.shape == (n, k) and old.matrix.device == weights[0].device:
+            matrix, scale = old.matrix, old.scale
+        else:
+            matrix = weights[0].new_empty(n, k, dtype=torch.float8_e4m3fn)
+            scale = weights[0].new_empty(n, 1, dtype=torch.float32)
+        for rows in (rows for weight in weights for rows in weight.split(CHUNK)):
+            to = slice(done, done + len(rows))
+            matrix[to], scale[to] = round_rows(rows)
+            done += len(rows)
     # The scaled product wants both sides in sixteens.
     return _Copy(weights, stamps, matrix, scale, n % 16 == k % 16 == 0 and native(matrix.device))

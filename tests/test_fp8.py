@@ -172,6 +172,23 @@ def test_copies_follow_the_weights(either, ids, change):
     torch.testing.assert_close(got, rounded_twin(plain)(ids).logits, atol=2e-5, rtol=1e-4)
 
 
+@torch.no_grad()
+def test_copies_are_rewritten_where_they_lie(llada, ids):
+    """A CUDA graph that was recorded on them goes on reading there."""
+
+    def places():
+        copies = bound_family(llada).products.copies.values()
+        return [x.data_ptr() for copy_ in copies for x in (copy_.matrix, copy_.scale)]
+
+    with torch.inference_mode():
+        dllm_fast.patch(llada, weights="fp8")
+    before = places()
+    for change in (load, write_data):
+        change(llada, ids)
+        llada(ids)
+        assert places() == before
+
+
 def test_gradients_are_those_of_the_weights_themselves(llada, ids):
     own = copy.deepcopy(llada)
     bound_family(dllm_fast.patch(llada, impl="torch", weights="fp8")).hidden(ids).square().mean().backward()
