@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test gpu lint clean
+.PHONY: demo test bench gpu lint clean
 
 demo: .venv/.core
 	$(BIN)/dllm-fast demo
@@ -10,6 +10,13 @@ demo: .venv/.core
 test: .venv/.dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
+
+# The CPU round, within ten minutes on two idle cores; the first step looks whether they are, ARGS=--force measures anyway.
+bench: .venv/.dev
+	$(BIN)/python bench/nfe.py --model llada-steps --task steps --few --problems 40 --out runs/bench --peer published $(ARGS)
+	$(BIN)/python bench/nfe.py --model cpu-768 --schedule uniform=16 --rounds 2 --out runs/bench --force
+	$(BIN)/python -m bench.engine --quick
+	$(BIN)/python bench/readme.py --check
 
 # On a machine with a GPU, with the Python that has torch there; installs nothing. In slices: make gpu ARGS="--minutes 9".
 gpu:

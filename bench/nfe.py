@@ -19,7 +19,8 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+if __name__ == "__main__":  # in place of this folder, where transformers takes kernels.py for a package of that name
+    sys.path[0] = str(Path(__file__).parent.parent)
 
 import torch
 
@@ -29,7 +30,7 @@ from bench.claims import claims
 from bench.harness import IDLE_LOAD, machine, require_idle, spread
 from bench.peers import read_spec
 from bench.settings import ADAPTIVE, Setting, short_names, study, swept
-from bench.store import save
+from bench.store import read, save
 from bench.subjects import Subject, names, open_subject, usual_texts
 from bench.sweep import Rates, time_settings
 from dllm_fast import shipped
@@ -111,6 +112,15 @@ def print_scores(found: dict) -> None:
             print(f"  {figure}")
 
 
+def stored_scores(path: Path, subject: Subject) -> dict:
+    """A stored run's scores, with its claims looked at anew. Raises ValueError for those of another model."""
+    result = read(path)
+    if result["model"] != subject.name or "accuracy" not in result:
+        raise ValueError(f"--scores {path}: no scores of {subject.name}")
+    found = result["accuracy"]
+    return {**found, "claims": claims(found["rows"], subject.shape.gen_length)}
+
+
 def scores(options, subject: Subject, settings: list[Setting]) -> dict:
     seeds, rows = list(range(options.seeds)), []
     for n, setting in enumerate(settings, 1):
@@ -119,10 +129,7 @@ def scores(options, subject: Subject, settings: list[Setting]) -> dict:
         line = f"{n} of {len(settings)}: {setting.name}: {rows[-1]['exact']:.1%} at NFE {rows[-1]['nfe']:.1f}"
         print(f"{line}, {time.perf_counter() - begin:.0f} s", file=sys.stderr)
     found = {"task": options.task, "seeds": seeds, "problems": options.problems, "rows": rows}
-    found["claims"] = claims(rows, subject.shape.gen_length)
-    print()
-    print_scores(found)
-    return found
+    return found | {"claims": claims(rows, subject.shape.gen_length)}
 
 
 def speeds(options, subject: Subject, settings: list[Setting], texts: list[str], rates: Rates) -> dict:
@@ -161,6 +168,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     task.add_argument("--few", action="store_true", help="a few settings in place of the whole study")
     task.add_argument("--seeds", type=int, default=3, help="sets of problems, each with noise of its own")
     task.add_argument("--problems", type=int, default=200, help="of each seed")
+    task.add_argument("--scores", type=Path, metavar="JSON", help="take a stored run's scores: only times are measured")
     task.add_argument("--task-batch", type=int, default=50, help="problems evaluated together")
     parser.add_argument("--prompts", type=Path, help="a text file: a trained model's prompts, a line each")
     parser.add_argument("--rounds", type=int, default=3, help="timed runs of each; 0: only accuracy")
@@ -184,6 +192,30 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
+def prepare(options, dtype: torch.dtype, device: torch.device):
+    """The subject, its settings, its prompts, and stored scores if any. Raises ValueError for what does not fit."""
+    subject = open_subject(options.model, dtype, device)
+    texts = options.prompts.read_text().splitlines() if options.prompts else usual_texts(subject.name)
+    if options.task:
+        subject, texts = on_task(subject, TASKS[options.task], max(options.batch))
+    if subject.trained and not texts:
+        raise ValueError(f"--model {options.model}: a trained model needs --task or --prompts FILE")
+    stored = stored_scores(options.scores, subject) if options.scores else None
+    return subject, asked_settings(options, subject), texts, stored
+
+
+def leave(result: dict, stem: Path) -> None:
+    """``stem``.json and .csv; pictures and page where matplotlib is, which a machine with a GPU may lack."""
+    save(result, stem)
+    try:
+        from bench.page import write
+    except ImportError as error:
+        print(f"\n{stem}.json, .csv; {error}: python bench/page.py makes pictures and page of the .json elsewhere")
+    else:
+        write(result, stem)
+        print(f"\n{stem}.json, .csv, .html")
+
+
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     if options.threads:
@@ -195,20 +227,13 @@ def main(arguments: list[str] | None = None) -> int:
     where = machine(device, dtype)
     print(where)
     try:
-        subject = open_subject(options.model, dtype, device)
-        texts = options.prompts.read_text().splitlines() if options.prompts else usual_texts(subject.name)
-        if options.task:
-            subject, texts = on_task(subject, TASKS[options.task], max(options.batch))
-        if subject.trained and not texts:
-            raise ValueError(f"--model {options.model}: a trained model needs --task or --prompts FILE")
-        settings = asked_settings(options, subject)
+        subject, settings, texts, stored = prepare(options, dtype, device)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
     if not subject.trained:
         print(f"{subject.name}: random weights; a fixed schedule, not the model, sets the tokens a step")
-    machine_rates = floors.measure(device.type, quick=options.quick)
-    rates = Rates.of(machine_rates, dtype)
+    rates = Rates.of(floors.measure(device.type, quick=options.quick), dtype)
     told = "a dry run, not to be believed" if options.quick else "measured"
     print(f"copies {rates.copy / 1e9:.1f} GB/s, multiplies {rates.matrix / 1e12:.3f} TFLOP/s, {told}")
     result = {
@@ -218,18 +243,10 @@ def main(arguments: list[str] | None = None) -> int:
     }  # fmt: skip
     result["speed"] = speeds(options, subject, settings, texts, rates)
     if options.task:
-        result["accuracy"] = scores(options, subject, settings)
-    stem = options.out / f"nfe-{subject.name}"
-    save(result, stem)
-    try:
-        from bench.page import write
-    except ImportError as error:  # matplotlib is an extra, and a machine with a GPU may lack it
-        print(
-            f"\n{stem}.json, .csv; no pictures and no page here ({error}): python bench/page.py makes them of the .json"
-        )
-    else:
-        write(result, stem)
-        print(f"\n{stem}.json, .csv, .html")
+        result["accuracy"] = stored or scores(options, subject, settings)
+        print()
+        print_scores(result["accuracy"])
+    leave(result, options.out / f"nfe-{subject.name}")
     print(json.dumps(result))
     return 0
 

@@ -4,18 +4,18 @@ python bench/page.py bench/results/cpu-2-cores/nfe-llada-steps.json    # draws a
 """
 
 import base64
-import json
 import statistics
 import sys
 from html import escape
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+if __name__ == "__main__":  # in place of this folder, where transformers takes kernels.py for a package of that name
+    sys.path[0] = str(Path(__file__).parent.parent)
 
 from bench import plots
 from bench.harness import spread
 from bench.settings import short_names
-from bench.store import save
+from bench.store import read, save
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1b1b; --paper: #ffffff; --soft: #5c5c5c; --line: #d9d9d9; --card: #f4f5f7;
@@ -187,17 +187,6 @@ def write(result: dict, stem: Path) -> None:
     save(result, stem)
     plots.save(result, stem)
     stem.with_suffix(".html").write_text(page(result))
-
-
-def read(path: Path) -> dict:
-    """A stored result: a .json, or a run's output with its JSON line. Raises ValueError where there is none."""
-    text = path.read_text()
-    if path.suffix == ".json":
-        return json.loads(text)
-    for line in reversed(text.splitlines()):
-        if line.startswith('{"bench": "nfe"'):
-            return json.loads(line)
-    raise ValueError(f"{path}: holds no JSON line of bench/nfe.py")
 
 
 def main() -> None:

@@ -8,7 +8,8 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+if __name__ == "__main__":  # in place of this folder, where transformers takes kernels.py for a package of that name
+    sys.path[0] = str(Path(__file__).parent.parent)
 
 from bench.harness import spread
 
@@ -41,7 +42,7 @@ def _told(result: dict, path: Path) -> str:
     """Where and how it was measured; a busy machine is named one."""
     busy = f", on a **busy** machine (load average {result['load']:.1f}): not to be held against figures from elsewhere"
     weights = "" if result["trained"] else ", random weights"
-    note = busy if result["busy"] else ""
+    note = "; a **dry run**, whose figures mean nothing" if result["quick"] else busy if result["busy"] else ""
     return (
         f"`{result['model']}`{weights}, {result['prompt']} + {result['gen_length']} tokens: {result['machine']}{note} "
         f"([all settings]({path.with_suffix('.csv')}), [page]({path.with_suffix('.html')})):\n"

@@ -34,6 +34,17 @@ def _lines(value, depth: int = 0) -> str:
     return json.dumps(value)
 
 
+def read(path: Path) -> dict:
+    """A stored result: a .json, or a run's output with its JSON line. Raises ValueError where there is none."""
+    text = path.read_text()
+    if path.suffix == ".json":
+        return json.loads(text)
+    for line in reversed(text.splitlines()):
+        if line.startswith('{"bench": "nfe"'):
+            return json.loads(line)
+    raise ValueError(f"{path}: holds no JSON line of bench/nfe.py")
+
+
 def flat(result: dict) -> list[dict]:
     """The rows of the CSV: a setting at a batch size, with its accuracy; settings that were scored alone come last."""
     scores = {score["setting"]["name"]: score for score in result.get("accuracy", {}).get("rows", [])}

@@ -320,11 +320,11 @@ def test_a_readme_that_disagrees_is_found_and_mended(run, tmp_path):
     results.mkdir(parents=True)
     path = results / "nfe-llada-steps.json"
     path.write_text((out / "nfe-llada-steps.json").read_text())
-    (tmp_path / "README.md").write_text(f"before\n{readme.BEGIN}old{readme.END}after\n")
+    (tmp_path / "README.md").write_text(f"before\n{readme.BEGIN}outdated{readme.END}after\n")
     assert readme.main(["--check"], tmp_path) == 1 and readme.main([], tmp_path) == 0
     assert readme.main(["--check"], tmp_path) == 0
     text = (tmp_path / "README.md").read_text()
-    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert text.startswith("before\n") and text.endswith("after\n") and "outdated" not in text
     assert "| uniform=64 | dual | 2 + 62 |" in text and "(bench/results/cpu-2-cores/nfe-llada-steps.csv)" in text
     path.write_text(path.read_text().replace('"trained": true', '"trained": false'))
     assert readme.main(["--check"], tmp_path) == 1
