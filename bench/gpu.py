@@ -45,7 +45,7 @@ PIECES = {
     "crossover": (240, "-m bench.tune crossover"),
     "small": (420, f"{BENCH} 'norm or rope or glu'"),
     "loop": (300, f"{PARALLEL} tests/test_generate.py tests/test_patch.py"),
-    "nfe-8b": (540, "bench/nfe.py --model llada-8b --schedule uniform=88 uniform=32 --batch 1 8 --rounds 2 --force"),
+    "nfe-8b": (530, "bench/nfe.py --model llada-8b --schedule uniform=88 uniform=32 --batch 1 8 --rounds 2 --force"),
     "attention-base": (480, f"{BENCH} 'attention and base'"),
     "noise": (240, "bench/noise.py"),
     "tune-llada": (420, "-m bench.tune attention-llada"),

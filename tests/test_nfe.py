@@ -193,7 +193,7 @@ def test_llada_costs_what_its_bare_operations_count(steps):
 @pytest.mark.parametrize("make, rows", [(make_llada, 1), (make_modernbert, 2)], ids=["llada", "modernbert"])
 def test_a_forward_costs_what_pytorch_counts(make, rows):
     """A whole forward, short enough for every window: all that it multiplies, but for what the last layer may leave."""
-    model = dllm_fast.patch(make())
+    model = dllm_fast.patch(make(), impl="torch")
     cost, family = Cost.of(model), model.__dict__["_dllm_fast"].family
     ids = torch.randint(0, 40, (rows, 6))
     with FlopCounterMode(display=False, custom_mapping=FLASH) as counter, torch.no_grad():
