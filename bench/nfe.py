@@ -122,14 +122,32 @@ def stored_scores(path: Path, subject: Subject) -> dict:
 
 
 def scores(options, subject: Subject, settings: list[Setting]) -> dict:
+    """Every setting's score. They take long: each goes into a file beside the results until all are there, and a run
+    that was cut off goes on from it."""
     seeds, rows = list(range(options.seeds)), []
+    job = {"model": subject.name, "task": options.task, "seeds": seeds, "problems": options.problems}
+    kept = options.out / f"nfe-{subject.name}.unfinished.jsonl"
+    known = {row["setting"]["name"]: row for row in unfinished(kept, job)}
+    options.out.mkdir(parents=True, exist_ok=True)
+    kept.write_text("".join(json.dumps({"job": job, "row": row}) + "\n" for row in known.values()))
     for n, setting in enumerate(settings, 1):
-        begin = time.perf_counter()
-        rows.append(score(subject, setting, TASKS[options.task], seeds, options.problems, options.task_batch))
-        line = f"{n} of {len(settings)}: {setting.name}: {rows[-1]['exact']:.1%} at NFE {rows[-1]['nfe']:.1f}"
+        begin, row = time.perf_counter(), known.get(setting.name)
+        if row is None:
+            row = score(subject, setting, TASKS[options.task], seeds, options.problems, options.task_batch)
+            with kept.open("a") as file:
+                file.write(json.dumps({"job": job, "row": row}) + "\n")
+        rows.append(row)
+        line = f"{n} of {len(settings)}: {setting.name}: {row['exact']:.1%} at NFE {row['nfe']:.1f}"
         print(f"{line}, {time.perf_counter() - begin:.0f} s", file=sys.stderr)
+    kept.unlink(missing_ok=True)
     found = {"task": options.task, "seeds": seeds, "problems": options.problems, "rows": rows}
     return found | {"claims": claims(rows, subject.shape.gen_length)}
+
+
+def unfinished(path: Path, job: dict) -> list[dict]:
+    """What an earlier run of ``job`` scored before it was cut off; the end of the file may be half a line."""
+    whole = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [line["row"] for line in map(json.loads, whole) if line["job"] == job]
 
 
 def speeds(options, subject: Subject, settings: list[Setting], texts: list[str], rates: Rates) -> dict:

@@ -92,6 +92,33 @@ def test_a_run_leaves_its_files(run):
     assert 'name="viewport"' in page and "prefers-color-scheme: dark" in page
 
 
+def test_scoring_goes_on_where_it_was_cut_off(tmp_path, monkeypatch):
+    command = ["--model", "llada-steps", "--task", "steps", "--schedule", "uniform=8", "uniform=16", "--cache", "none"]
+    options = nfe.parse([*command, "--seeds", "1", "--problems", "1", "--out", str(tmp_path / "new")])
+    subject, settings, *_ = nfe.prepare(options, torch.float32, CPU)
+    scored, score = [], nfe.score
+
+    def counted(subject, setting, *rest):
+        if len(scored) == 1:
+            raise KeyboardInterrupt
+        scored.append(setting)
+        return score(subject, setting, *rest)
+
+    monkeypatch.setattr(nfe, "score", counted)
+    with pytest.raises(KeyboardInterrupt):
+        nfe.scores(options, subject, settings)
+    (kept,) = (tmp_path / "new").iterdir()
+    kept.write_text(kept.read_text() + '{"job": {"mod')  # cut off in the middle of writing, too
+    again = []
+    monkeypatch.setattr(nfe, "score", lambda *given: again.append(given[1]) or score(*given))
+    found = nfe.scores(options, subject, settings)
+    assert (scored, again) == (settings[:1], settings[1:]) and not kept.exists()
+    monkeypatch.undo()
+    assert found == nfe.scores(options, subject, settings)
+    kept.write_text(json.dumps({"job": {"model": "another"}, "row": found["rows"][0]}) + "\n")
+    assert nfe.unfinished(kept, {"model": "llada-steps"}) == []
+
+
 def test_random_weights_are_not_asked_how_sure_they_are(capsys):
     quick = ["--model", "quick", "--quick", "--device", "cpu"]
     for schedule in ("threshold=0.9", "factor=1", "entropy-bound=0.1"):
