@@ -11,15 +11,8 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 SOURCES = "csrc/cpu"
-OPTIONS = [
-    "-std=c++17",
-    "-O3",
-    "-g0",
-    "-fvisibility=hidden",
-    "-ffp-contract=fast",
-    "-Wno-maybe-uninitialized",
-    "-pthread",
-]
+OPTIONS = ["-std=c++17", "-O3", "-g0", "-pthread", "-fvisibility=hidden", "-ffp-contract=fast"]
+OPTIONS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # GCC 12 warns of its own intrinsics
 AVX2 = ["-mavx2", "-mfma"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 # kernels.cpp is compiled once for each of these; which of them runs is decided where it runs, so that a wheel travels.

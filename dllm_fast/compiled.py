@@ -3,6 +3,8 @@
 The library has a plain C interface and knows neither Python nor PyTorch: it is given pointers, strides and a number of
 threads. It holds every kernel once for each instruction set of `LEVELS` and takes the best that the CPU has, or
 ``_level``. Threads are OpenMP's, by way of the library that PyTorch itself runs on.
+
+No result depends on the number of threads, nor a row's on the rows beside it.
 """
 
 import ctypes
@@ -15,6 +17,7 @@ import torch
 
 LEVELS = ("plain", "avx2", "avx512", "avx512bf16")
 FLOATS = (torch.float32, torch.bfloat16)  # that the kernels take
+CONFIDENCES = ("probability", "margin", "entropy", "random")
 
 _level: int | None = None  # of LEVELS, for tests; None: the CPU's best
 _forked = False  # OpenMP's threads do not survive a fork; a child that waits for them hangs
@@ -57,6 +60,8 @@ def _library() -> ctypes.CDLL:
     library = ctypes.CDLL(spec.origin)
     openmp = getattr(ctypes.CDLL(torch._C.__file__), "GOMP_parallel", None)
     library.dllm_openmp(ctypes.cast(openmp, ctypes.c_void_p))
+    for kernel in (library.dllm_attention, library.dllm_linear, library.dllm_predict):
+        kernel.argtypes, kernel.restype = (ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_int64), None
     return library
 
 
@@ -65,15 +70,44 @@ def levels() -> tuple[str, ...]:
     return LEVELS[: _library().dllm_level() + 1]
 
 
+def _threads() -> int:
+    return 1 if _forked else torch.get_num_threads()
+
+
 def _run(kernel: str, arguments: ctypes.Structure, dtype: torch.dtype) -> None:
     library = _library()
     level = library.dllm_level() if _level is None else _level
-    threads = 1 if _forked else torch.get_num_threads()
-    getattr(library, kernel)(ctypes.byref(arguments), level, int(dtype == torch.bfloat16), ctypes.c_int64(threads))
+    getattr(library, kernel)(ctypes.byref(arguments), level, dtype == torch.bfloat16, _threads())
 
 
 def _pointer(x: torch.Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
+
+
+def _check(dtype: torch.dtype, **expected: tuple[torch.Tensor | None, tuple]) -> None:
+    """Raise ValueError unless each is None, or of its shape, ``dtype``, with a contiguous last dimension."""
+    for name, (x, shape) in expected.items():
+        if x is not None and (x.shape != shape or x.dtype != dtype or (x.stride(-1) != 1 and x.shape[-1] > 1)):
+            raise ValueError(
+                f"{name} is {x.dtype} {list(x.shape)} with strides {x.stride()}; expected {dtype} {list(shape)} with a "
+                "contiguous last dimension"
+            )
+
+
+def _check_float(name: str, x: torch.Tensor, dimensions: int) -> None:
+    if x.dtype not in FLOATS or x.dim() != dimensions:
+        raise ValueError(f"{name} is {x.dtype} {list(x.shape)}; expected {dimensions} dimensions of one of {FLOATS}")
+
+
+_ops = torch.library.Library("dllm_fast", "FRAGMENT")  # `custom_op` would cost each call another 7 microseconds
+
+
+def _define(schema: str, kernel, fake) -> torch._ops.OpOverload:
+    name = schema.split("(")[0]
+    _ops.define(schema)
+    _ops.impl(name, kernel, "CPU")
+    torch.library.register_fake(f"dllm_fast::{name}", fake, lib=_ops)
+    return getattr(torch.ops.dllm_fast, name).default
 
 
 _Strides = ctypes.c_int64 * 3
@@ -92,8 +126,7 @@ class _Attention(ctypes.Structure):
     )
 
 
-@torch.library.custom_op("dllm_fast::cpu_attention", mutates_args=(), device_types="cpu")
-def attention(
+def _attention(
     q: torch.Tensor,  # [B, T, H, D]
     keys: torch.Tensor,  # [B, S, G, D]
     values: torch.Tensor,  # [B, S, G, D]
@@ -111,27 +144,30 @@ def attention(
     Raises:
         ValueError: a shape, dtype or stride that does not fit; it names the tensor.
     """
-    _check_attention(q, keys, values, {"start": start, "end": end, "slot": slot}, window, scale)
+    _check_float("q", q, 4)
     batch, queries, heads, head_dim = q.shape
+    if keys.dim() != 4 or keys.shape[2] == 0 or heads % keys.shape[2]:
+        raise ValueError(f"keys.shape={tuple(keys.shape)} does not fit q.shape={tuple(q.shape)}")
     slots, kv_heads = keys.shape[1:3]
+    buffer = (batch, slots, kv_heads, head_dim)
+    _check(q.dtype, q=(q, q.shape), keys=(keys, buffer), values=(values, buffer))
+    _check(torch.int64, start=(start, (batch,)), end=(end, (batch,)), slot=(slot, (batch,)))
+    if window is not None and window < 0:
+        raise ValueError(f"window={window} is negative")
+    if scale is not None and not scale > 0:
+        raise ValueError(f"scale={scale} is not above 0")
     out = torch.empty(q.shape, dtype=q.dtype)
     if out.numel():
-        threads = torch.get_num_threads()
         arguments = _Attention(
             *map(_pointer, (q, keys, values, out, start, end, slot)),
             *(batch, queries, heads, kv_heads, head_dim, slots),
             *(_Strides(*x.stride()[:3]) for x in (q, keys, values)),
             -1 if window is None else min(window, 1 << 40),
-            _query_rows(batch * kv_heads, queries * heads // kv_heads, window, threads),
+            _query_rows(batch * kv_heads, queries * heads // kv_heads, window, _threads()),
             head_dim**-0.5 if scale is None else scale,
         )
         _run("dllm_attention", arguments, q.dtype)
     return out
-
-
-@attention.register_fake
-def _(q, keys, values, start=None, end=None, slot=None, window=None, scale=None):
-    return q.new_empty(q.shape)
 
 
 def _query_rows(heads: int, rows: int, window: int | None, threads: int) -> int:
@@ -145,26 +181,166 @@ def _query_rows(heads: int, rows: int, window: int | None, threads: int) -> int:
     return min(rounds, key=lambda size: rounds[size] * (min(size, rows) + 8))
 
 
-def _check_attention(q, keys, values, rows: dict, window, scale) -> None:
-    tensors = {"q": q, "keys": keys, "values": values}
-    if q.dtype not in FLOATS:
-        raise ValueError(f"q.dtype={q.dtype} is not {' or '.join(map(str, FLOATS))}")
-    for name, x in tensors.items():
-        if x.dim() != 4:
-            raise ValueError(f"{name}.shape={tuple(x.shape)} is not of 4 dimensions")
-        if x.dtype != q.dtype:
-            raise ValueError(f"{name}.dtype={x.dtype} differs from q.dtype={q.dtype}")
-        if x.stride(3) != 1 and x.shape[3] > 1:
-            raise ValueError(f"{name}.stride()={x.stride()}: the last dimension must be contiguous")
-    batch, _, heads, head_dim = q.shape
-    if keys.shape[0] != batch or keys.shape[3] != head_dim or keys.shape[2] == 0 or heads % keys.shape[2]:
-        raise ValueError(f"keys.shape={tuple(keys.shape)} does not fit q.shape={tuple(q.shape)}")
-    if values.shape != keys.shape:
-        raise ValueError(f"values.shape={tuple(values.shape)} differs from keys.shape={tuple(keys.shape)}")
-    for name, x in rows.items():
-        if x is not None and (x.shape != (batch,) or x.dtype != torch.int64 or not x.is_contiguous()):
-            raise ValueError(f"{name} is {x.dtype} {tuple(x.shape)}, not contiguous int64 ({batch},)")
-    if window is not None and window < 0:
-        raise ValueError(f"window={window} is negative")
-    if scale is not None and not scale > 0:
-        raise ValueError(f"scale={scale} is not above 0")
+attention = _define(
+    "cpu_attention(Tensor q, Tensor keys, Tensor values, Tensor? start=None, Tensor? end=None, Tensor? slot=None, "
+    "int? window=None, float? scale=None) -> Tensor",
+    _attention,
+    lambda q, *rest, **options: q.new_empty(q.shape),
+)
+
+
+class _Linear(ctypes.Structure):
+    """`Linear` of csrc/cpu/api.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "weight", "bias", "out", "packed")),
+        *((name, ctypes.c_int64) for name in ("rows", "inputs", "outputs", "x_stride", "w_stride")),
+    )
+
+
+def _linear(
+    x: torch.Tensor,  # [..., inputs]
+    weight: torch.Tensor,  # [outputs, inputs]
+    bias: torch.Tensor | None = None,  # [outputs]
+) -> torch.Tensor:
+    """``x W^T + b`` [..., outputs] for fp32 and bf16: fp32 sums, one rounding.
+
+    Raises:
+        ValueError: a shape, dtype or stride that does not fit; it names the tensor.
+    """
+    _check_float("weight", weight, 2)
+    outputs, inputs = weight.shape
+    _check(weight.dtype, x=(x, (*x.shape[:-1], inputs)), weight=(weight, weight.shape), bias=(bias, (outputs,)))
+    out = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype)
+    if out.numel():
+        rows = x.reshape(out.numel() // outputs, inputs)
+        arguments = _Linear(
+            *map(_pointer, (rows, weight, bias, out, None)),
+            *(rows.shape[0], inputs, outputs, rows.stride(0), weight.stride(0)),
+        )
+        _run("dllm_linear", arguments, x.dtype)
+    return out
+
+
+linear = _define(
+    "cpu_linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor",
+    _linear,
+    lambda x, weight, bias=None: x.new_empty((*x.shape[:-1], weight.shape[0])),
+)
+
+
+class _Predict(ctypes.Structure):
+    """`Predict` of csrc/cpu/api.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("hidden", "uncond", "weight", "bias", "candidate", "row", "position")),
+        *((name, ctypes.c_void_p) for name in ("excluded", "token", "score", "lse", "packed", "part", "chosen")),
+        *((name, ctypes.c_int64) for name in ("rows", "width", "vocabulary")),
+        *((name, ctypes.c_int64) for name in ("hidden_stride", "uncond_stride", "weight_stride")),
+        *((name, ctypes.c_int64) for name in ("ranges", "mask_id", "confidence", "chosen_rows")),
+        ("seed", ctypes.c_uint64),
+        ("step", ctypes.c_uint32),
+        ("temperature", ctypes.c_float),
+        ("guidance", ctypes.c_float),
+    )
+
+
+def _predict(
+    hidden, weight, bias, candidate, uncond, seed, step, row, position, mask_id, excluded, confidence, temperature,
+    guidance,
+):  # fmt: skip
+    rows, width = hidden.shape
+    token = torch.empty(rows, dtype=torch.int64)
+    score, lse = torch.empty(rows, dtype=torch.float32), torch.empty(rows, dtype=torch.float32)
+    if rows:
+        ranges = (ctypes.c_int64 * len(excluded))(*excluded)
+        arguments = _Predict(
+            *map(_pointer, (hidden, uncond, weight, bias, candidate, row, position)),
+            ctypes.addressof(ranges), *map(_pointer, (token, score, lse)), None, None, None,
+            *(rows, width, weight.shape[0]),
+            *(hidden.stride(0), 0 if uncond is None else uncond.stride(0), weight.stride(0)),
+            *(len(excluded) // 2, mask_id, CONFIDENCES.index(confidence), 0),
+            *((0, 0) if seed is None else (int(seed) % (1 << 64), int(step) % (1 << 32))),
+            *(temperature, guidance),
+        )  # fmt: skip
+        _run("dllm_predict", arguments, hidden.dtype)
+    return token, score, lse
+
+
+def _fake_predict(hidden, *rest):
+    rows = hidden.shape[0]
+    score = hidden.new_empty(rows, dtype=torch.float32)
+    return hidden.new_empty(rows, dtype=torch.int64), score, torch.empty_like(score)
+
+
+_predict_op = _define(
+    "cpu_predict(Tensor hidden, Tensor weight, Tensor? bias, Tensor? candidate, Tensor? uncond, Tensor? seed, "
+    "Tensor? step, Tensor? row, Tensor? position, int mask_id, int[] excluded, str confidence, float temperature, "
+    "float guidance) -> (Tensor, Tensor, Tensor)",
+    _predict,
+    _fake_predict,
+)
+
+
+def predict(
+    hidden: torch.Tensor,  # [N, d]
+    weight: torch.Tensor,  # [V, d]
+    bias: torch.Tensor | None = None,  # [V]
+    *,
+    mask_id: int,
+    candidate: torch.Tensor | None = None,  # [N] bool
+    confidence: str = "probability",
+    temperature: float = 0.0,
+    seed: int | torch.Tensor = 0,  # int, or [1] int64
+    step: int | torch.Tensor = 0,  # int, or [1] int64
+    row: torch.Tensor | None = None,  # [N] int64
+    position: torch.Tensor | None = None,  # [N] int64
+    uncond: torch.Tensor | None = None,  # [N, d]
+    cfg_scale: float = 0.0,
+    banned: tuple[int, ...] = (),
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`reference.predict` for fp32 and bf16: token [N] int64, confidence [N] fp32, log-sum-exp [N] fp32.
+
+    Logits are fp32 and never all in memory; the noise is fp32, as that of kernels/gumbel.py.
+
+    Raises:
+        ValueError: an argument that does not fit; it names it.
+    """
+    _check_float("hidden", hidden, 2)
+    _check_float("weight", weight, 2)
+    (rows, width), vocabulary = hidden.shape, weight.shape[0]
+    matrices = {"hidden": (hidden, (rows, width)), "weight": (weight, (vocabulary, width))}
+    _check(hidden.dtype, **matrices, bias=(bias, (vocabulary,)), uncond=(uncond, (rows, width)))
+    _check(torch.bool, candidate=(candidate, (rows,)))
+    if vocabulary >= 1 << 31:
+        raise ValueError(f"weight has {vocabulary} rows; expected fewer than 2^31")
+    if confidence not in CONFIDENCES:
+        raise ValueError(f"confidence={confidence!r} is not one of {', '.join(map(repr, CONFIDENCES))}")
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature={temperature} is not a finite number >= 0")
+    ids = sorted({mask_id, *banned})
+    if ids[0] < 0 or ids[-1] >= vocabulary or len(ids) == vocabulary:
+        raise ValueError(f"mask_id={mask_id}, banned={banned}: outside, or all of, the vocabulary of {vocabulary}")
+    if temperature > 0 or confidence == "random":
+        if row is None or position is None:
+            raise ValueError(f"row and position are needed for temperature={temperature}, confidence={confidence!r}")
+        row, position = row.contiguous(), position.contiguous()  # one row's number comes expanded
+        _check(torch.int64, row=(row, (rows,)), position=(position, (rows,)))
+        seed, step = _scalar("seed", seed), _scalar("step", step)
+    else:
+        seed = step = row = position = None
+    ranges = [end for i in ids for end in (i, i + 1)]
+    return _predict_op(
+        hidden, weight, bias, candidate, uncond, seed, step, row, position, mask_id, ranges, confidence,
+        float(temperature), cfg_scale + 1.0,
+    )  # fmt: skip
+
+
+def _scalar(name: str, value: int | torch.Tensor) -> torch.Tensor:
+    if isinstance(value, torch.Tensor):
+        if value.dtype != torch.int64 or value.numel() != 1:
+            raise ValueError(f"{name} is {value.dtype} {list(value.shape)}; expected one int64")
+        return value
+    if not -(1 << 63) <= value < 1 << 64:
+        raise ValueError(f"{name}={value} does not fit in 64 bits")
+    return torch.tensor([value - (1 << 64) if value >= 1 << 63 else value])

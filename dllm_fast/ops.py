@@ -192,6 +192,10 @@ def predict(hidden, weight, bias=None, *, candidate=None, uncond=None, cfg_scale
         return _triton().predict(
             hidden, weight, bias, candidate=candidate, uncond=uncond, cfg_scale=cfg_scale, **options
         )
+    if impl == "cpp":
+        return compiled.predict(
+            hidden, weight, bias, candidate=candidate, uncond=uncond, cfg_scale=cfg_scale, **options
+        )
     rows = slice(None)
     if candidate is not None and not candidate.is_cuda:
         rows = candidate.nonzero()[:, 0]

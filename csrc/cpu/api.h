@@ -17,10 +17,42 @@ struct Attention {
   float scale;
 };
 
-// The kernels of one instruction set. A task computes the same whichever thread does it.
-struct Kernels {
-  void (*attention[2])(const void* arguments, int64_t task);  // fp32, bf16
+struct Linear {
+  const void *x, *weight, *bias;  // [N, inputs], [outputs, inputs], [outputs] or null: one dtype
+  void* out;                      // [N, outputs], contiguous
+  float* packed;                  // filled in on the way
+  int64_t rows, inputs, outputs, x_stride, w_stride;
 };
 
-// Memory of the calling thread, valid until it asks again; aligned to a cache line.
-void* scratch(size_t bytes);
+enum Confidence { PROBABILITY, MARGIN, ENTROPY, RANDOM };
+
+struct Predict {
+  const void *hidden, *uncond, *weight, *bias;  // [N, d], [N, d] or null, [V, d], [V] or null: one dtype
+  const bool* candidate;                        // [N], or null: all
+  const int64_t *row, *position;                // [N], where there is noise
+  const int64_t* excluded;                      // ranges [low, high) of ids that are not predicted, upwards
+  int64_t* token;                               // [N]
+  float *score, *lse;                           // [N]
+  float *packed, *part;                         // filled in on the way
+  int64_t* chosen;                              // likewise: the candidates' rows
+  int64_t rows, width, vocabulary, hidden_stride, uncond_stride, weight_stride;
+  int64_t ranges, mask_id, confidence, chosen_rows;
+  uint64_t seed;
+  uint32_t step;
+  float temperature, guidance;  // guidance: cfg_scale + 1
+};
+
+using Task = void (*)(const void* arguments, int64_t task);
+
+// The kernels of one instruction set, for fp32 and bf16. A task computes the same whichever thread does it.
+struct Kernels {
+  Task attention[2], pack_linear[2], linear[2], pack_predict[2], predict[2], finish_predict;
+  int64_t panel, columns;     // rows of x and of W of a `linear` task
+  int64_t group, vocabulary;  // rows of hidden states and of W of a `predict` task
+  int64_t part;               // floats that it leaves
+};
+
+// Memory of the calling thread, aligned to a cache line: valid until it asks again for what its tasks need, or for what
+// a whole call does.
+enum Use { OF_TASK, OF_CALL };
+void* scratch(size_t bytes, Use use = OF_TASK);

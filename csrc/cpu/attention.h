@@ -13,7 +13,6 @@
 namespace {
 
 constexpr int SLOTS = 128;  // of a tile: scores and K fit in the first cache
-constexpr float LOG2E = 1.4426950408889634f;
 
 template <class T>
 struct AttentionTask {
@@ -53,7 +52,7 @@ struct AttentionTask {
 
   void run() {
     const T* k = (const T*)a.keys + b * a.k_stride[0] + g * a.k_stride[2];
-    for (int64_t j = lo; j < smaller(hi, lo + SLOTS); ++j) fetch(k + j * a.k_stride[1]);
+    for (int64_t j = lo; j < smaller(hi, lo + SLOTS); ++j) fetch_head(k + j * a.k_stride[1]);
     load_queries();
     for (int64_t l = 0; l < lanes; ++l) peak[l] = -INFINITY, total[l] = 0;
     memset(out, 0, sizeof(float) * parts(a.head_dim, W) * W * lanes);
@@ -62,18 +61,10 @@ struct AttentionTask {
   }
 
   void load_queries() {
-    for (int64_t m = 0; m < lanes; m += W)
-      for (int64_t w = 0; w < words; w += W) {
-        Word x[W] = {};
-        for (int64_t l = 0; l < smaller(W, rows - m); ++l) {
-          const int64_t r = first + m + l, at = w * PER_WORD<T>;
-          const T* row = (const T*)a.q + b * a.q_stride[0] + r / group * a.q_stride[1] +
-                         (g * group + r % group) * a.q_stride[2];
-          x[l] = load_words(row + at, a.head_dim - at);
-        }
-        transpose(x);
-        for (int64_t i = 0; i < smaller(W, words - w); ++i) store(q + (w + i) * lanes + m, x[i]);
-      }
+    pack<T>(q, rows, a.head_dim, [&](int64_t l) {
+      const int64_t r = first + l;
+      return (const T*)a.q + b * a.q_stride[0] + r / group * a.q_stride[1] + (g * group + r % group) * a.q_stride[2];
+    });
   }
 
   // Slots j to j + n into the running softmax.
@@ -95,9 +86,9 @@ struct AttentionTask {
       Vec top[NR];
       for (int c = 0; c < NR; ++c) top[c] = all(-INFINITY);
       product<T, NR>(
-          n, k_words, k_row, 4, q + at, lanes, words,
+          n, k_words, k_row, 4, q + at, lanes, words, nullptr,
           [&](int64_t i, int c) {
-            if (first_vector + c == 0) fetch(k + (i + n) * a.k_stride[1]), fetch(v + i * a.v_stride[1]);
+            if (first_vector + c == 0) fetch_head(k + (i + n) * a.k_stride[1]), fetch_head(v + i * a.v_stride[1]);
             return Vec{};
           },
           [&](int64_t i, int c, Vec x) {
@@ -111,7 +102,8 @@ struct AttentionTask {
       if (sizeof(T) == 2 && first_vector == 0)
         for (int64_t i = 0; i < n; i += PER_WORD<T>) widen_values(i, n, v + i * a.v_stride[1], wide);
       product<T, NR>(
-          D, v_words, 4, v_row, score + at, lanes, parts(n, PER_WORD<T>), [](int64_t, int) { return Vec{}; },
+          D, v_words, 4, v_row, score + at, lanes, parts(n, PER_WORD<T>), nullptr,
+          [](int64_t, int) { return Vec{}; },
           [&](int64_t d, int c, Vec x) {
             // A tile's sum is made before it is added: one sum over all slots would be less exact.
             float* to = out + d * lanes + at + c * W;
@@ -121,8 +113,8 @@ struct AttentionTask {
   }
 
   // Ask for a head of K or V, from main memory it may be, well before it is used.
-  void fetch(const T* x) const {
-    for (int64_t d = 0; d < a.head_dim; d += 64 / sizeof(T)) __builtin_prefetch(x + d);
+  void fetch_head(const T* x) const {
+    for (int64_t d = 0; d < a.head_dim; d += 64 / sizeof(T)) fetch(x + d);
   }
 
   // Values of slot i, or of slots i and i + 1 as words: the last of an odd number with itself, its other weight is 0.
@@ -196,21 +188,17 @@ struct AttentionTask {
   }
 
   void store_out() {
-    const int64_t D = a.head_dim;
     for (int64_t m = 0; m < lanes; m += W) {
       const Vec sum = load<Vec>(total + m);
-      const Vec inverse = 1.0f / choose(sum == 0.0f, all(1.0f), sum);
-      for (int64_t d = 0; d < D; d += W) {
-        Word x[W];
-        for (int i = 0; i < W; ++i) x[i] = (Word)(load<Vec>(out + (d + i) * lanes + m) * inverse);
-        transpose(x);
-        for (int64_t l = 0; l < smaller(W, rows - m); ++l) {
-          const int64_t r = first + m + l;
-          T* row = (T*)a.out + ((b * a.queries + r / group) * a.heads + g * group + r % group) * D;
-          store_rounded(row + d, (Vec)x[l], D - d);
-        }
-      }
+      store(total + m, 1.0f / choose(sum == 0.0f, all(1.0f), sum));
     }
+    unpack<T>(
+        out, lanes, rows, a.head_dim,
+        [&](int64_t l) {
+          const int64_t r = first + l;
+          return (T*)a.out + ((b * a.queries + r / group) * a.heads + g * group + r % group) * a.head_dim;
+        },
+        [&](int64_t m, Vec x) { return x * load<Vec>(total + m); });
   }
 };
 

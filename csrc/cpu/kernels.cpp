@@ -1,6 +1,20 @@
 // The kernels for one instruction set, which the compiler's options choose; its name is TABLE.
 
 #include "attention.h"
+#include "linear.h"
+#include "predict.h"
 
 extern const Kernels TABLE;
-const Kernels TABLE = {{attention<float>, attention<bf16>}};
+const Kernels TABLE = {
+    {attention<float>, attention<bf16>},
+    {pack_linear<float>, pack_linear<bf16>},
+    {linear<float>, linear<bf16>},
+    {pack_predict<float>, pack_predict<bf16>},
+    {predict<float>, predict<bf16>},
+    finish_predict,
+    ROWS_OF_X,
+    COLUMNS,
+    POSITIONS,
+    IDS,
+    FIELDS * POSITIONS,
+};

@@ -1,6 +1,7 @@
 // The library that dllm_fast/compiled.py loads: which instruction sets there are, and tasks shared out to threads.
 
 #include <atomic>
+#include <cmath>
 #include <cstdlib>
 #include <memory>
 #include <thread>
@@ -25,8 +26,10 @@ const Kernels* table(int level) {
   return &plain;
 }
 
+int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
+
 struct Job {
-  void (*run)(const void*, int64_t);
+  Task run;
   const void* arguments;
   int64_t tasks;
   std::atomic<int64_t> next;
@@ -42,7 +45,7 @@ void work(void* pointer) {
 using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 Parallel openmp = nullptr;
 
-void share(void (*run)(const void*, int64_t), const void* arguments, int64_t tasks, int64_t threads) {
+void share(Task run, const void* arguments, int64_t tasks, int64_t threads) {
   Job job{run, arguments, tasks, {0}};
   if (threads > tasks) threads = tasks;
   if (threads <= 1) return work(&job);
@@ -55,17 +58,17 @@ void share(void (*run)(const void*, int64_t), const void* arguments, int64_t tas
 
 }  // namespace
 
-void* scratch(size_t bytes) {
+void* scratch(size_t bytes, Use use) {
   struct Free {
     void operator()(void* memory) const { std::free(memory); }
   };
-  thread_local std::unique_ptr<void, Free> memory;
-  thread_local size_t size = 0;
-  if (bytes > size) {
-    size = (bytes + 4095) / 4096 * 4096;
-    memory.reset(std::aligned_alloc(64, size));
+  thread_local std::unique_ptr<void, Free> memory[2];
+  thread_local size_t size[2] = {0, 0};
+  if (bytes > size[use]) {
+    size[use] = (bytes + 4095) / 4096 * 4096;
+    memory[use].reset(std::aligned_alloc(64, size[use]));
   }
-  return memory.get();
+  return memory[use].get();
 }
 
 #pragma GCC visibility push(default)
@@ -87,8 +90,35 @@ int dllm_level() {
 void dllm_openmp(void* parallel) { openmp = reinterpret_cast<Parallel>(parallel); }
 
 void dllm_attention(const Attention* a, int level, int is_bf16, int64_t threads) {
-  const int64_t tiles = (a->queries * (a->heads / a->kv_heads) + a->tile - 1) / a->tile;
+  const int64_t tiles = parts(a->queries * (a->heads / a->kv_heads), a->tile);
   share(table(level)->attention[is_bf16], a, a->batch * a->kv_heads * tiles, threads);
+}
+
+void dllm_linear(Linear* a, int level, int is_bf16, int64_t threads) {
+  const Kernels& kernels = *table(level);
+  const int64_t panels = parts(a->rows, kernels.panel);
+  a->packed = static_cast<float*>(scratch(sizeof(float) * panels * kernels.panel * a->inputs, OF_CALL));
+  share(kernels.pack_linear[is_bf16], a, panels, threads);
+  share(kernels.linear[is_bf16], a, panels * parts(a->outputs, kernels.columns), threads);
+}
+
+void dllm_predict(Predict* a, int level, int is_bf16, int64_t threads) {
+  const Kernels& kernels = *table(level);
+  const int64_t tasks = parts(a->vocabulary, kernels.vocabulary), most = parts(a->rows, kernels.group);
+  const int64_t packed = most * kernels.group * (a->uncond ? 2 : 1) * a->width, part = most * tasks * kernels.part;
+  char* memory = static_cast<char*>(scratch(sizeof(float) * (packed + part) + sizeof(int64_t) * a->rows, OF_CALL));
+  a->packed = reinterpret_cast<float*>(memory);
+  a->part = a->packed + packed;
+  a->chosen = reinterpret_cast<int64_t*>(a->part + part);
+  a->chosen_rows = 0;
+  for (int64_t n = 0; n < a->rows; ++n) {
+    a->token[n] = a->mask_id, a->score[n] = -INFINITY, a->lse[n] = 0;
+    if (!a->candidate || a->candidate[n]) a->chosen[a->chosen_rows++] = n;
+  }
+  const int64_t groups = parts(a->chosen_rows, kernels.group);
+  share(kernels.pack_predict[is_bf16], a, groups, threads);
+  share(kernels.predict[is_bf16], a, groups * tasks, threads);
+  share(kernels.finish_predict, a, groups, threads);
 }
 
 }

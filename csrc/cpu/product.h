@@ -40,18 +40,16 @@ inline Vec multiply_add(Vec c, const char* word, Vec b) {
   return c + all(x) * b;
 }
 
-// Rows of a that share a load of NR vectors of b: as many accumulators as there are registers for, and enough to hide
-// the latency of the multiplications.
+// Vectors of b that are multiplied at once, and rows of a that share them: as many accumulators as leave registers for
+// the rest, and enough to hide the latency of the multiplications.
+constexpr int MOST_VECTORS = MANY_REGISTERS ? 3 : 2;
 template <int NR>
-constexpr int ROWS = MANY_REGISTERS ? (NR == 1 ? 16 : 8) : (NR == 1 ? 8 : 4);
-constexpr int MOST_VECTORS = 3;  // NR is 1, 2 or 3
+constexpr int ROWS = MANY_REGISTERS ? (NR == 1 ? 16 : 8) : (NR == 1 ? 8 : 6);
 
-// Where a's rows are. From main memory, the rows to come are fetched while these are multiplied.
-enum From { CACHE, MEMORY };
-
-template <class T, int MR, int NR, From FROM, class Init, class Done>
-inline __attribute__((always_inline)) void block(int64_t first, const char* a, int64_t row, int64_t step,
-                                                 const float* b, int64_t b_step, int64_t steps, Init init, Done done) {
+// Not inlined: in the middle of more code, GCC 12 keeps the accumulators in memory.
+template <class T, int MR, int NR, bool FETCH, class Init, class Done>
+__attribute__((noinline)) void block(int64_t first, const char* a, int64_t row, int64_t step, const float* b,
+                                     int64_t b_step, int64_t steps, const char* next, Init init, Done done) {
   Vec c[MR][NR];
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i)
@@ -60,11 +58,12 @@ inline __attribute__((always_inline)) void block(int64_t first, const char* a, i
   const char* base[(MR + 3) / 4];  // a pointer for every four rows: with one each there are too few registers
 #pragma GCC unroll 4
   for (int i = 0; i < MR; i += 4) base[i / 4] = a + (first + i) * row;
-  const int64_t stretch = FROM == MEMORY ? 16 : steps;  // words of a cache line
+  const int64_t stretch = FETCH ? 16 : steps;  // words of a cache line
   for (; steps > 0; steps -= stretch) {
-    if (FROM == MEMORY)
-#pragma GCC unroll 16
-      for (int i = 0; i < MR; ++i) __builtin_prefetch(base[i / 4] + (MR + i % 4) * row);
+    if (FETCH) {
+      for (int i = 0; i < MR; ++i) fetch(next + i * row);
+      next += stretch * step;
+    }
     for (int64_t s = 0; s < smaller(stretch, steps); ++s) {
       Vec x[NR];
 #pragma GCC unroll 3
@@ -86,16 +85,22 @@ inline __attribute__((always_inline)) void block(int64_t first, const char* a, i
     for (int n = 0; n < NR; ++n) done(first + i, n, c[i][n]);
 }
 
-// c[i][n] starts as init(i, n) and is handed to done(i, n, c), for i in [0, rows).
-template <class T, int NR, From FROM = CACHE, class Init, class Done>
+// c[i][n] starts as init(i, n) and is handed to done(i, n, c), for i in [0, rows). With FETCH, while rows are being
+// multiplied those after them are fetched from main memory; while the last are, those at ``next``.
+template <class T, int NR, bool FETCH = false, class Init, class Done>
 inline void product(int64_t rows, const char* a, int64_t row, int64_t step, const float* b, int64_t b_step,
-                    int64_t steps, Init init, Done done) {
+                    int64_t steps, const char* next, Init init, Done done) {
   constexpr int MR = ROWS<NR>;
   int64_t i = 0;
-  for (; i + MR <= rows; i += MR) block<T, MR, NR, FROM>(i, a, row, step, b, b_step, steps, init, done);
+  // Rows a multiple of 4096 bytes apart share one set of the first cache, which has no room for 16.
+  if (MR == 16 && row % 4096 == 0)
+    for (; i + 8 <= rows; i += 8)
+      block<T, 8, NR, FETCH>(i, a, row, step, b, b_step, steps, i + 8 < rows ? a + (i + 8) * row : next, init, done);
+  for (; i + MR <= rows; i += MR)
+    block<T, MR, NR, FETCH>(i, a, row, step, b, b_step, steps, i + MR < rows ? a + (i + MR) * row : next, init, done);
   if (MR > 4)
-    for (; i + 4 <= rows; i += 4) block<T, 4, NR, FROM>(i, a, row, step, b, b_step, steps, init, done);
-  for (; i < rows; ++i) block<T, 1, NR, FROM>(i, a, row, step, b, b_step, steps, init, done);
+    for (; i + 4 <= rows; i += 4) block<T, 4, NR, false>(i, a, row, step, b, b_step, steps, next, init, done);
+  for (; i < rows; ++i) block<T, 1, NR, false>(i, a, row, step, b, b_step, steps, next, init, done);
 }
 
 }  // namespace

@@ -60,6 +60,8 @@ inline Vec larger(Vec a, Vec b) {
 #endif
 }
 
+inline Vec to_float(Word x) { return __builtin_convertvector(x, Vec); }
+
 inline Vec from_bf16(Half x) { return (Vec)(__builtin_convertvector(x, Word) << 16); }
 
 // Round to the nearest, ties to even; NaN stays NaN.
@@ -70,6 +72,14 @@ inline Half to_bf16(Vec x) {
   Int nan = x != x;
   return __builtin_convertvector(((Word)nan & quiet) | (~(Word)nan & nearest), Half);
 }
+
+// Ask main memory for the cache line at x.
+inline void fetch(const void* x) {
+  __builtin_prefetch(x);
+  asm volatile("");  // GCC takes a function that does nothing else for one without effect, and drops its calls
+}
+
+constexpr float LOG2E = 1.4426950408889634f;
 
 // 2^x for x <= 126, exactly 0 from -127 down, within 1.3 * 2^-24 relative above -126: 2^n by the exponent bits, 2^f on
 // |f| <= 1/2 by a minimax polynomial.

@@ -8,6 +8,14 @@ namespace {
 
 inline int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
+constexpr int AHEAD = 4096;  // bytes by which main memory is asked before what is widened
+
+inline float widen(float x) { return x; }
+inline float widen(bf16 x) {
+  const uint32_t bits = uint32_t(x) << 16;
+  return load<float>(&bits);
+}
+
 // W words from the n elements at ``from``, or from the first of them; zeros after the n-th.
 template <class T>
 inline Word load_words(const T* from, int64_t n) {
@@ -22,8 +30,10 @@ inline Word load_words(const T* from, int64_t n) {
 // n elements as words, whole vectors of them: up to W - 1 words more than there are.
 template <class T>
 inline void copy_words(void* to, const T* from, int64_t n) {
-  for (int64_t i = 0; i < n; i += W * PER_WORD<T>)
+  for (int64_t i = 0; i < n; i += W * PER_WORD<T>) {
+    fetch(from + i + AHEAD / sizeof(T));
     store((uint32_t*)to + i / PER_WORD<T>, load_words(from + i, n - i));
+  }
 }
 
 // n fp32 of a vector, rounded to T.
@@ -68,6 +78,32 @@ inline Word interleave(Vec low, Vec high) {
 }
 #endif
 
+// [words of a row, lanes] from ``rows`` rows of n elements; lane l is row(l), those past the last are 0.
+template <class T, class Row>
+inline void pack(float* to, int64_t rows, int64_t n, Row row) {
+  const int64_t words = parts(n, PER_WORD<T>), lanes = parts(rows, W) * W;
+  for (int64_t m = 0; m < lanes; m += W)
+    for (int64_t w = 0; w < words; w += W) {
+      Word x[W] = {};
+      for (int64_t l = 0; l < smaller(W, rows - m); ++l)
+        x[l] = load_words((const T*)row(m + l) + w * PER_WORD<T>, n - w * PER_WORD<T>);
+      transpose(x);
+      for (int64_t i = 0; i < smaller(W, words - w); ++i) store(to + (w + i) * lanes + m, x[i]);
+    }
+}
+
+// ``rows`` rows of n elements, at row(l), from [n, lanes]; what is read passes through f(lane, x).
+template <class T, class Row, class F>
+inline void unpack(const float* from, int64_t lanes, int64_t rows, int64_t n, Row row, F f) {
+  for (int64_t m = 0; m < lanes; m += W)
+    for (int64_t d = 0; d < n; d += W) {
+      Word x[W] = {};
+      for (int64_t i = 0; i < smaller(W, n - d); ++i) x[i] = (Word)f(m, load<Vec>(from + (d + i) * lanes + m));
+      transpose(x);
+      for (int64_t l = 0; l < smaller(W, rows - m); ++l) store_rounded((T*)row(m + l) + d, (Vec)x[l], n - d);
+    }
+}
+
 // f(Count<NR>, first) for ``vectors`` in groups of at most MOST_VECTORS.
 template <int N>
 struct Count {
@@ -75,10 +111,10 @@ struct Count {
 };
 
 template <class F>
-inline void in_groups(int vectors, F f) {
-  int v = 0;
-  for (; v + 3 <= vectors; v += 3) f(Count<3>(), v);
-  if (vectors - v == 2) f(Count<2>(), v);
+inline void in_groups(int64_t vectors, F f) {
+  int64_t v = 0;
+  for (; v + MOST_VECTORS <= vectors; v += MOST_VECTORS) f(Count<MOST_VECTORS>(), v);
+  if (MOST_VECTORS == 3 && vectors - v == 2) f(Count<2>(), v);
   if (vectors - v == 1) f(Count<1>(), v);
 }
 
