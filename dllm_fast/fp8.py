@@ -78,8 +78,9 @@ class Fp8:
         for linears in groups:
             self.copies[linears[0]] = _copied(linears, self.copies.get(linears[0]))
 
-    def __call__(self, x: torch.Tensor, *linears: nn.Module) -> tuple[torch.Tensor, ...]:
-        """``linear(x)`` of each, [..., out], with rounded weights; without rounding where a gradient is wanted."""
+    def __call__(self, x: torch.Tensor, *linears: nn.Module, impl: str = "torch") -> tuple[torch.Tensor, ...]:
+        """``linear(x)`` of each, [..., out], with rounded weights; without rounding where a gradient is wanted. The
+        product is PyTorch's under every ``impl``."""
         parameters = (parameter for linear in linears for parameter in linear.parameters())
         if wants_grad(itertools.chain([x], parameters)):
             return tuple(linear(x) for linear in linears)

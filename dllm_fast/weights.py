@@ -12,14 +12,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.hooks import RemovableHandle
+
+from dllm_fast import ops
 
 Products = Callable[..., tuple[torch.Tensor, ...]]  # `products`, or another way to the same
 
 
-def products(x: torch.Tensor, *linears: nn.Module) -> tuple[torch.Tensor, ...]:
+def products(x: torch.Tensor, *linears: nn.Module, impl: str = "torch") -> tuple[torch.Tensor, ...]:
     """``linear(x)`` of each, [..., out]; as slices of one product where their weights are fused.
 
     They are multiplied one by one where a gradient is wanted, since the parameters are the leaves it must reach; and
@@ -29,9 +30,11 @@ def products(x: torch.Tensor, *linears: nn.Module) -> tuple[torch.Tensor, ...]:
     if len(linears) > 1 and not torch.compiler.is_compiling():
         matrix = fused(linears)
         if matrix is not None:
-            return F.linear(x, matrix).split_with_sizes([linear.out_features for linear in linears], -1)
+            return ops.linear(x, matrix, impl=impl).split_with_sizes([linear.out_features for linear in linears], -1)
     return tuple(
-        F.linear(x, linear._parameters["weight"], linear._parameters["bias"]) if plain(linear) else linear(x)
+        ops.linear(x, linear._parameters["weight"], linear._parameters["bias"], impl=impl)
+        if plain(linear)
+        else linear(x)
         for linear in linears
     )
 

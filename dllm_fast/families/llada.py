@@ -68,7 +68,7 @@ class LLaDA:
             y, x = self._norm(x, delta, block.attn_norm)
             if cache is not None:
                 cache.keep_state(layer, x, slot)
-            q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in products(y, *_qkv(block)))
+            q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in products(y, *_qkv(block), impl=impl))
             q, k, v = ops.rope(q, k, v, cos, sin, position, slot, *(cache[layer] if cache else ()), impl=impl)
             if layer == self.layers - 1 and is_span(rows):
                 q, x, begin = take(q, rows), take(x, rows), rows[:, 0] + (0 if slot is None else slot)
@@ -76,8 +76,9 @@ class LLaDA:
             attended = ops.attention(q, k, v, seen, impl=impl).flatten(2)
             if layer == self.layers - 1:
                 attended, x = take(attended, rows), take(x, rows)
-            y, x = self._norm(x, *products(attended, block.attn_out), block.ff_norm)
-            (delta,) = products(ops.swiglu(*products(y, *_gate_up(block)), impl=impl), block.ff_out)
+            y, x = self._norm(x, *products(attended, block.attn_out, impl=impl), block.ff_norm)
+            gate_up = products(y, *_gate_up(block), impl=impl)
+            (delta,) = products(ops.swiglu(*gate_up, impl=impl), block.ff_out, impl=impl)
         return self._norm(x, delta, transformer.ln_f)[0]
 
     def _norm(self, x, delta, norm):

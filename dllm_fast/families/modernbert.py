@@ -66,7 +66,7 @@ class ModernBert:
                 y, x = self._norm(x, delta, block.attn_norm)
             if cache is not None:
                 cache.keep_state(layer, x, slot)
-            (qkv,) = products(y, block.attn.Wqkv)
+            (qkv,) = products(y, block.attn.Wqkv, impl=impl)
             qkv = qkv.unflatten(-1, (3, self.heads, self.head_dim))
             cos, sin = self._tables(self.thetas[layer], x.device)
             buffers = cache[layer] if cache else ()
@@ -78,9 +78,9 @@ class ModernBert:
             attended = ops.attention(q, k, v, seen[window], impl=impl).flatten(2)
             if layer == self.layers - 1:
                 attended, x = take(attended, rows), take(x, rows)
-            y, x = self._norm(x, *products(attended, block.attn.Wo), block.mlp_norm)
-            (gate_up,) = products(y, block.mlp.Wi)
-            (delta,) = products(ops.geglu(*gate_up.chunk(2, -1), impl=impl), block.mlp.Wo)
+            y, x = self._norm(x, *products(attended, block.attn.Wo, impl=impl), block.mlp_norm)
+            (gate_up,) = products(y, block.mlp.Wi, impl=impl)
+            (delta,) = products(ops.geglu(*gate_up.chunk(2, -1), impl=impl), block.mlp.Wo, impl=impl)
         x = self._norm(x, delta, backbone.final_norm)[0]
         return self._norm(F.gelu(self.model.head.dense(x)), None, self.model.head.norm)[0]
 
