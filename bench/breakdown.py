@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from bench.harness import clock
 from dllm_fast import ops
 
-PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "mkldnn::", "mkl::", "dllm_fast::linear")
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "mkldnn::", "mkl::", "dllm_fast::cpu_linear")
 SCOPES = {
     "attention": "attention",
     "rms_norm": "norm, rope, gate",
@@ -29,10 +29,11 @@ SCOPES = {
     "predict": "selection",
     "commit": "commit",
 }
-# The first that matches. The kernel that selects also multiplies by the LM head.
+BOTH = "LM head, selection"  # of a kernel that also multiplies by the LM head
+# The first that matches.
 KERNELS = (
     ("attention", ("flash", "fmha", "attention")),
-    ("LM head, selection", ("predict", "select", "argmax", "logsumexp")),
+    (BOTH, ("predict", "select", "argmax", "logsumexp")),
     ("commit", ("commit",)),
     ("norm, rope, gate", ("norm", "rope", "swiglu", "geglu")),
     ("products", ("gemm", "nvjet", "cutlass", "cublas", "splitk")),
@@ -79,6 +80,8 @@ def _scopes() -> Iterator[None]:
 
 
 def _category(event) -> str:
+    if event.name == "dllm_fast::cpu_predict":
+        return BOTH
     product = event.name.startswith(PRODUCTS)
     parent = event
     while parent is not None:
