@@ -14,7 +14,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from dllm_fast import ops
 from dllm_fast.patch import bound_family, bound_pool
@@ -196,7 +195,7 @@ class _Scorer:
             return sums.tolist()
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        logits = F.linear(hidden, *self.family.head())
+        logits = ops.linear(hidden, *self.family.head(), impl=self.family.impl)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def _most_confident(self, pairs, masks) -> list[tuple[int, int]]:

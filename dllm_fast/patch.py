@@ -257,4 +257,4 @@ def _fast_forward(self, input_ids=None, attention_mask=None, **kwargs):
     if not plain or span is None:
         return state.forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
     hidden = family.hidden(input_ids, *span)
-    return state.output(logits=nn.functional.linear(hidden, *family.head()))
+    return state.output(logits=ops.linear(hidden, *family.head(), impl=family.impl))

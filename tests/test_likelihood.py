@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoTokenizer
 
 import dllm_fast
-from dllm_fast import likelihood, ops
+from dllm_fast import compiled, likelihood, ops
 from dllm_fast.likelihood import are_greedy, draw_masks, log_likelihood, log_likelihoods
 from dllm_fast.patch import bound_family
 from dllm_fast.published import published_generate
@@ -166,11 +166,12 @@ def test_logits_are_of_masked_rows_a_chunk_at_a_time(llada, monkeypatch):
     monkeypatch.setattr(ops, "CHUNK", 16)
     model = dllm_fast.patch(llada)
     pairs, rows, head = make_pairs((20, 12), (5, 9)), [], bound_family(model).head()[0]
+    products = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, compiled.linear)
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
-            if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default) and out.shape[-1] == VOCAB:
+            if func in products and out.shape[-1] == VOCAB:
                 rows.append(len(out))
             of_the_head = isinstance(out, torch.Tensor) and out.data_ptr() == head.data_ptr()
             if isinstance(out, torch.Tensor) and out.shape[-1:] == (VOCAB,) and not of_the_head:
