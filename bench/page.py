@@ -30,6 +30,7 @@ h2 { font-size: 1.25em; margin: 1.6em 0 0.4em; }
 p, li, figcaption { max-width: 60em; }
 .soft, figcaption { color: var(--soft); font-size: 0.9em; overflow-wrap: anywhere; }
 .cards, .pictures { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); }
+.pictures { grid-template-columns: repeat(auto-fit, minmax(min(100%, 36rem), 1fr)); }
 .pictures { align-items: start; }
 .card { background: var(--card); border-radius: 0.5rem; padding: 0.8rem 1rem; }
 .card h3 { margin: 0; font-size: 1.05em; }
