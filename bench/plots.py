@@ -194,7 +194,7 @@ def variants(result: dict) -> Figure | None:
         axes.set_ylim(-0.7, len(group) - 0.3)
         axes.set_title(f"{schedule} (setting, then NFE)", loc="left", fontsize=11)
         axes.grid(True, axis="x", linewidth=0.6)
-    panels[-1, 0].set_xlabel("answers without a mistake, %, and 95 % interval")
+    panels[-1, 0].set_xlabel("without a mistake, %, and 95 % interval")
     _heading(figure, title(result))
     return figure
 
