@@ -81,13 +81,11 @@ inline void fetch(const void* x) {
 
 constexpr float LOG2E = 1.4426950408889634f;
 
-// 2^x for x <= 126, exactly 0 from -127 down, within 1.3 * 2^-24 relative above -126: 2^n by the exponent bits, 2^f on
-// |f| <= 1/2 by a minimax polynomial.
-inline Vec exp2_small(Vec x) {
-  x = larger(all(-127.0f), x);
-  const Vec magic = all(12582912.0f);  // 1.5 * 2^23: what is added to it is rounded to a whole number in its low bits
-  Vec shifted = x + magic;
-  Vec f = x - (shifted - magic);
+constexpr float MAGIC = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to a whole number in its low bits
+
+// 2^(n + f) for -126 <= n <= 126, |f| <= 1/2 and ``shifted`` MAGIC + n: n into the exponent bits, 2^f by a minimax
+// polynomial.
+inline Vec exp2_parts(Vec shifted, Vec f) {
   Vec p = all(1.535336203e-4f);
   p = p * f + 1.339887448e-3f;
   p = p * f + 9.618437358e-3f;
@@ -96,6 +94,13 @@ inline Vec exp2_small(Vec x) {
   p = p * f + 6.931472029e-1f;
   p = p * f + 1.0f;
   return (Vec)((Int)p + ((Int)shifted << 23));
+}
+
+// 2^x for x <= 126, exactly 0 from -127 down, within 1.3 * 2^-24 relative above -126.
+inline Vec exp2_small(Vec x) {
+  x = larger(all(-127.0f), x);
+  const Vec shifted = x + MAGIC;
+  return exp2_parts(shifted, x - (shifted - MAGIC));
 }
 
 // A W x W block of 32-bit words, transposed in place.

@@ -1,0 +1,182 @@
+"""The kernels of the compiled extension that pass over their input once: RMSNorm, SwiGLU and RoPE, as custom ops."""
+
+import ctypes
+
+import torch
+
+from dllm_fast.compiled import _check, _check_float, _define, _pointer, _run, _Strides
+
+
+class _RmsNorm(ctypes.Structure):
+    """`RmsNorm` of csrc/cpu/api.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "residual", "weight", "y", "sum")),
+        *((name, ctypes.c_int64) for name in ("rows", "width", "x_stride", "residual_stride", "chunk")),
+        ("eps", ctypes.c_float),
+    )
+
+
+def _rms_norm(x, weight, eps, residual):
+    """y and h. An op may not return its input: without a residual h is empty, and `rms_norm` puts x in its place."""
+    _check_float("weight", weight, 1)
+    _check(weight.dtype, x=(x, (*x.shape[:-1], *weight.shape)), weight=(weight, weight.shape), residual=(residual, x.shape))
+    y = torch.empty(x.shape, dtype=x.dtype)
+    h = torch.empty(0 if residual is None else x.shape, dtype=x.dtype)
+    if y.numel():
+        rows, other = _rows(x), None if residual is None else _rows(residual)
+        arguments = _RmsNorm(
+            *map(_pointer, (rows, other, weight, y, h)),
+            *(*rows.shape, rows.stride(0), 0 if other is None else other.stride(0), 0, eps),
+        )
+        _run("dllm_rms_norm", arguments, x.dtype)
+    return y, h
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """x [..., d] as [N, d], not copied where one stride leads from row to row."""
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+_rms_norm_op = _define(
+    "cpu_rms_norm(Tensor x, Tensor weight, float eps, Tensor? residual=None) -> (Tensor, Tensor)",
+    _rms_norm,
+    lambda x, weight, eps, residual=None: (x.new_empty(x.shape), x.new_empty(0 if residual is None else x.shape)),
+)
+
+
+def rms_norm(
+    x: torch.Tensor,  # [..., d]
+    weight: torch.Tensor,  # [d]
+    eps: float,
+    residual: torch.Tensor | None = None,  # [..., d]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`reference.rms_norm` for fp32 and bf16.
+
+    Raises:
+        ValueError: a shape, dtype or stride that does not fit; it names the tensor.
+    """
+    y, h = _rms_norm_op(x, weight, eps, residual)
+    return y, x if residual is None else h
+
+
+class _SwiGlu(ctypes.Structure):
+    """`SwiGlu` of csrc/cpu/api.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("gate", "up", "out")),
+        *((name, ctypes.c_int64) for name in ("rows", "width", "gate_stride", "up_stride", "chunk")),
+    )
+
+
+def _swiglu(
+    gate: torch.Tensor,  # [..., f]
+    up: torch.Tensor,  # [..., f]
+) -> torch.Tensor:
+    """`reference.swiglu` for fp32 and bf16: one rounding.
+
+    Raises:
+        ValueError: a shape, dtype or stride that does not fit; it names the tensor.
+    """
+    _check_float("gate", gate, max(gate.dim(), 1))
+    _check(gate.dtype, gate=(gate, gate.shape), up=(up, gate.shape))
+    out = torch.empty(gate.shape, dtype=gate.dtype)
+    if out.numel():
+        x, y = _rows(gate), _rows(up)
+        arguments = _SwiGlu(*map(_pointer, (x, y, out)), *x.shape, x.stride(0), y.stride(0), 0)
+        _run("dllm_swiglu", arguments, gate.dtype)
+    return out
+
+
+swiglu = _define("cpu_swiglu(Tensor gate, Tensor up) -> Tensor", _swiglu, lambda gate, up: gate.new_empty(gate.shape))
+
+
+class _Rope(ctypes.Structure):
+    """`Rope` of csrc/cpu/api.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "cos", "sin", "position", "slot")),
+        *((name, ctypes.c_void_p) for name in ("out", "keys", "values")),
+        *((name, ctypes.c_int64) for name in ("batch", "queries", "heads", "kv_heads", "head_dim", "slots")),
+        *((name, ctypes.c_int64) for name in ("positions", "cos_stride", "sin_stride")),
+        *((name, _Strides) for name in ("q_stride", "k_stride", "v_stride", "keys_stride", "values_stride")),
+        ("chunk", ctypes.c_int64),
+    )
+
+
+def _rope(
+    q: torch.Tensor,  # [B, T, H, D]
+    k: torch.Tensor,  # [B, T, G, D]
+    v: torch.Tensor | None,  # [B, T, G, D]
+    cos: torch.Tensor,  # [P, D/2] fp32
+    sin: torch.Tensor,  # [P, D/2] fp32
+    position: torch.Tensor | None,  # [B] int64: position of each row's first query
+    slot: torch.Tensor | None,  # [B] int64: buffer slot of each row's first query
+    keys: torch.Tensor,  # [B, S, G, D], written in place
+    values: torch.Tensor | None,  # [B, S, G, D], written in place
+) -> torch.Tensor:
+    _check_float("q", q, 4)
+    batch, queries, heads, head_dim = q.shape
+    if head_dim % 2:
+        raise ValueError(f"q.shape={tuple(q.shape)}: the head dim is odd")
+    if k.dim() != 4:
+        raise ValueError(f"k.shape={tuple(k.shape)} does not fit q.shape={tuple(q.shape)}")
+    row, kv_heads = (batch, queries, k.shape[2], head_dim), k.shape[2]
+    buffer = (batch, *keys.shape[1:2], kv_heads, head_dim)
+    _check(q.dtype, q=(q, q.shape), k=(k, row), v=(v, row), keys=(keys, buffer), values=(values, buffer))
+    table = (*cos.shape[:1], head_dim // 2)
+    _check(torch.float32, cos=(cos, table), sin=(sin, table))
+    _check(torch.int64, position=(position, (batch,)), slot=(slot, (batch,)))
+    out = torch.empty(q.shape, dtype=q.dtype)
+    if out.numel() or k.numel():
+        if not cos.shape[0]:
+            raise ValueError(f"cos.shape={tuple(cos.shape)} holds no position")
+        arguments = _Rope(
+            *map(_pointer, (q, k, v, cos, sin, position, slot, out, keys, values)),
+            *(batch, queries, heads, kv_heads, head_dim, keys.shape[1], cos.shape[0], cos.stride(0), sin.stride(0)),
+            *((0, 0, 0) if x is None else x.stride()[:3] for x in (q, k, v, keys, values)),
+        )
+        _run("dllm_rope", arguments, q.dtype)
+    return out
+
+
+def _rotated(q, k, cos, sin, position):
+    turned = torch.empty(k.shape, dtype=k.dtype)
+    return _rope(q, k, None, cos, sin, position, None, turned, None), turned
+
+
+_rope_op = _define(
+    "cpu_rope(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor? position, Tensor? slot, Tensor(a!) keys, "
+    "Tensor(b!) values) -> Tensor",
+    _rope,
+    lambda q, *rest: q.new_empty(q.shape),
+)
+_rotated_op = _define(
+    "cpu_rotated(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor? position) -> (Tensor, Tensor)",
+    _rotated,
+    lambda q, k, *rest: (q.new_empty(q.shape), k.new_empty(k.shape)),
+)
+
+
+def rope(
+    q: torch.Tensor,  # [B, T, H, D]
+    k: torch.Tensor,  # [B, T, G, D]
+    v: torch.Tensor,  # [B, T, G, D]
+    cos: torch.Tensor,  # [P, D/2] fp32
+    sin: torch.Tensor,  # [P, D/2] fp32
+    position: torch.Tensor | None = None,  # [B] int64: position of each row's first query
+    slot: torch.Tensor | None = None,  # [B] int64: buffer slot of each row's first query
+    keys: torch.Tensor | None = None,  # [B, S, G, D], written in place
+    values: torch.Tensor | None = None,  # [B, S, G, D], written in place
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`reference.rope` for fp32 and bf16: the rotated q, the keys and the values.
+
+    Without buffers those are the rotated k, and v itself. ``position`` and ``slot`` default to 0. The strides are free
+    but for the last dimension's.
+
+    Raises:
+        ValueError: a shape, dtype or stride that does not fit; it names the tensor.
+    """
+    if keys is None:
+        return *_rotated_op(q, k, cos, sin, position), v
+    return _rope_op(q, k, v, cos, sin, position, slot, keys, values), keys, values
