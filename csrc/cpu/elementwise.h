@@ -100,12 +100,12 @@ void rms_norm(const void* arguments, int64_t task) {
 
 // x / (1 + e^-x), by e^-|x|, which cannot overflow; below -87 that counts as 0.
 inline Vec silu(Vec x) {
-  const Vec negative = choose(x < 0.0f, x, -x);
+  const Vec negative = (Vec)((Word)x | 0x80000000u);
   const Vec shifted = negative * LOG2E + MAGIC, n = shifted - MAGIC;
   // n ln 2 in two parts, the first of them exact: e^x would lose digits of a large x.
   const Vec e = exp2_parts(shifted, ((negative - n * 0.693359375f) + n * 2.12194440e-4f) * LOG2E);
   const Vec small = choose(negative > -87.0f, e, Vec{});
-  return x * (choose(x < 0.0f, small, all(1.0f)) / (small + 1.0f));
+  return x * (choose(x < 0.0f, small, all(1.0f)) * reciprocal(small + 1.0f));
 }
 
 template <class T>
