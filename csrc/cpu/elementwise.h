@@ -79,9 +79,9 @@ inline void normalise(const T* x, const T* residual, const T* weight, T* y, T* s
   const Vec scale = all(1.0f / sqrtf(lane[0] / float(width) + eps));
   const T* h = RESIDUAL ? sum : x;
   vectors(width, [&](int64_t i, int64_t n) {
-    // Rounded before the weight multiplies it, as LLaDA does.
-    const Lanes<T> normed = rounded<T>(wide(read(h + i, n)) * scale);
-    write(y + i, rounded<T>(wide(normed) * wide(read(weight + i, n))), n);
+    Vec normed = wide(read(h + i, n)) * scale;
+    if (sizeof(T) == 2) normed = rounded_to_bf16(normed);  // before the weight multiplies it, as LLaDA does
+    write(y + i, rounded<T>(normed * wide(read(weight + i, n))), n);
   });
 }
 

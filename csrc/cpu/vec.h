@@ -99,14 +99,26 @@ inline Half to_halves(Word x) {  // below 2^16
 
 inline Vec from_bf16(Half x) { return (Vec)(to_words(x) << 16); }
 
-// Round to the nearest, ties to even; NaN stays NaN. The CPU's own instruction takes what is below 2^-126 for 0.
+// Bits whose upper halves are x as bf16, rounded to the nearest, ties to even. A NaN of arithmetic, which is quiet, stays.
+inline Word nearest_bf16(Vec x) {
+  const Word bits = (Word)x;
+  return x == x ? bits + (((bits >> 16) & 1) + 0x7FFF) : bits;
+}
+
+// The CPU's own instruction takes what is below 2^-126 for 0.
 inline Half to_bf16(Vec x) {
 #if defined(__AVX512BF16__)
   return (Half)_mm512_cvtneps_pbh(x);
 #else
-  const Word bits = (Word)x;
-  const Word nearest = bits + 0x7FFF + ((bits >> 16) & 1);
-  return to_halves((x == x ? nearest : bits | 0x400000) >> 16);
+  return to_halves(nearest_bf16(x) >> 16);
+#endif
+}
+
+inline Vec rounded_to_bf16(Vec x) {
+#if defined(__AVX512BF16__)
+  return from_bf16(to_bf16(x));
+#else
+  return (Vec)(nearest_bf16(x) & 0xFFFF0000u);
 #endif
 }
 
