@@ -47,7 +47,7 @@ struct RmsNorm {
   void *y, *sum;                      // [N, d], contiguous; the sum where there is a residual
   int64_t rows, width, x_stride, residual_stride;
   int64_t chunk;  // rows of a task, filled in on the way
-  float eps;
+  double eps;
 };
 
 struct SwiGlu {

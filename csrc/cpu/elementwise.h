@@ -59,7 +59,7 @@ inline void vectors(int64_t n, F f) {
 }
 
 template <class T, bool RESIDUAL>
-inline void normalise(const T* x, const T* residual, const T* weight, T* y, T* sum, int64_t width, float eps) {
+inline void normalise(const T* x, const T* residual, const T* weight, T* y, T* sum, int64_t width, double eps) {
   constexpr int SUMS = 4;  // one would wait for itself, and be less exact
   Vec total[SUMS] = {};
   auto square = [&](int64_t i, int64_t n) {
@@ -72,11 +72,12 @@ inline void normalise(const T* x, const T* residual, const T* weight, T* y, T* s
 #pragma GCC unroll 4
     for (int s = 0; s < SUMS; ++s) total[s] += square(i + s * W, W);
   vectors(width - i, [&](int64_t j, int64_t n) { total[0] += square(i + j, n); });
-  float lane[W];
-  store(lane, (total[0] + total[1]) + (total[2] + total[3]));
+  // In fp64: what this loses, every element of the row loses.
+  double lane[W];
+  for (int l = 0; l < W; ++l) lane[l] = (total[0][l] + total[1][l]) + (total[2][l] + total[3][l]);
   for (int step = W / 2; step; step /= 2)
     for (int l = 0; l < step; ++l) lane[l] += lane[l + step];
-  const Vec scale = all(1.0f / sqrtf(lane[0] / float(width) + eps));
+  const Vec scale = all(float(1.0 / sqrt(lane[0] / double(width) + eps)));
   const T* h = RESIDUAL ? sum : x;
   vectors(width, [&](int64_t i, int64_t n) {
     Vec normed = wide(read(h + i, n)) * scale;
