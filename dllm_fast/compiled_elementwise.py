@@ -62,11 +62,14 @@ def rms_norm(
     eps: float,
     residual: torch.Tensor | None = None,  # [..., d]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`reference.rms_norm` for fp32 and bf16.
+    """`reference.rms_norm` for fp32 and bf16; x and residual may be one of each, which autocast makes them.
 
     Raises:
         ValueError: a shape, dtype or stride that does not fit; it names the tensor.
     """
+    if residual is not None and residual.dtype != x.dtype:
+        wide = torch.promote_types(x.dtype, residual.dtype)
+        x, residual = x.to(wide), residual.to(wide)
     y, h = _rms_norm_op(x, weight, eps, residual)
     return y, x if residual is None else h
 
