@@ -106,7 +106,7 @@ inline Vec silu(Vec x) {
   // n ln 2 in two parts, the first of them exact: e^x would lose digits of a large x.
   const Vec e = exp2_parts(shifted, ((negative - n * 0.693359375f) + n * 2.12194440e-4f) * LOG2E);
   const Vec small = choose(negative > -87.0f, e, Vec{});
-  return x * (choose(x < 0.0f, small, all(1.0f)) * reciprocal(small + 1.0f));
+  return x * (choose(x < 0.0f, small, all(1.0f)) / (small + 1.0f));
 }
 
 template <class T>

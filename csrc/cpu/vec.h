@@ -60,19 +60,6 @@ inline Vec larger(Vec a, Vec b) {
 #endif
 }
 
-// 1 / x for x in [1, 2], within 2^-23 relative: a division takes longer than all the rest of a gate.
-inline Vec reciprocal(Vec x) {
-#if defined(__AVX512F__)
-  const Vec y = _mm512_rcp14_ps(x);
-  return y + y * (1.0f - x * y);
-#elif defined(__AVX2__)
-  const Vec y = _mm256_rcp_ps(x), rest = 1.0f - x * y;  // rest^2 is 2.25 * 2^-24
-  return y + y * (rest + rest * rest);
-#else
-  return 1.0f / x;
-#endif
-}
-
 inline Vec to_float(Word x) { return __builtin_convertvector(x, Vec); }
 
 // GCC 12 takes the conversions of vectors apart into halves.
