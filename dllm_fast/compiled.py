@@ -60,7 +60,8 @@ def _library() -> ctypes.CDLL:
     library = ctypes.CDLL(spec.origin)
     openmp = getattr(ctypes.CDLL(torch._C.__file__), "GOMP_parallel", None)
     library.dllm_openmp(ctypes.cast(openmp, ctypes.c_void_p))
-    for kernel in (library.dllm_attention, library.dllm_linear, library.dllm_predict):
+    for name in ("attention", "linear", "predict", "rms_norm", "swiglu", "rope"):
+        kernel = getattr(library, f"dllm_{name}")
         kernel.argtypes, kernel.restype = (ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_int64), None
     return library
 

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-from dllm_fast import compiled
+from dllm_fast import compiled, compiled_elementwise
 from dllm_fast.kernels import reference
 from dllm_fast.kernels.checks import FLOATS
 
@@ -87,6 +87,8 @@ def rms_norm(x, weight, eps, residual=None, impl="torch"):
     """`reference.rms_norm`."""
     if impl == "triton":
         return _triton().rms_norm(x, weight, eps, residual)
+    if impl == "cpp":
+        return compiled_elementwise.rms_norm(x, weight, eps, residual)
     return reference.rms_norm(x, weight, eps, residual)
 
 
@@ -102,6 +104,8 @@ def swiglu(gate, up, impl="torch"):
     """`reference.swiglu`."""
     if impl == "triton":
         return _triton().swiglu(gate, up)
+    if impl == "cpp":
+        return compiled_elementwise.swiglu(gate, up)
     return F.silu(gate) * up
 
 
@@ -124,6 +128,8 @@ def rope(q, k, v, cos, sin, position=None, slot=None, keys=None, values=None, im
             keys, values = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
         position, slot = (zero if x is None else x for x in (position, slot))
         return _triton().rope(q, k, v, cos, sin, position, slot, keys, values), keys, values
+    if impl == "cpp":
+        return compiled_elementwise.rope(q, k, v, cos, sin, position, slot, keys, values)
     if position is None:
         c, s = cos[: q.shape[1], None], sin[: q.shape[1], None]
     else:

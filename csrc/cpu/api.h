@@ -42,11 +42,38 @@ struct Predict {
   float temperature, guidance;  // guidance: cfg_scale + 1
 };
 
+struct RmsNorm {
+  const void *x, *residual, *weight;  // [N, d], [N, d] or null, [d]: one dtype
+  void *y, *sum;                      // [N, d], contiguous; the sum where there is a residual
+  int64_t rows, width, x_stride, residual_stride;
+  int64_t chunk;  // rows of a task, filled in on the way
+  double eps;
+};
+
+struct SwiGlu {
+  const void *gate, *up;  // [N, f]: one dtype
+  void* out;              // [N, f], contiguous
+  int64_t rows, width, gate_stride, up_stride;
+  int64_t chunk;  // rows of a task, filled in on the way
+};
+
+struct Rope {
+  const void *q, *k, *v;           // [B, T, H, D], [B, T, G, D], [B, T, G, D] or null: one dtype
+  const float *cos, *sin;          // [P, D/2]
+  const int64_t *position, *slot;  // [B], or null: 0
+  void* out;                       // [B, T, H, D], contiguous
+  void *keys, *values;             // [B, S, G, D]: written where the slots are; values where there is v
+  int64_t batch, queries, heads, kv_heads, head_dim, slots, positions, cos_stride, sin_stride;
+  int64_t q_stride[3], k_stride[3], v_stride[3], keys_stride[3], values_stride[3];
+  int64_t chunk;  // query rows of a task, filled in on the way
+};
+
 using Task = void (*)(const void* arguments, int64_t task);
 
 // The kernels of one instruction set, for fp32 and bf16. A task computes the same whichever thread does it.
 struct Kernels {
   Task attention[2], pack_linear[2], linear[2], pack_predict[2], predict[2], finish_predict;
+  Task rms_norm[2], swiglu[2], rope[2];
   int64_t panel, columns;     // rows of x and of W of a `linear` task
   int64_t group, vocabulary;  // rows of hidden states and of W of a `predict` task
   int64_t part;               // floats that it leaves

@@ -1,6 +1,7 @@
 // The kernels for one instruction set, which the compiler's options choose; its name is TABLE.
 
 #include "attention.h"
+#include "elementwise.h"
 #include "linear.h"
 #include "predict.h"
 
@@ -12,6 +13,9 @@ const Kernels TABLE = {
     {pack_predict<float>, pack_predict<bf16>},
     {predict<float>, predict<bf16>},
     finish_predict,
+    {rms_norm<float>, rms_norm<bf16>},
+    {swiglu<float>, swiglu<bf16>},
+    {rope<float>, rope<bf16>},
     ROWS_OF_X,
     COLUMNS,
     POSITIONS,

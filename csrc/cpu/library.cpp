@@ -28,6 +28,9 @@ const Kernels* table(int level) {
 
 int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
+// Rows of a task that only passes over them: fewer elements would be done before another thread is awake.
+int64_t chunk(int64_t elements) { return elements < 32768 ? 32768 / elements : 1; }
+
 struct Job {
   Task run;
   const void* arguments;
@@ -119,6 +122,21 @@ void dllm_predict(Predict* a, int level, int is_bf16, int64_t threads) {
   share(kernels.pack_predict[is_bf16], a, groups, threads);
   share(kernels.predict[is_bf16], a, groups * tasks, threads);
   share(kernels.finish_predict, a, groups, threads);
+}
+
+void dllm_rms_norm(RmsNorm* a, int level, int is_bf16, int64_t threads) {
+  a->chunk = chunk(a->width);
+  share(table(level)->rms_norm[is_bf16], a, parts(a->rows, a->chunk), threads);
+}
+
+void dllm_swiglu(SwiGlu* a, int level, int is_bf16, int64_t threads) {
+  a->chunk = chunk(a->width);
+  share(table(level)->swiglu[is_bf16], a, parts(a->rows, a->chunk), threads);
+}
+
+void dllm_rope(Rope* a, int level, int is_bf16, int64_t threads) {
+  a->chunk = chunk((a->heads + 2 * a->kv_heads) * a->head_dim);
+  share(table(level)->rope[is_bf16], a, parts(a->batch * a->queries, a->chunk), threads);
 }
 
 }

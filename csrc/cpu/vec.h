@@ -47,7 +47,7 @@ inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 inline Vec all(float x) { return x - Vec{}; }  // 0 + x would not keep -0
 
-inline Vec choose(Int mask, Vec yes, Vec no) { return (Vec)((mask & (Int)yes) | (~mask & (Int)no)); }
+inline Vec choose(Int mask, Vec yes, Vec no) { return mask ? yes : no; }
 
 // The larger; the second where either is NaN.
 inline Vec larger(Vec a, Vec b) {
@@ -62,15 +62,51 @@ inline Vec larger(Vec a, Vec b) {
 
 inline Vec to_float(Word x) { return __builtin_convertvector(x, Vec); }
 
-inline Vec from_bf16(Half x) { return (Vec)(__builtin_convertvector(x, Word) << 16); }
+// GCC 12 takes the conversions of vectors apart into halves.
+inline Word to_words(Half x) {
+#if defined(__AVX512F__)
+  return (Word)_mm512_cvtepu16_epi32((__m256i)x);
+#elif defined(__AVX2__)
+  return (Word)_mm256_cvtepu16_epi32((__m128i)x);
+#else
+  return __builtin_convertvector(x, Word);
+#endif
+}
 
-// Round to the nearest, ties to even; NaN stays NaN.
+inline Half to_halves(Word x) {  // below 2^16
+#if defined(__AVX512F__)
+  return (Half)_mm512_cvtepi32_epi16((__m512i)x);
+#elif defined(__AVX2__)
+  const __m256i pairs = _mm256_packus_epi32((__m256i)x, (__m256i)x);
+  return (Half)_mm256_castsi256_si128(_mm256_permute4x64_epi64(pairs, 0x08));
+#else
+  return __builtin_convertvector(x, Half);
+#endif
+}
+
+inline Vec from_bf16(Half x) { return (Vec)(to_words(x) << 16); }
+
+// Bits whose upper halves are x as bf16, rounded to the nearest, ties to even. A NaN of arithmetic, which is quiet, stays.
+inline Word nearest_bf16(Vec x) {
+  const Word bits = (Word)x;
+  return x == x ? bits + (((bits >> 16) & 1) + 0x7FFF) : bits;
+}
+
+// The CPU's own instruction takes what is below 2^-126 for 0.
 inline Half to_bf16(Vec x) {
-  Word bits = (Word)x;
-  Word nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
-  Word quiet = (bits >> 16) | 0x40;
-  Int nan = x != x;
-  return __builtin_convertvector(((Word)nan & quiet) | (~(Word)nan & nearest), Half);
+#if defined(__AVX512BF16__)
+  return (Half)_mm512_cvtneps_pbh(x);
+#else
+  return to_halves(nearest_bf16(x) >> 16);
+#endif
+}
+
+inline Vec rounded_to_bf16(Vec x) {
+#if defined(__AVX512BF16__)
+  return from_bf16(to_bf16(x));
+#else
+  return (Vec)(nearest_bf16(x) & 0xFFFF0000u);
+#endif
 }
 
 // Ask main memory for the cache line at x.
@@ -81,13 +117,11 @@ inline void fetch(const void* x) {
 
 constexpr float LOG2E = 1.4426950408889634f;
 
-// 2^x for x <= 126, exactly 0 from -127 down, within 1.3 * 2^-24 relative above -126: 2^n by the exponent bits, 2^f on
-// |f| <= 1/2 by a minimax polynomial.
-inline Vec exp2_small(Vec x) {
-  x = larger(all(-127.0f), x);
-  const Vec magic = all(12582912.0f);  // 1.5 * 2^23: what is added to it is rounded to a whole number in its low bits
-  Vec shifted = x + magic;
-  Vec f = x - (shifted - magic);
+constexpr float MAGIC = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to a whole number in its low bits
+
+// 2^(n + f) for -126 <= n <= 126, |f| <= 1/2 and ``shifted`` MAGIC + n: n into the exponent bits, 2^f by a minimax
+// polynomial.
+inline Vec exp2_parts(Vec shifted, Vec f) {
   Vec p = all(1.535336203e-4f);
   p = p * f + 1.339887448e-3f;
   p = p * f + 9.618437358e-3f;
@@ -96,6 +130,13 @@ inline Vec exp2_small(Vec x) {
   p = p * f + 6.931472029e-1f;
   p = p * f + 1.0f;
   return (Vec)((Int)p + ((Int)shifted << 23));
+}
+
+// 2^x for x <= 126, exactly 0 from -127 down, within 1.3 * 2^-24 relative above -126.
+inline Vec exp2_small(Vec x) {
+  x = larger(all(-127.0f), x);
+  const Vec shifted = x + MAGIC;
+  return exp2_parts(shifted, x - (shifted - MAGIC));
 }
 
 // A W x W block of 32-bit words, transposed in place.
