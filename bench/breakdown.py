@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from bench.harness import clock
 from dllm_fast import ops
 
-PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "mkldnn::", "mkl::", "dllm_fast::linear")
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "mkldnn::", "mkl::", "dllm_fast::cpu_linear")
 SCOPES = {
     "attention": "attention",
     "rms_norm": "norm, rope, gate",
@@ -79,6 +79,8 @@ def _scopes() -> Iterator[None]:
 
 
 def _category(event) -> str:
+    if event.name == "dllm_fast::cpu_predict":  # compiled: a kernel that also multiplies by the LM head
+        return "LM head, selection"
     product = event.name.startswith(PRODUCTS)
     parent = event
     while parent is not None:
