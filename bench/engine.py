@@ -1,6 +1,7 @@
 """The engine's speed against the bare operations it consists of, and against other generators on the same weights.
 
     python -m bench.engine --shape cpu-768 --peer fast-dllm=PATH --peer llada=PATH
+    python -m bench.engine --shape llada-8b --device cuda --refresh window:32,0 --fp8
     python -m bench.engine --shape llada-8b --device cuda --batch 1 8 32 128
 
 Random weights (`harness.build_model`), random prompts, greedy. Everything is run once, unmeasured, and its tokens are
@@ -37,13 +38,14 @@ from dllm_fast.view import print_table
 
 OURS = ("none", "prefix", "dual")
 WHOLE = "ours, whole steps only"  # one step a block: what a whole forward and its selection take
+FP8 = ", fp8"  # after the name of the same run on the model's own weights
 BARE = {"bare, linear and SDPA": False, "bare, fastest forms": True}
 
 
-def our_runs(model, job: Job, refresh) -> dict[str, Callable[[], dllm_fast.Output]]:
-    """`generate` with each cache, and with the dual one at one step a block."""
+def our_runs(model, rounded, job: Job, refresh: str) -> dict[str, Callable[[], dllm_fast.Output]]:
+    """`generate` with each cache, and with the dual one at one step a block; with it on ``rounded`` too, or None."""
 
-    def runner(schedule, cache: str, policy) -> Callable[[], dllm_fast.Output]:
+    def runner(schedule, cache: str, policy, model=model) -> Callable[[], dllm_fast.Output]:
         return lambda: dllm_fast.generate(
             model, job.ids, gen_length=job.gen_length, block_length=job.block_length, schedule=schedule, cache=cache,
             refresh=policy, mask_id=job.mask_id, seed=0,
@@ -51,8 +53,11 @@ def our_runs(model, job: Job, refresh) -> dict[str, Callable[[], dllm_fast.Outpu
 
     whole = dllm_fast.Uniform(job.gen_length // job.block_length)
     runs = {f"ours {cache}": runner(job.schedule, cache, "block") for cache in OURS}
-    if refresh != "block":
-        runs[f"ours dual, {refresh}"] = runner(job.schedule, "dual", refresh)
+    duals = {"ours dual": "block"} | ({f"ours dual, {refresh}": parse_refresh(refresh)} if refresh != "block" else {})
+    for name, policy in duals.items():
+        runs[name] = runner(job.schedule, "dual", policy)
+        if rounded is not None:
+            runs[name + FP8] = runner(job.schedule, "dual", policy, rounded)
     return {**runs, WHOLE: runner(whole, "dual", "block")}
 
 
@@ -72,12 +77,19 @@ def first_runs(runs: dict[str, Callable]) -> tuple[dict[str, object], list[str]]
 
 
 def compare(returned: dict, caches: dict[str, str | None], job: Job) -> dict[str, dict]:
-    """By generator: its model evaluations, and how many of its tokens ours of the same cache has."""
+    """By generator: its model evaluations, and how many of its tokens ours of the same cache has.
+
+    Of ours with rounded weights, apart from those, as they may differ: how many are those of the model's own weights.
+    """
     ours = {cache: returned[f"ours {cache}"] for cache in OURS if f"ours {cache}" in returned}
     found = {}
     for name, value in returned.items():
         if isinstance(value, dllm_fast.Output):
             found[name] = {"nfe": value.nfe, "nfe_full": value.nfe_full, "nfe_block": value.nfe_block}
+            own = returned.get(name.removesuffix(FP8))
+            if name.endswith(FP8) and own is not None:
+                same = (value.sequences == own.sequences)[:, -job.gen_length :]
+                found[name] |= {"unrounded_tokens": int(same.sum()), "of": same.numel()}
         elif name in caches:
             tokens, nfe = value
             found[name] = {"nfe": nfe}
@@ -119,7 +131,8 @@ def print_runs(times: dict[str, Timed], found: dict[str, dict], tokens: int) -> 
         nfe = facts.get("nfe")
         if nfe is not None and "nfe_full" in facts:
             nfe = f"{facts['nfe_full']} + {facts['nfe_block']}"
-        same = f"{facts['same_tokens']} of {facts['of']}" if "same_tokens" in facts else ""
+        same = facts.get("same_tokens", facts.get("unrounded_tokens"))
+        same = "" if same is None else f"{same} of {facts['of']}"
         speed = "" if name == WHOLE or name in BARE else f"{tokens / timed.median:.1f}"
         over = spread(timed.over(base)) if base else ""
         rows.append([name, spread(timed.seconds, 3), over, speed, "" if nfe is None else str(nfe), same])
@@ -127,17 +140,24 @@ def print_runs(times: dict[str, Timed], found: dict[str, dict], tokens: int) -> 
     print_table(columns, rows, "median (least-most) of interleaved rounds; NFE whole + block")
 
 
+def print_duals(times: dict[str, Timed], others: list[str]) -> None:
+    """What others with the dual cache take, times each of ours with it."""
+    for other in (name for name in others if name in times):
+        for ours in (name for name in times if name.startswith("ours dual")):
+            print(f"{other} takes {spread(times[other].over(times[ours]))} times {ours}")
+
+
 def print_shares(shares: dict[str, float]) -> None:
     rows = [[name, f"{ms:.1f}", f"{ms / sum(shares.values()):.1%}"] for name, ms in shares.items()]
     print_table(["", "ms", "share"], rows, "where a run of ours dual goes")
 
 
-def measure(options, model, batch: int, device: torch.device) -> dict:
-    """All of one batch size, printed; what the JSON line says of it. ``model`` is patched."""
+def measure(options, model, rounded, batch: int, device: torch.device) -> dict:
+    """All of one batch size, printed; what the JSON line says of it. ``model`` is patched, and so is ``rounded``."""
     shape = SHAPES[options.shape]
     job = make_job(shape, model, options.schedule or shape.schedule, batch)
     peers, lines = find_peers(options.peer, twin(model), job)
-    runs = our_runs(model, job, parse_refresh(options.refresh)) | {peer.name: peer.run for peer in peers}
+    runs = our_runs(model, rounded, job, options.refresh) | {peer.name: peer.run for peer in peers}
     steps = job.schedule.steps if isinstance(job.schedule, dllm_fast.Uniform) else runs["ours dual"]().nfe
     bares = {name: Bare(model, job, steps, fastest) for name, fastest in BARE.items()}
     runs |= {name: bare.run for name, bare in bares.items()}
@@ -158,6 +178,7 @@ def measure(options, model, batch: int, device: torch.device) -> dict:
     print_runs(times, found, batch * job.gen_length)
     for name in BARE:
         print(f"ours dual takes {spread(times['ours dual'].over(times[name]))} times {name}")
+    print_duals(times, [peer.name for peer in peers if peer.cache == "dual"])
     print(f"fastest forms: {bares['bare, fastest forms'].chosen()}")
     output, bare = returned["ours dual"], bares["bare, fastest forms"]
     floor = floors.measure(device.type, quick=options.quick)
@@ -181,6 +202,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--schedule", help="uniform:32, threshold:0.9, factor:1, pyramid:2; default: the shape's")
     parser.add_argument("--refresh", default="block", help="block, every:2, window:32,32 or drift:0.2; ours alone")
+    parser.add_argument("--fp8", action="store_true", help="ours with the dual cache on e4m3 weights too")
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=PATH", help="see bench/peers.py")
@@ -204,7 +226,8 @@ def main(arguments: list[str] | None = None) -> int:
     where = machine(device, dtype)
     print(where)
     model = dllm_fast.patch(build_model(SHAPES[options.shape], dtype, device))
-    results = [measure(options, model, batch, device) for batch in options.batch]
+    rounded = dllm_fast.patch(twin(model), weights="fp8") if options.fp8 else None
+    results = [measure(options, model, rounded, batch, device) for batch in options.batch]
     facts = [fact for result in results for fact in result.get("found", {}).values() if "same_tokens" in fact]
     equal = all(fact["same_tokens"] == fact["of"] for fact in facts)
     print(json.dumps({"bench": "engine", "shape": options.shape, "machine": where, "load": load, "results": results}))

@@ -68,7 +68,7 @@ def load(args: argparse.Namespace):
     dtype = "auto" if args.dtype is None else getattr(torch, args.dtype)
     if args.model in shipped() and args.dtype is None and args.device == "cpu":
         dtype = torch.float32  # the files are bf16, which most CPUs only emulate
-    model = from_pretrained(args.model, dtype, args.device, args.impl, trust_remote_code=args.trust_remote_code)
+    model = from_pretrained(args.model, dtype, args.device, args.impl, args.trust_remote_code, args.weights)
     tokenizer = AutoTokenizer.from_pretrained(model_path(args.model), trust_remote_code=args.trust_remote_code)
     return model, tokenizer
 
@@ -158,6 +158,7 @@ def parser() -> argparse.ArgumentParser:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=("float32", "bfloat16", "float16"))
     add("--impl", default="auto")
+    add("--weights", choices=("fp8",), help="multiply e4m3 copies of the layers' weights; default: the model's own")
     add("--trust-remote-code", action="store_true")
     add("--plain", action="store_true", help="no live view")
     add("--quiet", action="store_true", help="the text alone")

@@ -7,6 +7,7 @@ host reads one flag a step, and none where the schedule knows its counts.
 """
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,6 +57,7 @@ class Engine:
         self.live = min(options.block_length, slots)
         self.passes = 2 if options.cfg_scale > 0 else 1
         self.counts = Counts()
+        self.evaluations = [0] * rows  # of each row in the last block; a row that is filled goes along with the others
         long = functools.partial(torch.zeros, dtype=torch.int64, device=device)
         self.canvas = long((rows, slots))
         self.open = torch.zeros((rows, slots), dtype=torch.bool, device=device)  # to be filled, or filled by us
@@ -86,7 +88,7 @@ class Engine:
         self.canvas.copy_(canvas)
         self.open.copy_(open_)
         self.pad.copy_(torch.tensor([self.slots - len(row.ids) for row in rows]))
-        self.row.copy_(torch.tensor([row.index for row in rows]))
+        self.row.copy_(torch.tensor([row.noise for row in rows]))
 
     def tokens(self) -> torch.Tensor:
         """The live block of every row, [B, T] int64 on the host."""
@@ -107,6 +109,7 @@ class Engine:
         draft=None,  # called after each step
     ) -> None:
         """Fill one block of every row."""
+        self.evaluations = [0] * self.rows
         self.slot.copy_(slot)
         self.budget.fill_(self.live)
         self.then.zero_()
@@ -154,11 +157,13 @@ class Engine:
 
     def _run(self, kind: str, tail: int) -> None:
         self.graphs.run((kind, tail), functools.partial(self._step, kind, tail))
-        self._tally(kind, tail, self.rows)
+        self._tally(kind, tail, range(self.rows))
 
-    def _tally(self, kind: str, tail: int, rows: int, share: float = 1.0) -> None:
+    def _tally(self, kind: str, tail: int, rows: Sequence[int], share: float = 1.0) -> None:
         length = self.slots if kind == "full" else self._reach(kind, tail)[1]
-        self.counts.positions += rows * self.passes * length * share
+        self.counts.positions += len(rows) * self.passes * length * share
+        for row in rows:
+            self.evaluations[row] += self.passes
         if kind == "full":
             self.counts.full += self.passes
         else:
@@ -180,20 +185,21 @@ class Engine:
         """A first step in which rows differ: evaluated a group at a time, decided together."""
         rows, layers = self.rows, self.family.layers
         hidden = self.weight.new_zeros(rows * self.passes, self.live, self.weight.shape[1])
-        window = (~fresh).nonzero()[:, 0].to(self.device)
+        window = (~fresh).nonzero()[:, 0]
         first = torch.where(fresh, 0, layers)  # [B]: the layer from which all of a row's positions are computed
         if len(window):
-            index = self._doubled(window)
+            index = self._doubled(window.to(self.device))
             old = self.cache.rows(index)
             hidden[index] = self._evaluate("window", tail, index)
-            self._tally("window", tail, len(window))
+            self._tally("window", tail, window.tolist())
             if isinstance(self.options.refresh, Drift):
                 first[~fresh] = self._drifted(old, index, tail)
         for layer in first.unique().tolist():
             if layer < layers:
-                index = self._doubled((first == layer).nonzero()[:, 0].to(self.device))
+                whole = (first == layer).nonzero()[:, 0]
+                index = self._doubled(whole.to(self.device))
                 hidden[index] = self._evaluate("full", tail, index, layer)
-                self._tally("full", tail, len(index) // self.passes, (layers - layer) / layers)
+                self._tally("full", tail, whole.tolist(), (layers - layer) / layers)
         self._decide(hidden)
 
     def _doubled(self, rows: torch.Tensor) -> torch.Tensor:

@@ -116,10 +116,17 @@ def generate(
 
 @dataclass
 class Completion:
-    """One prompt of `generate_many`: its number among the prompts, and prompt and answer, [L] int64 on the host."""
+    """One prompt of `generate_many`.
+
+    index: its number among the prompts, in the order they were handed in.
+    sequence: prompt and answer, [L] int64 on the host.
+    nfe: model evaluations that it went through, guidance's two a step: at least those that `generate` takes for it
+        alone, as a row whose block is filled waits for its neighbours'.
+    """
 
     index: int
     sequence: torch.Tensor
+    nfe: int
 
 
 _DEFAULTS = {name: p.default for name, p in inspect.signature(generate).parameters.items() if p.default is not p.empty}
@@ -131,12 +138,14 @@ def generate_many(
     batch_size: int = 8,
     ordered: bool = True,
     progress: bool | Callable[[int, int], None] = False,
+    noise_rows: Iterable[int] | None = None,
     **options,
 ) -> Iterator[Completion]:
     """`generate` for any number of prompts of any lengths, ``batch_size`` at a time; an iterator of `Completion`.
 
     Rows finish on their own: one that is done leaves the batch at the end of its block, and a waiting prompt, longest
-    first, takes its seat. A prompt's tokens are those that `generate` gives it as row ``index`` of a batch.
+    first, takes its seat. A prompt's tokens are those that `generate` gives it as the row of a batch with the number of
+    its noise row.
 
     Args:
         model: a patched LLaDA or ModernBERT.
@@ -144,6 +153,9 @@ def generate_many(
         batch_size: rows evaluated together.
         ordered: yield in the prompts' order; else as they are completed.
         progress: True shows a bar (tqdm); a callable is given (done, total).
+        noise_rows: a number from 0 to 2^32 - 1 for each prompt: the row that its noise is a function of, beside the
+            seed, the step and the position. None: its number among the prompts. Where anything is drawn, fixed ones
+            keep a prompt's tokens whatever prompts are handed in with it, and two alike draw alike.
         options: `generate`'s, but for ``attention_mask`` and ``streamer``.
 
     Raises:
@@ -156,13 +168,19 @@ def generate_many(
     good = isinstance(batch_size, int) and not isinstance(batch_size, bool) and batch_size >= 1
     require(good, f"batch_size={batch_size!r} is not a positive whole number")
     request = Request(**{**known, **options}).check(model, family)
+    prompts = list(prompts)
+    noise_rows = range(len(prompts)) if noise_rows is None else list(noise_rows)
+    require(len(noise_rows) == len(prompts), f"noise_rows: {len(noise_rows)} for {len(prompts)} prompts")
+    for index, row in enumerate(noise_rows):
+        good = isinstance(row, int) and not isinstance(row, bool) and 0 <= row < 2**32
+        require(good, f"noise_rows[{index}]={row!r} is not a whole number from 0 to 2^32 - 1")
     rows = []
     for index, prompt in enumerate(prompts):
         name = f"prompts[{index}]"
         ids = torch.as_tensor(prompt)
         require(ids.dim() == 1, f"{name}: shape {tuple(ids.shape)} is not [P]")
         require(ids.numel() == 0 or ids.dtype == torch.int64, f"{name}: dtype {ids.dtype} is not torch.int64")
-        rows.append(request.row(index, ids.cpu(), family, name))
+        rows.append(request.row(index, ids.cpu(), family, name, noise_rows[index]))
     server = _Server(model, request, rows, batch_size, Counts())
     return _completions(server, len(rows), ordered, progress)
 
@@ -178,7 +196,7 @@ def _completions(server, total: int, ordered: bool, progress) -> Iterator[Comple
         for done, row in enumerate(server.serve(), 1):
             if progress:
                 progress(done, total)
-            kept[row.index] = Completion(row.index, row.ids)
+            kept[row.index] = Completion(row.index, row.ids, row.nfe)
             while ordered and expected in kept:
                 yield kept.pop(expected)
                 expected += 1
@@ -263,7 +281,8 @@ class _Server:
             self.stream.flush()
             draft = functools.partial(self.stream.draft, engine, int(slot[0]) + engine.live)
         engine.block(slot, masked, blocks, fresh, draft)
-        for row, first, tokens in zip(rows, slot.tolist(), engine.tokens(), strict=True):
+        for row, first, tokens, nfe in zip(rows, slot.tolist(), engine.tokens(), engine.evaluations, strict=True):
+            row.nfe += nfe
             row.write(first - (engine.slots - len(row.ids)), tokens, self.request.eos_id)
         if self.stream is not None:
             self.stream.flush()

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, ModernBertForMaskedLM, PretrainedConfig, PreTrainedModel
 
 from dllm_fast.llada import TRANSFORMERS_5, LLaDAModelLM
-from dllm_fast.patch import patch
+from dllm_fast.patch import patch, require_known
 
 MODELS = Path(__file__).with_name("models")
 
@@ -29,6 +29,7 @@ def from_pretrained(
     device: str | torch.device | None = None,
     impl: str = "auto",
     trust_remote_code: bool = False,
+    weights: str | None = None,
     **kwargs,
 ) -> PreTrainedModel:
     """Load a LLaDA or a ModernBERT and `patch` it; returned in evaluation mode.
@@ -40,12 +41,15 @@ def from_pretrained(
         impl: see `patch`.
         trust_remote_code: load LLaDA's published class instead of the native one, which needs no remote code. Three
             things in it that transformers 5 no longer accepts are mended on the class and config that are loaded.
+        weights: None, or ``"fp8"`` for e4m3 copies of the layers' weights beside the parameters, see `patch`.
         kwargs: for transformers' ``from_pretrained`` (revision, token, local_files_only, ...).
 
     Raises:
         ValueError: the model type is unknown, or a local folder is not there or incomplete: a file is missing or cut
-            short, or the weights lack a parameter. It names the file.
+            short, or the weights lack a parameter. It names the file. Or `patch` refuses: ``weights``, before anything
+            is read, or ``impl``.
     """
+    require_known(weights)
     name = model_path(str(name))
     if Path(name).is_dir():
         check_folder(Path(name))
@@ -66,7 +70,7 @@ def from_pretrained(
     missing = sorted({*report["missing_keys"], *(name for name, p in model.named_parameters() if p.is_meta)})
     if missing:
         raise ValueError(f"{name}: the weights lack {len(missing)} parameters, the first of them {missing[0]}")
-    return patch(model.eval() if device is None else model.eval().to(device), impl)
+    return patch(model.eval() if device is None else model.eval().to(device), impl, weights)
 
 
 def check_folder(folder: Path) -> None:

@@ -73,8 +73,7 @@ def patch(model: nn.Module, impl: str = "auto", weights: str | None = None) -> n
     family_class, output = _recognise(model)
     parameter = _first_parameter(model)
     resolved = ops.resolve(impl, parameter.device, parameter.dtype)
-    if weights not in WEIGHTS:
-        raise ValueError(f"weights={weights!r} is not one of {', '.join(map(repr, WEIGHTS))}")
+    require_known(weights)
     state = model.__dict__.get(_STATE)
     if state is not None and (state.family.impl, state.weights) == (resolved, weights):
         with state.pool.lock:
@@ -100,6 +99,12 @@ def patch(model: nn.Module, impl: str = "auto", weights: str | None = None) -> n
         model.__dict__[_STATE] = fresh
         model.__dict__["forward"] = types.MethodType(_like(own), model)
     return model
+
+
+def require_known(weights: str | None) -> None:
+    """Raise ValueError if ``weights`` is none of `patch`'s."""
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights={weights!r} is not one of {', '.join(map(repr, WEIGHTS))}")
 
 
 def unpatch(model: nn.Module) -> nn.Module:

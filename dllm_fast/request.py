@@ -25,12 +25,14 @@ def require(good: bool, message: str) -> None:
 class Row:
     """One sequence, without padding, on the host: its prompt, its [MASK]s, and the blocks that fill them."""
 
-    index: int  # among the prompts; the noise's row
+    index: int  # among the prompts
+    noise: int  # the noise's row
     ids: torch.Tensor  # [L] int64
     open: torch.Tensor  # [L] bool: to be filled
     blocks: list[tuple[int, int]]  # (first position, how many are open from there on within a block length)
     mask_id: int
     next: int = 0  # the block that is live or comes next
+    nfe: int = 0  # model evaluations so far
 
     def left(self) -> torch.Tensor:
         """Positions that are still to be filled, [L] bool."""
@@ -83,8 +85,11 @@ class Request:
             self.seed = int(torch.randint(2**63 - 1, ()))
         return self
 
-    def row(self, index: int, ids: torch.Tensor, family, name: str = "input_ids") -> Row:
-        """The row of one prompt [P] on the host, and its plan. Raises ValueError naming ``name`` and the value."""
+    def row(self, index: int, ids: torch.Tensor, family, name: str = "input_ids", noise: int | None = None) -> Row:
+        """The row of one prompt [P] on the host, and its plan; its noise is row ``index``'s, or ``noise``'s.
+
+        Raises ValueError naming ``name`` and the value.
+        """
         require(len(ids) > 0, f"{name}: an empty prompt")
         low, high = int(ids.min()), int(ids.max())
         require(
@@ -101,7 +106,7 @@ class Request:
         blocks = plan_blocks(open_, self.block_length)
         if blocks:
             self.schedule.check(len(blocks), max(masked for _, masked in blocks))
-        return Row(index, ids, open_, blocks, self.mask_id)
+        return Row(index, index if noise is None else noise, ids, open_, blocks, self.mask_id)
 
     def _check_ids(self, model, family) -> None:
         for name, default in (("mask_id", "mask_token_id"), ("eos_id", None)):

@@ -15,7 +15,7 @@ from dllm_fast import compiled
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # `bench` is a folder of the checkout, not a package that is installed
 
-from bench import bare, breakdown, harness, peers  # noqa: E402
+from bench import bare, breakdown, engine, harness, peers  # noqa: E402
 
 CPU = torch.device("cpu")
 # PyTorch's counter knows the flash attention of GPUs alone.
@@ -37,16 +37,30 @@ def job(model):
 
 def test_quick_run_ends_with_a_json_line():
     """The whole bench on a tiny shape: in fp32 it exits with 1 unless ours without a cache has the published tokens."""
-    command = [sys.executable, "-m", "bench.engine", "--quick"]
+    command = [sys.executable, "-m", "bench.engine", "--quick", "--refresh", "window:8,0", "--fp8"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])["results"][0]
     assert result["found"]["published"] == {"nfe": 16, "same_tokens": 32, "of": 32}
     assert result["found"]["ours dual"] == {"nfe": 16, "nfe_full": 2, "nfe_block": 14}
+    window = "ours dual, window:8,0"
+    for name in (window, "ours dual"):
+        own, rounded = result["found"][name], result["found"][f"{name}, fp8"]
+        assert rounded == own | {"unrounded_tokens": rounded["unrounded_tokens"], "of": 32}
+        assert 0 < rounded["unrounded_tokens"] < 32
     assert {"ours none", "ours prefix", "ours, whole steps only", "bare, fastest forms"} < result["seconds"].keys()
     assert all(len(seconds) == 1 and seconds[0] > 0 for seconds in result["seconds"].values())
-    assert result["shares_ms"].keys() >= {"products", "attention", "commit", "norm, rope, gate"}
-    assert any(part.startswith("LM head") for part in result["shares_ms"])
+    head = {"LM head", "selection"} if compiled.missing() else {"LM head, selection"}
+    assert result["shares_ms"].keys() >= {"products", "attention", "commit", "norm, rope, gate"} | head
+
+
+def test_other_dual_caches_are_held_against_each_of_ours(capsys):
+    seconds = {"ours none": 9.0, "ours dual": 4.0, "ours dual, window:8,0, fp8": 1.0, "a dual": 8.0, "another": 2.0}
+    engine.print_duals({name: harness.Timed([s, 2 * s]) for name, s in seconds.items()}, ["a dual", "one that failed"])
+    assert capsys.readouterr().out.splitlines() == [
+        "a dual takes 2.00 (2.00-2.00) times ours dual",
+        "a dual takes 8.00 (8.00-8.00) times ours dual, window:8,0, fp8",
+    ]
 
 
 def test_tokens_are_worth_comparing(model, job):

@@ -9,7 +9,7 @@ from tiny import MAKERS, MASK
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import dllm_fast
-from dllm_fast import Drift, Threshold, Uniform, Window
+from dllm_fast import Drift, Every, Threshold, Uniform, Window
 from dllm_fast.engine import Engine
 from dllm_fast.graphs import Graphs
 from dllm_fast.kernels import reference
@@ -237,3 +237,52 @@ def test_generate_many_orders_reports_and_checks(llada, ids):
     ):
         with pytest.raises(ValueError, match=message):
             dllm_fast.generate_many(llada, **{"prompts": prompts, **options, **bad})
+
+
+RUNS = [
+    {"cache": "none"},
+    {"cache": "dual", "cfg_scale": 1.0},
+    {"cache": "dual", "refresh": Every(2)},
+    {"cache": "prefix", "refresh": Window(4, 0), "cfg_scale": 1.0},
+    {"cache": "dual", "refresh": Drift(0.02)},
+]
+
+
+@pytest.mark.parametrize("options", RUNS, ids=str)
+def test_a_completion_counts_its_own_evaluations(llada, ids, options):
+    """Uniform: those of the prompt alone, wherever its neighbours in the batch are; else no fewer."""
+    dllm_fast.patch(llada)
+    prompts = [ids[n % 3, : 24 - 2 * n] for n in range(5)]
+    options = options | {"gen_length": 24, "block_length": 8}
+    alone = dllm_fast.generate(llada, prompts[3][None], schedule=Uniform(9), **options).sequences[0]
+    options["eos_id"] = int(alone[len(prompts[3]) + 2])  # some rows end early, and others take their seats
+    for schedule in (Uniform(9), Threshold(0.1)):
+        expected = [dllm_fast.generate(llada, prompt[None], schedule=schedule, **options).nfe for prompt in prompts]
+        done = dllm_fast.generate_many(llada, prompts, batch_size=2, schedule=schedule, **options)
+        found = [completion.nfe for completion in done]
+        if isinstance(schedule, Uniform):
+            assert found == expected and len(set(found)) > 1
+        else:
+            assert found != expected and all(mine >= its for mine, its in zip(found, expected))
+    empty, filled = dllm_fast.generate_many(llada, [ids[0], torch.tensor([1, MASK])], gen_length=0, block_length=8)
+    assert empty.nfe == 0 and filled.nfe == 1
+
+
+def test_noise_rows_go_with_the_prompts(llada, ids):
+    dllm_fast.patch(llada)
+    options = {"gen_length": 16, "block_length": 8, "schedule": Uniform(4), "temperature": 1.0, "seed": 2}
+    expected = dllm_fast.generate(llada, ids, **options).sequences
+    for order in ([0, 1, 2], [2, 0, 1], [1]):
+        done = dllm_fast.generate_many(llada, ids[order], batch_size=2, noise_rows=order, **options)
+        assert [(row.index, row.sequence.tolist()) for row in done] == list(enumerate(expected[order].tolist()))
+    other, alike, last = dllm_fast.generate_many(llada, ids[[0, 0, 0]], noise_rows=iter([1, 0, 2**32 - 1]), **options)
+    assert torch.equal(alike.sequence, expected[0])
+    assert len({tuple(row.sequence.tolist()) for row in (other, alike, last)}) == 3
+    for rows, message in (
+        ([0, 1], "noise_rows: 2 for 3 prompts"),
+        ([0, 1, -1], r"noise_rows\[2\]=-1 is not a whole number from 0 to 2\^32 - 1"),
+        ([2**32, 1, 0], r"noise_rows\[0\]=4294967296 is not"),
+        ([0, 1.0, 2], r"noise_rows\[1\]=1.0 is not"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            dllm_fast.generate_many(llada, list(ids), noise_rows=rows, **options)

@@ -1,5 +1,6 @@
 """The loop: LLaDA's published tokens, schedules, caches, padding, noise, guidance, end of text, streaming."""
 
+import copy
 import functools
 import inspect
 import itertools
@@ -239,6 +240,58 @@ def test_generate_leaves_the_model_and_the_arguments_as_they_were(either, ids, p
     assert torch.equal(dllm_fast.generate(either.eval(), ids, padded, gen_length=8, block_length=8).sequences, trained)
 
 
-def test_bf16_generates(either, ids):
-    dllm_fast.patch(either.to(torch.bfloat16))
-    assert not (dllm_fast.generate(either, ids, gen_length=16, block_length=8).sequences == MASK).any()
+HALVES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+
+
+@HALVES
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
+def test_half_precision_fills_every_position(either, ids, padded, dtype, cache):
+    dllm_fast.patch(either.to(dtype))
+    out = dllm_fast.generate(either, ids, padded, gen_length=16, block_length=8, schedule=Uniform(8), cache=cache)
+    assert not (out.sequences == MASK).any() and out.nfe == 8
+
+
+def sure(logits, confidence):
+    """How sure of its most probable token but [MASK], [L], from logits [L, V] fp64."""
+    probability = logits.softmax(-1)
+    entropy = torch.special.entr(probability).sum(-1)
+    best, second = probability.index_fill(1, torch.tensor(MASK, device=logits.device), 0.0).topk(2).values.T
+    return {"probability": best, "margin": best - second, "entropy": -entropy}[confidence]
+
+
+@torch.no_grad()
+@HALVES
+@pytest.mark.parametrize("confidence, threshold", [("probability", 0.1), ("margin", 0.02), ("entropy", -4.2)])
+@pytest.mark.parametrize("schedule", [Uniform, Threshold], ids=lambda s: s.__name__)
+def test_half_precision_decides_as_exactly_as_the_model_itself(either, ids, dtype, confidence, threshold, schedule):
+    """Each step, from the tokens before it: what was written, and where, are the best of the model in fp64. Values may
+    be off by twice the error of the model's own forward in this dtype, so two of them nearer by four."""
+    own, wide = copy.deepcopy(either).to(dtype), copy.deepcopy(either)
+    wide.load_state_dict(own.state_dict())  # after it the buffers, which are not in there, get fp64
+    wide.double()
+    seen = Recorder()
+    dllm_fast.generate(
+        dllm_fast.patch(either.to(dtype)), ids[:1], gen_length=16, block_length=8, cache="none", confidence=confidence,
+        schedule=Uniform(8) if schedule is Uniform else Threshold(threshold), streamer=seen,
+    )  # fmt: skip
+    x = torch.cat((ids[0], ids.new_full((16,), MASK)))
+    for _, after in seen.drafts:
+        after = torch.tensor(after, device=x.device)
+        open_ = x == MASK
+        open_[32:] &= not open_[:32].any()
+        kept, left = open_ & (after != MASK), open_ & (after == MASK)
+        assert kept.any() and torch.equal(after[~kept], x[~kept])
+        truth, rounded = (model(x[None]).logits[0].double() for model in (wide, own))
+        best = truth.index_fill(1, torch.tensor(MASK, device=x.device), float("-inf")).max(-1).values
+        lost = (best - truth.gather(1, after[:, None])[:, 0])[kept]
+        assert (lost <= 4 * (rounded - truth)[kept].abs().max()).all()
+        value = sure(truth, confidence)
+        off = 2 * (sure(rounded, confidence) - value)[open_].abs().max()
+        assert not left.any() or value[kept].min() >= value[left].max() - 2 * off
+        if schedule is Uniform:
+            assert kept.sum() == 2
+        else:
+            assert (value[left] < threshold + off).all()
+            assert kept.sum() == 1 or (value[kept] >= threshold - off).all()
+        x = after
+    assert not (x == MASK).any()
