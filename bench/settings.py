@@ -89,7 +89,7 @@ def study(tokens: int, full: bool) -> list[Setting]:
     if not full:
         alone = [one, some, f"uniform={tokens // 8}", "threshold=0.7", sure, "factor=0.5", "factor=1"]
         found = [Setting(name, "none") for name in [*alone, "entropy-bound=0.1"]]
-        found += _pyramids(tokens, (1,), BLOCK) + [Setting(one, "dual"), Setting(sure, "dual")]
+        found += [*_pyramids(tokens, (1,), BLOCK), Setting(one, "dual"), Setting(sure, "dual")]
         return list(dict.fromkeys(found))
     # Two blocks share the steps, so that they are even.
     alone = [f"uniform={max(2, tokens // share // 2 * 2)}" for share in (1, 2, 3, 4, 6, 8, 16)]
