@@ -13,7 +13,8 @@
 namespace {
 
 constexpr int SLOTS = 128;  // of a tile: scores and K fit in the first cache
-constexpr int SUMS = 4, FEW = MANY_REGISTERS ? 4 : 2;  // sums of a score of few rows, and slots whose sums registers hold
+constexpr int SUMS = 4;                      // of each score where there are few rows
+constexpr int FEW = MANY_REGISTERS ? 4 : 3;  // slots whose sums the registers hold
 
 template <class T>
 struct AttentionTask {
@@ -94,7 +95,7 @@ struct AttentionTask {
         store(score + i * lanes + at + c * W, x);
         top[c] = larger(x, top[c]);
       };
-      if (sizeof(T) == 4 && lanes == W)
+      if (sizeof(T) == 4 && NR == 1 && lanes == W)
         few_rows(n, k_words, k_row, init, done);
       else
         product<T, NR>(n, k_words, k_row, 4, q + at, lanes, words, nullptr, init, done);
@@ -116,7 +117,7 @@ struct AttentionTask {
   }
 
   // Scores of at most W rows in fp32, each made of several sums. PyTorch's product for so few rows has a sum in each of
-  // its lanes; one sum over the head, as `product` makes it, would have twice its error.
+  // its lanes; one sum over the head, as `product` makes it, has half as much error again.
   template <class Init, class Done>
   void few_rows(int64_t n, const char* k, int64_t k_row, Init init, Done done) const {
     int64_t i = 0;
@@ -140,11 +141,7 @@ struct AttentionTask {
       for (int sum = 0; sum < SUMS; ++sum) add(s + sum, sum);
     for (; s < words; ++s) add(s, 0);
 #pragma GCC unroll 8
-    for (int i = 0; i < MR; ++i) {
-      Vec x = c[i][0] + c[i][1];
-      if constexpr (SUMS == 4) x += c[i][2] + c[i][3];
-      done(slot + i, 0, x);
-    }
+    for (int i = 0; i < MR; ++i) done(slot + i, 0, (c[i][0] + c[i][1]) + (c[i][2] + c[i][3]));
   }
 
   // Ask for a head of K or V, from main memory it may be, well before it is used.
