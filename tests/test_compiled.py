@@ -1,5 +1,6 @@
 """Attention of the compiled extension, on every instruction set that this CPU has, against the fp64 definition."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -81,7 +82,14 @@ def assert_as_exact(out, eager, truth):
     assert error <= limit, f"error {error:.3g}, PyTorch's {eager_error:.3g}, limit {limit:.3g}"
 
 
-def check(shape, dtype, seeds=(0,)):
+def assert_as_exact_on_average(out, eager, truth, times=2.0):
+    """The root mean square error is at most twice PyTorch's, or half a unit in the last place."""
+    error, eager_error, size = (x.square().mean().sqrt().item() for x in (out - truth, eager - truth, truth))
+    limit = max(times * eager_error, torch.finfo(out.dtype).eps * size / 2)
+    assert error <= limit, f"error {error:.3g}, PyTorch's {eager_error:.3g}, limit {limit:.3g}"
+
+
+def check(shape, dtype, seeds=(0,), judge=assert_as_exact):
     """As exact as PyTorch over all seeds together: the largest error of a handful of numbers is a matter of luck."""
     outs, eagers, truths = [], [], []
     for seed in seeds:
@@ -90,7 +98,7 @@ def check(shape, dtype, seeds=(0,)):
         outs.append(compiled.attention(*poisoned))
         eagers.append(ops.attention(q, keys, values, ops.visible(q, keys.shape[1], *ranges)))
     assert all(out.is_contiguous() for out in outs)
-    assert_as_exact(torch.stack(outs), torch.stack(eagers), torch.stack(truths))
+    judge(torch.stack(outs), torch.stack(eagers), torch.stack(truths))
     return outs[0]
 
 
@@ -192,8 +200,22 @@ def test_any_shape(data, use):
         *(draw(per_row, "start"), draw(per_row, "end"), draw(slot, "slot")),
         draw(st.none() | st.integers(0, slots), "window"),
     )
-    # fp32 is held to PyTorch's error on the shapes above alone: of drawn ones, some have 2.4 times it (one query).
-    check(shape, BF16, range(8))
+    if draw(st.sampled_from([BF16, FP32]), "dtype") == BF16:
+        check(shape, BF16, range(8))
+    else:
+        # A row's error in fp32 is that of its few largest scores, so the largest of some draws is luck: 3.5 times
+        # PyTorch's in 8 of them, half of it in the next 8. The average of a thousand numbers is not.
+        numbers = batch * queries * shape[2] * shape[4]
+        check(shape, FP32, range(max(8, 1000 // numbers)), assert_as_exact_on_average)
+
+
+@every_level
+@pytest.mark.parametrize("dim", [64, 128])
+def test_scores_of_few_rows_are_made_of_several_sums(dim, level, use):
+    """With one sum over the head the error is 1.45 times PyTorch's, which has a sum in each lane."""
+    use(level)
+    judge = functools.partial(assert_as_exact_on_average, times=1.2)
+    check((4, 1, 4, 4, dim, 16, [0] * 4, [16] * 4, [3] * 4, None), FP32, range(32), judge)
 
 
 @pytest.mark.parametrize("name", ["block-left-padded", "gqa-4-rows-past-a-tile", "long", "window-64", "dim-300"])
