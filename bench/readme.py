@@ -50,17 +50,19 @@ def _told(result: dict, path: Path) -> str:
 
 
 def shown(rows: list[dict]) -> list[dict]:
-    """A few rows that stand for all, at the smallest batch: without a cache and with the dual one, Uniform at most and
-    at fewest steps, and `SHOWN`."""
+    """A few rows that stand for all, at the smallest batch and the commonest block length, each with no cache and with
+    the dual one: Uniform at most and at fewest steps, and `SHOWN`."""
     batch, pairs = min((row["batch"] for row in rows), default=0), {}
+    lengths = [row["setting"]["block_length"] for row in rows]
+    usual = ("block", "none", "probability", max(lengths, key=lengths.count, default=0))
     for row in rows:
         setting = row["setting"]
-        usual = (setting["refresh"], setting["remask"], setting["confidence"]) == ("block", "none", "probability")
-        if row["batch"] == batch and usual and setting["cache"] in CACHES:
-            pairs.setdefault((setting["schedule"], setting["block_length"]), {})[setting["cache"]] = row
+        rest = tuple(setting[name] for name in ("refresh", "remask", "confidence", "block_length"))
+        if (row["batch"], rest) == (batch, usual) and setting["cache"] in CACHES:
+            pairs.setdefault(setting["schedule"], {})[setting["cache"]] = row
     pairs = {key: pair for key, pair in pairs.items() if len(pair) == len(CACHES)}
-    uniform = sorted((key for key in pairs if key[0].startswith("uniform")), key=lambda key: pairs[key]["none"]["nfe"])
-    kept = {*uniform[:1], *uniform[-1:], *(key for key in pairs if key[0] in SHOWN)}
+    uniform = sorted((key for key in pairs if key.startswith("uniform")), key=lambda key: pairs[key]["none"]["nfe"])
+    kept = {*uniform[:1], *uniform[-1:], *(key for key in pairs if key in SHOWN)}
     order = sorted(kept, key=lambda key: (-pairs[key]["none"]["nfe"], key))
     return [pairs[key][cache] for key in order for cache in CACHES]
 
@@ -93,12 +95,12 @@ def _times(result: dict, row: dict, name: str) -> str:
 
 def _accuracy(result: dict, path: Path) -> str:
     found = result["accuracy"]
-    verdicts = [f"“{claim['said']}” ({claim['by']}) **{claim['verdict']}**" for claim in found["claims"]]
+    claims = [f"- “{c['said']}” ({c['by']}) **{c['verdict']}**: {c['because']}." for c in found["claims"]]
     problems = found["problems"] * len(found["seeds"])
     return (
         f"Accuracy of `{result['model']}` on the task `{found['task']}`, {problems} problems, "
-        f"{len(found['rows'])} settings ([page]({path.with_suffix('.html')}), with the figures). On this task: "
-        + "; ".join(verdicts) + ".\n"
+        f"{len(found['rows'])} settings ([page]({path.with_suffix('.html')}), with all figures). What others say of "
+        "schedules, on this task:\n\n" + "\n".join(claims) + "\n"
     )  # fmt: skip
 
 

@@ -296,6 +296,16 @@ def scored(schedule: str, share: float, nfe: float, cache: str = "none", count: 
     }  # fmt: skip
 
 
+def test_a_verdict_comes_with_the_figure_that_decided():
+    (said,) = claims.claims([scored("uniform=16", 0.9, 16), scored("uniform=16", 0.6, 16, cache="dual")], 64)
+    assert said["because"].startswith("uniform=16 dual less uniform=16 none: -30.0 points")
+    one, random = scored("uniform=64", 0.9, 64), scored("uniform=64", 0.7, 64, confidence="random")
+    (said,) = claims.claims([one, random], 64)
+    assert said["because"].startswith("in random order, uniform=64 none random: -20.0 points")
+    (said,) = claims.claims([one, random, scored("uniform=32", 0.99, 32)], 64)
+    assert said["because"].startswith("the best of 2 others, uniform=32 none: +9.0 points")
+
+
 def verdicts(*rows: dict) -> dict[str, str]:
     return {claim["said"]: claim["verdict"] for claim in claims.claims(list(rows), 64)}
 
