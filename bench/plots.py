@@ -91,7 +91,10 @@ def speed(result: dict) -> Figure | None:
         here = [row for row in rows if row["batch"] == batch]
         for cache, (colour, marker) in CACHES.items():
             _speeds(axes, [row for row in here if row["setting"]["cache"] == cache], cache, colour, marker)
-        _peers(axes, [row for row in result["speed"]["peers"] if row["batch"] == batch and row["nfe"]])
+        # A generator that does not tell its evaluations takes a schedule that sets them, as it does for ours.
+        ours = {row["setting"]["name"]: row["nfe"] for row in here}
+        peers = [row for row in result["speed"]["peers"] if row["batch"] == batch]
+        _peers(axes, [row | {"nfe": row["nfe"] or ours[row["ours"]]} for row in peers])
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
