@@ -103,6 +103,7 @@ def parser() -> argparse.ArgumentParser:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=("float32", "bfloat16", "float16"))
     add("--impl", default="auto")
+    add("--weights", choices=("fp8",), help="multiply e4m3 copies of the layers' weights; default: the model's own")
     add("--trust-remote-code", action="store_true")
     add("--out", type=Path, default=Path("runs/humaneval"), help="where the completions go")
     return p
