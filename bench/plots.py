@@ -85,6 +85,7 @@ def speed(result: dict) -> Figure | None:
     if not rows:
         return None
     batches = sorted({row["batch"] for row in rows})
+    names = list(dict.fromkeys(row["peer"] for row in result["speed"]["peers"]))
     size = (SIZE[0], 1.6 + 2.9 * len(batches))
     figure, panels = plt.subplots(len(batches), 1, figsize=size, sharex=True, squeeze=False)
     for axes, batch in zip(panels[:, 0], batches):
@@ -94,7 +95,7 @@ def speed(result: dict) -> Figure | None:
         # A generator that does not tell its evaluations takes a schedule that sets them, as it does for ours.
         ours = {row["setting"]["name"]: row["nfe"] for row in here}
         peers = [row for row in result["speed"]["peers"] if row["batch"] == batch]
-        _peers(axes, [row | {"nfe": row["nfe"] or ours[row["ours"]]} for row in peers])
+        _peers(axes, [row | {"nfe": row["nfe"] or ours[row["ours"]]} for row in peers], names)
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
@@ -133,9 +134,9 @@ def _speeds(axes, rows: list[dict], cache: str, colour: str, marker: str) -> Non
             )  # fmt: skip
 
 
-def _peers(axes, rows: list[dict]) -> None:
-    """In the colour of the cache that each has, if its name says so."""
-    for name, marker in zip(dict.fromkeys(row["peer"] for row in rows), "x+1234xx"):
+def _peers(axes, rows: list[dict], names: list[str]) -> None:
+    """In the colour of the cache that each has, if its name says so; a marker for each of ``names``."""
+    for name, marker in zip(names, "x+1234xx"):
         here = sorted((row for row in rows if row["peer"] == name), key=lambda row: row["nfe"])
         x, y = [row["nfe"] for row in here], [row["tokens_per_s"] for row in here]
         colour = CACHES.get(name.split()[-1], (plt.rcParams["text.color"],))[0]
