@@ -224,10 +224,10 @@ def prepare(options, dtype: torch.dtype, device: torch.device):
 
 def leave(result: dict, stem: Path) -> None:
     """``stem``.json and .csv; pictures and page where matplotlib is, which a machine with a GPU may lack."""
-    save(result, stem)
     try:
         from bench.page import write
     except ImportError as error:
+        save(result, stem)
         print(f"\n{stem}.json, .csv; {error}: python bench/page.py makes pictures and page of the .json elsewhere")
     else:
         write(result, stem)
