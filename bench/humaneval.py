@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import dllm_fast
 from dllm_fast.answers import answer_text
-from dllm_fast.cli import load, schedule_of
+from dllm_fast.cli import add_model_options, load, schedule_of
 from dllm_fast.request import CACHES
 from dllm_fast.view import print_table
 
@@ -100,11 +100,7 @@ def parser() -> argparse.ArgumentParser:
     add("--gen-length", type=int, default=256)
     add("--block-length", type=int, default=32)
     add("--cache", choices=CACHES, default="dual")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--dtype", choices=("float32", "bfloat16", "float16"))
-    add("--impl", default="auto")
-    add("--weights", choices=("fp8",), help="multiply e4m3 copies of the layers' weights; default: the model's own")
-    add("--trust-remote-code", action="store_true")
+    add_model_options(add)
     add("--out", type=Path, default=Path("runs/humaneval"), help="where the completions go")
     return p
 

@@ -64,6 +64,15 @@ def remask_of(text: str):
     return spelled(REMASKS, text)
 
 
+def add_model_options(add) -> None:
+    """Options of `load`, but for ``--model``."""
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--dtype", choices=("float32", "bfloat16", "float16"))
+    add("--impl", default="auto")
+    add("--weights", choices=("fp8",), help="multiply e4m3 copies of the layers' weights; default: the model's own")
+    add("--trust-remote-code", action="store_true")
+
+
 def load(args: argparse.Namespace):
     dtype = "auto" if args.dtype is None else getattr(torch, args.dtype)
     if args.model in shipped() and args.dtype is None and args.device == "cpu":
@@ -155,11 +164,7 @@ def parser() -> argparse.ArgumentParser:
     add("--mask-id", type=int, help="default: the model's own")
     add("--seed", type=int)
     add("--chat", action="store_true", help="put the prompt through the tokenizer's chat template")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--dtype", choices=("float32", "bfloat16", "float16"))
-    add("--impl", default="auto")
-    add("--weights", choices=("fp8",), help="multiply e4m3 copies of the layers' weights; default: the model's own")
-    add("--trust-remote-code", action="store_true")
+    add_model_options(add)
     add("--plain", action="store_true", help="no live view")
     add("--quiet", action="store_true", help="the text alone")
     p = commands.add_parser("demo", help="watch the shipped models work, and what patching does to their speed")
