@@ -17,8 +17,9 @@ if not torch.cuda.is_available():
 from bench.cases import loss, small
 from bench.cases.case import TINY, dtype_of
 from dllm_fast.kernels.attention import attention
+from dllm_fast.kernels.checks import CONFIDENCES
 from dllm_fast.kernels.gumbel import uniform
-from dllm_fast.kernels.predict import CONFIDENCES, predict
+from dllm_fast.kernels.predict import predict
 
 TOOLS = ("memcheck", "racecheck")
 LIMIT = 220  # seconds a tool

@@ -15,9 +15,10 @@ import warnings
 
 import torch
 
+from dllm_fast.kernels.checks import CONFIDENCES, as_scalar, check_choice
+
 LEVELS = ("plain", "avx2", "avx512", "avx512bf16")
 FLOATS = (torch.float32, torch.bfloat16)  # that the kernels take
-CONFIDENCES = ("probability", "margin", "entropy", "random")
 
 _level: int | None = None  # of LEVELS, for tests; None: the CPU's best
 _forked = False  # OpenMP's threads do not survive a fork; a child that waits for them hangs
@@ -315,33 +316,14 @@ def predict(
     _check(torch.bool, candidate=(candidate, (rows,)))
     if vocabulary >= 1 << 31:
         raise ValueError(f"weight has {vocabulary} rows; expected fewer than 2^31")
-    if confidence not in CONFIDENCES:
-        raise ValueError(f"confidence={confidence!r} is not one of {', '.join(map(repr, CONFIDENCES))}")
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature={temperature} is not a finite number >= 0")
-    ids = sorted({mask_id, *banned})
-    if ids[0] < 0 or ids[-1] >= vocabulary or len(ids) == vocabulary:
-        raise ValueError(f"mask_id={mask_id}, banned={banned}: outside, or all of, the vocabulary of {vocabulary}")
-    if temperature > 0 or confidence == "random":
-        if row is None or position is None:
-            raise ValueError(f"row and position are needed for temperature={temperature}, confidence={confidence!r}")
+    excluded, noisy = check_choice(mask_id, banned, vocabulary, confidence, temperature, row, position)
+    if noisy:
         row, position = row.contiguous(), position.contiguous()  # one row's number comes expanded
         _check(torch.int64, row=(row, (rows,)), position=(position, (rows,)))
-        seed, step = _scalar("seed", seed), _scalar("step", step)
+        seed, step = as_scalar("seed", seed, hidden.device), as_scalar("step", step, hidden.device)
     else:
         seed = step = row = position = None
-    ranges = [end for i in ids for end in (i, i + 1)]
     return _predict_op(
-        hidden, weight, bias, candidate, uncond, seed, step, row, position, mask_id, ranges, confidence,
+        hidden, weight, bias, candidate, uncond, seed, step, row, position, mask_id, excluded, confidence,
         float(temperature), cfg_scale + 1.0,
     )  # fmt: skip
-
-
-def _scalar(name: str, value: int | torch.Tensor) -> torch.Tensor:
-    if isinstance(value, torch.Tensor):
-        if value.dtype != torch.int64 or value.numel() != 1:
-            raise ValueError(f"{name} is {value.dtype} {list(value.shape)}; expected one int64")
-        return value
-    if not -(1 << 63) <= value < 1 << 64:
-        raise ValueError(f"{name}={value} does not fit in 64 bits")
-    return torch.tensor([value - (1 << 64) if value >= 1 << 63 else value])

@@ -7,11 +7,11 @@ import torch
 
 from dllm_fast.engine import Options
 from dllm_fast.families.rows import valid_spans
+from dllm_fast.kernels.checks import CONFIDENCES
 from dllm_fast.refresh import Every, Refresh
 from dllm_fast.remask import Remask
 from dllm_fast.schedules import Schedule
 
-CONFIDENCES = ("probability", "margin", "entropy", "random")
 CACHES = ("none", "prefix", "dual")
 REFRESHES = ("block",)
 

@@ -4,6 +4,7 @@ import torch
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int32, torch.int64)
+CONFIDENCES = ("probability", "margin", "entropy", "random")
 
 
 def check_tensors(
@@ -45,3 +46,29 @@ def as_scalar(name: str, value: int | torch.Tensor, device: torch.device) -> tor
             f"{name} is {value.dtype} {list(value.shape)} on {value.device}; expected one int64 on {device}"
         )
     return value.reshape(1)
+
+
+def check_choice(
+    mask_id: int, banned: tuple[int, ...], vocabulary: int, confidence: str, temperature: float, row, position
+) -> tuple[list[int], bool]:
+    """What `predict` is asked for: the ids that it never predicts as ranges [low, high), and whether it needs noise.
+
+    Raises ValueError for what does not fit. Of ``row`` and ``position`` only their absence is looked at.
+    """
+    if confidence not in CONFIDENCES:
+        raise ValueError(f"confidence={confidence!r} is not one of {', '.join(map(repr, CONFIDENCES))}")
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature={temperature} is not a finite number >= 0")
+    ids = sorted({mask_id, *banned})
+    if ids[0] < 0 or ids[-1] >= vocabulary or len(ids) == vocabulary:
+        raise ValueError(f"mask_id={mask_id}, banned={banned}: outside, or all of, the vocabulary of {vocabulary}")
+    excluded = []
+    for i in ids:
+        if excluded and excluded[-1] == i:
+            excluded[-1] = i + 1
+        else:
+            excluded += [i, i + 1]
+    noisy = temperature > 0 or confidence == "random"
+    if noisy and (row is None or position is None):
+        raise ValueError(f"row and position are needed for temperature={temperature}, confidence={confidence!r}")
+    return excluded, noisy

@@ -22,10 +22,8 @@ import torch
 import triton
 import triton.language as tl
 
-from dllm_fast.kernels.checks import FLOATS, INTEGERS, as_scalar, check_tensors
+from dllm_fast.kernels.checks import FLOATS, INTEGERS, as_scalar, check_choice, check_tensors
 from dllm_fast.kernels.select import FIELDS, SELECT, combine, reduce_tile, select
-
-CONFIDENCES = ("probability", "margin", "entropy", "random")
 
 # Rows above which cuBLAS and a reduction replace the fused kernel, by bytes of an element. To be set by measurement:
 # bench both paths at 32 to 512 rows. fp32 is multiplied without tensor cores, where cuBLAS is ahead sooner.
@@ -260,24 +258,10 @@ def predict(
     )
     if vocabulary < 2 or vocabulary >= 1 << 30:
         raise ValueError(f"weight has {vocabulary} rows; expected 2 to 2^30 vocabulary ids")
-    if confidence not in CONFIDENCES:
-        raise ValueError(f"confidence={confidence!r} is not one of {', '.join(map(repr, CONFIDENCES))}")
     if _path not in ("auto", "fused", "streamed"):
         raise ValueError(f"_path={_path!r} is not one of 'auto', 'fused', 'streamed'")
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature={temperature} is not a finite number >= 0")
-    ids = sorted({mask_id, *banned})
-    if ids[0] < 0 or ids[-1] >= vocabulary or len(ids) == vocabulary:
-        raise ValueError(f"mask_id={mask_id}, banned={banned}: outside, or all of, the vocabulary of {vocabulary}")
-    excluded = []  # the ids as ranges [low, high)
-    for i in ids:
-        if excluded and excluded[-1] == i:
-            excluded[-1] = i + 1
-        else:
-            excluded += [i, i + 1]
-    if temperature > 0 or confidence == "random":
-        if row is None or position is None:
-            raise ValueError(f"row and position are needed for temperature={temperature}, confidence={confidence!r}")
+    excluded, noisy = check_choice(mask_id, banned, vocabulary, confidence, temperature, row, position)
+    if noisy:
         check_tensors(device, row=(row, [rows], INTEGERS), position=(position, [rows], INTEGERS))
         seed, step = as_scalar("seed", seed, device), as_scalar("step", step, device)
     else:

@@ -2,7 +2,7 @@
 
 from resources import Case
 
-from dllm_fast.kernels import commit, gumbel, masked_loss, predict, select
+from dllm_fast.kernels import checks, commit, gumbel, masked_loss, predict, select
 
 KEYS = {"seed_ptr": "*i64", "step_ptr": "*i64", "row_ptr": "*i64", "position_ptr": "*i64"}
 NO_KEYS = {name: None for name in KEYS}
@@ -92,7 +92,7 @@ CASES = [
         {"index_ptr": "*i32", "count_ptr": "*i32", "candidate_ptr": "*i1", "N": "i32"},
         {"BN": 1024},
     ),
-    *(_combine(confidence) for confidence in predict.CONFIDENCES),
+    *(_combine(confidence) for confidence in checks.CONFIDENCES),
     *(
         _select(confidence, noise, guided)
         for confidence, noise, guided in (

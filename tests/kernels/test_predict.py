@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 from dllm_fast.kernels import predict as kernel
 from dllm_fast.kernels import reference
-from dllm_fast.kernels.predict import CONFIDENCES, predict
+from dllm_fast.kernels.checks import CONFIDENCES
+from dllm_fast.kernels.predict import predict
 
 PATHS = ("fused", "streamed")
 SHAPES = {  # rows, vocabulary, width
