@@ -121,9 +121,10 @@ def parse_schedule(text: str) -> schedules.Schedule:
     kinds |= {"threshold": (dllm_fast.Threshold, float), "factor": (dllm_fast.Factor, float)}
     try:
         schedule, number = kinds[kind]
-        return schedule(number(value))
+        value = number(value)
     except (KeyError, ValueError):
         raise ValueError(f"--schedule: {text!r} is not one of {', '.join(kinds)} with a number, uniform:32") from None
+    return schedule(value)
 
 
 def parse_refresh(text: str):
@@ -132,11 +133,16 @@ def parse_refresh(text: str):
     kinds = {"every": (dllm_fast.Every, int), "window": (dllm_fast.Window, int), "drift": (dllm_fast.Drift, float)}
     if text == "block":
         return text
+    spelling = f"--refresh: {text!r} is not block, every:2, window:32,32 or drift:0.2"
     try:
         policy, number = kinds[kind]
-        return policy(*(number(value) for value in values.split(",")))
-    except (KeyError, TypeError, ValueError):
-        raise ValueError(f"--refresh: {text!r} is not block, every:2, window:32,32 or drift:0.2") from None
+        values = [number(value) for value in values.split(",")]
+    except (KeyError, ValueError):
+        raise ValueError(spelling) from None
+    try:
+        return policy(*values)
+    except TypeError:
+        raise ValueError(spelling) from None
 
 
 def require_idle(force: bool) -> float:

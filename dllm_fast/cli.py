@@ -42,9 +42,13 @@ def spelled(choices: dict, text: str):
     if len(given) > len(types):
         raise argparse.ArgumentTypeError(f"{text!r}: {name} takes {len(types) or 'no'} value{'s' * (len(types) != 1)}")
     try:
-        return cls(*(kind(value) for kind, value in zip(types, given)))
+        arguments = [kind(value) for kind, value in zip(types, given)]
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r}: {values!r} is not a number") from error
+    try:
+        return cls(*arguments)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from error
     except TypeError as error:
         raise argparse.ArgumentTypeError(f"{text!r}: {name} needs a value") from error
 

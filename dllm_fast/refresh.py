@@ -7,14 +7,7 @@ tokens were written after its last evaluation, so its keys and values still stan
 
 from dataclasses import dataclass
 
-
-def _require(good: bool, message: str) -> None:
-    if not good:
-        raise ValueError(f"refresh: {message}")
-
-
-def _is_count(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+from dllm_fast.values import keep_number, keep_whole
 
 
 @dataclass(frozen=True)
@@ -26,8 +19,8 @@ class Every:
 
     blocks: int
 
-    def check(self) -> None:
-        _require(_is_count(self.blocks, 1), f"Every: blocks={self.blocks!r} is not a positive whole number")
+    def __post_init__(self) -> None:
+        keep_whole(self, "blocks", 1)
 
     def full(self, block: int) -> bool:
         return block % self.blocks == 0
@@ -45,10 +38,9 @@ class Window:
     before: int
     after: int = 0
 
-    def check(self) -> None:
-        for name in ("before", "after"):
-            value = getattr(self, name)
-            _require(_is_count(value, 0), f"Window: {name}={value!r} is not a whole number from 0 up")
+    def __post_init__(self) -> None:
+        keep_whole(self, "before", 0)
+        keep_whole(self, "after", 0)
 
     def full(self, block: int) -> bool:
         return block == 0
@@ -69,9 +61,8 @@ class Drift:
 
     tau: float = 0.2
 
-    def check(self) -> None:
-        good = isinstance(self.tau, int | float) and not isinstance(self.tau, bool) and self.tau >= 0
-        _require(good, f"Drift: tau={self.tau!r} is not a number from 0 up")
+    def __post_init__(self) -> None:
+        keep_number(self, "tau", "a number from 0 up", lambda number: number >= 0)
 
     def full(self, block: int) -> bool:
         return block == 0

@@ -15,18 +15,14 @@ from dataclasses import dataclass
 
 import torch
 
+from dllm_fast.values import keep_share
+
 STAYS = float("-inf")
 
 
 def ranks(score: torch.Tensor) -> torch.Tensor:
     """Each position's place in its row, [B, T], from the highest score on; ties to the lowest position."""
     return score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-
-
-def _check_unit(policy: object, name: str) -> None:
-    value = getattr(policy, name)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
-        raise ValueError(f"remask: {type(policy).__name__}: {name}={value!r} is not a number from 0 to 1")
 
 
 @dataclass
@@ -48,8 +44,8 @@ class ReMDM:
 
     eta: float = 0.1
 
-    def check(self) -> None:
-        _check_unit(self, "eta")
+    def __post_init__(self) -> None:
+        keep_share(self, "eta")
 
     def urgency(self, block: Committed) -> torch.Tensor:
         filled = block.before.sum(1)  # [B]
@@ -67,8 +63,8 @@ class Verify:
 
     threshold: float = 0.7
 
-    def check(self) -> None:
-        _check_unit(self, "threshold")
+    def __post_init__(self) -> None:
+        keep_share(self, "threshold")
 
     def urgency(self, block: Committed) -> torch.Tensor:
         return (-block.now).where(block.before & (block.now < self.threshold), STAYS)
@@ -82,8 +78,8 @@ class P2:
 
     eta: float = 1.0
 
-    def check(self) -> None:
-        _check_unit(self, "eta")
+    def __post_init__(self) -> None:
+        keep_share(self, "eta")
 
     def urgency(self, block: Committed) -> torch.Tensor:
         score = block.now.clamp(min=1e-30).log() * torch.where(block.before, self.eta, 1.0)  # [B, T]

@@ -130,15 +130,14 @@ class Request:
         for name, choices in (("confidence", CONFIDENCES), ("cache", CACHES)):
             value = getattr(self, name)
             require(value in choices, f"{name}={value!r} is not one of {', '.join(map(repr, choices))}")
+        self.schedule.check_confidence(self.confidence)
         if isinstance(self.refresh, Refresh):
             require(self.cache != "none", f"refresh={self.refresh!r}: there is nothing to refresh with cache='none'")
-            self.refresh.check()
         else:
             known = f"{', '.join(map(repr, REFRESHES))}, Every, Window, Drift"
             require(self.refresh in REFRESHES, f"refresh={self.refresh!r} is not one of {known}")
         if self.remask is not None:
             require(isinstance(self.remask, Remask), f"remask={self.remask!r} is not one of ReMDM, Verify, P2")
-            self.remask.check()
         for name in ("temperature", "cfg_scale"):
             value = getattr(self, name)
             good = isinstance(value, int | float) and math.isfinite(value) and value >= 0

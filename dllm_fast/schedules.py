@@ -12,20 +12,15 @@ from typing import ClassVar
 
 import torch
 
+from dllm_fast.values import keep_number, keep_whole
+
 NOISES = ("linear", "cosine", "loglinear")
+FINEST = 2**20  # times of an ancestral grid in one block: 8 MB a row, and far more than any block has positions
 
 
 def _require(good: bool, message: str) -> None:
     if not good:
         raise ValueError(f"schedule: {message}")
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclass(frozen=True)
@@ -36,7 +31,13 @@ class _Planned:
     rule: ClassVar[dict] = {}
 
     def check(self, blocks: int, masked: int) -> None:
-        """A row's ``blocks``, the fullest of which has ``masked`` positions to fill. Raises ValueError."""
+        """Raises ValueError if a row of ``blocks``, the fullest with ``masked`` positions to fill, cannot be planned.
+
+        What a schedule was made with was checked then.
+        """
+
+    def check_confidence(self, confidence: str) -> None:
+        """Raises ValueError if the schedule's values make no sense for this ``confidence``."""
 
     def counts(
         self,
@@ -55,8 +56,10 @@ class Uniform(_Planned):
 
     steps: int
 
+    def __post_init__(self) -> None:
+        keep_whole(self, "steps", 1)
+
     def check(self, blocks: int, masked: int) -> None:
-        _require(_is_count(self.steps), f"Uniform: steps={self.steps!r} is not a positive whole number")
         _require(self.steps % blocks == 0, f"Uniform: steps={self.steps} is not a multiple of the {blocks} blocks")
         _require(
             self.steps // blocks <= masked,
@@ -78,8 +81,8 @@ class Pyramid(_Planned):
 
     factor: int = 1
 
-    def check(self, blocks: int, masked: int) -> None:
-        _require(_is_count(self.factor), f"Pyramid: factor={self.factor!r} is not a positive whole number")
+    def __post_init__(self) -> None:
+        keep_whole(self, "factor", 1)
 
     def counts(self, masked, blocks, draw):
         found, kept = [], 0
@@ -118,11 +121,17 @@ class Ancestral(_Planned):
     noise: str = "linear"
     confidence: ClassVar[str | None] = "random"
 
+    def __post_init__(self) -> None:
+        keep_whole(self, "steps", 1)
+        if not isinstance(self.noise, str) or self.noise not in NOISES:
+            raise ValueError(f"Ancestral: noise={self.noise!r} is not one of {', '.join(map(repr, NOISES))}")
+
     def check(self, blocks: int, masked: int) -> None:
-        _require(_is_count(self.steps), f"Ancestral: steps={self.steps!r} is not a positive whole number")
         _require(self.steps % blocks == 0, f"Ancestral: steps={self.steps} is not a multiple of the {blocks} blocks")
-        known = ", ".join(map(repr, NOISES))
-        _require(self.noise in NOISES, f"Ancestral: noise={self.noise!r} is not one of {known}")
+        _require(
+            self.steps // blocks <= FINEST,
+            f"Ancestral: steps={self.steps} over {blocks} blocks is more than {FINEST} in one block",
+        )
 
     def _alpha(self, t: torch.Tensor) -> torch.Tensor:
         if self.noise == "cosine":
@@ -149,12 +158,23 @@ class _Adaptive(_Planned):
 
 @dataclass(frozen=True)
 class Threshold(_Adaptive):
-    """Every position whose confidence reaches ``threshold``, and always the best (Fast-dLLM, arXiv:2505.22618)."""
+    """Every position whose confidence reaches ``threshold``, and always the best (Fast-dLLM, arXiv:2505.22618).
+
+    At most 1, which no confidence exceeds, and not 0, which any reaches. Below 0 it is for ``confidence="entropy"``,
+    the negative entropy in nats: -0.5, say.
+    """
 
     threshold: float = 0.9
 
-    def check(self, blocks: int, masked: int) -> None:
-        _require(_is_number(self.threshold), f"Threshold: threshold={self.threshold!r} is not a finite number")
+    def __post_init__(self) -> None:
+        wanted = "a number above 0 and up to 1, or for confidence='entropy' a finite one below 0"
+        keep_number(self, "threshold", wanted, lambda number: number <= 1 and number != 0 and math.isfinite(number))
+
+    def check_confidence(self, confidence: str) -> None:
+        _require(
+            self.threshold > 0 or confidence == "entropy",
+            f"Threshold: threshold={self.threshold} is below every confidence={confidence!r}, which begin at 0",
+        )
 
     @property
     def rule(self) -> dict:
@@ -167,9 +187,8 @@ class Factor(_Adaptive):
 
     factor: float = 1.0
 
-    def check(self, blocks: int, masked: int) -> None:
-        good = _is_number(self.factor) and self.factor > 0
-        _require(good, f"Factor: factor={self.factor!r} is not a positive number")
+    def __post_init__(self) -> None:
+        keep_number(self, "factor", "a positive finite number", lambda number: 0 < number < math.inf)
 
     @property
     def rule(self) -> dict:
@@ -184,9 +203,8 @@ class EntropyBound(_Adaptive):
     gamma: float = 0.1
     confidence: ClassVar[str | None] = "entropy"
 
-    def check(self, blocks: int, masked: int) -> None:
-        good = _is_number(self.gamma) and self.gamma >= 0
-        _require(good, f"EntropyBound: gamma={self.gamma!r} is not a finite number from 0 up")
+    def __post_init__(self) -> None:
+        keep_number(self, "gamma", "a finite number from 0 up", lambda number: 0 <= number < math.inf)
 
     @property
     def rule(self) -> dict:

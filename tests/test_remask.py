@@ -25,7 +25,7 @@ from dllm_fast import (
 from dllm_fast.remask import Committed
 
 PLANNED = [Uniform(8), Pyramid(2), FirstHitting(), Ancestral(8, "cosine")]
-ADAPTIVE = [Threshold(0.3), Threshold(2.0), Factor(1.0), EntropyBound(4.0)]
+ADAPTIVE = [Threshold(0.3), Threshold(1.0), Factor(1.0), EntropyBound(4.0)]
 
 
 def committed(**changes):
