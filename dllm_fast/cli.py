@@ -11,10 +11,10 @@ from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from dllm_fast.generate import Output, generate
-from dllm_fast.loading import from_pretrained, model_path, shipped
+from dllm_fast.loading import end_of_text, from_pretrained, model_path, shipped
 from dllm_fast.refresh import Drift, Every, Window
 from dllm_fast.remask import P2, ReMDM, Verify
-from dllm_fast.request import CACHES, CONFIDENCES
+from dllm_fast.request import CACHES, CONFIDENCES, before_end
 from dllm_fast.schedules import Ancestral, EntropyBound, Factor, FirstHitting, Pyramid, Schedule, Threshold, Uniform
 from dllm_fast.view import watching
 
@@ -110,28 +110,29 @@ def run_generate(args: argparse.Namespace) -> int:
         raise ValueError("--mask-id: neither the model's config nor its tokenizer names one")
     if args.chat and not tokenizer.chat_template:
         raise ValueError("--chat: this model's tokenizer has no chat template")
+    eos_ids = end_of_text(model, tokenizer)
     for prompt in prompts:
         ids = encode(tokenizer, prompt, mask_id, args.chat).to(args.device)
-        watch = nullcontext() if args.quiet else watching(tokenizer, mask_id, args.plain)
+        watch = nullcontext() if args.quiet else watching(tokenizer, mask_id, args.plain, eos_ids=eos_ids)
         began = time.perf_counter()
         with watch as streamer:
             out = generate(
                 model, ids, gen_length=args.gen_length, block_length=args.block_length, schedule=args.schedule,
                 confidence=args.confidence, temperature=args.temperature, cfg_scale=args.cfg_scale, cache=args.cache,
                 refresh=args.refresh, remask=args.remask,
-                mask_id=mask_id, eos_id=tokenizer.eos_token_id, seed=args.seed, streamer=streamer,
+                mask_id=mask_id, eos_id=eos_ids, seed=args.seed, streamer=streamer,
             )  # fmt: skip
         seconds = time.perf_counter() - began
         print(tokenizer.decode(out.sequences[0], skip_special_tokens=True))
-        print(report(out, made(out.sequences[0], ids[0], mask_id, tokenizer.eos_token_id), seconds), file=sys.stderr)
+        print(report(out, made(out.sequences[0], ids[0], mask_id, eos_ids), seconds), file=sys.stderr)
     return 0
 
 
-def made(sequence: torch.Tensor, prompt: torch.Tensor, mask_id: int, eos_id: int | None) -> int:
-    """Tokens that were generated: the prompt's [MASK]s, and the answer up to its first end of text."""
+def made(sequence: torch.Tensor, prompt: torch.Tensor, mask_id: int, eos_ids: list[int]) -> int:
+    """Tokens that were generated: the prompt's [MASK]s, and the answer up to its first end of text, that included."""
     answer = sequence[len(prompt) :].tolist()
-    length = answer.index(eos_id) + 1 if eos_id in answer else len(answer)
-    return int((prompt == mask_id).sum()) + length
+    text = len(before_end(answer, eos_ids))
+    return int((prompt == mask_id).sum()) + min(text + 1, len(answer))
 
 
 def report(out: Output, filled: int, seconds: float) -> str:

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoTokenizer
 
 from dllm_fast.generate import generate
-from dllm_fast.loading import from_pretrained, model_path
+from dllm_fast.loading import end_of_text, from_pretrained, model_path
 from dllm_fast.patch import patched, unpatch
 from dllm_fast.published import published_generate
 from dllm_fast.schedules import Pyramid, Threshold, Uniform
@@ -26,14 +26,14 @@ def demo(plain: bool = False) -> None:
     """Continue two prompts, fill a gap, and print the table of speeds."""
     torch.manual_seed(0)
     model, tokenizer = _load("llada-gsm8k")
-    mask_id, eos_id = model.config.mask_token_id, tokenizer.eos_token_id
+    mask_id, eos_ids = model.config.mask_token_id, end_of_text(model, tokenizer)
     print("A small LLaDA, trained on two CPU cores, goes on with grade-school word problems:")
     for prompt in PROMPTS:
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-        with watching(tokenizer, mask_id, plain, "llada-gsm8k") as streamer:
+        with watching(tokenizer, mask_id, plain, "llada-gsm8k", eos_ids) as streamer:
             generate(
                 model, ids, gen_length=LENGTH, block_length=BLOCK, schedule=Uniform(LENGTH), cache="none",
-                temperature=0.3, confidence="entropy", eos_id=eos_id, seed=1, streamer=streamer,
+                temperature=0.3, confidence="entropy", eos_id=eos_ids, seed=1, streamer=streamer,
             )  # fmt: skip
         print()
 

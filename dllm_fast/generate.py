@@ -55,9 +55,10 @@ def generate(
     refresh: str | Refresh = "block",
     remask: Remask | None = None,
     mask_id: int | None = None,
-    eos_id: int | None = None,
+    eos_id: int | list[int] | tuple[int, ...] | None = None,
     seed: int | None = None,
     streamer=None,
+    pad_id: int | None = None,
 ) -> Output:
     """Fill ``gen_length`` [MASK]s after each prompt, and any [MASK] inside the prompts, block by block.
 
@@ -79,12 +80,13 @@ def generate(
             `Window`, `Drift`.
         remask: which committed tokens of the live block are opened again: `ReMDM`, `Verify`, `P2`; None: none.
         mask_id: default ``model.config.mask_token_id``.
-        eos_id: once a finished block holds it, the row's remaining [MASK]s become it. None: every position is
-            generated, as LLaDA's published sampler does.
+        eos_id: an id, or several: once a finished block holds one of them, the row is done, and what would be filled
+            after the first becomes ``pad_id``. None: every position is generated, as LLaDA's published sampler does.
         seed: of the noise, a pure function of (seed, step of the block, row, position, token id). None draws one from
             torch's global generator.
         streamer: a transformers ``TextStreamer`` (or anything with ``put`` and ``end``), batch 1: whole blocks, in
             order. If it has ``put_draft``, it also gets the live block after each step.
+        pad_id: what stands after the end of the text; None: the id of ``eos_id`` that ended it, again.
 
     Returns:
         `Output`.
@@ -97,7 +99,7 @@ def generate(
     start, end = check_batch(input_ids, attention_mask, family.head()[0].device)
     request = Request(
         gen_length, block_length, schedule, confidence, temperature, cfg_scale, cache, refresh, remask,
-        mask_id, eos_id, seed,
+        mask_id, eos_id, seed, pad_id,
     ).check(model, family)  # fmt: skip
     batch, prompt = input_ids.shape
     require(streamer is None or batch == 1, f"streamer: takes one row, and input_ids has {batch}")
@@ -283,7 +285,7 @@ class _Server:
         engine.block(slot, masked, blocks, fresh, draft)
         for row, first, tokens, nfe in zip(rows, slot.tolist(), engine.tokens(), engine.evaluations, strict=True):
             row.nfe += nfe
-            row.write(first - (engine.slots - len(row.ids)), tokens, self.request.eos_id)
+            row.write(first - (engine.slots - len(row.ids)), tokens, self.request.eos_ids, self.request.pad_id)
         if self.stream is not None:
             self.stream.flush()
 

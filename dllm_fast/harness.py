@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 from dllm_fast.answers import answer_text, last_of, request_options, spelled_options, whole_blocks
 from dllm_fast.generate import generate_many
 from dllm_fast.likelihood import are_greedy, log_likelihoods
-from dllm_fast.loading import from_pretrained, model_path
+from dllm_fast.loading import end_of_text, from_pretrained, model_path
 from dllm_fast.patch import bound_family
 from dllm_fast.request import require
 
@@ -81,7 +81,8 @@ class MaskedDiffusionLM(TemplateLM):
         self.mc_num, self.seed, self.cfg_scale = mc_num, seed, float(cfg_scale)
         self.options = {
             "block_length": block_length, "confidence": confidence, "cfg_scale": self.cfg_scale, "cache": cache,
-            "eos_id": self.tokenizer.eos_token_id, **spelled_options(schedule=schedule, refresh=refresh, remask=remask),
+            "eos_id": end_of_text(self.model, self.tokenizer),
+            **spelled_options(schedule=schedule, refresh=refresh, remask=remask),
         }  # fmt: skip
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
@@ -103,7 +104,7 @@ class MaskedDiffusionLM(TemplateLM):
             for completion in done:
                 (i, until, tokens), prompt = members[completion.index], prompts[completion.index]
                 ids = completion.sequence[len(prompt) :].tolist()
-                answers[i] = answer_text(self.tokenizer, ids[:tokens], until)
+                answers[i] = answer_text(self.tokenizer, ids[:tokens], self.options["eos_id"], until)
                 self.cache_hook.add_partial("generate_until", requests[i].args, answers[i])
                 bar.update()
         bar.close()

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, ModernBertForMaskedLM, PretrainedConfig, PreTrainedModel
 
 from dllm_fast.llada import TRANSFORMERS_5, LLaDAModelLM
-from dllm_fast.patch import patch, require_known
+from dllm_fast.patch import bound_family, patch, require_known
 
 MODELS = Path(__file__).with_name("models")
 
@@ -71,6 +71,15 @@ def from_pretrained(
     if missing:
         raise ValueError(f"{name}: the weights lack {len(missing)} parameters, the first of them {missing[0]}")
     return patch(model.eval() if device is None else model.eval().to(device), impl, weights)
+
+
+def end_of_text(model: PreTrainedModel, tokenizer) -> list[int]:
+    """Ids that end a text: the tokenizer's, then those of the model's generation config (a chat's end of turn, say)."""
+    config = getattr(model, "generation_config", None)
+    several = getattr(config, "eos_token_id", None)
+    ids = [tokenizer.eos_token_id, *(several if isinstance(several, list | tuple) else [several])]
+    size = bound_family(model).vocab_size  # a config's default may lie outside, where no token can be it
+    return list(dict.fromkeys(i for i in ids if i is not None and i < size))
 
 
 def check_folder(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """What `generate` is asked for: every argument checked, and each row's blocks planned, before any work."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -38,16 +39,20 @@ class Row:
         """Positions that are still to be filled, [L] bool."""
         return self.open & (self.ids == self.mask_id)
 
-    def write(self, first: int, tokens: torch.Tensor, eos_id: int | None) -> None:
-        """Take in a finished block's ``tokens`` from position ``first`` on, and stop at the end of the text."""
+    def write(self, first: int, tokens: torch.Tensor, eos_ids: tuple[int, ...], pad_id: int | None = None) -> None:
+        """Take in a finished block's ``tokens`` from position ``first`` on, and stop at the end of the text.
+
+        The text ends at the first of ``eos_ids``; what is open after it becomes ``pad_id``, or that id again.
+        """
         skip = max(0, -first)  # the window of a row shorter than a block begins in its padding
         self.ids[max(0, first) : first + len(tokens)] = tokens[skip:]
         self.next += 1
-        if eos_id is not None:
-            ended = ((self.ids == eos_id) & self.open).cumsum(0) > 0
-            if bool(ended.any()):
-                self.ids[ended & self.open] = eos_id
-                self.next = len(self.blocks)
+        ends = (torch.isin(self.ids, torch.tensor(eos_ids, dtype=torch.int64)) & self.open).nonzero()[:, 0]
+        if len(ends):
+            end = int(ends[0])
+            after = torch.arange(len(self.ids)) > end
+            self.ids[after & self.open] = int(self.ids[end]) if pad_id is None else pad_id
+            self.next = len(self.blocks)
 
     @property
     def done(self) -> bool:
@@ -68,9 +73,11 @@ class Request:
     refresh: str | Refresh
     remask: Remask | None
     mask_id: int | None
-    eos_id: int | None
+    eos_id: int | list[int] | tuple[int, ...] | None
     seed: int | None
+    pad_id: int | None = None
     options: Options = field(init=False)
+    eos_ids: tuple[int, ...] = field(init=False)
 
     def check(self, model: torch.nn.Module, family) -> "Request":
         """Check everything but the prompts. Raises ValueError naming the argument and the value."""
@@ -109,17 +116,15 @@ class Request:
         return Row(index, index if noise is None else noise, ids, open_, blocks, self.mask_id)
 
     def _check_ids(self, model, family) -> None:
-        for name, default in (("mask_id", "mask_token_id"), ("eos_id", None)):
-            value = getattr(self, name)
-            if value is None and default:
-                value = getattr(model.config, default, None)
-                require(value is not None, f"mask_id: None given, and model.config has no {default}")
-                setattr(self, name, value)
-            require(
-                value is None or (_whole(value) and 0 <= value < family.vocab_size),
-                f"{name}={value!r} is not an id of the vocabulary of {family.vocab_size}",
-            )
-        require(self.eos_id is None or self.eos_id != self.mask_id, f"eos_id={self.eos_id} is the mask id")
+        if self.mask_id is None:
+            self.mask_id = getattr(model.config, "mask_token_id", None)
+            require(self.mask_id is not None, "mask_id: None given, and model.config has no mask_token_id")
+        require_id("mask_id", self.mask_id, family.vocab_size)
+        self.eos_ids = as_ids("eos_id", self.eos_id, family.vocab_size)
+        require(self.mask_id not in self.eos_ids, f"eos_id={self.eos_id}: the mask id, {self.mask_id}, ends no text")
+        if self.pad_id is not None:
+            require_id("pad_id", self.pad_id, family.vocab_size)
+            require(self.pad_id != self.mask_id, f"pad_id={self.pad_id} is the mask id")
 
     def _check_numbers(self) -> None:
         gen, block = self.gen_length, self.block_length
@@ -182,6 +187,26 @@ def plan_blocks(open_: torch.Tensor, block_length: int) -> list[tuple[int, int]]
             windows.append((min(i, len(open_) - block_length), int(open_[i : i + block_length].sum())))
             covered = i + block_length
     return windows
+
+
+def before_end(ids: list[int], eos_ids: Sequence[int]) -> list[int]:
+    """Ids up to the first of ``eos_ids``."""
+    return ids[: next((at for at, i in enumerate(ids) if i in eos_ids), len(ids))]
+
+
+def require_id(name: str, value: object, vocab_size: int) -> None:
+    """Raise ValueError unless ``value`` is an id."""
+    known = _whole(value) and 0 <= value < vocab_size
+    require(known, f"{name}={value!r} is not an id of the vocabulary of {vocab_size}")
+
+
+def as_ids(name: str, value: int | list[int] | tuple[int, ...] | None, vocab_size: int) -> tuple[int, ...]:
+    """An id, several or None as a tuple of ids. Raises ValueError that names ``name`` and the value."""
+    several = isinstance(value, list | tuple)
+    ids = tuple(value) if several else () if value is None else (value,)
+    for number, item in enumerate(ids):
+        require_id(f"{name}[{number}]" if several else name, item, vocab_size)
+    return ids
 
 
 def _whole(value: object) -> bool:

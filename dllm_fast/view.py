@@ -1,10 +1,12 @@
 """Watching a sequence un-mask: live with rich on a terminal, a few plain lines elsewhere."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+
+from dllm_fast.request import before_end
 
 HIDDEN = "░"
 
@@ -24,17 +26,14 @@ def spans(tokenizer, ids: list[int], mask_id: int, new: set[int]) -> list[tuple[
     return runs
 
 
-def until_end(tokenizer, sequence: torch.Tensor) -> list[int]:
-    """Ids up to the first end of text: what stands after it is dropped when the row is finished."""
-    ids, eos = sequence.tolist(), getattr(tokenizer, "eos_token_id", None)
-    return ids[: ids.index(eos)] if eos in ids else ids
-
-
 class Plain:
-    """A `generate` streamer that prints the sequence each time another quarter of it is known."""
+    """A `generate` streamer that prints the sequence each time another quarter of it is known.
 
-    def __init__(self, tokenizer, mask_id: int):
-        self.tokenizer, self.mask_id = tokenizer, mask_id
+    Nothing is shown from the first of ``eos_ids`` on: it is dropped when the row is finished.
+    """
+
+    def __init__(self, tokenizer, mask_id: int, eos_ids: Sequence[int] = ()):
+        self.tokenizer, self.mask_id, self.eos_ids = tokenizer, mask_id, eos_ids
         self.total, self.printed, self.last = 0, -1, ""
 
     def put(self, value: torch.Tensor) -> None:
@@ -44,7 +43,7 @@ class Plain:
         hidden = sequence.tolist().count(self.mask_id)
         self.total = max(self.total, hidden + 1)
         quarter = 4 * (self.total - hidden) // self.total
-        shown = until_end(self.tokenizer, sequence)
+        shown = before_end(sequence.tolist(), self.eos_ids)
         text = "".join(text for text, _ in spans(self.tokenizer, shown, self.mask_id, set()))
         if (quarter > self.printed or hidden == 0) and text != self.last:
             self.printed, self.last = quarter, text
@@ -55,12 +54,15 @@ class Plain:
 
 
 class Live:
-    """A `generate` streamer that redraws the sequence after each step; new tokens are green for one step."""
+    """A `generate` streamer that redraws the sequence, up to the first of ``eos_ids``, after each step.
 
-    def __init__(self, tokenizer, mask_id: int, console, title: str = ""):
+    New tokens are green for one step.
+    """
+
+    def __init__(self, tokenizer, mask_id: int, console, title: str = "", eos_ids: Sequence[int] = ()):
         from rich.live import Live as RichLive
 
-        self.tokenizer, self.mask_id, self.title = tokenizer, mask_id, title
+        self.tokenizer, self.mask_id, self.title, self.eos_ids = tokenizer, mask_id, title, eos_ids
         self.before: list[int] = []
         self.step = 0
         self.live = RichLive(console=console, refresh_per_second=24, transient=False)
@@ -70,7 +72,7 @@ class Live:
         pass
 
     def put_draft(self, value: torch.Tensor, sequence: torch.Tensor) -> None:
-        ids = until_end(self.tokenizer, sequence)
+        ids = before_end(sequence.tolist(), self.eos_ids)
         new = {at for at, (old, now) in enumerate(zip(self.before, ids)) if old == self.mask_id != now}
         self.before, self.step = ids, self.step + 1
         self._draw(ids, new)
@@ -92,20 +94,22 @@ class Live:
 
 
 @contextmanager
-def watching(tokenizer, mask_id: int, plain: bool = False, title: str = "") -> Iterator[Live | Plain]:
+def watching(
+    tokenizer, mask_id: int, plain: bool = False, title: str = "", eos_ids: Sequence[int] = ()
+) -> Iterator[Live | Plain]:
     """A streamer: `Live` where rich is installed and standard output is a terminal, else `Plain`.
 
     Leaving the block, by an interrupt too, gives the terminal its cursor back.
     """
     if plain or not sys.stdout.isatty():
-        yield Plain(tokenizer, mask_id)
+        yield Plain(tokenizer, mask_id, eos_ids)
         return
     try:
         from rich.console import Console
     except ImportError:
-        yield Plain(tokenizer, mask_id)
+        yield Plain(tokenizer, mask_id, eos_ids)
         return
-    streamer = Live(tokenizer, mask_id, Console(), title)
+    streamer = Live(tokenizer, mask_id, Console(), title, eos_ids)
     try:
         yield streamer
     finally:

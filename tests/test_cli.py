@@ -4,11 +4,15 @@ import io
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny import EOS, VOCAB
 
+import dllm_fast
 from dllm_fast import cli, view
+from dllm_fast.loading import end_of_text
 from dllm_fast.refresh import Drift, Every, Window
 from dllm_fast.remask import P2, ReMDM
 from dllm_fast.schedules import Ancestral, EntropyBound, Factor, FirstHitting, Pyramid, Threshold, Uniform
@@ -115,11 +119,23 @@ class Letters:
         return "".join(chr(97 + i) for i in ids)
 
 
-def test_nothing_is_shown_after_the_end_of_text():
-    letters = Letters()
-    assert view.until_end(letters, torch.tensor([3, 1, 9, 1])) == [3, 1, 9, 1]
-    letters.eos_token_id = 1
-    assert view.until_end(letters, torch.tensor([3, 4, 1, 9, 1])) == [3, 4]
+@pytest.mark.parametrize("eos_ids,shown", [([], "dbhb"), ([1], "d"), ([7, 1], "d"), ([7], "db"), ([6], "dbhb")])
+def test_nothing_is_shown_after_the_end_of_text(eos_ids, shown, capsys):
+    with view.watching(Letters(), 9, plain=True, eos_ids=eos_ids) as streamer:
+        streamer.put_draft(None, torch.tensor([3, 1, 7, 1]))
+    assert capsys.readouterr().out.endswith(f"| {shown}\n")
+
+
+def test_the_end_of_text_is_the_tokenizers_and_the_generation_configs(llada):
+    tokenizer = SimpleNamespace(eos_token_id=EOS)
+    dllm_fast.patch(llada)
+    assert end_of_text(llada, tokenizer) == [EOS]
+    llada.generation_config.eos_token_id = [7, EOS, VOCAB]  # the last is none of the vocabulary's
+    assert end_of_text(llada, tokenizer) == [EOS, 7]
+    tokenizer.eos_token_id, llada.generation_config.eos_token_id = None, 8
+    assert end_of_text(llada, tokenizer) == [8]
+    llada.generation_config = None  # as ModernBERT's
+    assert end_of_text(llada, tokenizer) == []
 
 
 def test_spans_group_masks_and_news():
@@ -150,5 +166,6 @@ def test_the_live_view_draws_on_a_terminal():
 
 def test_made_counts_what_was_generated():
     sequence = torch.tensor([5, 6, 7, 8, 2, 2, 2])
-    assert cli.made(sequence, torch.tensor([5, 9, 7]), 9, 2) == 3
-    assert cli.made(sequence, torch.tensor([5, 6, 7]), 9, None) == 4
+    assert cli.made(sequence, torch.tensor([5, 9, 7]), 9, [2]) == 3
+    assert cli.made(sequence, torch.tensor([5, 9, 7]), 9, [2, 8]) == 2
+    assert cli.made(sequence, torch.tensor([5, 6, 7]), 9, []) == 4

@@ -166,6 +166,41 @@ def test_end_of_text_stops_a_row_and_fills_the_rest(llada, ids):
     assert out.nfe < free.nfe
 
 
+@pytest.mark.parametrize("pad", [None, 3])
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_the_first_of_several_ends_of_text_stops_a_row(llada, ids, kind, pad):
+    """Alone, in a batch and through `generate_many`; the rest becomes the id that was found, or ``pad_id``."""
+    dllm_fast.patch(llada)
+    options = {"gen_length": 32, "block_length": 8, "cache": "none", "schedule": Uniform(16)}
+    free = dllm_fast.generate(llada, ids, **options).sequences[:, 24:].tolist()
+    ends = [free[0][9], free[0][20], free[1][3], EOS]
+    expected = []
+    for row in free:
+        first = next((at for at, token in enumerate(row) if token in ends), len(row))
+        expected.append(row[: first + 1] + [row[first : first + 1][0] if pad is None else pad] * (31 - first))
+    assert sum(row != cut for row, cut in zip(free, expected)) >= 2
+    options |= {"eos_id": kind(ends), "pad_id": pad}
+    out = dllm_fast.generate(llada, ids, **options)
+    assert out.sequences[:, 24:].tolist() == expected
+    many = dllm_fast.generate_many(llada, ids.tolist(), batch_size=2, **options)
+    assert [row.sequence[24:].tolist() for row in many] == expected
+
+
+def test_an_end_of_text_in_the_prompt_ends_nothing(llada, ids):
+    """Nor does filling a gap behind it; an end of text in a gap ends what is open after it, and no given token."""
+    dllm_fast.patch(llada)
+    gaps = ids[:1].clone()
+    gaps[0, 2], gaps[0, 6:10], gaps[0, 15:18] = EOS, MASK, MASK
+    options = {"gen_length": 8, "block_length": 4, "cache": "none"}
+    free = dllm_fast.generate(llada, gaps, **options).sequences[0].tolist()
+    assert dllm_fast.generate(llada, gaps, eos_id=[EOS, 5], **options).sequences[0].tolist() == free
+    end = free[7]
+    first = 6 + free[6:8].index(end)
+    expected = [token if at <= first or gaps.tolist()[0][at : at + 1] not in ([], [MASK]) else end
+                for at, token in enumerate(free)]  # fmt: skip
+    assert dllm_fast.generate(llada, gaps, eos_id=(end,), **options).sequences[0].tolist() == expected
+
+
 class Recorder:
     def __init__(self):
         self.put_, self.drafts, self.ended = [], [], 0

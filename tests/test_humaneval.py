@@ -58,7 +58,7 @@ def test_a_completion_is_the_functions_body(text, expected, ended, tokenizer, mo
 
     monkeypatch.setattr(dllm_fast, "generate", generate)
     args = argparse.Namespace(chat=False, device="cpu", gen_length=64, block_length=32, cache="dual")
-    sample = humaneval.complete(None, tokenizer, PROBLEM, "uniform=8", args)
+    sample = humaneval.complete(None, tokenizer, [tokenizer.eos_token_id], PROBLEM, "uniform=8", args)
     assert sample == {"task_id": "HumanEval/0", "completion": expected, "nfe": 8, "tokens": len(answer)}
 
 

@@ -64,11 +64,12 @@ def test_lengths():
 def test_text_of_an_answer(tokenizer):
     ids = tokenizer("How many?\nTom has 3.", add_special_tokens=False)["input_ids"]
     eos, mask = tokenizer.eos_token_id, tokenizer.mask_token_id
-    assert answer_text(tokenizer, [*ids, eos, *ids]) == "How many?\nTom has 3."
-    assert answer_text(tokenizer, ids, ["3", "\n", ""]) == "How many?"
-    assert answer_text(tokenizer, [*ids, mask]) == "How many?\nTom has 3."
-    assert answer_text(tokenizer, [*ids, mask, *ids], [tokenizer.mask_token]) == "How many?\nTom has 3."
-    assert answer_text(tokenizer, []) == ""
+    assert answer_text(tokenizer, [*ids, eos, *ids], [eos]) == "How many?\nTom has 3."
+    assert answer_text(tokenizer, [*ids, eos, *ids], [ids[-2], eos]) == "How many?\nTom has "
+    assert answer_text(tokenizer, ids, [eos], ["3", "\n", ""]) == "How many?"
+    assert answer_text(tokenizer, [*ids, mask], [eos]) == "How many?\nTom has 3."
+    assert answer_text(tokenizer, [*ids, mask, *ids], [eos], [tokenizer.mask_token]) == "How many?\nTom has 3."
+    assert answer_text(tokenizer, [], [eos]) == ""
     assert before_stop("abcabc", ["ca", "b"]) == "a" and before_stop("abc", ["x"]) == "abc"
 
 
