@@ -1,8 +1,9 @@
 """The compiled extension for CPUs, csrc/cpu: where it is, and its kernels as custom ops.
 
 The library has a plain C interface and knows neither Python nor PyTorch: it is given pointers, strides and a number of
-threads. It holds every kernel once for each instruction set of `LEVELS` and takes the best that the CPU has, or
-``_level``. Threads are OpenMP's, by way of the library that PyTorch itself runs on.
+threads. It holds every kernel once for each instruction set of `LEVELS` and takes the best that the CPU has. The
+environment variable DLLM_FAST_LEVEL names a lower one: what another processor would run. Threads are OpenMP's, by way
+of the library that PyTorch itself runs on.
 
 No result depends on the number of threads, nor a row's on the rows beside it.
 """
@@ -20,7 +21,7 @@ from dllm_fast.kernels.checks import CONFIDENCES, as_scalar, check_choice
 LEVELS = ("plain", "avx2", "avx512", "avx512bf16")
 FLOATS = (torch.float32, torch.bfloat16)  # that the kernels take
 
-_level: int | None = None  # of LEVELS, for tests; None: the CPU's best
+_level: int | None = None  # of LEVELS, for tests; None: `best_level`
 _forked = False  # OpenMP's threads do not survive a fork; a child that waits for them hangs
 
 
@@ -67,9 +68,22 @@ def _library() -> ctypes.CDLL:
     return library
 
 
+@functools.cache
+def best_level() -> int:
+    """The best of `LEVELS` that the CPU has, as an index, or the lower one that DLLM_FAST_LEVEL names.
+
+    Raises:
+        ValueError: DLLM_FAST_LEVEL is not one of `LEVELS`.
+    """
+    best, name = _library().dllm_level(), os.environ.get("DLLM_FAST_LEVEL")
+    if name and name not in LEVELS:
+        raise ValueError(f"DLLM_FAST_LEVEL={name!r} in the environment; expected one of {', '.join(LEVELS)}")
+    return min(best, LEVELS.index(name)) if name else best
+
+
 def levels() -> tuple[str, ...]:
-    """The instruction sets that this CPU has, of `LEVELS`."""
-    return LEVELS[: _library().dllm_level() + 1]
+    """The instruction sets that run here, of `LEVELS`, worst first."""
+    return LEVELS[: best_level() + 1]
 
 
 def _threads() -> int:
@@ -77,9 +91,8 @@ def _threads() -> int:
 
 
 def _run(kernel: str, arguments: ctypes.Structure, dtype: torch.dtype) -> None:
-    library = _library()
-    level = library.dllm_level() if _level is None else _level
-    getattr(library, kernel)(ctypes.byref(arguments), level, dtype == torch.bfloat16, _threads())
+    level = best_level() if _level is None else _level
+    getattr(_library(), kernel)(ctypes.byref(arguments), level, dtype == torch.bfloat16, _threads())
 
 
 def _pointer(x: torch.Tensor | None) -> int | None:

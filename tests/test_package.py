@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from dllm_fast import compiled
 
 ROOT = Path(__file__).parent.parent
@@ -55,6 +57,34 @@ def test_the_compiled_extension_is_built_where_there_is_a_compiler():
     installed = any(True for _ in importlib.metadata.distributions(name="dllm_fast"))
     if installed and shutil.which("g++"):
         assert compiled.missing() is None
+
+
+LEVEL = """
+import torch
+from dllm_fast import compiled
+
+try:
+    print(*compiled.levels())
+    print(compiled.linear(torch.ones(1, 3), torch.ones(2, 3)).tolist())
+except ValueError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(bool(compiled.missing()), reason=str(compiled.missing()))
+@pytest.mark.parametrize(
+    ("level", "printed"),
+    [
+        ("plain", "plain\n[[3.0, 3.0]]"),
+        ("", " ".join(compiled.levels()) + "\n[[3.0, 3.0]]" if not compiled.missing() else ""),
+        ("sse", "DLLM_FAST_LEVEL='sse' in the environment; expected one of plain, avx2, avx512, avx512bf16"),
+    ],
+)
+def test_a_lower_instruction_set_is_taken_from_the_environment(level, printed):
+    environment = {**os.environ, "DLLM_FAST_LEVEL": level or os.environ.get("DLLM_FAST_LEVEL", "")}
+    command = [sys.executable, "-c", LEVEL]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.stdout.strip() == printed, done.stderr
 
 
 def test_kernels_is_a_plain_folder_behind_a_relative_link():
