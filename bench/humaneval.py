@@ -23,9 +23,10 @@ from tqdm import tqdm
 
 import dllm_fast
 from dllm_fast.answers import answer_text
-from dllm_fast.cli import add_model_options, load, schedule_of
+from dllm_fast.cli import add_model_options, load
 from dllm_fast.loading import end_of_text
 from dllm_fast.request import CACHES, before_end
+from dllm_fast.spelling import schedule_of
 from dllm_fast.view import print_table
 
 # What ends a function's body; the last one ends a chat's block of code.

@@ -34,8 +34,8 @@ from bench.store import read, save
 from bench.subjects import Subject, names, open_subject, usual_texts
 from bench.sweep import Rates, time_settings
 from dllm_fast import shipped
-from dllm_fast.cli import refresh_of, remask_of, schedule_of
 from dllm_fast.request import CACHES, CONFIDENCES
+from dllm_fast.spelling import refresh_of, remask_of, schedule_of
 from dllm_fast.view import print_table
 
 

@@ -3,7 +3,7 @@
 import itertools
 from dataclasses import asdict, dataclass
 
-from dllm_fast.cli import refresh_of, remask_of, schedule_of
+from dllm_fast.spelling import refresh_of, remask_of, schedule_of
 
 SAMPLED = ("first-hitting", "ancestral")  # samplers of the process itself, which are defined at temperature 1
 ADAPTIVE = ("threshold", "factor", "entropy-bound")  # they look at the model's confidence

@@ -1,25 +1,16 @@
 """Between evaluations, which ask with text, and the model: options as text, prompts that fit, answers as text."""
 
-import argparse
 from collections.abc import Sequence
 
-from dllm_fast.cli import refresh_of, remask_of, schedule_of
 from dllm_fast.request import before_end, require
+from dllm_fast.spelling import policy_of
 
-SPELLED = {"schedule": schedule_of, "refresh": refresh_of, "remask": remask_of}
 LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # lm-eval's names, first one wins
 
 
 def spelled_options(**texts: str | None) -> dict:
     """`generate`'s ``schedule``, ``refresh`` and ``remask`` from text as on the command line; None is left out."""
-    options = {}
-    for name, text in texts.items():
-        if text is not None:
-            try:
-                options[name] = SPELLED[name](str(text))
-            except argparse.ArgumentTypeError as error:
-                raise ValueError(f"{name}: {error}") from error
-    return options
+    return {name: policy_of(name, str(text)) for name, text in texts.items() if text is not None}
 
 
 def request_options(given: dict, limit: int, temperature: float) -> tuple[list[str], int, float]:

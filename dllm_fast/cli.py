@@ -12,60 +12,10 @@ from transformers.utils import logging as transformers_logging
 
 from dllm_fast.generate import Output, generate
 from dllm_fast.loading import end_of_text, from_pretrained, model_path, shipped
-from dllm_fast.refresh import Drift, Every, Window
-from dllm_fast.remask import P2, ReMDM, Verify
 from dllm_fast.request import CACHES, CONFIDENCES, before_end
-from dllm_fast.schedules import Ancestral, EntropyBound, Factor, FirstHitting, Pyramid, Schedule, Threshold, Uniform
+from dllm_fast.schedules import Threshold
+from dllm_fast.spelling import SCHEDULES, refresh_of, remask_of, schedule_of
 from dllm_fast.view import watching
-
-SCHEDULES = {
-    "uniform": (Uniform, int),
-    "pyramid": (Pyramid, int),
-    "threshold": (Threshold, float),
-    "factor": (Factor, float),
-    "entropy-bound": (EntropyBound, float),
-    "ancestral": (Ancestral, int, str),
-    "first-hitting": (FirstHitting,),
-}
-REFRESHES = {"every": (Every, int), "window": (Window, int, int), "drift": (Drift, float)}
-REMASKS = {"remdm": (ReMDM, float), "verify": (Verify, float), "p2": (P2, float)}
-
-
-def spelled(choices: dict, text: str):
-    """``name=value,value`` of one of ``choices``: {name: (class, the type of each of its arguments)}."""
-    name, _, values = text.partition("=")
-    if name not in choices:
-        known = ", ".join(f"{name}{'=N' * bool(types)}" for name, (_, *types) in choices.items())
-        raise argparse.ArgumentTypeError(f"{text!r} is none of {known}")
-    cls, *types = choices[name]
-    given = values.split(",") if values else []
-    if len(given) > len(types):
-        raise argparse.ArgumentTypeError(f"{text!r}: {name} takes {len(types) or 'no'} value{'s' * (len(types) != 1)}")
-    try:
-        arguments = [kind(value) for kind, value in zip(types, given)]
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r}: {values!r} is not a number") from error
-    try:
-        return cls(*arguments)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from error
-    except TypeError as error:
-        raise argparse.ArgumentTypeError(f"{text!r}: {name} needs a value") from error
-
-
-def schedule_of(text: str) -> Schedule:
-    """``uniform=32``, ``threshold=0.9``, ``ancestral=64,cosine``, ``first-hitting``, ..."""
-    return spelled(SCHEDULES, text)
-
-
-def refresh_of(text: str):
-    """``block``, ``every=4``, ``window=32,0`` or ``drift=0.2``."""
-    return text if text == "block" else spelled(REFRESHES, text)
-
-
-def remask_of(text: str):
-    """``remdm=0.1``, ``verify=0.7`` or ``p2=1``."""
-    return spelled(REMASKS, text)
 
 
 def add_model_options(add) -> None:

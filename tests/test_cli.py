@@ -16,6 +16,7 @@ from dllm_fast.loading import end_of_text
 from dllm_fast.refresh import Drift, Every, Window
 from dllm_fast.remask import P2, ReMDM
 from dllm_fast.schedules import Ancestral, EntropyBound, Factor, FirstHitting, Pyramid, Threshold, Uniform
+from dllm_fast.spelling import refresh_of, remask_of, schedule_of, spell
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -82,10 +83,11 @@ def test_schedules_are_spelt_as_name_equals_number(capsys):
         "first-hitting": FirstHitting(),
     }
     for text, schedule in expected.items():
-        assert cli.schedule_of(text) == schedule
-    assert cli.refresh_of("block") == "block" and cli.refresh_of("window=32,8") == Window(32, 8)
-    assert cli.refresh_of("every=4") == Every(4) and cli.refresh_of("drift=0.3") == Drift(0.3)
-    assert cli.remask_of("remdm=0.2") == ReMDM(0.2) and cli.remask_of("p2") == P2()
+        assert schedule_of(text) == schedule == schedule_of(spell(schedule))
+    assert refresh_of("block") == "block" and refresh_of("window=32,8") == Window(32, 8)
+    assert refresh_of("every=4") == Every(4) and refresh_of("drift=0.3") == Drift(0.3)
+    assert remask_of("remdm=0.2") == ReMDM(0.2) and remask_of("p2") == P2()
+    assert spell(Window(32, 8)) == "window=32,8" and spell(Drift(0.3)) == "drift=0.3" and spell(P2()) == "p2=1.0"
     for flag, bad, message in (
         ("--schedule", "cosine=3", "'cosine=3' is none of uniform=N, pyramid=N"),
         ("--schedule", "uniform=x", "'uniform=x': 'x' is not a number"),
