@@ -22,6 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
+from dllm_fast.kernels.chain import chained, start_next, wait_for_inputs
 from dllm_fast.kernels.checks import FLOATS, INTEGERS, check_tensors
 
 # (BM query rows, BN slots, warps, stages, masks in every tile) of a program with few rows or a window, and of one with
@@ -132,10 +133,14 @@ def _attention_kernel(
     WINDOW: tl.constexpr,
     MASKED: tl.constexpr,  # every tile, not only the last; always with WINDOW
     SPLIT: tl.constexpr,
+    CHAINED: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BD: tl.constexpr,
 ):
+    if CHAINED:
+        start_next()
+        wait_for_inputs()
     # Neighbouring programs share K and V: tiles of one (row, head) come first.
     tiles = tl.cdiv(queries * GROUP, BM)
     tile = tl.program_id(0) % tiles
@@ -216,9 +221,13 @@ def _combine_kernel(
     splits,
     rows,  # B T H
     D: tl.constexpr,
+    CHAINED: tl.constexpr,
     BS: tl.constexpr,
     BD: tl.constexpr,
 ):
+    if CHAINED:
+        start_next()
+        wait_for_inputs()
     row = tl.program_id(0).to(tl.int64)
     s = tl.arange(0, BS).to(tl.int64)  # [BS]
     d = tl.arange(0, BD)  # [BD]
@@ -277,12 +286,12 @@ def attention(
             queries, slots, kv_heads, splits, rows, min(window or 0, 1 << 30),
             (head_dim**-0.5 if scale is None else scale) * math.log2(math.e),
             D=head_dim, GROUP=group, WINDOW=window is not None, MASKED=masked,
-            SPLIT=splits > 1, BM=bm, BN=bn, BD=padded, num_warps=warps, num_stages=stages,
+            SPLIT=splits > 1, BM=bm, BN=bn, BD=padded, num_warps=warps, num_stages=stages, **chained(q.device),
         )  # fmt: skip
         if splits > 1:
             bs = triton.next_power_of_2(splits)
             _combine_kernel[(rows,)](
-                part, lse, out, splits, rows, D=head_dim, BS=bs, BD=padded, num_warps=COMBINE_WARPS
+                part, lse, out, splits, rows, D=head_dim, BS=bs, BD=padded, num_warps=COMBINE_WARPS, **chained(q.device)
             )
     return out
 

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from dllm_fast.kernels.chain import chained, start_next, wait_for_inputs
 from dllm_fast.kernels.checks import FLOATS, check_tensors
 
 BLOCK = 1024  # with 4 warps, 8 elements a thread: 16 bytes of bf16
@@ -26,8 +27,12 @@ def _glu_kernel(
     up_stride,
     f,
     GELU: tl.constexpr,  # GeGLU, else SwiGLU
+    CHAINED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    if CHAINED:
+        start_next()
+        wait_for_inputs()
     tiles = tl.cdiv(f, BLOCK)
     row = (tl.program_id(0) // tiles).to(tl.int64)
     col = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
@@ -53,8 +58,9 @@ def _glu(gate: torch.Tensor, up: torch.Tensor, gelu: bool) -> torch.Tensor:
     block = min(BLOCK, triton.next_power_of_2(f))
     with torch.cuda.device_of(gate):
         _glu_kernel[(gate.shape[0] * triton.cdiv(f, block),)](
-            gate, up, out, gate.stride(0), up.stride(0), f, GELU=gelu, BLOCK=block, num_warps=WARPS
-        )
+            gate, up, out, gate.stride(0), up.stride(0), f,
+            GELU=gelu, BLOCK=block, num_warps=WARPS, **chained(gate.device),
+        )  # fmt: skip
     return out
 
 

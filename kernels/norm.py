@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from dllm_fast.kernels.chain import chained, start_next, wait_for_inputs
 from dllm_fast.kernels.checks import FLOATS, check_tensors
 
 WARPS = {1024: 4, 4096: 8, 16384: 16}  # by the padded row length up to which it holds
@@ -35,9 +36,13 @@ def _norm_kernel(
     CENTRED: tl.constexpr,  # LayerNorm, else RMSNorm
     RESIDUAL: tl.constexpr,
     BIAS: tl.constexpr,
+    CHAINED: tl.constexpr,
     BR: tl.constexpr,
     BD: tl.constexpr,
 ):
+    if CHAINED:
+        start_next()
+        wait_for_inputs()
     row = (tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR))[:, None]  # [BR, 1]
     col = tl.arange(0, BD)[None, :]  # [1, BD]
     mask = (row < rows) & (col < d)  # [BR, BD]
@@ -85,7 +90,7 @@ def _norm(
         _norm_kernel[(triton.cdiv(x.shape[0], block_rows),)](
             x, other, weight, bias, y, h, x.stride(0), other.stride(0), x.shape[0], d, eps,
             CENTRED=centred, RESIDUAL=residual is not None, BIAS=bias is not None,
-            BR=block_rows, BD=padded, num_warps=warps,
+            BR=block_rows, BD=padded, num_warps=warps, **chained(x.device),
         )  # fmt: skip
     return y, h
 

@@ -17,7 +17,23 @@ def _wide(x: torch.Tensor) -> torch.Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-# Norms and gates
+# Matmuls, norms and gates
+
+
+def linear(
+    x: torch.Tensor,  # [..., K]
+    weight: torch.Tensor,  # [N, K]
+    scale: torch.Tensor | None = None,  # [N]: of e4m3 weights
+    gated: bool = False,
+) -> torch.Tensor:
+    """``x W^T``, with ``scale[n] W[n]`` in place of W where there is a scale; [..., N], rounded once.
+
+    ``gated``: W's first half are a gate's rows, the others an up projection's; returns `swiglu` of the two products,
+    each rounded, [..., N / 2].
+    """
+    wide = _wide(weight)
+    product = (_wide(x) @ (wide if scale is None else wide * scale.to(wide.dtype)[:, None]).T).to(x.dtype)
+    return swiglu(*product.chunk(2, -1)) if gated else product
 
 
 def rms_norm(
@@ -155,7 +171,12 @@ def philox(seed: int, c0, c1, c2, c3) -> tuple[torch.Tensor, torch.Tensor, torch
 
     Counters are int64 tensors of 32-bit values that broadcast. The same function as ``tl.philox``.
     """
-    c0, c1, c2, c3 = torch.broadcast_tensors(*(torch.as_tensor(c, dtype=torch.int64) & _WORD for c in (c0, c1, c2, c3)))
+    counter = (c0, c1, c2, c3)
+    # Plain numbers join the tensors on their device: elsewhere, a broadcast one would meet them on another.
+    device = next((c.device for c in counter if isinstance(c, torch.Tensor) and c.dim()), torch.device("cpu"))
+    c0, c1, c2, c3 = torch.broadcast_tensors(
+        *(torch.as_tensor(c, dtype=torch.int64, device=device) & _WORD for c in counter)
+    )
     key0, key1 = seed & _WORD, (seed >> 32) & _WORD
     for _ in range(10):
         # The int64 products wrap, which keeps all 64 bits; masking undoes the arithmetic shift.

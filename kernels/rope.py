@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from dllm_fast.kernels.chain import chained, start_next, wait_for_inputs
 from dllm_fast.kernels.checks import FLOATS, INTEGERS, check_tensors
 
 PAIRS = 512  # elements of one half in a program: with 2 warps, 8 a thread, 16 bytes of bf16
@@ -73,9 +74,13 @@ def _rope_kernel(
     heads,  # H
     kv_heads,  # G
     HALF: tl.constexpr,  # D / 2
+    CHAINED: tl.constexpr,
     BH: tl.constexpr,
     BHALF: tl.constexpr,
 ):
+    if CHAINED:
+        start_next()
+        wait_for_inputs()
     q_tiles = tl.cdiv(heads, BH)
     tiles = q_tiles + tl.cdiv(kv_heads, BH)
     tile = tl.program_id(0) % tiles
@@ -138,7 +143,7 @@ def rope(
             q, k, v, cos, sin, position, slot, out, keys, values,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *keys.stride()[:3], *values.stride()[:3],
             queries, slots, cos.shape[0], heads, kv_heads,
-            HALF=half, BH=bh, BHALF=bhalf, num_warps=WARPS,
+            HALF=half, BH=bh, BHALF=bhalf, num_warps=WARPS, **chained(q.device),
         )  # fmt: skip
     return out
 

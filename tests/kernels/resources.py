@@ -55,14 +55,17 @@ def measure(case: Case, arch: int) -> Resources:
     from triton.compiler import ASTSource
 
     signature, attrs = {}, {}
+    constexprs = dict(case.constexprs)
+    if "CHAINED" in case.fn.arg_names:
+        constexprs["CHAINED"] = arch >= 90  # as `chain.chained` says
     for i, name in enumerate(case.fn.arg_names):
         kind, _, multiple = case.signature.get(name, "constexpr").partition(":")
-        if (kind == "constexpr") != (name in case.constexprs):
+        if (kind == "constexpr") != (name in constexprs):
             raise ValueError(f"{case.name}: argument {name} must be in signature or in constexprs, and not in both")
         signature[name] = kind
         if kind.startswith("*") or multiple == "16":
             attrs[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(case.fn, signature, case.constexprs, attrs)
+    source = ASTSource(case.fn, signature, constexprs, attrs)
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 

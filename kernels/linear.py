@@ -1,0 +1,249 @@
+"""A few rows times a weight: ``y = x W^T``, for which reading W once is all that it should take.
+
+The weight is on the M side of the matrix instructions, because wgmma's M is 64 and there may be one row. W is cut into
+tiles of BN output channels and those into steps of BK inputs. The steps of all tiles, in order, are shared out equally
+between as many programs as the chip holds, so that none idles; a program may begin and end inside a tile (arXiv:
+2301.03598). A tile that several programs share is summed by the last of them to arrive, in the programs' order: replays
+give the same bits, and the order does not depend on the number of rows.
+
+    scale    y[n] = scale[n] * sum_k x[k] W[n, k]          W in e4m3, widened to x's dtype in registers, which is exact
+    gated    y = silu(round(x G^T)) * round(x U^T)         W = [G; U]: a tile has channels of both, in turns
+
+Where the launch is chained (programmatic dependent launch, `chain.py`), a program asks for its first weights before it
+waits for the kernel that makes x.
+"""
+
+import contextlib
+import threading
+
+import torch
+import triton
+import triton.language as tl
+
+from dllm_fast.kernels.chain import chained, prefetch, start_next, wait_for_inputs
+from dllm_fast.kernels.checks import check_tensors
+
+HALVES = (torch.bfloat16, torch.float16)
+ROWS = 64  # above, cuBLAS is ahead
+TILE = 128  # what the width of the output must be a multiple of, and that of the input
+# By rows of x, padded. AHEAD steps are asked for before the wait.
+CONFIGS = {
+    16: {"BM": 16, "BN": 128, "BK": 64, "AHEAD": 8, "num_warps": 4, "num_stages": 5},
+    32: {"BM": 32, "BN": 128, "BK": 64, "AHEAD": 8, "num_warps": 4, "num_stages": 5},
+    64: {"BM": 64, "BN": 128, "BK": 64, "AHEAD": 8, "num_warps": 4, "num_stages": 5},
+}
+PROGRAMS = 132  # multiprocessors of an H100 or H200
+
+
+@triton.jit
+def _store(
+    acc,  # [BN, BM] fp32
+    out_ptr,  # [M, N], or [M, N / 2] with GATED
+    scale_ptr,  # [N] fp32, with SCALED
+    source,  # [BN] int64: the tile's rows of W
+    tile,
+    rows,
+    N,
+    GATED: tl.constexpr,
+    SCALED: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    kind = out_ptr.dtype.element_ty
+    m = tl.arange(0, BM).to(tl.int64)  # [BM]
+    if SCALED:
+        acc *= tl.load(scale_ptr + source)[:, None]
+    if GATED:
+        gate, up = tl.split(tl.permute(tl.reshape(acc, [BN // 2, 2, BM]), (0, 2, 1)))  # [BN / 2, BM]
+        gate, up = gate.to(kind).to(tl.float32), up.to(kind).to(tl.float32)
+        n = tile * (BN // 2) + tl.arange(0, BN // 2)
+        y = gate / (1 + tl.exp(-gate)) * up
+        tl.store(out_ptr + m[None, :] * (N // 2) + n[:, None], y.to(kind), mask=(m < rows)[None, :])
+    else:
+        n = tile * BN + tl.arange(0, BN)
+        tl.store(out_ptr + m[None, :] * N + n[:, None], acc.to(kind), mask=(m < rows)[None, :])
+
+
+@triton.jit
+def _sum(
+    part_ptr,  # [programs, 2, BN, BM] fp32
+    count_ptr,  # [N / BN] int32
+    out_ptr,
+    scale_ptr,
+    source,  # [BN] int64: the tile's rows of W
+    tile,
+    steps,  # of a tile
+    total,  # steps of all tiles
+    rows,
+    N,
+    GATED: tl.constexpr,
+    SCALED: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """Say that this program's part of a tile is there; the last program to say so sums the parts, in order."""
+    programs, begin = tl.num_programs(0), tile * steps
+    lowest = ((begin + 1) * programs - 1) // total
+    highest = ((begin + steps) * programs - 1) // total
+    if tl.atomic_add(count_ptr + tile, 1, sem="acq_rel") == highest - lowest:
+        tl.debug_barrier()
+        place = tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]  # [BN, BM]
+        y = tl.zeros([BN, BM], tl.float32)
+        for program in range(lowest, highest + 1):
+            part = program * 2 + (program * total // programs < begin).to(tl.int32)
+            # .cg: not from this multiprocessor's own cache, which may hold what was there before.
+            y += tl.load(part_ptr + tl.cast(part, tl.int64) * (BN * BM) + place, cache_modifier=".cg")
+        tl.store(count_ptr + tile, 0)
+        _store(y, out_ptr, scale_ptr, source, tile, rows, N, GATED, SCALED, BM, BN)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _linear_kernel(
+    x_ptr,  # [M, K], rows x_stride apart
+    weight_ptr,  # [N, K]
+    scale_ptr,  # [N] fp32, with SCALED
+    out_ptr,  # [M, N], or [M, N / 2] with GATED
+    part_ptr,  # [programs, 2, BN, BM] fp32: what a program leaves of its first tile, and of its last
+    count_ptr,  # [N / BN] int32: programs that have left their part of a tile; 0 before and after
+    x_stride,
+    rows,  # M
+    N,
+    K,
+    GATED: tl.constexpr,
+    SCALED: tl.constexpr,
+    CHAINED: tl.constexpr,
+    AHEAD: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    steps = K // BK  # of a tile
+    total = N // BN * steps
+    first = program * total // programs
+    last = (program + 1) * total // programs
+
+    n = tl.arange(0, BN)  # [BN]
+    k = tl.arange(0, BK)  # [BK]
+    m = tl.arange(0, BM)  # [BM]
+    if GATED:
+        source = (n % 2) * (N // 2) + n // 2
+        tile_rows = BN // 2
+    else:
+        source = n
+        tile_rows = BN
+    source = source.to(tl.int64)
+    w_at = weight_ptr + source[:, None] * K + k[None, :]  # [BN, BK]
+    x_at = x_ptr + tl.minimum(m, rows - 1).to(tl.int64)[:, None] * x_stride + k[None, :]  # [BM, BK]
+
+    if CHAINED:
+        for i in tl.static_range(AHEAD):
+            step = tl.minimum(first + i, last - 1)
+            ahead = tl.cast(step // steps * tile_rows, tl.int64) * K + step % steps * BK
+            prefetch(weight_ptr + source * K + ahead)
+        wait_for_inputs()
+        start_next()
+
+    acc = tl.zeros([BN, BM], tl.float32)
+    for i in range(first, last):
+        tile = i // steps
+        at = (i - tile * steps) * BK
+        w = tl.load(w_at + (tl.cast(tile * tile_rows, tl.int64) * K + at), eviction_policy="evict_first")  # [BN, BK]
+        x = tl.load(x_at + at)  # [BM, BK]
+        acc = tl.dot(w.to(x.dtype), tl.trans(x), acc)
+        if (at + BK == K) | (i + 1 == last):
+            begin = tile * steps
+            if (first <= begin) & (at + BK == K):
+                _store(acc, out_ptr, scale_ptr, source + tile * tile_rows, tile, rows, N, GATED, SCALED, BM, BN)
+            else:
+                part = program * 2 + (first < begin).to(tl.int32)
+                tl.store(part_ptr + tl.cast(part, tl.int64) * (BN * BM) + n[:, None] * BM + m[None, :], acc)
+            acc = tl.zeros([BN, BM], tl.float32)
+
+    # The sums come after the loop: Triton pipelines innermost loops alone. Every thread's part must have been written
+    # before one of them says so.
+    tl.debug_barrier()
+    tile = first // steps
+    if (first > tile * steps) | (last < (tile + 1) * steps):
+        _sum(
+            part_ptr, count_ptr, out_ptr, scale_ptr, source + tile * tile_rows, tile, steps, total, rows, N,
+            GATED, SCALED, BM, BN,
+        )  # fmt: skip
+    final = (last - 1) // steps
+    if (final > tile) & (last < (final + 1) * steps):
+        _sum(
+            part_ptr, count_ptr, out_ptr, scale_ptr, source + final * tile_rows, final, steps, total, rows, N,
+            GATED, SCALED, BM, BN,
+        )  # fmt: skip
+
+
+_counters = threading.local()
+
+
+@contextlib.contextmanager
+def counters(kept: torch.Tensor):
+    """Within it, launches of this thread count arrivals in ``kept``, int32 zeros of one stream's use alone.
+
+    Otherwise each launch gets zeros of its own, which costs a launch more and breaks the chain.
+    """
+    before = getattr(_counters, "kept", None)
+    _counters.kept = kept
+    try:
+        yield
+    finally:
+        _counters.kept = before
+
+
+def _count(tiles: int, device: torch.device) -> torch.Tensor:
+    kept = getattr(_counters, "kept", None)
+    if kept is not None and kept.device == device and len(kept) >= tiles:
+        return kept
+    return torch.zeros(tiles, dtype=torch.int32, device=device)
+
+
+def fits(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether `linear` takes these, and is ahead of cuBLAS: few rows of half precision, widths of whole tiles."""
+    rows = x.numel() // max(1, x.shape[-1])
+    return (
+        1 <= rows <= ROWS
+        and x.dtype in HALVES
+        and weight.shape[0] % TILE == 0
+        and weight.shape[1] % TILE == 0
+        and weight.is_contiguous()
+        and x.stride(-1) == 1
+    )
+
+
+@torch.library.custom_op("dllm_fast::linear", mutates_args=())
+def linear(
+    x: torch.Tensor,  # [..., K] bf16 or fp16, up to ROWS rows
+    weight: torch.Tensor,  # [N, K] of x's dtype, or e4m3 with scale
+    scale: torch.Tensor | None = None,  # [N] fp32
+    gated: bool = False,
+) -> torch.Tensor:
+    """`reference.linear`: [..., N], or [..., N / 2] if ``gated``. N and K are multiples of `TILE`."""
+    check_tensors(x.device, contiguous=False, x=(x, x.shape, HALVES))
+    (n, k), rows = weight.shape, x.numel() // max(1, x.shape[-1])
+    kinds = (x.dtype,) if scale is None else (torch.float8_e4m3fn,)
+    check_tensors(x.device, weight=(weight, [None, x.shape[-1]], kinds), scale=(scale, [n], (torch.float32,)))
+    if n % TILE or k % TILE or not 1 <= rows <= max(CONFIGS):
+        raise ValueError(
+            f"x is {list(x.shape)} and weight {list(weight.shape)}: expected 1 to {max(CONFIGS)} rows and multiples of "
+            f"{TILE} channels"
+        )
+    out = torch.empty(*x.shape[:-1], n // 2 if gated else n, dtype=x.dtype, device=x.device)
+    config = dict(CONFIGS[next(size for size in CONFIGS if rows <= size)])
+    programs = min(PROGRAMS, n // config["BN"] * (k // config["BK"]))
+    part = torch.empty(programs, 2, config["BN"], config["BM"], dtype=torch.float32, device=x.device)
+    x = x.reshape(rows, k)
+    with torch.cuda.device_of(x):
+        _linear_kernel[(programs,)](
+            x, weight, scale, out, part, _count(n // config["BN"], x.device), x.stride(0), rows, n, k,
+            GATED=gated, SCALED=scale is not None, **config, **chained(x.device),
+        )  # fmt: skip
+    return out
+
+
+@linear.register_fake
+def _(x, weight, scale=None, gated=False):
+    return x.new_empty(*x.shape[:-1], weight.shape[0] // 2 if gated else weight.shape[0])
