@@ -23,6 +23,7 @@ from transformers import AutoTokenizer
 import dllm_fast
 from dllm_fast import fp8
 from dllm_fast.families.rows import valid_spans
+from dllm_fast.kernels import reference
 from dllm_fast.patch import bound_family
 from dllm_fast.view import print_table
 
@@ -53,7 +54,7 @@ def logits_of(model, ids, mask, head: bool) -> torch.Tensor:
     family = bound_family(model)
     weight, bias = family.head()
     if head:
-        rounded, scale = fp8.round_rows(weight)
+        rounded, scale = reference.round_rows(weight)
         weight = (rounded.float() * scale).to(weight.dtype)
     return linear(family.hidden(ids, start, end), weight, bias).double()
 

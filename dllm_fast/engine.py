@@ -20,6 +20,7 @@ from dllm_fast.refresh import Drift, Refresh
 from dllm_fast.remask import STAYS, Committed, Remask, ranks
 from dllm_fast.schedules import Schedule
 
+ARRIVALS = 4096  # tiles of 128 output channels: as wide as a layer's linears get
 PLAN_STEP = (1 << 32) - 1  # the step number under which a schedule's own draws are made; no step of a block has it
 
 
@@ -76,6 +77,8 @@ class Engine:
             width = self.weight.shape[1] if isinstance(options.refresh, Drift) else 0
             shape = (family.layers, rows * self.passes, slots + spare, family.kv_heads, family.head_dim)
             self.cache = BlockCache(*shape, self.weight.dtype, device, width)
+        # What the few-row matmuls count in: a step has it to itself.
+        self.arrivals = long(ARRIVALS, dtype=torch.int32) if family.impl == "triton" else None
         self.graphs = Graphs(device.type == "cuda" and family.impl == "triton")
 
     def load(self, rows: list) -> None:
@@ -253,7 +256,8 @@ class Engine:
         rows = None
         if length != self.live:
             rows = (slot - begin)[:, None] + self.offsets
-        hidden = self.family.hidden(ids, start, end, cache, None if cache is None else begin, rows, first)
+        with ops.counting(self.arrivals):
+            hidden = self.family.hidden(ids, start, end, cache, None if cache is None else begin, rows, first)
         if index is not None:
             self.cache.put(index, cache)
         return hidden
@@ -278,7 +282,7 @@ class Engine:
             temperature=o.temperature,
             seed=self.seed,
             step=self.step,
-            row=self.row[:, None].expand_as(at).flatten(),
+            row=self.row[:, None].expand_as(at).flatten().contiguous(),  # of one row it is a view without strides
             position=(at - self.pad[:, None]).flatten(),
             uncond=uncond,
             cfg_scale=o.cfg_scale,

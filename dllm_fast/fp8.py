@@ -19,10 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dllm_fast import ops
+from dllm_fast.kernels import reference
 from dllm_fast.weights import plain, wants_grad
 
 CHUNK = 1024  # rows of a weight that are wide at once: 1024 x 12,288 in bf16 is 25 MB
-TINY = torch.finfo(torch.float32).tiny
 
 
 def check(model: nn.Module, groups: Iterable[tuple[nn.Module, ...]], device: torch.device) -> None:
@@ -48,7 +49,7 @@ def native(device: torch.device) -> bool:
         return False
     ones = torch.ones(16, 32, device=device)
     try:
-        product = _scaled(ones.bfloat16(), ones.to(torch.float8_e4m3fn), ones[:, :1].contiguous())
+        product = _scaled(ones.bfloat16(), ones.to(torch.float8_e4m3fn), ones[:, :1].contiguous(), "torch")
     except RuntimeError:
         return False
     return bool((product == 32).all())
@@ -78,31 +79,41 @@ class Fp8:
         for linears in groups:
             self.copies[linears[0]] = _copied(linears, self.copies.get(linears[0]))
 
-    def __call__(self, x: torch.Tensor, *linears: nn.Module, impl: str = "torch") -> tuple[torch.Tensor, ...]:
+    def __call__(
+        self, x: torch.Tensor, *linears: nn.Module, gated: bool = False, impl: str = "torch"
+    ) -> tuple[torch.Tensor, ...]:
         """``linear(x)`` of each, [..., out], with rounded weights; without rounding where a gradient is wanted. The
         product is PyTorch's under every ``impl``."""
         parameters = (parameter for linear in linears for parameter in linear.parameters())
         if wants_grad(itertools.chain([x], parameters)):
-            return tuple(linear(x) for linear in linears)
+            parts = tuple(linear(x) for linear in linears)
+            return (ops.swiglu(*parts, impl=impl),) if gated else parts
         copy = self.copies.get(linears[0])
         if not torch.compiler.is_compiling() and (copy is None or copy.stamps != _stamps(linears)):
             copy = self.copies[linears[0]] = _copied(linears, copy)
+        plain_rows = not any(linear.bias is not None for linear in linears)
+        if plain_rows and (y := ops.scaled_linear(x, copy.matrix, copy.scale[:, 0], gated, impl)) is not None:
+            return (y,) if gated else y.split([linear.out_features for linear in linears], -1)
         rows = x.reshape(-1, x.shape[-1])
-        scaled = copy.native and len(rows) > 0 and x.dtype in (torch.bfloat16, torch.float16)
-        y = (_scaled if scaled else _widened)(rows, copy.matrix, copy.scale)
+        if copy.native and len(rows) > 0 and x.dtype in (torch.bfloat16, torch.float16):
+            y = _scaled(rows, copy.matrix, copy.scale, impl)
+        else:
+            y = _widened(rows, copy.matrix, copy.scale)
         parts = y.unflatten(0, x.shape[:-1]).split([linear.out_features for linear in linears], -1)
-        return tuple(
+        parts = tuple(
             part if linear.bias is None else part + linear.bias for part, linear in zip(parts, linears, strict=True)
         )
+        return (ops.swiglu(*parts, impl=impl),) if gated else parts
 
 
 def _scaled(
     x: torch.Tensor,  # [M, K] bf16 or fp16
     matrix: torch.Tensor,  # [N, K] e4m3
     scale: torch.Tensor,  # [N, 1] fp32
+    impl: str,
 ) -> torch.Tensor:
     """x W^T, [M, N], from x rounded to e4m3 by rows. The product by rows comes out as bf16, whatever x is."""
-    x8, x_scale = round_rows(x)
+    x8, x_scale = ops.round_rows(x, impl)
     return torch._scaled_mm(x8, matrix.t(), x_scale, scale.t(), out_dtype=torch.bfloat16).to(x.dtype)
 
 
@@ -110,13 +121,6 @@ def _widened(x: torch.Tensor, matrix: torch.Tensor, scale: torch.Tensor) -> torc
     """x W^T, [M, N], from weights multiplied back in fp32 and rounded to x's dtype."""
     parts = zip(matrix.split(CHUNK), scale.split(CHUNK), strict=True)
     return torch.cat([F.linear(x, (part.float() * by).to(x.dtype)) for part, by in parts], -1)
-
-
-def round_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [M, K] as e4m3, and the scale of each row, [M, 1] fp32."""
-    largest = torch.linalg.vector_norm(x, float("inf"), -1, keepdim=True).float()
-    scale = (largest / torch.finfo(torch.float8_e4m3fn).max).clamp(min=TINY)
-    return (x.float() / scale).to(torch.float8_e4m3fn), scale
 
 
 def _stamps(linears: tuple[nn.Module, ...]) -> list[tuple]:
@@ -145,7 +149,7 @@ def _copied(linears: tuple[nn.Module, ...], old: _Copy | None) -> _Copy:
             scale = weights[0].new_empty(n, 1, dtype=torch.float32)
         for rows in (rows for weight in weights for rows in weight.split(CHUNK)):
             to = slice(done, done + len(rows))
-            matrix[to], scale[to] = round_rows(rows)
+            matrix[to], scale[to] = reference.round_rows(rows)
             done += len(rows)
     # The scaled product wants both sides in sixteens.
     return _Copy(weights, stamps, matrix, scale, n % 16 == k % 16 == 0 and native(matrix.device))

@@ -1,5 +1,7 @@
 """CUDA graphs of a step: recorded once, replayed for as long as the buffers they were recorded on are used."""
 
+import gc
+import warnings
 from collections.abc import Callable, Hashable
 
 import torch
@@ -13,7 +15,9 @@ class Graphs:
     """
 
     def __init__(self, enabled: bool):
-        self.enabled, self._graphs, self._pool = enabled, {}, None
+        self.enabled = enabled
+        self.failure: str | None = None  # why recording was given up
+        self._graphs, self._pool = {}, None
 
     def run(self, key: Hashable, step: Callable[[], None]) -> None:
         if not self.enabled:
@@ -24,9 +28,40 @@ class Graphs:
             step()
             return
         if self._graphs[key] is None:
-            graph = torch.cuda.CUDAGraph()
+            try:
+                self._graphs[key] = self._record(step)
+            except Exception as error:
+                # Nothing that was recorded has run, so the step can still be taken.
+                self.release()
+                self.enabled, self.failure = False, f"{type(error).__name__}: {error}"
+                warnings.warn(f"steps go on without CUDA graphs; recording one failed: {self.failure}", stacklevel=2)
+                step()
+                return
+        self._graphs[key].replay()
+
+    def _record(self, step: Callable[[], None]):
+        graph, failure = torch.cuda.CUDAGraph(), None
+        # A collection may free another engine's graphs, which CUDA forbids while it records.
+        collects = gc.isenabled()
+        gc.disable()
+        try:
             # thread_local: another thread may allocate on the device while this one records.
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                step()
-            self._graphs[key], self._pool = graph, graph.pool()
-        self._graphs[key].replay()
+                try:
+                    step()
+                except Exception as error:
+                    failure = error
+                    raise
+        except Exception as error:
+            # Ending the recording fails too, for reasons that follow from the first.
+            raise failure or error from None
+        finally:
+            if collects:
+                gc.enable()
+        self._pool = graph.pool()
+        return graph
+
+    def release(self) -> None:
+        """Free the graphs now, not when a collection comes by."""
+        self._graphs.clear()
+        self._pool = None

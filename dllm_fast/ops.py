@@ -4,6 +4,7 @@
 it has them, and is differentiable, so that training goes through the same forward.
 """
 
+import contextlib
 import functools
 import importlib
 import os
@@ -18,6 +19,8 @@ from dllm_fast.kernels.checks import FLOATS
 
 IMPLS = ("auto", "triton", "cpp", "torch")
 KERNELS = {
+    "linear": ("linear", "fits", "counters"),
+    "round_rows": ("round_rows",),
     "attention": ("attention",),
     "rope": ("rope",),
     "norm": ("rms_norm", "layer_norm"),
@@ -78,9 +81,43 @@ def _triton() -> SimpleNamespace:
 
 def linear(x, weight, bias=None, impl="torch"):
     """``x W^T + b``, [..., out]."""
+    if impl == "triton" and bias is None and _few_rows(x, weight):
+        return _triton().linear(x, weight)
     if impl == "cpp" and (x.dtype == torch.float32 or x.numel() <= FEW_ROWS * x.shape[-1]):
         return compiled.linear(x, weight, bias)
     return F.linear(x, weight, bias)
+
+
+def scaled_linear(x, weight, scale, gated=False, impl="torch"):
+    """`reference.linear` of e4m3 weights, where a kernel has it; None where not."""
+    if impl == "triton" and _few_rows(x, weight):
+        return _triton().linear(x, weight, scale, gated)
+    return None
+
+
+def swiglu_linear(x, weight, impl="torch"):
+    """`reference.linear` with ``gated``: ``weight`` [2f, d] has a gate's rows, then an up projection's; [..., f]."""
+    if impl == "triton" and _few_rows(x, weight):
+        return _triton().linear(x, weight, gated=True)
+    return swiglu(*linear(x, weight, impl=impl).chunk(2, -1), impl=impl)
+
+
+def _few_rows(x, weight) -> bool:
+    """Whether Triton's `linear` serves: it has no gradient, and is for few rows."""
+    wanted = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    return not wanted and _triton().fits(x, weight)
+
+
+def round_rows(x, impl="torch"):
+    """`reference.round_rows`."""
+    if impl == "triton":
+        return _triton().round_rows(x)
+    return reference.round_rows(x)
+
+
+def counting(arrivals: torch.Tensor | None):
+    """Within it, Triton's `linear` counts in ``arrivals`` (`kernels.linear.counters`); None: in zeros of its own."""
+    return contextlib.nullcontext() if arrivals is None else _triton().counters(arrivals)
 
 
 def rms_norm(x, weight, eps, residual=None, impl="torch"):

@@ -10,7 +10,7 @@ class Pool:
     A copy of a model starts with an empty pool: graphs belong to the weights they were recorded on.
     """
 
-    SIZE = 2  # engines: each holds a cache and its graphs' memory
+    SIZE = 16  # engines at most: each holds a cache and its graphs' memory
 
     def __init__(self):
         self.lock = threading.RLock()
@@ -33,4 +33,4 @@ class Pool:
                 self._engines.pop(key, None)
                 self._engines[key] = engine
                 while len(self._engines) > self.SIZE:
-                    del self._engines[next(iter(self._engines))]
+                    self._engines.pop(next(iter(self._engines))).graphs.release()

@@ -20,8 +20,12 @@ from dllm_fast import ops
 Products = Callable[..., tuple[torch.Tensor, ...]]  # `products`, or another way to the same
 
 
-def products(x: torch.Tensor, *linears: nn.Module, impl: str = "torch") -> tuple[torch.Tensor, ...]:
+def products(
+    x: torch.Tensor, *linears: nn.Module, gated: bool = False, impl: str = "torch"
+) -> tuple[torch.Tensor, ...]:
     """``linear(x)`` of each, [..., out]; as slices of one product where their weights are fused.
+
+    ``gated``: of a gate and an up projection; (``swiglu(gate, up)``,) instead of the two.
 
     They are multiplied one by one where a gradient is wanted, since the parameters are the leaves it must reach; and
     under ``torch.compile``, which cannot see where weights lie: a compiled product may outlive their fusion. A plain
@@ -29,14 +33,17 @@ def products(x: torch.Tensor, *linears: nn.Module, impl: str = "torch") -> tuple
     """
     if len(linears) > 1 and not torch.compiler.is_compiling():
         matrix = fused(linears)
+        if matrix is not None and gated:
+            return (ops.swiglu_linear(x, matrix, impl=impl),)
         if matrix is not None:
             return ops.linear(x, matrix, impl=impl).split_with_sizes([linear.out_features for linear in linears], -1)
-    return tuple(
+    parts = tuple(
         ops.linear(x, linear._parameters["weight"], linear._parameters["bias"], impl=impl)
         if plain(linear)
         else linear(x)
         for linear in linears
     )
+    return (ops.swiglu(*parts, impl=impl),) if gated else parts
 
 
 def fused(linears: Sequence[nn.Module]) -> torch.Tensor | None:

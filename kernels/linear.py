@@ -14,6 +14,7 @@ waits for the kernel that makes x.
 """
 
 import contextlib
+import functools
 import threading
 
 import torch
@@ -26,13 +27,75 @@ from dllm_fast.kernels.checks import check_tensors
 HALVES = (torch.bfloat16, torch.float16)
 ROWS = 64  # above, cuBLAS is ahead
 TILE = 128  # what the width of the output must be a multiple of, and that of the input
-# By rows of x, padded. AHEAD steps are asked for before the wait.
+# By bytes of a weight, then by rows of x, padded. AHEAD steps of W are asked for before the wait; the next kernel may
+# start when LEFT steps are left, or at once.
+HALF = {"BN": 128, "BK": 64, "AHEAD": 8, "LEFT": 0, "num_warps": 4, "num_stages": 4}
+BYTE = {"BN": 128, "BK": 128, "AHEAD": 8, "LEFT": 0, "num_warps": 4, "num_stages": 4}
 CONFIGS = {
-    16: {"BM": 16, "BN": 128, "BK": 64, "AHEAD": 8, "num_warps": 4, "num_stages": 5},
-    32: {"BM": 32, "BN": 128, "BK": 64, "AHEAD": 8, "num_warps": 4, "num_stages": 5},
-    64: {"BM": 64, "BN": 128, "BK": 64, "AHEAD": 8, "num_warps": 4, "num_stages": 5},
+    2: {rows: {"BM": rows, **HALF} for rows in (16, 32, 64)},
+    1: {rows: {"BM": rows, **BYTE} for rows in (16, 32, 64)},
 }
-PROGRAMS = 132  # multiprocessors of an H100 or H200
+PROGRAMS = 1  # on a multiprocessor
+
+
+@triton.jit
+def _widen(words):
+    """Words of four e4m3 each, [...] int32, to four bf16 [...] of their first bytes, second bytes, and so on.
+
+    e4m3's bits lie in bf16 as they are, but for an exponent that is 120 too low; the product with 2^120 is exact,
+    subnormal numbers included. Converting by the hardware goes through fp16, at an eighth of this rate.
+    """
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b32 t, s, zero, bias;
+        mov.b32 zero, 0x80008000;
+        mov.b32 bias, 0x7b807b80;
+        prmt.b32 t, $4, $5, 0x4400;
+        and.b32 s, t, 0x80008000;
+        shr.u32 t, t, 4;
+        lop3.b32 t, t, 0x07f007f0, s, 0xea;
+        fma.rn.bf16x2 $0, t, bias, zero;
+        prmt.b32 t, $4, $5, 0x5511;
+        and.b32 s, t, 0x80008000;
+        shr.u32 t, t, 4;
+        lop3.b32 t, t, 0x07f007f0, s, 0xea;
+        fma.rn.bf16x2 $1, t, bias, zero;
+        prmt.b32 t, $4, $5, 0x6622;
+        and.b32 s, t, 0x80008000;
+        shr.u32 t, t, 4;
+        lop3.b32 t, t, 0x07f007f0, s, 0xea;
+        fma.rn.bf16x2 $2, t, bias, zero;
+        prmt.b32 t, $4, $5, 0x7733;
+        and.b32 s, t, 0x80008000;
+        shr.u32 t, t, 4;
+        lop3.b32 t, t, 0x07f007f0, s, 0xea;
+        fma.rn.bf16x2 $3, t, bias, zero;
+        }""",
+        "=r,=r,=r,=r,r,r",
+        [words],
+        dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+        is_pure=True,
+        pack=2,
+    )
+
+
+@triton.jit
+def _packed_dot(
+    words,  # [BN, BK / 4] int32: four e4m3 weights each
+    x,  # [BM, BK] bf16
+    acc,  # [BN, BM] fp32
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """``acc + W x^T``, over every fourth input at a time: a word's bytes need not be put in order."""
+    even, odd = tl.split(tl.reshape(x, [BM, BK // 4, 2, 2]))  # [BM, BK / 4, 2] each
+    x0, x2 = tl.split(even)
+    x1, x3 = tl.split(odd)
+    w0, w1, w2, w3 = _widen(words)
+    acc = tl.dot(w0, tl.trans(x0), acc)
+    acc = tl.dot(w1, tl.trans(x1), acc)
+    acc = tl.dot(w2, tl.trans(x2), acc)
+    return tl.dot(w3, tl.trans(x3), acc)
 
 
 @triton.jit
@@ -100,7 +163,7 @@ def _sum(
 @triton.jit(do_not_specialize=["rows"])
 def _linear_kernel(
     x_ptr,  # [M, K], rows x_stride apart
-    weight_ptr,  # [N, K]
+    weight_ptr,  # [N, K], or with PACKED [N, K / 4] int32
     scale_ptr,  # [N] fp32, with SCALED
     out_ptr,  # [M, N], or [M, N / 2] with GATED
     part_ptr,  # [programs, 2, BN, BM] fp32: what a program leaves of its first tile, and of its last
@@ -111,8 +174,10 @@ def _linear_kernel(
     K,
     GATED: tl.constexpr,
     SCALED: tl.constexpr,
+    PACKED: tl.constexpr,  # four e4m3 weights a word
     CHAINED: tl.constexpr,
     AHEAD: tl.constexpr,
+    LEFT: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -133,24 +198,33 @@ def _linear_kernel(
         source = n
         tile_rows = BN
     source = source.to(tl.int64)
-    w_at = weight_ptr + source[:, None] * K + k[None, :]  # [BN, BK]
+    PER: tl.constexpr = 4 if PACKED else 1  # weights of an element of W
+    w_at = weight_ptr + source[:, None] * (K // PER) + tl.arange(0, BK // PER)[None, :]  # [BN, BK / PER]
     x_at = x_ptr + tl.minimum(m, rows - 1).to(tl.int64)[:, None] * x_stride + k[None, :]  # [BM, BK]
 
     if CHAINED:
         for i in tl.static_range(AHEAD):
             step = tl.minimum(first + i, last - 1)
-            ahead = tl.cast(step // steps * tile_rows, tl.int64) * K + step % steps * BK
-            prefetch(weight_ptr + source * K + ahead)
+            ahead = (tl.cast(step // steps * tile_rows, tl.int64) * K + step % steps * BK) // PER
+            prefetch(weight_ptr + source * (K // PER) + ahead)
         wait_for_inputs()
-        start_next()
+        if LEFT == 0:
+            start_next()
 
     acc = tl.zeros([BN, BM], tl.float32)
     for i in range(first, last):
+        if CHAINED and LEFT > 0:
+            if i + LEFT == last:
+                start_next()
         tile = i // steps
         at = (i - tile * steps) * BK
-        w = tl.load(w_at + (tl.cast(tile * tile_rows, tl.int64) * K + at), eviction_policy="evict_first")  # [BN, BK]
+        w_step = (tl.cast(tile * tile_rows, tl.int64) * K + at) // PER
+        w = tl.load(w_at + w_step, eviction_policy="evict_first")  # [BN, BK / PER]
         x = tl.load(x_at + at)  # [BM, BK]
-        acc = tl.dot(w.to(x.dtype), tl.trans(x), acc)
+        if PACKED:
+            acc = _packed_dot(w, x, acc, BM, BK)
+        else:
+            acc = tl.dot(w.to(x.dtype), tl.trans(x), acc)
         if (at + BK == K) | (i + 1 == last):
             begin = tile * steps
             if (first <= begin) & (at + BK == K):
@@ -201,10 +275,21 @@ def _count(tiles: int, device: torch.device) -> torch.Tensor:
     return torch.zeros(tiles, dtype=torch.int32, device=device)
 
 
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+@functools.cache
+def _ahead(device: torch.device) -> bool:
+    """Whether `linear` was measured to be ahead of cuBLAS there: on Hopper. In the interpreter it is tested."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] == 9
+
+
 def fits(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether `linear` takes these, and is ahead of cuBLAS: few rows of half precision, widths of whole tiles."""
     rows = x.numel() // max(1, x.shape[-1])
-    return (
+    return _ahead(x.device) and (
         1 <= rows <= ROWS
         and x.dtype in HALVES
         and weight.shape[0] % TILE == 0
@@ -226,20 +311,23 @@ def linear(
     (n, k), rows = weight.shape, x.numel() // max(1, x.shape[-1])
     kinds = (x.dtype,) if scale is None else (torch.float8_e4m3fn,)
     check_tensors(x.device, weight=(weight, [None, x.shape[-1]], kinds), scale=(scale, [n], (torch.float32,)))
-    if n % TILE or k % TILE or not 1 <= rows <= max(CONFIGS):
+    configs = CONFIGS[weight.element_size()]
+    if n % TILE or k % TILE or not 1 <= rows <= max(configs):
         raise ValueError(
-            f"x is {list(x.shape)} and weight {list(weight.shape)}: expected 1 to {max(CONFIGS)} rows and multiples of "
+            f"x is {list(x.shape)} and weight {list(weight.shape)}: expected 1 to {max(configs)} rows and multiples of "
             f"{TILE} channels"
         )
     out = torch.empty(*x.shape[:-1], n // 2 if gated else n, dtype=x.dtype, device=x.device)
-    config = dict(CONFIGS[next(size for size in CONFIGS if rows <= size)])
-    programs = min(PROGRAMS, n // config["BN"] * (k // config["BK"]))
+    config = configs[next(size for size in configs if rows <= size)]
+    programs = min(PROGRAMS * _multiprocessors(x.device), n // config["BN"] * (k // config["BK"]))
     part = torch.empty(programs, 2, config["BN"], config["BM"], dtype=torch.float32, device=x.device)
     x = x.reshape(rows, k)
+    packed = scale is not None and x.dtype == torch.bfloat16 and x.is_cuda
     with torch.cuda.device_of(x):
         _linear_kernel[(programs,)](
-            x, weight, scale, out, part, _count(n // config["BN"], x.device), x.stride(0), rows, n, k,
-            GATED=gated, SCALED=scale is not None, **config, **chained(x.device),
+            x, weight.view(torch.int32) if packed else weight, scale, out, part, _count(n // config["BN"], x.device),
+            x.stride(0), rows, n, k,
+            GATED=gated, SCALED=scale is not None, PACKED=packed, **config, **chained(x.device),
         )  # fmt: skip
     return out
 

@@ -36,6 +36,13 @@ def linear(
     return swiglu(*product.chunk(2, -1)) if gated else product
 
 
+def round_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [M, K] as e4m3 [M, K], and each row's scale [M, 1] fp32: ``max |x| / 448`` (arXiv:2209.05433)."""
+    largest = torch.linalg.vector_norm(x, float("inf"), -1, keepdim=True).float()
+    scale = (largest / torch.finfo(torch.float8_e4m3fn).max).clamp(min=torch.finfo(torch.float32).tiny)
+    return (x.float() / scale).to(torch.float8_e4m3fn), scale
+
+
 def rms_norm(
     x: torch.Tensor,  # [..., d]
     weight: torch.Tensor,  # [d]

@@ -77,8 +77,8 @@ class LLaDA:
             if layer == self.layers - 1:
                 attended, x = take(attended, rows), take(x, rows)
             y, x = self._norm(x, *products(attended, block.attn_out, impl=impl), block.ff_norm)
-            gate_up = products(y, *_gate_up(block), impl=impl)
-            (delta,) = products(ops.swiglu(*gate_up, impl=impl), block.ff_out, impl=impl)
+            (gated,) = products(y, *_gate_up(block), gated=True, impl=impl)
+            (delta,) = products(gated, block.ff_out, impl=impl)
         return self._norm(x, delta, transformer.ln_f)[0]
 
     def _norm(self, x, delta, norm):

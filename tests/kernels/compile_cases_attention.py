@@ -3,7 +3,7 @@
 import triton
 from resources import Case
 
-from dllm_fast.kernels import attention, glu, norm, rope
+from dllm_fast.kernels import attention, glu, linear, norm, rope
 
 TYPES = {2: "*bf16", 4: "*fp32"}
 
@@ -81,4 +81,21 @@ def _glu():
         yield Case(name, glu._glu_kernel, signature, {"GELU": gelu, "BLOCK": glu.BLOCK}, glu.WARPS)
 
 
-CASES = [*_attention(), *_rope(), *_norm(), *_glu()]
+def _linear():
+    signature = {"x_ptr": "*bf16", "out_ptr": "*bf16", "part_ptr": "*fp32", "count_ptr": "*i32", "x_stride": "i32:16"}
+    signature |= {"rows": "i32", "N": "i32:16", "K": "i32:16"}
+    for size, configs in linear.CONFIGS.items():
+        for rows, config in configs.items():
+            constexprs = dict(config)
+            warps, stages = constexprs.pop("num_warps"), constexprs.pop("num_stages")
+            for gated in (False, True):
+                scaled = size == 1
+                constexprs |= {"GATED": gated, "SCALED": scaled, "PACKED": scaled}
+                weight = {"weight_ptr": "*i32", "scale_ptr": "*fp32"} if scaled else {"weight_ptr": "*bf16"}
+                none = {} if scaled else {"scale_ptr": None}
+                name = f"linear {'e4m3' if scaled else 'bf16'} {rows}" + " gated" * gated
+                arguments = signature | weight, constexprs | none
+                yield Case(name, linear._linear_kernel, *arguments, warps, stages, matrix=True, archs=(90,))
+
+
+CASES = [*_linear(), *_attention(), *_rope(), *_norm(), *_glu()]

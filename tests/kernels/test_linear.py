@@ -1,0 +1,121 @@
+"""`kernels.linear`: few rows times a weight, tiles shared between programs, gates and e4m3 weights."""
+
+import pytest
+import torch
+from truth import assert_as_exact
+
+from dllm_fast.kernels import linear as kernel
+from dllm_fast.kernels import reference
+from dllm_fast.kernels.linear import counters, fits, linear
+from dllm_fast.kernels.reference import round_rows
+
+BF16, FP16 = torch.bfloat16, torch.float16
+# Rows, output and input channels. The interpreter has 4 programs: tiles of one program, of two, of all.
+SHAPES = {
+    "one-row": (1, 128, 256),
+    "a-tile-for-all": (5, 128, 1024),
+    "a-tile-a-program": (32, 512, 128),
+    "tiles-cut-anywhere": (17, 384, 640),
+    "most-rows": (64, 256, 256),
+}
+
+
+def inputs(name, dtype, device, seed=0):
+    rows, n, k = SHAPES[name]
+    make = torch.Generator().manual_seed(seed)
+    x, weight = torch.randn(rows, k, generator=make), torch.randn(n, k, generator=make) * k**-0.5
+    return x.to(dtype).to(device), weight.to(dtype).to(device)
+
+
+def rounded(weight):
+    """e4m3 copies and their scales."""
+    copy, scale = round_rows(weight)
+    return copy, scale[:, 0].contiguous()
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize("name", SHAPES)
+def test_reference(name, dtype, gated, device):
+    x, weight = inputs(name, dtype, device)
+    truth = reference.linear(x.double(), weight.double(), gated=gated)
+    assert_as_exact(linear(x, weight, gated=gated), reference.linear(x, weight, gated=gated), truth)
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize("name", ["one-row", "tiles-cut-anywhere"])
+def test_e4m3_weights(name, dtype, gated, device):
+    """Nothing but the weights is rounded: the truth is that of the rounded weights."""
+    x, weight = inputs(name, dtype, device)
+    copy, scale = rounded(weight)
+    truth = reference.linear(x.double(), copy.double(), scale.double(), gated)
+    eager = reference.linear(x, copy, scale, gated)
+    assert_as_exact(linear(x, copy, scale, gated), eager, truth)
+
+
+def test_every_e4m3_number(device):
+    """Each of the 254 finite ones, times 1: subnormal ones and -0 among them."""
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    weight = torch.where(codes.float().isfinite(), codes.float(), 0).to(torch.float8_e4m3fn)
+    weight = weight[:, None].expand(256, 128).contiguous().to(device)
+    x = torch.zeros(1, 128, dtype=BF16, device=device)
+    for place in (0, 1, 2, 3, 127):
+        x.zero_()[0, place] = 1
+        y = linear(x, weight, torch.ones(256, device=device))
+        assert torch.equal(y[0].float(), weight[:, 0].float())
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+def test_a_rows_bits_do_not_depend_on_its_neighbours(gated, device):
+    x, weight = inputs("most-rows", BF16, device)
+    all_rows = linear(x, weight, gated=gated)
+    for rows in (1, 2, 16, 17, 32, 33):
+        assert torch.equal(linear(x[:rows], weight, gated=gated), all_rows[:rows])
+
+
+def test_counts_are_left_as_they_were_found(device):
+    x, weight = inputs("tiles-cut-anywhere", BF16, device)
+    expected, kept = linear(x, weight), torch.zeros(8, dtype=torch.int32, device=device)
+    with counters(kept):
+        for _ in range(3):
+            assert torch.equal(linear(x, weight), expected)
+            assert not kept.any()
+
+
+def test_rows_that_are_apart(device):
+    x, weight = inputs("tiles-cut-anywhere", BF16, device)
+    wide = torch.full((17, 2, 640), float("nan"), dtype=BF16, device=device)
+    wide[:, 1] = x
+    assert torch.equal(linear(wide[:, 1], weight), linear(x, weight))
+
+
+def test_leading_dimensions(device):
+    x, weight = inputs("most-rows", BF16, device)
+    assert torch.equal(linear(x.view(2, 32, 256), weight), linear(x, weight).view(2, 32, 256))
+
+
+def test_op(device):
+    x, weight = inputs("one-row", BF16, device)
+    torch.library.opcheck(linear, (x, weight))
+    torch.library.opcheck(linear, (x, weight), {"gated": True})
+    copy, scale = rounded(weight)
+    # Its schema test multiplies e4m3 by numbers, which PyTorch does not do.
+    kinds = ("test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(linear, (x, copy, scale), test_utils=kinds)
+
+
+@pytest.mark.parametrize("rows, n, k", [(0, 128, 128), (65, 128, 128), (1, 100, 128), (1, 128, 96)])
+def test_what_does_not_fit(rows, n, k, device):
+    x, weight = torch.ones(rows, k, dtype=BF16, device=device), torch.ones(n, k, dtype=BF16, device=device)
+    assert not fits(x, weight)
+    with pytest.raises(ValueError, match="expected 1 to 64 rows"):
+        linear(x, weight)
+
+
+def test_what_fits(device):
+    x, weight = inputs("one-row", BF16, device)
+    assert fits(x, weight) == kernel._ahead(x.device)
+    assert not fits(x.float(), weight.float())
+    with pytest.raises(ValueError, match=r"weight is torch.float32"):
+        linear(x, weight.float())
