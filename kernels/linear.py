@@ -213,7 +213,7 @@ def _linear_kernel(
 
     acc = tl.zeros([BN, BM], tl.float32)
     for i in range(first, last):
-        if CHAINED and LEFT > 0:
+        if CHAINED and LEFT > 0:  # noqa: SIM102 (Triton drops only a plain `if` on constexprs)
             if i + LEFT == last:
                 start_next()
         tile = i // steps
