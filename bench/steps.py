@@ -22,30 +22,32 @@ from dllm_fast.patch import bound_family, bound_pool
 CHAINS = (attention, glu, linear, norm, rope, round_rows)
 TILES = {
     2: (
-        {},
-        {"AHEAD": 0},
-        {"AHEAD": 4},
-        {"AHEAD": 16},
-        {"LEFT": 6},
-        {"LEFT": 6, "AHEAD": 16},
-        {"num_stages": 5},
-        {"programs": 2, "AHEAD": 4},
-        {"programs": 2, "AHEAD": 8},
-        {"BK": 128, "num_stages": 3, "AHEAD": 4},
-        {"BK": 128, "num_stages": 4, "AHEAD": 4},
-        {"num_warps": 8},
+        {"DISTANCE": 8},
+        {"DISTANCE": 16},
+        {"DISTANCE": 8, "num_stages": 5},
+        {"programs": 2, "DISTANCE": 6, "AHEAD": 6},
+        {"programs": 2, "DISTANCE": 12, "AHEAD": 12},
+        {"programs": 4, "num_stages": 3, "DISTANCE": 6, "AHEAD": 4},
+        {"programs": 3, "num_stages": 3, "DISTANCE": 6, "AHEAD": 4},
+        {"BK": 128, "num_stages": 4, "AHEAD": 0, "LEFT": 2},
+        {"BK": 128, "num_stages": 5, "AHEAD": 0},
+        {"BN": 64, "BK": 128, "num_stages": 4, "programs": 2, "AHEAD": 0},
+        {"BN": 64, "BK": 128, "num_stages": 5, "programs": 2, "AHEAD": 0, "LEFT": 2},
+        {"BN": 64, "BK": 256, "num_stages": 4, "AHEAD": 0},
     ),
     1: (
-        {},
-        {"AHEAD": 0},
-        {"AHEAD": 4},
-        {"LEFT": 4},
-        {"num_stages": 5},
         {"programs": 2, "AHEAD": 4},
-        {"programs": 2, "AHEAD": 4, "num_stages": 3},
-        {"num_warps": 8},
-        {"programs": 2, "num_warps": 8, "AHEAD": 4},
-        {"BK": 256, "num_stages": 3, "AHEAD": 4},
+        {"programs": 2, "AHEAD": 0},
+        {"programs": 2, "AHEAD": 4, "DISTANCE": 4},
+        {"programs": 2, "AHEAD": 8, "DISTANCE": 8},
+        {"programs": 2, "AHEAD": 4, "LEFT": 2},
+        {"programs": 3, "AHEAD": 4, "num_stages": 3},
+        {"programs": 4, "AHEAD": 4, "num_stages": 3},
+        {"programs": 3, "AHEAD": 4, "num_stages": 3, "DISTANCE": 4},
+        {"programs": 4, "AHEAD": 4, "num_stages": 2, "DISTANCE": 4},
+        {"programs": 2, "BN": 64, "AHEAD": 4},
+        {"programs": 4, "BN": 64, "AHEAD": 4},
+        {"programs": 4, "BN": 64, "BK": 256, "AHEAD": 0, "num_stages": 3},
     ),
 }
 
@@ -156,7 +158,8 @@ def main(arguments: list[str] | None = None) -> int:
     engine.count.fill_(2)
     rows, size = 32 * options.batch, 1 if options.fp8 else 2
     ways = {"before": (None, False), "before, chained": (None, True), "ours, not chained": ({}, False)}
-    ways |= {f"ours, chained {tiles or ''}": (tiles, True) for tiles in TILES[size][: 1 if options.quick else None]}
+    for tiles in TILES[size][: 1 if options.quick else None]:
+        ways |= {f"ours, not chained {tiles}": (tiles, False), f"ours, chained {tiles}": (tiles, True)}
     graphs, hidden = {}, {}
     for name, (tiles, chained) in ways.items():
         with way(tiles, chained, rows, size):

@@ -29,8 +29,8 @@ ROWS = 64  # above, cuBLAS is ahead
 TILE = 128  # what the width of the output must be a multiple of, and that of the input
 # By bytes of a weight, then by rows of x, padded. AHEAD steps of W are asked for before the wait; the next kernel may
 # start when LEFT steps are left, or at once.
-HALF = {"BN": 128, "BK": 64, "AHEAD": 8, "LEFT": 0, "num_warps": 4, "num_stages": 4}
-BYTE = {"BN": 128, "BK": 128, "AHEAD": 8, "LEFT": 0, "num_warps": 4, "num_stages": 4}
+HALF = {"BN": 128, "BK": 64, "AHEAD": 8, "LEFT": 0, "DISTANCE": 0, "num_warps": 4, "num_stages": 4}
+BYTE = {"BN": 128, "BK": 128, "AHEAD": 8, "LEFT": 0, "DISTANCE": 0, "num_warps": 4, "num_stages": 4}
 CONFIGS = {
     2: {rows: {"BM": rows, **HALF} for rows in (16, 32, 64)},
     1: {rows: {"BM": rows, **BYTE} for rows in (16, 32, 64)},
@@ -178,6 +178,7 @@ def _linear_kernel(
     CHAINED: tl.constexpr,
     AHEAD: tl.constexpr,
     LEFT: tl.constexpr,
+    DISTANCE: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -216,6 +217,10 @@ def _linear_kernel(
         if CHAINED and LEFT > 0:  # noqa: SIM102 (Triton drops only a plain `if` on constexprs)
             if i + LEFT == last:
                 start_next()
+        if CHAINED and DISTANCE > 0:
+            step = tl.minimum(i + DISTANCE, last - 1)
+            ahead = (tl.cast(step // steps * tile_rows, tl.int64) * K + step % steps * BK) // PER
+            prefetch(weight_ptr + source * (K // PER) + ahead)
         tile = i // steps
         at = (i - tile * steps) * BK
         w_step = (tl.cast(tile * tile_rows, tl.int64) * K + at) // PER
