@@ -249,10 +249,11 @@ class _Predict(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("hidden", "uncond", "weight", "bias", "candidate", "row", "position")),
-        *((name, ctypes.c_void_p) for name in ("excluded", "token", "score", "lse", "packed", "part", "chosen")),
+        *((name, ctypes.c_void_p) for name in ("banned", "deferred", "token", "score", "lse")),
+        *((name, ctypes.c_void_p) for name in ("packed", "part", "chosen")),
         *((name, ctypes.c_int64) for name in ("rows", "width", "vocabulary")),
         *((name, ctypes.c_int64) for name in ("hidden_stride", "uncond_stride", "weight_stride")),
-        *((name, ctypes.c_int64) for name in ("ranges", "mask_id", "confidence", "chosen_rows")),
+        *((name, ctypes.c_int64) for name in ("banned_ranges", "deferred_ranges", "mask_id", "confidence", "chosen_rows")),
         ("seed", ctypes.c_uint64),
         ("step", ctypes.c_uint32),
         ("temperature", ctypes.c_float),
@@ -261,20 +262,20 @@ class _Predict(ctypes.Structure):
 
 
 def _predict(
-    hidden, weight, bias, candidate, uncond, seed, step, row, position, mask_id, excluded, confidence, temperature,
-    guidance,
+    hidden, weight, bias, candidate, uncond, seed, step, row, position, mask_id, banned, deferred, confidence,
+    temperature, guidance,
 ):  # fmt: skip
     rows, width = hidden.shape
     token = torch.empty(rows, dtype=torch.int64)
     score, lse = torch.empty(rows, dtype=torch.float32), torch.empty(rows, dtype=torch.float32)
     if rows:
-        ranges = (ctypes.c_int64 * len(excluded))(*excluded)
+        ranges = [(ctypes.c_int64 * len(ids))(*ids) for ids in (banned, deferred)]
         arguments = _Predict(
             *map(_pointer, (hidden, uncond, weight, bias, candidate, row, position)),
-            ctypes.addressof(ranges), *map(_pointer, (token, score, lse)), None, None, None,
+            *map(ctypes.addressof, ranges), *map(_pointer, (token, score, lse)), None, None, None,
             *(rows, width, weight.shape[0]),
             *(hidden.stride(0), 0 if uncond is None else uncond.stride(0), weight.stride(0)),
-            *(len(excluded) // 2, mask_id, CONFIDENCES.index(confidence), 0),
+            *(len(banned) // 2, len(deferred) // 2, mask_id, CONFIDENCES.index(confidence), 0),
             *((0, 0) if seed is None else (int(seed) % (1 << 64), int(step) % (1 << 32))),
             *(temperature, guidance),
         )  # fmt: skip
@@ -290,8 +291,8 @@ def _fake_predict(hidden, *rest):
 
 _predict_op = _define(
     "cpu_predict(Tensor hidden, Tensor weight, Tensor? bias, Tensor? candidate, Tensor? uncond, Tensor? seed, "
-    "Tensor? step, Tensor? row, Tensor? position, int mask_id, int[] excluded, str confidence, float temperature, "
-    "float guidance) -> (Tensor, Tensor, Tensor)",
+    "Tensor? step, Tensor? row, Tensor? position, int mask_id, int[] banned, int[] deferred, str confidence, "
+    "float temperature, float guidance) -> (Tensor, Tensor, Tensor)",
     _predict,
     _fake_predict,
 )
@@ -313,6 +314,7 @@ def predict(
     uncond: torch.Tensor | None = None,  # [N, d]
     cfg_scale: float = 0.0,
     banned: tuple[int, ...] = (),
+    deferred: tuple[int, ...] = (),
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`reference.predict` for fp32 and bf16: token [N] int64, confidence [N] fp32, log-sum-exp [N] fp32.
 
@@ -329,7 +331,9 @@ def predict(
     _check(torch.bool, candidate=(candidate, (rows,)))
     if vocabulary >= 1 << 31:
         raise ValueError(f"weight has {vocabulary} rows; expected fewer than 2^31")
-    excluded, noisy = check_choice(mask_id, banned, vocabulary, confidence, temperature, row, position)
+    banned, deferred, noisy = check_choice(
+        mask_id, banned, deferred, vocabulary, confidence, temperature, row, position
+    )
     if noisy:
         row, position = row.contiguous(), position.contiguous()  # one row's number comes expanded
         _check(torch.int64, row=(row, (rows,)), position=(position, (rows,)))
@@ -337,6 +341,6 @@ def predict(
     else:
         seed = step = row = position = None
     return _predict_op(
-        hidden, weight, bias, candidate, uncond, seed, step, row, position, mask_id, excluded, confidence,
-        float(temperature), cfg_scale + 1.0,
+        hidden, weight, bias, candidate, uncond, seed, step, row, position, mask_id, banned, deferred,
+        confidence, float(temperature), cfg_scale + 1.0,
     )  # fmt: skip

@@ -37,6 +37,8 @@ class Options:
     refresh: Refresh
     remask: Remask | None
     mask_id: int
+    suppress_tokens: tuple[int, ...] = ()  # never chosen, no part of the softmax
+    defer_tokens: tuple[int, ...] = ()  # of confidence -inf
 
 
 @dataclass
@@ -286,6 +288,8 @@ class Engine:
             position=(at - self.pad[:, None]).flatten(),
             uncond=uncond,
             cfg_scale=o.cfg_scale,
+            banned=o.suppress_tokens,
+            deferred=o.defer_tokens,
             impl=family.impl,
         )
         token, score = token.view_as(at), score.view_as(at)
@@ -295,8 +299,11 @@ class Engine:
         if o.remask is not None:
             current = torch.where(candidate, token, block)
             now = ops.token_probability(
-                hidden, *family.head(), token=current.flatten(), lse=lse, uncond=uncond, cfg_scale=o.cfg_scale
-            ).view_as(at)
+                hidden, *family.head(), token=current.flatten(), lse=lse, uncond=uncond, cfg_scale=o.cfg_scale,
+                deferred=[i for i in o.defer_tokens if i not in o.suppress_tokens],
+            ).view_as(at)  # fmt: skip
+            if o.defer_tokens:  # a prediction that is held back takes no committed token's place
+                now = now.masked_fill(candidate & (score == float("-inf")), 0.0)
             seen = Committed(live & ~candidate, now, self.then, candidate, chosen.sum(1))
             opened = self._reopen(seen, at, planned)
             if planned:

@@ -59,6 +59,8 @@ def generate(
     seed: int | None = None,
     streamer=None,
     pad_id: int | None = None,
+    suppress_tokens: int | list[int] | tuple[int, ...] | None = None,
+    defer_tokens: int | list[int] | tuple[int, ...] | None = None,
 ) -> Output:
     """Fill ``gen_length`` [MASK]s after each prompt, and any [MASK] inside the prompts, block by block.
 
@@ -87,6 +89,12 @@ def generate(
         streamer: a transformers ``TextStreamer`` (or anything with ``put`` and ``end``), batch 1: whole blocks, in
             order. If it has ``put_draft``, it also gets the live block after each step.
         pad_id: what stands after the end of the text; None: the id of ``eos_id`` that ended it, again.
+        suppress_tokens: an id, or several, whose logits are -inf: never chosen, and no part of the softmax. LLaDA's
+            ``logits_eos_inf`` is ``[126081]``.
+        defer_tokens: an id, or several, that are held back. They are chosen as ever; then their logits are -inf in the
+            softmax that the confidence comes from, and a position that one was chosen for has confidence -inf: it is
+            kept when no other is left. LLaDA's ``confidence_eos_eot_inf`` is ``[126081, 126348]``. To a ``remask``
+            they are tokens like others once they are kept.
 
     Returns:
         `Output`.
@@ -99,7 +107,7 @@ def generate(
     start, end = check_batch(input_ids, attention_mask, family.head()[0].device)
     request = Request(
         gen_length, block_length, schedule, confidence, temperature, cfg_scale, cache, refresh, remask,
-        mask_id, eos_id, seed, pad_id,
+        mask_id, eos_id, seed, pad_id, suppress_tokens, defer_tokens,
     ).check(model, family)  # fmt: skip
     batch, prompt = input_ids.shape
     require(streamer is None or batch == 1, f"streamer: takes one row, and input_ids has {batch}")

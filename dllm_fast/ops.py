@@ -275,14 +275,23 @@ def predict(hidden, weight, bias=None, *, candidate=None, uncond=None, cfg_scale
     return tuple(nothing.index_copy(0, rows, x) for x, nothing in zip((token, confidence, lse), full))
 
 
-def token_probability(hidden, weight, bias=None, *, token, lse, uncond=None, cfg_scale=0.0):
-    """Probability [N] fp32 of ``token`` [N] after hidden [N, d], from `predict`'s log-sum-exp [N]."""
-    row = weight[token].float()  # [N, d]
-    logit = (hidden.float() * row).sum(-1)
-    if uncond is not None:
-        base = (uncond.float() * row).sum(-1)
-        logit = base + (cfg_scale + 1) * (logit - base)
-    return torch.exp((logit if bias is None else logit + bias[token]) - lse)
+def token_probability(hidden, weight, bias=None, *, token, lse, uncond=None, cfg_scale=0.0, deferred=()):
+    """Probability [N] fp32 of ``token`` [N] after hidden [N, d], from `predict`'s log-sum-exp [N].
+
+    That leaves out the ids of ``deferred``; here they count, as the token may be one of them.
+    """
+
+    def logit_of(ids):  # [N], or one for all -> [N]
+        row = weight[ids].float()  # [N, d], or [d]
+        logit = (hidden.float() * row).sum(-1)
+        if uncond is not None:
+            base = (uncond.float() * row).sum(-1)
+            logit = base + (cfg_scale + 1) * (logit - base)
+        return logit if bias is None else logit + bias[ids]
+
+    for i in deferred:
+        lse = torch.logaddexp(lse, logit_of(i))
+    return torch.exp(logit_of(token) - lse)
 
 
 def commit(sequence, token, confidence, candidate, slot, *, impl="torch", **rule):

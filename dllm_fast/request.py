@@ -76,6 +76,8 @@ class Request:
     eos_id: int | list[int] | tuple[int, ...] | None
     seed: int | None
     pad_id: int | None = None
+    suppress_tokens: int | list[int] | tuple[int, ...] | None = None
+    defer_tokens: int | list[int] | tuple[int, ...] | None = None
     options: Options = field(init=False)
     eos_ids: tuple[int, ...] = field(init=False)
 
@@ -86,7 +88,7 @@ class Request:
         refresh = Every(1) if self.refresh == "block" else self.refresh
         self.options = Options(
             self.block_length, self.schedule, self.confidence, float(self.temperature), float(self.cfg_scale),
-            self.cache, refresh, self.remask, self.mask_id,
+            self.cache, refresh, self.remask, self.mask_id, self.suppress_tokens, self.defer_tokens,
         )  # fmt: skip
         if self.seed is None:
             self.seed = int(torch.randint(2**63 - 1, ()))
@@ -125,6 +127,10 @@ class Request:
         if self.pad_id is not None:
             require_id("pad_id", self.pad_id, family.vocab_size)
             require(self.pad_id != self.mask_id, f"pad_id={self.pad_id} is the mask id")
+        for name in ("suppress_tokens", "defer_tokens"):
+            setattr(self, name, tuple(sorted(set(as_ids(name, getattr(self, name), family.vocab_size)))))
+        left = family.vocab_size - len({self.mask_id, *self.suppress_tokens})
+        require(left > 0, f"suppress_tokens: leaves no token of the vocabulary of {family.vocab_size} to choose")
 
     def _check_numbers(self) -> None:
         gen, block = self.gen_length, self.block_length

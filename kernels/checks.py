@@ -49,9 +49,16 @@ def as_scalar(name: str, value: int | torch.Tensor, device: torch.device) -> tor
 
 
 def check_choice(
-    mask_id: int, banned: tuple[int, ...], vocabulary: int, confidence: str, temperature: float, row, position
-) -> tuple[list[int], bool]:
-    """What `predict` is asked for: the ids that it never predicts as ranges [low, high), and whether it needs noise.
+    mask_id: int,
+    banned: tuple[int, ...],
+    deferred: tuple[int, ...],
+    vocabulary: int,
+    confidence: str,
+    temperature: float,
+    row,
+    position,
+) -> tuple[list[int], list[int], bool]:
+    """What `predict` is asked for: banned and deferred ids as ranges [low, high), and whether it needs noise.
 
     Raises ValueError for what does not fit. Of ``row`` and ``position`` only their absence is looked at.
     """
@@ -59,16 +66,23 @@ def check_choice(
         raise ValueError(f"confidence={confidence!r} is not one of {', '.join(map(repr, CONFIDENCES))}")
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature={temperature} is not a finite number >= 0")
-    ids = sorted({mask_id, *banned})
-    if ids[0] < 0 or ids[-1] >= vocabulary or len(ids) == vocabulary:
+    ids = {mask_id, *banned}
+    if min(ids) < 0 or max(ids) >= vocabulary or len(ids) == vocabulary:
         raise ValueError(f"mask_id={mask_id}, banned={banned}: outside, or all of, the vocabulary of {vocabulary}")
-    excluded = []
-    for i in ids:
-        if excluded and excluded[-1] == i:
-            excluded[-1] = i + 1
-        else:
-            excluded += [i, i + 1]
+    if deferred and (min(deferred) < 0 or max(deferred) >= vocabulary):
+        raise ValueError(f"deferred={deferred}: outside the vocabulary of {vocabulary}")
     noisy = temperature > 0 or confidence == "random"
     if noisy and (row is None or position is None):
         raise ValueError(f"row and position are needed for temperature={temperature}, confidence={confidence!r}")
-    return excluded, noisy
+    return ranges_of(banned), ranges_of(deferred), noisy
+
+
+def ranges_of(ids: tuple[int, ...]) -> list[int]:
+    """``ids`` as ranges [low, high), one after the other, upwards."""
+    ranges = []
+    for i in sorted(set(ids)):
+        if ranges and ranges[-1] == i:
+            ranges[-1] = i + 1
+        else:
+            ranges += [i, i + 1]
+    return ranges

@@ -1,8 +1,8 @@
 """Masked rows -> LM head -> token, confidence, log-sum-exp, with no [N, V] tensor in memory.
 
     z = h W^T + b                                   or z = z_u + (s + 1) (z_c - z_u) + b with guidance
-    token = argmax_v z_v + temperature * G_v        over admissible v, ties to the lowest
-    lse = ln sum_v e^(z_v)                          over the whole vocabulary
+    token = argmax_v z_v + temperature * G_v        z = -inf for banned v and [MASK], ties to the lowest
+    lse = ln sum_v e^(z_v)                          z = -inf for banned and deferred v
 
 `select.py` reduces logits a tile of the vocabulary at a time and merges the tiles. Two ways to a tile's logits:
 
@@ -84,7 +84,9 @@ def _predict_kernel(
     V,
     D,
     S,
-    EXCLUDED: tl.constexpr,
+    BANNED: tl.constexpr,
+    DEFERRED: tl.constexpr,
+    MASK: tl.constexpr,
     CONFIDENCE: tl.constexpr,
     NOISE: tl.constexpr,
     GATHER: tl.constexpr,
@@ -136,7 +138,7 @@ def _predict_kernel(
         z += tl.load(bias_ptr + source).to(tl.float32)[:, None]
     reduce_tile(
         z, column, n, at < count, tile, part_ptr, best_ptr, seed_ptr, step_ptr, row_ptr, position_ptr,
-        temperature, N, V, S, EXCLUDED, CONFIDENCE, NOISE, BV, BN,
+        temperature, N, V, S, BANNED, DEFERRED, MASK, CONFIDENCE, NOISE, BV, BN,
     )  # fmt: skip
 
 
@@ -167,7 +169,8 @@ def _predict(
     row: torch.Tensor | None,
     position: torch.Tensor | None,
     mask_id: int,
-    excluded: list[int],
+    banned: list[int],
+    deferred: list[int],
     confidence: str,
     temperature: float,
     guidance: float,
@@ -188,7 +191,9 @@ def _predict(
     best = torch.empty(rows, splits, dtype=torch.int32, device=device)
     keys = (seed, step, row, position)
     flags = {
-        "EXCLUDED": tuple(excluded),
+        "BANNED": tuple(banned),
+        "DEFERRED": tuple(deferred),
+        "MASK": mask_id,
         "CONFIDENCE": confidence,
         "NOISE": temperature > 0,
         "GATHER": candidate is not None,
@@ -214,7 +219,7 @@ def _predict(
                 logits = _logits(hidden, part_of)  # [N, C]
                 base = None if uncond is None else _logits(uncond, part_of)
                 select(logits, base, bias, candidate, part, best, keys, guidance, temperature, first, vocabulary, flags)
-        combine(token, score, lse, part, best, candidate, keys, mask_id, vocabulary, confidence)
+        combine(token, score, lse, part, best, candidate, keys, mask_id, vocabulary, deferred, confidence)
     return token, score, lse
 
 
@@ -241,11 +246,12 @@ def predict(
     uncond: torch.Tensor | None = None,  # [N, D]
     cfg_scale: float = 0.0,
     banned: tuple[int, ...] = (),
+    deferred: tuple[int, ...] = (),
     _path: str = "auto",  # "fused" or "streamed": for tests and benches
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`reference.predict` for fp32, bf16 and fp16: token [N] int64, confidence [N] fp32, log-sum-exp [N] fp32.
 
-    ``banned`` is compiled into the kernel as ranges of ids: meant for sets that stay, not for one that changes.
+    ``banned`` and ``deferred`` are compiled into the kernel as ranges of ids: meant for sets that stay.
     """
     check_tensors(hidden.device, hidden=(hidden, [None, None], FLOATS))
     check_tensors(hidden.device, weight=(weight, [None, hidden.shape[1]], (hidden.dtype,)))
@@ -260,13 +266,15 @@ def predict(
         raise ValueError(f"weight has {vocabulary} rows; expected 2 to 2^30 vocabulary ids")
     if _path not in ("auto", "fused", "streamed"):
         raise ValueError(f"_path={_path!r} is not one of 'auto', 'fused', 'streamed'")
-    excluded, noisy = check_choice(mask_id, banned, vocabulary, confidence, temperature, row, position)
+    banned, deferred, noisy = check_choice(
+        mask_id, banned, deferred, vocabulary, confidence, temperature, row, position
+    )
     if noisy:
         check_tensors(device, row=(row, [rows], INTEGERS), position=(position, [rows], INTEGERS))
         seed, step = as_scalar("seed", seed, device), as_scalar("step", step, device)
     else:
         seed = step = row = position = None
     return _predict(
-        hidden, weight, bias, candidate, uncond, seed, step, row, position, mask_id, excluded,
+        hidden, weight, bias, candidate, uncond, seed, step, row, position, mask_id, banned, deferred,
         confidence, float(temperature), cfg_scale + 1.0, _path,
     )  # fmt: skip

@@ -244,15 +244,17 @@ def predict(
     uncond: torch.Tensor | None = None,  # [N, d]
     cfg_scale: float = 0.0,
     banned: tuple[int, ...] = (),
+    deferred: tuple[int, ...] = (),
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Token [N] int64, confidence [N] and log-sum-exp [N] (fp32, or fp64 for fp64 inputs) of each candidate.
 
-    ``z = hidden W^T + b``; with ``uncond``, ``z = z_u + (cfg_scale + 1) (z - z_u)`` (arXiv:2207.12598). The token is
-    ``argmax(z + temperature * gumbel)`` over the vocabulary without ``mask_id`` and ``banned``, ties to the lowest
-    id. The confidence ignores the noise and normalises over the whole vocabulary, p = softmax(z):
-    ``probability`` p[token]; ``margin`` p1 - p2, the two largest among admissible tokens; ``entropy`` sum p ln p;
-    ``random`` a uniform draw. Positions that are no candidates get token ``mask_id``, confidence -inf and
-    log-sum-exp 0.
+    ``z = hidden W^T + b``; with ``uncond``, ``z = z_u + (cfg_scale + 1) (z - z_u)`` (arXiv:2207.12598). The logits of
+    ``banned`` ids are -inf. The token is ``argmax(z + temperature * gumbel)`` over the vocabulary without ``mask_id``,
+    ties to the lowest id; then the logits of ``deferred`` ids are -inf as well (arXiv:2502.09992, appendix B.4). The
+    log-sum-exp and the confidence are those of what is left, without the noise, p = softmax(z): ``probability``
+    p[token]; ``margin`` p1 - p2, the two largest but for ``mask_id``; ``entropy`` sum p ln p; ``random`` a uniform
+    draw; and -inf where the token is a deferred one. Positions that are no candidates get token ``mask_id``,
+    confidence -inf and log-sum-exp 0.
     """
     logits = _wide(hidden) @ _wide(weight).T
     if uncond is not None:
@@ -260,7 +262,7 @@ def predict(
         logits = base + (cfg_scale + 1) * (logits - base)
     if bias is not None:
         logits = logits + bias
-    return select(logits, mask_id, candidate, confidence, temperature, seed, step, row, position, banned)
+    return select(logits, mask_id, candidate, confidence, temperature, seed, step, row, position, banned, deferred)
 
 
 def select(
@@ -274,25 +276,33 @@ def select(
     row: torch.Tensor | None = None,
     position: torch.Tensor | None = None,
     banned: tuple[int, ...] = (),
+    deferred: tuple[int, ...] = (),
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The part of `predict` that follows the logits; same arguments and results."""
-    lse = torch.logsumexp(logits, -1)
-    admissible = logits.clone()
-    admissible[:, [mask_id, *banned]] = float("-inf")
-    scored = admissible
+    scored = logits.clone()
+    scored[:, [mask_id, *banned]] = float("-inf")
     if temperature > 0:
         columns = torch.arange(logits.shape[1], device=logits.device)
-        scored = admissible + temperature * gumbel(seed, step, row, position, columns)
+        scored = scored + temperature * gumbel(seed, step, row, position, columns)
     token = scored.argmax(-1)
+    if banned or deferred:
+        logits = logits.clone()
+        logits[:, [*banned, *deferred]] = float("-inf")
+    lse = torch.logsumexp(logits, -1)
     if confidence == "probability":
         score = torch.exp(logits.gather(1, token[:, None])[:, 0] - lse)
     elif confidence == "margin":
+        admissible = logits.clone()
+        admissible[:, mask_id] = float("-inf")
         best = torch.exp(admissible.topk(2, -1).values - lse[:, None])
         score = best[:, 0] - best[:, 1]
     elif confidence == "entropy":
         score = -torch.special.entr(torch.exp(logits - lse[:, None])).sum(-1)
     else:
         score = uniform(seed, step, row, position).to(lse.dtype)
+    if deferred:
+        held = (token[:, None] == torch.tensor(deferred, dtype=torch.int64, device=token.device)).any(-1)
+        score = score.masked_fill(held, float("-inf"))
     if candidate is not None:
         token, score = token.where(candidate, mask_id), score.where(candidate, float("-inf"))
         lse = lse.where(candidate, 0.0)

@@ -22,6 +22,15 @@ SELECT = {"BV": 2048, "num_warps": 8}
 
 
 @triton.jit
+def in_ranges(id, RANGES: tl.constexpr):
+    """Whether an id is in one of the ranges (low, high, low, high, ...)."""
+    found = id < 0
+    for i in tl.static_range(0, len(RANGES), 2):
+        found = found | ((id >= RANGES[i]) & (id < RANGES[i + 1]))
+    return found
+
+
+@triton.jit
 def reduce_tile(
     z,  # [BV, BN] fp32 logits, bias included
     column,  # [BV] vocabulary ids, ascending
@@ -38,7 +47,9 @@ def reduce_tile(
     N,
     V,
     S,
-    EXCLUDED: tl.constexpr,  # (low, high, low, high, ...): no token from [low, high)
+    BANNED: tl.constexpr,  # (low, high, low, high, ...): the logits of [low, high) are -inf
+    DEFERRED: tl.constexpr,  # ranges likewise: not in the softmax
+    MASK: tl.constexpr,  # not predicted
     CONFIDENCE: tl.constexpr,
     NOISE: tl.constexpr,
     BV: tl.constexpr,
@@ -46,24 +57,21 @@ def reduce_tile(
 ):
     """The tile's numbers for each row, stored at split ``tile``."""
     id = column[:, None]  # [BV, 1]
-    z = tl.where(id < V, z, float("-inf"))
-    peak = tl.max(z, 0)  # [BN]
+    z = tl.where((id < V) & ~in_ranges(id, BANNED), z, float("-inf"))
+    counted = tl.where(in_ranges(id, DEFERRED), float("-inf"), z)  # [BV, BN]
+    peak = tl.max(counted, 0)  # [BN]
     # A tile of -inf alone: -inf - -inf would be NaN.
     shift = tl.where(peak == float("-inf"), 0.0, peak)[None, :]  # [1, BN]
-    mass = tl.exp(z - shift)  # [BV, BN]
+    mass = tl.exp(counted - shift)  # [BV, BN]
     at = part_ptr + n * S + tile  # [BN]
     field = N.to(tl.int64) * S
     tl.store(at, peak, mask=valid)
     tl.store(at + field, tl.sum(mass, 0), mask=valid)
     if CONFIDENCE == "entropy":
-        slope = tl.where(mass > 0, mass * (z - shift), 0.0)  # [BV, BN]; 0 * -inf is 0 here
+        slope = tl.where(mass > 0, mass * (counted - shift), 0.0)  # [BV, BN]; 0 * -inf is 0 here
         tl.store(at + 4 * field, tl.sum(slope, 0), mask=valid)
 
-    allowed = id < V  # [BV, 1]
-    for i in tl.static_range(0, len(EXCLUDED), 2):
-        allowed = allowed & ((id < EXCLUDED[i]) | (id >= EXCLUDED[i + 1]))
-    admissible = tl.where(allowed, z, float("-inf"))  # [BV, BN]
-    scored = admissible
+    scored = tl.where(id == MASK, float("-inf"), z)  # [BV, BN]
     if NOISE:
         row = tl.load(row_ptr + n, mask=valid, other=0).to(tl.uint32)[None, :]  # [1, BN]
         position = tl.load(position_ptr + n, mask=valid, other=0).to(tl.uint32)[None, :]  # [1, BN]
@@ -76,6 +84,7 @@ def reduce_tile(
     tl.store(best_ptr + n * S + tile, token, mask=valid)
     tl.store(at + 3 * field, tl.sum(tl.where(id == token[None, :], z, 0.0), 0), mask=valid)
     if CONFIDENCE == "margin":
+        admissible = tl.where(id == MASK, float("-inf"), counted)  # [BV, BN]
         first = tl.max(admissible, 0)  # [BN]
         where = tl.min(tl.where(admissible == first[None, :], id, 0x7FFFFFFF), 0)  # [BN]
         second = tl.max(tl.where(id == where[None, :], float("-inf"), admissible), 0)  # [BN]
@@ -102,7 +111,9 @@ def _select_kernel(
     V,
     C,
     S,
-    EXCLUDED: tl.constexpr,
+    BANNED: tl.constexpr,
+    DEFERRED: tl.constexpr,
+    MASK: tl.constexpr,
     CONFIDENCE: tl.constexpr,
     NOISE: tl.constexpr,
     GATHER: tl.constexpr,
@@ -127,7 +138,7 @@ def _select_kernel(
     one = n + tl.arange(0, 1)  # [1]
     reduce_tile(
         z[:, None], column, one, one < N, first + tl.program_id(1), part_ptr, best_ptr, seed_ptr, step_ptr, row_ptr,
-        position_ptr, temperature, N, V, S, EXCLUDED, CONFIDENCE, NOISE, BV, 1,
+        position_ptr, temperature, N, V, S, BANNED, DEFERRED, MASK, CONFIDENCE, NOISE, BV, 1,
     )  # fmt: skip
 
 
@@ -146,6 +157,7 @@ def _combine_kernel(
     mask_id,
     V,
     S,
+    DEFERRED: tl.constexpr,
     CONFIDENCE: tl.constexpr,
     GATHER: tl.constexpr,
     BS: tl.constexpr,  # at least S
@@ -187,6 +199,7 @@ def _combine_kernel(
     else:
         row, position = tl.load(row_ptr + n).to(tl.uint32), tl.load(position_ptr + n).to(tl.uint32)
         score = uniform_from_key(tl.load(seed_ptr), tl.load(step_ptr).to(tl.uint32), row, position)
+    score = tl.where(in_ranges(token, DEFERRED), low, score)
     # NaN logits equal no maximum; the clamp keeps such a row's token in the vocabulary.
     tl.store(token_ptr + n, tl.where(live, tl.minimum(token, V - 1), mask_id).to(tl.int64))
     tl.store(confidence_ptr + n, tl.where(live, score, low))
@@ -225,11 +238,13 @@ def combine(
     keys: tuple,  # seed [1], step [1], row [N], position [N], or None each
     mask_id: int,
     vocabulary: int,
+    deferred: list[int],
     kind: str,
 ) -> None:
     """Merge every row's tiles into the results."""
     rows, splits = best.shape
     _combine_kernel[(rows,)](
         token, confidence, lse, part, best, candidate, *keys, mask_id, vocabulary, splits,
-        CONFIDENCE=kind, GATHER=candidate is not None, BS=triton.next_power_of_2(splits), num_warps=4,
+        DEFERRED=tuple(deferred), CONFIDENCE=kind, GATHER=candidate is not None, BS=triton.next_power_of_2(splits),
+        num_warps=4,
     )  # fmt: skip

@@ -157,14 +157,32 @@ def test_two_admissible_tokens(level, use):
         assert set(token.tolist()) <= {3, 540} and (score >= 0).all()
 
 
-def test_mask_and_banned_count_in_the_softmax_alone():
-    hidden, weight, bias = problem(4, 260, 16, FP32)
+@every_level
+@both_dtypes
+def test_banned_and_deferred_ids(dtype, level, use):
+    """At temperature 0 and 1, guided or not, in ranges and alone, at the edges of stretches and tasks."""
+    use(level)
+    hidden, weight, bias = problem(19, 600, 16, dtype)
+    guided = {"uncond": problem(19, 1, 16, dtype, seed=5)[0], "cfg_scale": 1.5}
     best = definition(hidden, weight, bias, mask_id=MASK)[0].tolist()
-    for confidence in ("probability", "margin", "entropy"):
-        options = {"mask_id": best[0], "banned": (*best[1:], 0, 258, 259, 5, 6, 7), "confidence": confidence}
-        token, _, lse = assert_matches(hidden, weight, bias, **options)
-        assert not set(token.tolist()) & {best[0], *options["banned"]}
-        assert torch.equal(lse, compiled.predict(hidden, weight, bias, mask_id=MASK)[2])
+    sets = {"banned": (best[0], 0, 63, 64, 65), "deferred": (*best[1:9], 66, 511, 512, 599)}
+    for confidence in compiled.CONFIDENCES:
+        for more in ({}, {"temperature": 1.0}, guided):
+            options = {"mask_id": MASK, "confidence": confidence, **noise_key(19), **more}
+            for given in (("banned",), ("deferred",), ("banned", "deferred")):
+                chosen = {name: sets[name] for name in given}
+                token, score, _ = assert_matches(hidden, weight, bias, **options, **chosen)
+                assert torch.equal(score == -torch.inf, torch.isin(token, torch.tensor(chosen.get("deferred", ()))))
+                assert not set(token.tolist()) & {MASK, *chosen.get("banned", ())}
+
+
+@every_level
+def test_every_token_may_be_deferred(level, use):
+    use(level)
+    hidden, weight, bias = problem(3, 600, 16, FP32)
+    for deferred in (tuple(i for i in range(600) if i != MASK), tuple(range(1, 600))):
+        token, score, lse = assert_matches(hidden, weight, bias, mask_id=MASK, deferred=deferred)
+        assert (score[token != 0] == -torch.inf).all() and lse.isfinite().all()
 
 
 @every_level
@@ -331,6 +349,7 @@ def test_bad_arguments():
         "temperature=nan": ((hidden, weight), {"temperature": float("nan")}),
         "mask_id=40": ((hidden, weight), {"mask_id": 40}),
         r"banned=\(-1,\)": ((hidden, weight), {"banned": (-1,)}),
+        r"deferred=\(40,\)": ((hidden, weight), {"deferred": (40,)}),
         "all of, the vocabulary of 40": ((hidden, weight), {"banned": tuple(range(40))}),
         "row and position are needed for temperature": ((hidden, weight), {"temperature": 1.0, "row": row}),
         "row and position are needed .*random": ((hidden, weight), {"confidence": "random"}),
@@ -356,12 +375,12 @@ def test_custom_ops():
     row = torch.arange(4)
     scalars = (torch.tensor([3]), torch.tensor([1]))
     for optional in ((bias, row < 2, hidden + 1), (None, None, None)):
-        arguments = (hidden, weight, *optional, *scalars, row, row, MASK, [MASK, MASK + 1], "margin", 0.5, 2.0)
+        arguments = (hidden, weight, *optional, *scalars, row, row, MASK, [3, 5], [7, 8], "margin", 0.5, 2.0)
         torch.library.opcheck(torch.ops.dllm_fast.cpu_predict, arguments)
     torch.library.opcheck(torch.ops.dllm_fast.cpu_linear, (hidden, weight, bias))
 
     def step(hidden, number):
-        options = {"temperature": 1.0, "seed": 3, "step": number, "row": row, "position": row, "banned": (7, 8)}
+        options = {"temperature": 1.0, "seed": 3, "step": number, "row": row, "position": row, "banned": (7, 8), "deferred": (9,)}
         return compiled.predict(compiled.linear(hidden, weight[:8]), weight, bias, mask_id=MASK, **options)
 
     expected = step(hidden, scalars[1])

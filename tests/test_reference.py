@@ -149,22 +149,31 @@ def test_sampled_tokens_follow_the_softmax():
     close(confidence, torch.softmax(logits, 0)[token])
 
 
-def test_predict_leaves_out_mask_and_banned_ids_but_normalises_over_all():
-    hidden, weight, bias = torch.randn(6, 8, **DOUBLE), torch.randn(20, 8, **DOUBLE), torch.randn(20, **DOUBLE)
+@pytest.mark.parametrize("deferred", [(), (4, 7, 12)], ids=["none-deferred", "some-deferred"])
+def test_predict_counts_the_mask_but_neither_banned_nor_deferred_ids(deferred):
+    """LLaDA's `logits_eos_inf` and `confidence_eos_eot_inf`, as its generate.py writes them at temperature 0."""
+    hidden, weight, bias = torch.randn(60, 8, **DOUBLE), torch.randn(20, 8, **DOUBLE), torch.randn(20, **DOUBLE)
     bias[[3, 7, 11]] += 50  # by far the most probable
-    p = torch.softmax(hidden @ weight.T + bias, -1)
-    allowed = [i for i in range(20) if i not in (3, 7, 11)]
-    best = p[:, allowed].topk(2, -1)
+    logits = hidden @ weight.T + bias
+    logits[:, [7, 11]] = -torch.inf
+    allowed = [i for i in range(20) if i != 3]
+    best = torch.tensor(allowed)[logits[:, allowed].argmax(-1)]
+    held = torch.isin(best, torch.tensor(deferred))
+    assert not deferred or 0 < held.sum() < 60
+    logits[:, deferred] = -torch.inf
+    p = torch.softmax(logits, -1)
+    two = p[:, allowed].topk(2, -1).values
     expected = {
-        "probability": best.values[:, 0],
-        "margin": best.values[:, 0] - best.values[:, 1],
-        "entropy": (p * p.log()).sum(-1),
+        "probability": p.gather(1, best[:, None])[:, 0],
+        "margin": two[:, 0] - two[:, 1],
+        "entropy": -torch.special.entr(p).sum(-1),
     }
     for kind, confidence in expected.items():
-        token, got, lse = reference.predict(hidden, weight, bias, mask_id=3, banned=(7, 11), confidence=kind)
-        assert token.tolist() == torch.tensor(allowed)[best.indices[:, 0]].tolist()
-        close(got, confidence)
-        close(lse, torch.logsumexp(hidden @ weight.T + bias, -1))
+        options = {"banned": (7, 11), "deferred": deferred, "confidence": kind}
+        token, got, lse = reference.predict(hidden, weight, bias, mask_id=3, **options)
+        assert torch.equal(token, best)
+        close(got, confidence.masked_fill(held, -torch.inf))
+        close(lse, torch.logsumexp(logits, -1))
 
 
 def test_predict_gives_ties_to_the_lowest_id_and_nothing_to_other_positions():

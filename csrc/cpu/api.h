@@ -30,13 +30,13 @@ struct Predict {
   const void *hidden, *uncond, *weight, *bias;  // [N, d], [N, d] or null, [V, d], [V] or null: one dtype
   const bool* candidate;                        // [N], or null: all
   const int64_t *row, *position;                // [N], where there is noise
-  const int64_t* excluded;                      // ranges [low, high) of ids that are not predicted, upwards
+  const int64_t *banned, *deferred;             // ranges [low, high) of ids, upwards
   int64_t* token;                               // [N]
   float *score, *lse;                           // [N]
   float *packed, *part;                         // filled in on the way
   int64_t* chosen;                              // likewise: the candidates' rows
   int64_t rows, width, vocabulary, hidden_stride, uncond_stride, weight_stride;
-  int64_t ranges, mask_id, confidence, chosen_rows;
+  int64_t banned_ranges, deferred_ranges, mask_id, confidence, chosen_rows;
   uint64_t seed;
   uint32_t step;
   float temperature, guidance;  // guidance: cfg_scale + 1

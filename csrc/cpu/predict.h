@@ -50,7 +50,8 @@ struct PredictTask {
   void run() {
     const int64_t high = smaller(low + IDS, a.vocabulary), words = parts(a.width, PER_WORD<T>);
     const int64_t all_lanes = a.uncond ? 2 * lanes : lanes;
-    logits = (float*)scratch(sizeof(float) * SOME_IDS * (all_lanes + words + W));
+    const int64_t kept = a.deferred_ranges ? lanes : 0;  // lanes of the logits that the softmax does not see
+    logits = (float*)scratch(sizeof(float) * SOME_IDS * (all_lanes + words + W + kept));
     const float* x = a.packed + group * POSITIONS * words * (a.uncond ? 2 : 1);
     for (int64_t id = low; id < high; id += SOME_IDS) {
       const int64_t n = smaller(SOME_IDS, high - id);
@@ -58,16 +59,21 @@ struct PredictTask {
       const char* weight = rows_as_words((const T*)a.weight + id * a.weight_stride, a.weight_stride, n, a.width,
                                          logits + SOME_IDS * all_lanes, step);
       times_weights<T>(logits, n, weight, step, x, all_lanes, words, [](int64_t) { return Vec{}; });
-      for (int64_t at = 0; at < lanes; at += W) {
-        guide(id, n, at, all_lanes);
+      for (int64_t at = 0; at < lanes; at += W) guide(id, n, at, all_lanes);
+      const int64_t mask[2] = {a.mask_id, a.mask_id + 1};
+      float* deferred = logits + SOME_IDS * (all_lanes + words + W);
+      exclude(a.banned, a.banned_ranges, id, n, all_lanes);
+      exclude(a.deferred, a.deferred_ranges, id, n, all_lanes, deferred);
+      for (int64_t at = 0; at < lanes; at += W)
         if (a.confidence == ENTROPY)
           softmax<true>(n, at, all_lanes);
         else
           softmax<false>(n, at, all_lanes);
-      }
-      exclude(id, n, all_lanes);
+      exclude(mask, 1, id, n, all_lanes);
+      if (a.confidence == MARGIN)
+        for (int64_t at = 0; at < lanes; at += W) two_best(n, at, all_lanes);
+      bring_back(deferred, id, n, all_lanes);
       for (int64_t at = 0; at < lanes; at += W) {
-        if (a.confidence == MARGIN) two_best(n, at, all_lanes);
         if (a.temperature > 0)
           pick_noisy(id, n, at, all_lanes);
         else
@@ -111,10 +117,22 @@ struct PredictTask {
     set(PEAK, at, now);
   }
 
-  void exclude(int64_t id, int64_t n, int64_t step) {
-    for (int64_t r = 0; r < a.ranges; ++r)
-      for (int64_t i = larger(id, a.excluded[2 * r]); i < smaller(id + n, a.excluded[2 * r + 1]); ++i)
-        for (int64_t at = 0; at < lanes; at += W) store(logits + (i - id) * step + at, all(-INFINITY));
+  // The logits of the ranges' ids are -inf; they are put into ``kept``, where it is given, one id after the other.
+  void exclude(const int64_t* range, int64_t ranges, int64_t id, int64_t n, int64_t step, float* kept = nullptr) {
+    for (int64_t r = 0; r < ranges; ++r)
+      for (int64_t i = larger(id, range[2 * r]); i < smaller(id + n, range[2 * r + 1]); ++i)
+        for (int64_t at = 0; at < lanes; at += W) {
+          float* z = logits + (i - id) * step + at;
+          if (kept) store(kept, load<Vec>(z)), kept += W;
+          store(z, all(-INFINITY));
+        }
+  }
+
+  void bring_back(const float* kept, int64_t id, int64_t n, int64_t step) {
+    for (int64_t r = 0; r < a.deferred_ranges; ++r)
+      for (int64_t i = larger(id, a.deferred[2 * r]); i < smaller(id + n, a.deferred[2 * r + 1]); ++i)
+        for (int64_t at = 0; at < lanes; at += W, kept += W)
+          if (i != a.mask_id) store(logits + (i - id) * step + at, load<Vec>(kept));
   }
 
   void two_best(int64_t n, int64_t at, int64_t step) {
@@ -215,6 +233,8 @@ inline void finish_predict(const void* arguments, int64_t group) {
       if (a.confidence == MARGIN) a.score[n] = float(exp(one[l] - lse) - exp(two[l] - lse));
       if (a.confidence == ENTROPY) a.score[n] = float(plogp[l] * M_LN2 / total[l] - log(total[l]));
       if (a.confidence == RANDOM) a.score[n] = uniform(a, n);
+      for (int64_t r = 0; r < a.deferred_ranges; ++r)
+        if (a.deferred[2 * r] <= token[l] && token[l] < a.deferred[2 * r + 1]) a.score[n] = -INFINITY;
     }
   }
 }

@@ -8,7 +8,7 @@ KEYS = {"seed_ptr": "*i64", "step_ptr": "*i64", "row_ptr": "*i64", "position_ptr
 NO_KEYS = {name: None for name in KEYS}
 PARTS = {"part_ptr": "*fp32", "best_ptr": "*i32"}
 SCALE = {"guidance": "fp32", "temperature": "fp32"}
-EXCLUDED = (126081, 126082, 126336, 126337)
+IDS = {"BANNED": (126081, 126082), "DEFERRED": (126348, 126349), "MASK": 126336}
 
 
 def _case(name, fn, signature, constexprs, config=None, matrix=False):
@@ -31,7 +31,7 @@ def _predict(dtype, config, confidence, noise, guided, gather):
             signature |= names
         else:
             none = none | dict.fromkeys(names)
-    constexprs = {"EXCLUDED": EXCLUDED, "CONFIDENCE": confidence, "NOISE": noise, "GATHER": gather, "GUIDED": guided}
+    constexprs = {**IDS, "CONFIDENCE": confidence, "NOISE": noise, "GATHER": gather, "GUIDED": guided}
     constexprs |= {"BIAS": False, "bias_ptr": None, **none}
     name = f"predict-{dtype}-{config['BN']}-{confidence}" + "-noise" * noise + "-guided" * guided + "-gather" * gather
     return _case(name, predict._predict_kernel, signature, constexprs, config, matrix=dtype != "fp32")
@@ -45,7 +45,7 @@ def _select(confidence, noise, guided):
         signature["base_ptr"] = "*fp32"
     else:
         none = none | {"base_ptr": None}
-    constexprs = {"EXCLUDED": EXCLUDED, "CONFIDENCE": confidence, "NOISE": noise, "GATHER": True, "GUIDED": guided}
+    constexprs = {**IDS, "CONFIDENCE": confidence, "NOISE": noise, "GATHER": True, "GUIDED": guided}
     name = f"select-{confidence}" + "-noise" * noise + "-guided" * guided
     return _case(name, select._select_kernel, signature, {**constexprs, "BIAS": True, **none}, select.SELECT)
 
@@ -54,7 +54,7 @@ def _combine(confidence):
     keys, none = _keys(confidence == "random")
     signature = {"token_ptr": "*i64", "confidence_ptr": "*fp32", "lse_ptr": "*fp32", **PARTS, "candidate_ptr": "*i1"}
     signature |= {**keys, "mask_id": "i32", "V": "i32:16", "S": "i32"}
-    constexprs = {"CONFIDENCE": confidence, "GATHER": True, "BS": 1024, **none}
+    constexprs = {"DEFERRED": IDS["DEFERRED"], "CONFIDENCE": confidence, "GATHER": True, "BS": 1024, **none}
     return _case(f"combine-{confidence}", select._combine_kernel, signature, constexprs)
 
 

@@ -177,14 +177,28 @@ def test_two_admissible_tokens(path, device, poison):
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_mask_and_banned_count_in_the_softmax_alone(path, device, poison):
-    hidden, weight, bias = problem(4, 260, 16, torch.float32, device)
+def test_banned_and_deferred_ids(path, device, poison):
+    """At temperature 0 and 1, in ranges and alone, at a tile's edges: each among the best of some row."""
+    hidden, weight, bias = problem(18, 2100 if path == "streamed" else 260, 16, torch.float32, device)
     best = definition(hidden, weight, bias, mask_id=MASK)[0].tolist()
-    for confidence in CONFIDENCES[:3]:
-        options = {"mask_id": best[0], "banned": (*best[1:], 0, 258, 259, 5, 6, 7), "confidence": confidence}
-        token, _, lse = assert_matches(hidden, weight, bias, path, **options)
-        assert not set(token.tolist()) & {best[0], *options["banned"]}
-        assert torch.equal(lse, predict(hidden, weight, bias, mask_id=MASK, _path=path)[2])
+    sets = {"banned": (best[0], 0, 127, 128, 129), "deferred": (*best[1:9], 64, 65, len(weight) - 1)}
+    for confidence in CONFIDENCES:
+        for temperature in (0.0, 1.0):
+            options = {"mask_id": MASK, "confidence": confidence, "temperature": temperature, **noise_key(18, device)}
+            for given in (("banned",), ("deferred",), ("banned", "deferred")):
+                chosen = {name: sets[name] for name in given}
+                token, score, _ = assert_matches(hidden, weight, bias, path, **options, **chosen)
+                held = torch.isin(token, torch.tensor(chosen.get("deferred", ()), device=device))
+                assert torch.equal(score == -torch.inf, held) and held.any() == ("deferred" in given)
+                assert not set(token.tolist()) & {MASK, *chosen.get("banned", ())}
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_every_token_may_be_deferred(path, device, poison):
+    hidden, weight, bias = problem(3, 150, 16, torch.float32, device)
+    for deferred in (tuple(i for i in range(150) if i != MASK), tuple(range(1, 150))):
+        token, score, lse = assert_matches(hidden, weight, bias, path, mask_id=MASK, deferred=deferred)
+        assert (score[token != 0] == -torch.inf).all() and lse.isfinite().all()
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -308,6 +322,7 @@ def test_bad_arguments(device):
         "temperature=nan": ((hidden, weight), {"temperature": float("nan")}),
         "mask_id=40": ((hidden, weight), {"mask_id": 40}),
         r"banned=\(-1,\)": ((hidden, weight), {"banned": (-1,)}),
+        r"deferred=\(40,\)": ((hidden, weight), {"deferred": (40,)}),
         "all of, the vocabulary of 40": ((hidden, weight), {"banned": tuple(range(40))}),
         "row and position are needed for temperature": ((hidden, weight), {"temperature": 1.0, "row": row}),
         "row and position are needed .*random": ((hidden, weight), {"confidence": "random"}),
@@ -324,11 +339,11 @@ def test_custom_op(device):
     row = torch.arange(4, device=device)
     scalars = (torch.tensor([3], device=device), torch.tensor([1], device=device))
     for path, optional in (("fused", (bias, row < 2, hidden + 1)), ("streamed", (None, None, None))):
-        arguments = (hidden, weight, *optional, *scalars, row, row, MASK, [MASK, MASK + 1], "margin", 0.5, 2.0, path)
+        arguments = (hidden, weight, *optional, *scalars, row, row, MASK, [3, 5], [7, 8], "margin", 0.5, 2.0, path)
         torch.library.opcheck(kernel._predict, arguments)
 
     def step(hidden, number):
-        options = {"temperature": 1.0, "seed": 3, "step": number, "row": row, "position": row, "banned": (7, 8)}
+        options = {"temperature": 1.0, "seed": 3, "step": number, "row": row, "position": row, "banned": (7, 8), "deferred": (9,)}
         return predict(hidden * 2, weight, bias, mask_id=MASK, **options)
 
     expected = step(hidden, scalars[1])
