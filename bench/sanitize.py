@@ -46,8 +46,9 @@ def run_cases(device: str) -> None:
             at = torch.arange(rows, device=device)
             for confidence in CONFIDENCES if rows == 3 else CONFIDENCES[:1]:
                 predict(
-                    hidden, weight, bias, mask_id=1, banned=(5, 6), deferred=(9,), confidence=confidence, temperature=0.5,
-                    seed=1, row=at, position=at, candidate=at % 3 != 1, uncond=uncond, cfg_scale=1.0, _path=path,
+                    hidden, weight, bias, mask_id=1, banned=(5, 6), deferred=(9,), confidence=confidence,
+                    temperature=0.5, seed=1, row=at, position=at, candidate=at % 3 != 1, uncond=uncond, cfg_scale=1.0,
+                    _path=path,
                 )  # fmt: skip
             predict(hidden, weight, mask_id=1, _path=path)
     makers = (small.norm_cases, small.rope_cases, small.glu_cases, small.commit_cases, small.gumbel_cases, loss.cases)

@@ -253,7 +253,10 @@ class _Predict(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("packed", "part", "chosen")),
         *((name, ctypes.c_int64) for name in ("rows", "width", "vocabulary")),
         *((name, ctypes.c_int64) for name in ("hidden_stride", "uncond_stride", "weight_stride")),
-        *((name, ctypes.c_int64) for name in ("banned_ranges", "deferred_ranges", "mask_id", "confidence", "chosen_rows")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("banned_ranges", "deferred_ranges", "mask_id", "confidence", "chosen_rows")
+        ),
         ("seed", ctypes.c_uint64),
         ("step", ctypes.c_uint32),
         ("temperature", ctypes.c_float),

@@ -1,11 +1,12 @@
 """LLaDA's published sampler, written out plainly: the yardstick of the tests, the demo and the benches.
 
 It asks the model for every logit of the whole sequence at every step and works on all of them, in fp64 where the
-original does (ML-GSAI/LLaDA, `generate.py`; arXiv:2502.09992, algorithm 5). Two differences, both this package's
-semantics: [MASK] itself is never predicted, and the shares of a step may come from any schedule of counts.
+original did in its first revisions (ML-GSAI/LLaDA, `generate.py`; arXiv:2502.09992, algorithm 5). Two differences, both
+this package's semantics: [MASK] itself is never predicted, and the shares of a step may come from any schedule of
+counts.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -23,11 +24,18 @@ def published_generate(
     cfg_scale: float = 0.0,
     pyramid: int | None = None,
     threshold: float | None = None,
+    suppress_tokens: Sequence[int] = (),
+    defer_tokens: Sequence[int] = (),
 ) -> tuple[torch.Tensor, int]:
     """Greedy, low-confidence remasking: (sequences [B, P + gen_length], model evaluations).
 
     One of ``steps`` (shared equally by blocks and steps), ``pyramid`` (1, 1, ..., 2, 2, ... tokens, each number
     ``pyramid`` times) and ``threshold`` (all tokens whose confidence reaches it, and the best) says what a step keeps.
+
+    ``suppress_tokens`` is the original's ``logits_eos_inf`` for any ids: their logits are -inf before a token is
+    chosen. ``defer_tokens`` is ``confidence_eos_eot_inf``: their logits are -inf once it is chosen, so that no
+    probability counts them and their own is 0. (At a temperature above 0 the original writes one of its two ids into
+    the noisy copy of the logits, where nothing reads it any more.)
     """
     batch, prompt = input_ids.shape
     blocks, nfe = gen_length // block_length, 0
@@ -48,9 +56,12 @@ def published_generate(
                 base = logits_of(x.masked_fill(given, mask_id), attention_mask)
                 logits = base + (cfg_scale + 1) * (logits - base)
                 nfe += 1
+            logits[..., list(suppress_tokens)] = float("-inf")
+            choice = logits.clone()
+            choice[..., mask_id] = float("-inf")
+            token = choice.argmax(-1)
+            logits[..., list(defer_tokens)] = float("-inf")
             probability = torch.softmax(logits.double(), -1)
-            logits[..., mask_id] = float("-inf")
-            token = logits.argmax(-1)
             confidence = probability.gather(-1, token[..., None])[..., 0].masked_fill(~masked, float("-inf"))
             for row in range(batch):
                 if threshold is not None:

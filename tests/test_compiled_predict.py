@@ -169,8 +169,8 @@ def test_banned_and_deferred_ids(dtype, level, use):
     for confidence in compiled.CONFIDENCES:
         for more in ({}, {"temperature": 1.0}, guided):
             options = {"mask_id": MASK, "confidence": confidence, **noise_key(19), **more}
-            for given in (("banned",), ("deferred",), ("banned", "deferred")):
-                chosen = {name: sets[name] for name in given}
+            for names in (("banned",), ("deferred",), ("banned", "deferred")):
+                chosen = {name: sets[name] for name in names}
                 token, score, _ = assert_matches(hidden, weight, bias, **options, **chosen)
                 assert torch.equal(score == -torch.inf, torch.isin(token, torch.tensor(chosen.get("deferred", ()))))
                 assert not set(token.tolist()) & {MASK, *chosen.get("banned", ())}
@@ -380,7 +380,15 @@ def test_custom_ops():
     torch.library.opcheck(torch.ops.dllm_fast.cpu_linear, (hidden, weight, bias))
 
     def step(hidden, number):
-        options = {"temperature": 1.0, "seed": 3, "step": number, "row": row, "position": row, "banned": (7, 8), "deferred": (9,)}
+        options = {
+            "temperature": 1.0,
+            "seed": 3,
+            "step": number,
+            "row": row,
+            "position": row,
+            "banned": (7, 8),
+            "deferred": (9,),
+        }
         return compiled.predict(compiled.linear(hidden, weight[:8]), weight, bias, mask_id=MASK, **options)
 
     expected = step(hidden, scalars[1])

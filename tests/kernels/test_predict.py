@@ -343,7 +343,15 @@ def test_custom_op(device):
         torch.library.opcheck(kernel._predict, arguments)
 
     def step(hidden, number):
-        options = {"temperature": 1.0, "seed": 3, "step": number, "row": row, "position": row, "banned": (7, 8), "deferred": (9,)}
+        options = {
+            "temperature": 1.0,
+            "seed": 3,
+            "step": number,
+            "row": row,
+            "position": row,
+            "banned": (7, 8),
+            "deferred": (9,),
+        }
         return predict(hidden * 2, weight, bias, mask_id=MASK, **options)
 
     expected = step(hidden, scalars[1])
