@@ -1,4 +1,4 @@
-"""What every kernel compiles to, without a GPU. ``python bench/resources.py [arch ...]``, default 80 90 100.
+"""What every kernel compiles to, without a GPU. ``python bench/resources.py [arch ...]``, default all of the tests'.
 
 Registers a thread, bytes spilled, bytes of shared memory, matrix instructions, for each configuration that ships.
 """

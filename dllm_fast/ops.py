@@ -29,6 +29,9 @@ KERNELS = {
     "commit": ("commit",),
     "masked_loss": ("masked_loss",),
 }
+# NVIDIA GPUs for which the tests compile every kernel and find that it fits (tests/kernels/test_resources.py). On 7.5
+# attention takes more shared memory than a block may have, half the kernels spill, and bf16 is emulated.
+CAPABILITIES = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
 CHUNK = 256  # rows of logits held at once: 256 x 126,464 fp32 is 130 MB
 # Rows up to which the compiled product of bf16 beats oneDNN's, which copies the weight into another layout first: 1.3
 # to 1.6 times as fast at 32 rows, 1.1 at 96, 0.9 at 256 (Zen 5). In fp32 it is twice as fast as MKL at any number.
@@ -38,22 +41,31 @@ FEW_ROWS = 96
 def resolve(impl: str, device: torch.device, dtype: torch.dtype) -> str:
     """The implementation that ``impl`` stands for, for weights of ``dtype`` on ``device``.
 
-    ``"auto"`` is Triton on a CUDA device and the compiled extension on a CPU, wherever they can be had, else PyTorch.
-    On a CPU ``"triton"`` wants TRITON_INTERPRET=1, which runs the kernels in Triton's interpreter: right, and very
-    slow.
+    ``"auto"`` is Triton on an NVIDIA GPU of `CAPABILITIES` and the compiled extension on a CPU, wherever they can be
+    had, else PyTorch; `auto` says why. On a CPU ``"triton"`` wants TRITON_INTERPRET=1, which runs the kernels in
+    Triton's interpreter: right, and very slow.
 
     Raises:
         ValueError: ``impl`` is none of `IMPLS`, or is ``"triton"`` or ``"cpp"`` and cannot be had; it says why.
     """
     if impl not in IMPLS:
         raise ValueError(f"impl={impl!r} is not one of {', '.join(map(repr, IMPLS))}")
-    if impl == "torch":
-        return "torch"
-    wanted = ("triton" if device.type == "cuda" else "cpp") if impl == "auto" else impl
-    obstacle = compiled.obstacle(device, dtype) if wanted == "cpp" else _obstacle(device, dtype)
-    if impl != "auto" and obstacle:
+    if impl == "auto":
+        return auto(device, dtype)[0]
+    if impl != "torch" and (obstacle := _obstacle_to(impl, device, dtype)):
         raise ValueError(f"impl={impl!r}: {obstacle}")
-    return "torch" if obstacle else wanted
+    return impl
+
+
+def auto(device: torch.device, dtype: torch.dtype) -> tuple[str, str | None]:
+    """What ``impl="auto"`` takes, and what was in the way of the kernels where that is PyTorch."""
+    wanted = "triton" if device.type == "cuda" else "cpp"
+    obstacle = _obstacle_to(wanted, device, dtype)
+    return ("torch" if obstacle else wanted), obstacle
+
+
+def _obstacle_to(impl: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    return compiled.obstacle(device, dtype) if impl == "cpp" else _obstacle(device, dtype)
 
 
 def _obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -65,11 +77,31 @@ def _obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"the model's dtype is {dtype}; it needs {', '.join(map(str, FLOATS))}"
     if interpreted and dtype == torch.bfloat16:
         return f"the model's dtype is {dtype}, and Triton's interpreter multiplies its bit patterns as integers"
+    if not interpreted and (untried := _untried(device)):
+        return untried
     try:
         _triton()
     except ImportError as error:
         return str(error)
     return None
+
+
+def _untried(device: torch.device) -> str | None:
+    """Why the kernels are not for the GPU ``device``, or None. Of a device that is not here there is no telling."""
+    if torch.version.hip is not None:
+        # An MI300 calls itself 9.4, and would be given Hopper's tiles, three times the memory that its blocks have.
+        return f"this PyTorch is built for ROCm {torch.version.hip}, on which the kernels have not been tried"
+    try:
+        capability, name = torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device)
+    except (AssertionError, RuntimeError):
+        return None
+    if capability in CAPABILITIES:
+        return None
+    tested = ", ".join(f"{major}.{minor}" for major, minor in CAPABILITIES)
+    return (
+        f"{device} is a {name} of compute capability {capability[0]}.{capability[1]}; the kernels are compiled and "
+        f"checked for {tested}"
+    )
 
 
 @functools.cache

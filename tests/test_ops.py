@@ -154,7 +154,9 @@ def test_an_implementation_that_cannot_be_had_raises(monkeypatch):
 
 
 def test_auto_is_triton_where_it_can_be_had(monkeypatch):
-    """`resolve` looks at no device, so it can be asked about one that is not here."""
+    """Of a device that is not here, too."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "H100")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     cuda, cpu = torch.device("cuda:0"), torch.device("cpu")
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -192,3 +194,38 @@ def test_without_triton_auto_is_pytorch_and_an_explicit_choice_raises(monkeypatc
     assert ops.resolve("auto", torch.device("cuda"), torch.float32) == "torch"
     with pytest.raises(ValueError, match="impl='triton': No module named 'triton'"):
         ops.resolve("triton", torch.device("cuda"), torch.float32)
+
+
+CARDS = {"Tesla T4": (7, 5), "Tesla V100": (7, 0), "Orin": (8, 7), "A100": (8, 0), "A10": (8, 6), "RTX 4090": (8, 9)}
+CARDS |= {"H100": (9, 0), "B200": (10, 0), "Thor": (11, 0), "RTX 5090": (12, 0), "a later one": (13, 0)}
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_auto_is_triton_on_cards_that_the_kernels_are_compiled_for(name, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    asked = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: asked.append(device) or CARDS[name])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    tested = name in ("A100", "A10", "RTX 4090", "H100", "B200", "RTX 5090")
+    second = torch.device("cuda:1")
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert ops.resolve("auto", second, dtype) == ("triton" if tested else "torch")
+        chosen, why = ops.auto(second, dtype)
+        if tested:
+            assert chosen == ops.resolve("triton", second, dtype) == "triton" and why is None
+        else:
+            number = ".".join(map(str, CARDS[name]))
+            assert chosen == "torch" and f"cuda:1 is a {name} of compute capability {number}" in why
+            with pytest.raises(ValueError, match=f"impl='triton': cuda:1 is a {name} of compute capability {number}"):
+                ops.resolve("triton", second, dtype)
+    assert set(asked) == {second}
+
+
+def test_on_rocm_auto_is_pytorch_whatever_the_card_calls_itself(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    cuda = torch.device("cuda")
+    assert ops.resolve("auto", cuda, torch.bfloat16) == "torch"
+    with pytest.raises(ValueError, match=r"impl='triton': this PyTorch is built for ROCm 6\.4"):
+        ops.resolve("triton", cuda, torch.bfloat16)

@@ -1,7 +1,7 @@
 """Attention, rotation, norms and gates as the launchers launch them: what `resources.measured` compiles."""
 
 import triton
-from resources import Case
+from resources import BIG, SHARED_LIMIT, SMALL, Case
 
 from dllm_fast.kernels import attention, glu, linear, norm, rope
 
@@ -13,7 +13,7 @@ def _strides(**axes):
     return {f"{name}_stride_{axis}": "i32:16" for name, letters in axes.items() for axis in letters}
 
 
-def attention_case(config, itemsize, dim, group=1, window=False, split=False, archs=(80, 90, 100)) -> Case:
+def attention_case(config, itemsize, dim, group=1, window=False, split=False, archs=tuple(SHARED_LIMIT)) -> Case:
     bm, bn, warps, stages, masked = config
     bd = max(16, triton.next_power_of_2(dim))
     kind, out = TYPES[itemsize], "*fp32" if split else TYPES[itemsize]
@@ -34,7 +34,7 @@ def attention_case(config, itemsize, dim, group=1, window=False, split=False, ar
 
 
 def _attention():
-    for big, archs in ((True, (90, 100)), (False, (80,))):
+    for big, archs in ((True, BIG), (False, SMALL)):
         few, many = attention.CONFIGS[2, 64, big]
         yield attention_case(few, 2, 64, window=True, archs=archs)
         yield attention_case(few, 2, 64, split=True, archs=archs)

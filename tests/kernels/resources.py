@@ -19,7 +19,11 @@ import sys
 import tempfile
 
 MODULES = ("compile_cases_attention", "compile_cases_predict")  # every kernel that ships
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may have, by architecture
+SHARED_LIMIT = {  # bytes a block may have, by architecture
+    80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024,
+}  # fmt: skip
+BIG = (90, 100)  # launchers give these other tiles
+SMALL = tuple(arch for arch in SHARED_LIMIT if arch not in BIG)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +35,7 @@ class Case:
     num_warps: int = 4
     num_stages: int = 3
     matrix: bool = False  # whether it must use the matrix units; only then are their instructions counted
-    archs: tuple = (80, 90, 100)  # the architectures it is launched on
+    archs: tuple = tuple(SHARED_LIMIT)  # the architectures it is launched on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +49,7 @@ class Resources:
 
     def matrix(self, arch: int) -> int:
         """The matrix instructions that a kernel should use on ``arch``."""
-        return {80: self.hmma, 90: self.hgmma, 100: self.tcgen05}[arch]
+        return {90: self.hgmma, 100: self.tcgen05}.get(arch, self.hmma)
 
 
 def measure(case: Case, arch: int) -> Resources:
@@ -87,13 +91,13 @@ def measure(case: Case, arch: int) -> Resources:
     )
 
 
-def measured(module: str, arch: int) -> dict[str, Resources]:
-    """`measure` of every case in ``module.CASES`` (a module of this folder), in a process of its own."""
+def measured(module: str, arch: int, share: int = 1) -> dict[str, Resources]:
+    """`measure` of every ``share``-th case in ``module.CASES`` (a module of this folder), in a process of its own."""
     here = pathlib.Path(__file__).resolve()
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     # The repository, too: where the package runs uninstalled, a child does not inherit pytest's sys.path.
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(here.parents[2]), os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, str(here), module, str(arch)]
+    command = [sys.executable, str(here), module, str(arch), str(share)]
     child = subprocess.run(command, check=False, env=environment, capture_output=True, text=True)
     if child.returncode:
         raise RuntimeError(f"{module} did not compile for sm_{arch}:\n{child.stderr[-4000:]}")
@@ -101,6 +105,8 @@ def measured(module: str, arch: int) -> dict[str, Resources]:
 
 
 if __name__ == "__main__":
-    arch = int(sys.argv[2])
+    arch, share = int(sys.argv[2]), int(sys.argv[3])
     cases = [case for case in importlib.import_module(sys.argv[1]).CASES if arch in case.archs]
+    # Each architecture begins with another case, so that their shares together see more of them.
+    cases = cases[arch % share :: share]
     print(json.dumps({case.name: dataclasses.asdict(measure(case, arch)) for case in cases}))
