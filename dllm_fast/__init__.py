@@ -1,5 +1,6 @@
 """Masked-diffusion language models, fast: `patch` a LLaDA or a ModernBERT in place, `generate` from it."""
 
+from dllm_fast.config import show_config
 from dllm_fast.generate import Completion, Output, generate, generate_many
 from dllm_fast.hf import custom_generate
 from dllm_fast.llada import LLaDAConfig, LLaDAModelLM
@@ -35,5 +36,6 @@ __all__ = [
     "patch",
     "patched",
     "shipped",
+    "show_config",
     "unpatch",
 ]

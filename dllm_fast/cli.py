@@ -1,4 +1,4 @@
-"""The command line: ``dllm-fast generate`` and ``dllm-fast demo``."""
+"""The command line: ``dllm-fast generate``, ``dllm-fast demo`` and ``dllm-fast config``."""
 
 import argparse
 import signal
@@ -10,6 +10,7 @@ import torch
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from dllm_fast.config import show_config
 from dllm_fast.generate import Output, generate
 from dllm_fast.loading import end_of_text, from_pretrained, model_path, shipped
 from dllm_fast.request import CACHES, CONFIDENCES, before_end
@@ -99,6 +100,11 @@ def run_demo(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_config(args: argparse.Namespace) -> int:
+    show_config()
+    return 0
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="dllm-fast", description="Masked-diffusion language models, fast.")
     commands = top.add_subparsers(dest="command", required=True)
@@ -125,6 +131,8 @@ def parser() -> argparse.ArgumentParser:
     p = commands.add_parser("demo", help="watch the shipped models work, and what patching does to their speed")
     p.set_defaults(run=run_demo)
     p.add_argument("--plain", action="store_true", help="no live view")
+    p = commands.add_parser("config", help="versions, devices, and which code runs on them: for a bug report")
+    p.set_defaults(run=run_config)
     return top
 
 

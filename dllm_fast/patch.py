@@ -188,8 +188,13 @@ def bound_pool(model: nn.Module) -> Pool:
     return _state(model).pool
 
 
+def patch_of(model: nn.Module) -> _Patch | None:
+    """What `patch` left with the model itself: what was asked for, and the family; None if it is not patched."""
+    return model.__dict__.get(_STATE)
+
+
 def _state(model: nn.Module) -> _Patch:
-    state = model.__dict__.get(_STATE) if isinstance(model, nn.Module) else None
+    state = patch_of(model) if isinstance(model, nn.Module) else None
     if state is None:
         raise ValueError(f"model: this {type(model).__name__} is not patched; call dllm_fast.patch(model) first")
     return state
