@@ -16,18 +16,22 @@ from dllm_fast.patch import patch_of
 
 PACKAGES = ("dllm_fast", "torch", "triton", "transformers", "numpy")
 NAMES = {"triton": "Triton kernels", "cpp": "the compiled extension", "torch": "PyTorch"}
-# The implementations that have an op of their own; with any other, PyTorch serves it.
+# The implementations that have an op of their own, with where it serves if not everywhere; else PyTorch serves it.
+FEW = "few rows of 16 bits on Hopper"
 SERVED = {
-    "linear": ("cpp",),
-    "attention": ("triton", "cpp"),
-    "rope": ("triton", "cpp"),
-    "rms_norm": ("triton", "cpp"),
-    "layer_norm": ("triton",),
-    "swiglu": ("triton", "cpp"),
-    "geglu": ("triton",),
-    "predict": ("triton", "cpp"),
-    "commit": ("triton",),
-    "masked_loss": ("triton",),
+    "linear": {"triton": FEW, "cpp": "fp32, and few rows of bf16"},
+    "swiglu_linear": {"triton": FEW},
+    "scaled_linear": {"triton": FEW},
+    "round_rows": {"triton": ""},
+    "attention": {"triton": "", "cpp": ""},
+    "rope": {"triton": "", "cpp": ""},
+    "rms_norm": {"triton": "", "cpp": ""},
+    "layer_norm": {"triton": ""},
+    "swiglu": {"triton": "", "cpp": ""},
+    "geglu": {"triton": ""},
+    "predict": {"triton": "", "cpp": ""},
+    "commit": {"triton": ""},
+    "masked_loss": {"triton": ""},
 }
 # What is set of these changes which code runs, or how fast.
 VARIABLES = ("OMP_", "MKL_", "KMP_", "GOMP_", "ONEDNN_", "DNNL_", "ATEN_", "DLLM_", "TRITON_", "CUDA_", "HIP_", "ROCR_")
@@ -125,11 +129,12 @@ def _short(dtype: torch.dtype) -> str:
 
 
 def _ops() -> Iterator[str]:
-    for impl, name in NAMES.items():
-        own = [op for op, impls in SERVED.items() if impl in impls]
+    for impl in ("triton", "cpp"):
+        own = {op: where[impl] for op, where in SERVED.items() if impl in where}
+        named = [op + (f" ({where})" if where else "") for op, where in own.items()]
+        yield f"with {NAMES[impl]}, its own: {', '.join(named)}"
         other = [op for op in SERVED if op not in own]
-        if impl != "torch":
-            yield f"with {name}: {', '.join(own)} are its own; PyTorch serves {', '.join(other)}"
+        yield f"with {NAMES[impl]}, PyTorch's: {', '.join(other) or 'none'}"
 
 
 def _settings() -> Iterator[str]:
