@@ -35,8 +35,10 @@ def tests(*names: str) -> str:
 
 # Limit in seconds and command, the most telling first: are the kernels right there, and how fast? A piece is a line.
 PIECES = {
-    "correctness-attention": (480, tests("attention", "rope", "norm", "glu")),
+    "correctness-attention": (480, tests("attention", "rope", "norm", "glu", "linear", "round_rows")),
     "correctness-predict": (480, tests("predict", "gumbel", "commit", "masked_loss", "end_to_end")),
+    "steps": (150, "-m bench.steps"),
+    "steps-fp8": (150, "-m bench.steps --fp8"),
     "floors": (60, "bench/floors.py"),
     "engine": (500, f"{ENGINE} --refresh window:32,0 --fp8{PEERS}"),
     "attention-llada": (300, f"{BENCH} 'attention and llada'"),

@@ -20,39 +20,13 @@ from dllm_fast.kernels import attention, glu, linear, norm, rope, round_rows
 from dllm_fast.patch import bound_family, bound_pool
 
 CHAINS = (attention, glu, linear, norm, rope, round_rows)
-TILES = {
-    2: (
-        {"DISTANCE": 8},
-        {"DISTANCE": 16},
-        {"DISTANCE": 8, "num_stages": 5},
-        {"programs": 2, "DISTANCE": 6, "AHEAD": 6},
-        {"programs": 2, "DISTANCE": 12, "AHEAD": 12},
-        {"programs": 4, "num_stages": 3, "DISTANCE": 6, "AHEAD": 4},
-        {"programs": 3, "num_stages": 3, "DISTANCE": 6, "AHEAD": 4},
-        {"BK": 128, "num_stages": 4, "AHEAD": 0, "LEFT": 2},
-        {"BK": 128, "num_stages": 5, "AHEAD": 0},
-        {"BN": 64, "BK": 128, "num_stages": 4, "programs": 2, "AHEAD": 0},
-        {"BN": 64, "BK": 128, "num_stages": 5, "programs": 2, "AHEAD": 0, "LEFT": 2},
-        {"BN": 64, "BK": 256, "num_stages": 4, "AHEAD": 0},
-    ),
-    1: (
-        {"programs": 2, "AHEAD": 4},
-        {"programs": 2, "AHEAD": 0},
-        {"programs": 2, "AHEAD": 4, "DISTANCE": 4},
-        {"programs": 2, "AHEAD": 8, "DISTANCE": 8},
-        {"programs": 2, "AHEAD": 4, "LEFT": 2},
-        {"programs": 3, "AHEAD": 4, "num_stages": 3},
-        {"programs": 4, "AHEAD": 4, "num_stages": 3},
-        {"programs": 3, "AHEAD": 4, "num_stages": 3, "DISTANCE": 4},
-        {"programs": 4, "AHEAD": 4, "num_stages": 2, "DISTANCE": 4},
-        {"programs": 2, "BN": 64, "AHEAD": 4},
-        {"programs": 4, "BN": 64, "AHEAD": 4},
-        {"programs": 4, "BN": 64, "BK": 256, "AHEAD": 0, "num_stages": 3},
-    ),
+TILES = {  # by bytes of a weight; the first are those that ship
+    2: ({}, {"BK": 64, "num_stages": 5, "AHEAD": 4}, {"BN": 64, "BK": 256}),
+    1: ({}, {"AHEAD": 0}, {"programs": 1}, {"num_warps": 8}),
 }
 
 
-def unchained(device) -> dict:
+def unchained(device, programs) -> dict:
     return {"CHAINED": False}
 
 
@@ -64,10 +38,12 @@ def way(tiles: dict | None, chained: bool, rows: int, size: int):
             for module in CHAINS:
                 stack.enter_context(mock.patch.object(module, "chained", unchained))
         if tiles is None:
-            stack.enter_context(mock.patch.object(linear, "_ahead", lambda device: False))
+            stack.enter_context(mock.patch.object(linear, "AHEAD", ()))
         else:
             tiles = dict(tiles)
-            stack.enter_context(mock.patch.object(linear, "PROGRAMS", tiles.pop("programs", linear.PROGRAMS)))
+            stack.enter_context(mock.patch.object(linear, "AHEAD", (size,)))
+            programs = {size: tiles.pop("programs", linear.PROGRAMS[size])}
+            stack.enter_context(mock.patch.dict(linear.PROGRAMS, programs))
             configs = linear.CONFIGS[size]
             key = next(n for n in configs if rows <= n)
             stack.enter_context(mock.patch.dict(configs, {key: configs[key] | tiles}))
@@ -181,9 +157,8 @@ def main(arguments: list[str] | None = None) -> int:
     for name, values in times.items():
         middle = statistics.median(values)
         apart = ((hidden[name] - own).norm() / own.norm()).item()
-        print(
-            f"{middle:7.3f} ms ({min(values):.3f}-{max(values):.3f}) {middle / least:5.2f} x, hidden {apart:.1e}  {name}"
-        )
+        span = f"{min(values):.3f}-{max(values):.3f}"
+        print(f"{middle:7.3f} ms ({span}) {middle / least:5.2f} x, hidden {apart:.1e}  {name}")
     best = min(times, key=lambda name: statistics.median(times[name]))
     for name in ("before", best):
         print(f"\n{name}:")

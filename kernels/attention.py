@@ -286,12 +286,21 @@ def attention(
             queries, slots, kv_heads, splits, rows, min(window or 0, 1 << 30),
             (head_dim**-0.5 if scale is None else scale) * math.log2(math.e),
             D=head_dim, GROUP=group, WINDOW=window is not None, MASKED=masked,
-            SPLIT=splits > 1, BM=bm, BN=bn, BD=padded, num_warps=warps, num_stages=stages, **chained(q.device),
+            SPLIT=splits > 1, BM=bm, BN=bn, BD=padded, num_warps=warps, num_stages=stages, **chained(q.device, grid[0]),
         )  # fmt: skip
         if splits > 1:
             bs = triton.next_power_of_2(splits)
             _combine_kernel[(rows,)](
-                part, lse, out, splits, rows, D=head_dim, BS=bs, BD=padded, num_warps=COMBINE_WARPS, **chained(q.device)
+                part,
+                lse,
+                out,
+                splits,
+                rows,
+                D=head_dim,
+                BS=bs,
+                BD=padded,
+                num_warps=COMBINE_WARPS,
+                **chained(q.device, rows),
             )
     return out
 

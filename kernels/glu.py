@@ -56,10 +56,11 @@ def _glu(gate: torch.Tensor, up: torch.Tensor, gelu: bool) -> torch.Tensor:
         return out
     gate, up = gate.reshape(-1, f), up.reshape(-1, f)
     block = min(BLOCK, triton.next_power_of_2(f))
+    programs = gate.shape[0] * triton.cdiv(f, block)
     with torch.cuda.device_of(gate):
-        _glu_kernel[(gate.shape[0] * triton.cdiv(f, block),)](
+        _glu_kernel[(programs,)](
             gate, up, out, gate.stride(0), up.stride(0), f,
-            GELU=gelu, BLOCK=block, num_warps=WARPS, **chained(gate.device),
+            GELU=gelu, BLOCK=block, num_warps=WARPS, **chained(gate.device, programs),
         )  # fmt: skip
     return out
 

@@ -27,15 +27,18 @@ from dllm_fast.kernels.checks import check_tensors
 HALVES = (torch.bfloat16, torch.float16)
 ROWS = 64  # above, cuBLAS is ahead
 TILE = 128  # what the width of the output must be a multiple of, and that of the input
-# By bytes of a weight, then by rows of x, padded. AHEAD steps of W are asked for before the wait; the next kernel may
-# start when LEFT steps are left, or at once.
-HALF = {"BN": 128, "BK": 64, "AHEAD": 8, "LEFT": 0, "DISTANCE": 0, "num_warps": 4, "num_stages": 4}
-BYTE = {"BN": 128, "BK": 128, "AHEAD": 8, "LEFT": 0, "DISTANCE": 0, "num_warps": 4, "num_stages": 4}
+# By bytes of a weight, then by rows of x, padded. AHEAD steps of W are asked for before the wait. Of bf16 weights the
+# bytes in flight decide: one program with 160 KB of them; e4m3 ones wait for their widening, which a second one covers.
+HALF = {"BN": 128, "BK": 128, "AHEAD": 0, "num_warps": 4, "num_stages": 4}
+BYTE = {"BN": 128, "BK": 128, "AHEAD": 4, "num_warps": 4, "num_stages": 4}
 CONFIGS = {
     2: {rows: {"BM": rows, **HALF} for rows in (16, 32, 64)},
     1: {rows: {"BM": rows, **BYTE} for rows in (16, 32, 64)},
 }
-PROGRAMS = 1  # on a multiprocessor
+PROGRAMS = {2: 1, 1: 2}  # on a multiprocessor
+# Bytes of a weight for which it is ahead of cuBLAS, on Hopper (bench/steps.py, H200, LLaDA-8B, 32 rows: a block step
+# with e4m3 weights takes 4.28 ms, with `torch._scaled_mm` 5.05; with bf16 weights 5.16, with cuBLAS 5.03).
+AHEAD = (1,)
 
 
 @triton.jit
@@ -177,8 +180,6 @@ def _linear_kernel(
     PACKED: tl.constexpr,  # four e4m3 weights a word
     CHAINED: tl.constexpr,
     AHEAD: tl.constexpr,
-    LEFT: tl.constexpr,
-    DISTANCE: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -209,18 +210,10 @@ def _linear_kernel(
             ahead = (tl.cast(step // steps * tile_rows, tl.int64) * K + step % steps * BK) // PER
             prefetch(weight_ptr + source * (K // PER) + ahead)
         wait_for_inputs()
-        if LEFT == 0:
-            start_next()
+        start_next()
 
     acc = tl.zeros([BN, BM], tl.float32)
     for i in range(first, last):
-        if CHAINED and LEFT > 0:  # noqa: SIM102 (Triton drops only a plain `if` on constexprs)
-            if i + LEFT == last:
-                start_next()
-        if CHAINED and DISTANCE > 0:
-            step = tl.minimum(i + DISTANCE, last - 1)
-            ahead = (tl.cast(step // steps * tile_rows, tl.int64) * K + step % steps * BK) // PER
-            prefetch(weight_ptr + source * (K // PER) + ahead)
         tile = i // steps
         at = (i - tile * steps) * BK
         w_step = (tl.cast(tile * tile_rows, tl.int64) * K + at) // PER
@@ -286,16 +279,17 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 @functools.cache
-def _ahead(device: torch.device) -> bool:
-    """Whether `linear` was measured to be ahead of cuBLAS there: on Hopper. In the interpreter it is tested."""
+def _measured(device: torch.device) -> bool:
+    """Whether `AHEAD` was measured there: on Hopper. In the interpreter it is tested."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] == 9
 
 
 def fits(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether `linear` takes these, and is ahead of cuBLAS: few rows of half precision, widths of whole tiles."""
     rows = x.numel() // max(1, x.shape[-1])
-    return _ahead(x.device) and (
+    return _measured(x.device) and (
         1 <= rows <= ROWS
+        and weight.element_size() in AHEAD
         and x.dtype in HALVES
         and weight.shape[0] % TILE == 0
         and weight.shape[1] % TILE == 0
@@ -324,7 +318,9 @@ def linear(
         )
     out = torch.empty(*x.shape[:-1], n // 2 if gated else n, dtype=x.dtype, device=x.device)
     config = configs[next(size for size in configs if rows <= size)]
-    programs = min(PROGRAMS * _multiprocessors(x.device), n // config["BN"] * (k // config["BK"]))
+    programs = min(
+        PROGRAMS[weight.element_size()] * _multiprocessors(x.device), n // config["BN"] * (k // config["BK"])
+    )
     part = torch.empty(programs, 2, config["BN"], config["BM"], dtype=torch.float32, device=x.device)
     x = x.reshape(rows, k)
     packed = scale is not None and x.dtype == torch.bfloat16 and x.is_cuda
@@ -332,7 +328,7 @@ def linear(
         _linear_kernel[(programs,)](
             x, weight.view(torch.int32) if packed else weight, scale, out, part, _count(n // config["BN"], x.device),
             x.stride(0), rows, n, k,
-            GATED=gated, SCALED=scale is not None, PACKED=packed, **config, **chained(x.device),
+            GATED=gated, SCALED=scale is not None, PACKED=packed, **config, **chained(x.device, programs),
         )  # fmt: skip
     return out
 

@@ -86,11 +86,12 @@ def _norm(
     warps = next(warps for longest, warps in WARPS.items() if padded <= longest)
     block_rows = max(1, ELEMENTS // padded)
     x, other = (m.reshape(-1, d) for m in (x, x if residual is None else residual))
+    programs = triton.cdiv(x.shape[0], block_rows)
     with torch.cuda.device_of(x):
-        _norm_kernel[(triton.cdiv(x.shape[0], block_rows),)](
+        _norm_kernel[(programs,)](
             x, other, weight, bias, y, h, x.stride(0), other.stride(0), x.shape[0], d, eps,
             CENTRED=centred, RESIDUAL=residual is not None, BIAS=bias is not None,
-            BR=block_rows, BD=padded, num_warps=warps, **chained(x.device),
+            BR=block_rows, BD=padded, num_warps=warps, **chained(x.device, programs),
         )  # fmt: skip
     return y, h
 

@@ -138,12 +138,13 @@ def rope(
     bhalf = triton.next_power_of_2(half)
     bh = max(1, min(triton.next_power_of_2(max(heads, kv_heads)), PAIRS // bhalf))
     tiles = triton.cdiv(heads, bh) + triton.cdiv(kv_heads, bh)
+    programs = batch * queries * tiles
     with torch.cuda.device_of(q):
-        _rope_kernel[(batch * queries * tiles,)](
+        _rope_kernel[(programs,)](
             q, k, v, cos, sin, position, slot, out, keys, values,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *keys.stride()[:3], *values.stride()[:3],
             queries, slots, cos.shape[0], heads, kv_heads,
-            HALF=half, BH=bh, BHALF=bhalf, num_warps=WARPS, **chained(q.device),
+            HALF=half, BH=bh, BHALF=bhalf, num_warps=WARPS, **chained(q.device, programs),
         )  # fmt: skip
     return out
 

@@ -50,8 +50,11 @@ def round_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if rows:
         padded = triton.next_power_of_2(d)
         warps = next(warps for longest, warps in WARPS.items() if padded <= longest)
+        programs = rows
         with torch.cuda.device_of(x):
-            _round_rows_kernel[(rows,)](x, out, scale, x.stride(0), d, BD=padded, num_warps=warps, **chained(x.device))
+            _round_rows_kernel[(programs,)](
+                x, out, scale, x.stride(0), d, BD=padded, num_warps=warps, **chained(x.device, programs)
+            )
     return out, scale
 
 

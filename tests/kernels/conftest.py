@@ -5,12 +5,13 @@ import torch
 
 
 def _repair_interpreter():
-    """bfloat16 as hardware has it: the interpreter's dot multiplies the bit patterns, and its casts truncate."""
+    """bfloat16 and e4m3 as hardware has them: the interpreter's dot multiplies bit patterns, and its casts truncate."""
     import numpy as np
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
+    fp_to_fp = InterpreterBuilder.create_fp_to_fp
 
     def widen(handle):
         if handle.dtype.scalar != tl.bfloat16:
@@ -26,15 +27,19 @@ def _repair_interpreter():
             nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16  # ties to even
             quiet = (bits >> 16) | 0x40  # a NaN's payload must not carry into its sign
             return TensorHandle(np.where(np.isnan(src.data), quiet, nearest).astype(np.uint16), tl.bfloat16)
-        if kinds == (tl.float32, tl.float8e4nv):
-            rounded = torch.from_numpy(np.ascontiguousarray(src.data)).to(torch.float8_e4m3fn)
-            return TensorHandle(rounded.view(torch.uint8).numpy(), tl.float8e4nv)
         return cast(self, src, dst_type)
+
+    def create_fp_to_fp(self, src, dst_type, rounding_mode):
+        if (src.dtype.scalar, dst_type.scalar) != (tl.float32, tl.float8e4nv):
+            return fp_to_fp(self, src, dst_type, rounding_mode)
+        rounded = torch.from_numpy(np.ascontiguousarray(src.data)).to(torch.float8_e4m3fn)
+        return TensorHandle(rounded.view(torch.uint8).numpy(), tl.float8e4nv)
 
     def create_dot(self, a, b, *rest):
         return dot(self, widen(a), widen(b), *rest)
 
     InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot = cast_impl, create_dot
+    InterpreterBuilder.create_fp_to_fp = create_fp_to_fp
 
 
 if not torch.cuda.is_available():
