@@ -16,7 +16,7 @@ import warnings
 
 import torch
 
-from dllm_fast.kernels.checks import CONFIDENCES, as_scalar, check_choice
+from dllm_fast.kernels.checks import CONFIDENCES, as_scalar, check_choice, one_device
 
 LEVELS = ("plain", "avx2", "avx512", "avx512bf16")
 FLOATS = (torch.float32, torch.bfloat16)  # that the kernels take
@@ -121,7 +121,7 @@ def _define(schema: str, kernel, fake) -> torch._ops.OpOverload:
     name = schema.split("(")[0]
     _ops.define(schema)
     _ops.impl(name, kernel, "CPU")
-    torch.library.register_fake(f"dllm_fast::{name}", fake, lib=_ops)
+    torch.library.register_fake(f"dllm_fast::{name}", one_device(fake), lib=_ops)
     return getattr(torch.ops.dllm_fast, name).default
 
 

@@ -171,7 +171,9 @@ class LLaDAModel(nn.Module):
         mask = None if attention_mask is None else attention_mask.bool()[:, None, None]
         for block in transformer.blocks:
             x = block(x, cos, sin, mask)
-        return F.linear(transformer.ln_f(x), transformer.ff_out.weight)
+        x, head = transformer.ln_f(x), transformer.ff_out
+        # A tied head is the embedding itself; any other is called, so that an adapter or a hook on it acts.
+        return F.linear(x, head.weight) if isinstance(head, nn.Embedding) else head(x)
 
 
 class LLaDAModelLM(PreTrainedModel, GenerationMixin):

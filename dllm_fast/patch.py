@@ -13,6 +13,7 @@ from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast, MaskedLMOutput
 
 from dllm_fast import ops
+from dllm_fast.bypass import departure, require_nothing_left_out
 from dllm_fast.families import FAMILIES, LLaDA, ModernBert
 from dllm_fast.families.modernbert import fresh_rotary
 from dllm_fast.families.rows import valid_spans
@@ -59,7 +60,9 @@ def patch(model: nn.Module, impl: str = "auto", weights: str | None = None) -> n
             multiply e4m3 by e4m3, elsewhere it is right and slow. What it costs in accuracy: ``bench/fp8.py``.
 
     ``model(input_ids, attention_mask=...)`` then goes through `dllm_fast.ops` whenever no gradient is wanted; any
-    other call (labels, ``position_ids``, a mask with holes, training) is answered by the model's own forward.
+    other call (labels, ``position_ids``, a mask with holes, training) is answered by the model's own forward. So is
+    any while a hook, an adapter or another module stands where the patched forward would pass it by (`bypass`);
+    `generate` raises a ValueError that names the module.
     Weights are not changed; those that multiply the same input come to lie in one storage (`dllm_fast.weights`), one
     group at a time, which leaves every Parameter object and its values what they were. A second call with the same
     arguments does nothing but fuse again what ``.to()`` and its like moved apart, as `dllm_fast.generate` does too, and
@@ -174,8 +177,12 @@ def patched(model: nn.Module, impl: str = "auto", weights: str | None = None) ->
 
 
 def bound_family(model: nn.Module) -> LLaDA | ModernBert:
-    """The family object of a patched model, its weights fused. Raises ValueError for a model that is not patched."""
+    """The family object of a patched model, its weights fused.
+
+    Raises ValueError for a model that is not patched, or of which the family would leave something out (`bypass`).
+    """
     state = _state(model)
+    require_nothing_left_out(model, state.family.calls, state.family.known)
     if state.weights is None:  # e4m3 copies see for themselves that weights have changed
         with state.pool.lock:
             _fuse(state)
@@ -249,11 +256,19 @@ def _like(own: Callable) -> Callable:
     return forward
 
 
+@torch.compiler.assume_constant_result
+def _departed(model: nn.Module, family: LLaDA | ModernBert) -> bool:
+    """Whether the model's own forward must answer. Compiled, what is attached later is not seen, as PyTorch has it."""
+    return departure(model, family.calls, family.known, modes=True) is not None
+
+
 def _fast_forward(self, input_ids=None, attention_mask=None, **kwargs):
     state = self.__dict__[_STATE]
     family = state.family
     plain = (
-        isinstance(input_ids, torch.Tensor)
+        not _departed(self, family)
+        and getattr(state.forward, "__func__", None) is type(self).forward
+        and isinstance(input_ids, torch.Tensor)
         and input_ids.dim() == 2
         and 0 < input_ids.shape[1] <= family.positions
         and not self.training

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from dllm_fast.kernels.chain import chained, start_next, wait_for_inputs
-from dllm_fast.kernels.checks import FLOATS, INTEGERS, check_tensors
+from dllm_fast.kernels.checks import FLOATS, INTEGERS, check_tensors, one_device
 
 # (BM query rows, BN slots, warps, stages, masks in every tile) of a program with few rows or a window, and of one with
 # many rows. By (bytes an element, padded head dim, whether a block may have 227 KB of shared memory). Compiled without
@@ -306,6 +306,7 @@ def attention(
 
 
 @attention.register_fake
+@one_device
 def _(q, keys, values, start, end, slot, window=None, scale=None):
     return q.new_empty(q.shape)
 

@@ -1,5 +1,8 @@
 """What the launchers ask of their arguments. A ValueError names the argument and what it is, before any work."""
 
+import functools
+from collections.abc import Callable
+
 import torch
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -29,6 +32,23 @@ def check_tensors(
                 f"{' or '.join(map(str, kinds))} [{lengths}] on {device}, "
                 f"{'' if contiguous else 'its last dimension '}contiguous"
             )
+
+
+def one_device(fake: Callable) -> Callable:
+    """The fake of a custom op that raises RuntimeError, as PyTorch does, where its tensors are on several devices.
+
+    The dispatcher takes the fake as soon as one tensor is on the meta device: a weight that was offloaded would give
+    uninitialised memory on the device of the others.
+    """
+
+    @functools.wraps(fake)
+    def checked(*args, **options):
+        devices = list(dict.fromkeys(x.device for x in (*args, *options.values()) if isinstance(x, torch.Tensor)))
+        if len(devices) > 1:
+            raise RuntimeError(f"a tensor on device {devices[1]} is not on the expected device {devices[0]}")
+        return fake(*args, **options)
+
+    return checked
 
 
 def as_scalar(name: str, value: int | torch.Tensor, device: torch.device) -> torch.Tensor:

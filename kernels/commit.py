@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dllm_fast.kernels.checks import INTEGERS, check_tensors
+from dllm_fast.kernels.checks import INTEGERS, check_tensors, one_device
 
 MAX_POSITIONS = 8192  # the tile of comparisons is as tall as the block is long
 COMPARISONS = 8192  # of a tile
@@ -104,6 +104,7 @@ def _commit(
 
 
 @_commit.register_fake
+@one_device
 def _(sequence, token, *args):
     return torch.empty_like(token, dtype=torch.bool)
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from dllm_fast.kernels.chain import chained, start_next, wait_for_inputs
-from dllm_fast.kernels.checks import FLOATS, check_tensors
+from dllm_fast.kernels.checks import FLOATS, check_tensors, one_device
 
 BLOCK = 1024  # with 4 warps, 8 elements a thread: 16 bytes of bf16
 WARPS = 4
@@ -66,6 +66,7 @@ def _glu(gate: torch.Tensor, up: torch.Tensor, gelu: bool) -> torch.Tensor:
 
 
 @_glu.register_fake
+@one_device
 def _(gate, up, gelu):
     return gate.new_empty(gate.shape)
 

@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dllm_fast.kernels.checks import INTEGERS, as_scalar, check_tensors
+from dllm_fast.kernels.checks import INTEGERS, as_scalar, check_tensors, one_device
 
 BLOCK = 1024  # columns of a program of `gumbel`, rows of one of `uniform`
 
@@ -141,6 +141,7 @@ def _gumbel(
 
 
 @_gumbel.register_fake
+@one_device
 def _(seed, step, row, position, columns):
     return row.new_empty((row.shape[0], columns.shape[0]), dtype=torch.float32)
 
@@ -157,6 +158,7 @@ def _uniform(seed: torch.Tensor, step: torch.Tensor, row: torch.Tensor, position
 
 
 @_uniform.register_fake
+@one_device
 def _(seed, step, row, position):
     return row.new_empty(row.shape, dtype=torch.float32)
 

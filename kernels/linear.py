@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from dllm_fast.kernels.chain import chained, prefetch, start_next, wait_for_inputs
-from dllm_fast.kernels.checks import check_tensors
+from dllm_fast.kernels.checks import check_tensors, one_device
 
 HALVES = (torch.bfloat16, torch.float16)
 ROWS = 64  # above, cuBLAS is ahead
@@ -334,5 +334,6 @@ def linear(
 
 
 @linear.register_fake
+@one_device
 def _(x, weight, scale=None, gated=False):
     return x.new_empty(*x.shape[:-1], weight.shape[0] // 2 if gated else weight.shape[0])

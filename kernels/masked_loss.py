@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dllm_fast.kernels.checks import FLOATS, check_tensors
+from dllm_fast.kernels.checks import FLOATS, check_tensors, one_device
 
 # Large products: both tiles are read from L2, which 128 x 128 halves against 64 x 64.
 CONFIGS = {
@@ -172,6 +172,7 @@ def _masked_loss(
 
 
 @_masked_loss.register_fake
+@one_device
 def _(hidden, weight, bias, target):
     nll = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
     return nll, torch.empty_like(nll)
@@ -218,6 +219,7 @@ def _masked_loss_backward(
 
 
 @_masked_loss_backward.register_fake
+@one_device
 def _(grad, hidden, weight, bias, target, lse, needs):
     rows, vocabulary, width = hidden.shape[0], weight.shape[0], hidden.shape[1]
     return (

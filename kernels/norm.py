@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from dllm_fast.kernels.chain import chained, start_next, wait_for_inputs
-from dllm_fast.kernels.checks import FLOATS, check_tensors
+from dllm_fast.kernels.checks import FLOATS, check_tensors, one_device
 
 WARPS = {1024: 4, 4096: 8, 16384: 16}  # by the padded row length up to which it holds
 ELEMENTS = 1024  # of a program's rows, where several are that short
@@ -97,6 +97,7 @@ def _norm(
 
 
 @_norm.register_fake
+@one_device
 def _(x, weight, bias, eps, residual, centred):
     y = x.new_empty(x.shape, dtype=_result_dtype(x, weight, centred))
     return y, x.new_empty(0 if residual is None else x.shape)

@@ -22,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dllm_fast.kernels.checks import FLOATS, INTEGERS, as_scalar, check_choice, check_tensors
+from dllm_fast.kernels.checks import FLOATS, INTEGERS, as_scalar, check_choice, check_tensors, one_device
 from dllm_fast.kernels.select import FIELDS, SELECT, combine, reduce_tile, select
 
 # Rows above which cuBLAS and a reduction replace the fused kernel, by bytes of an element. To be set by measurement:
@@ -224,6 +224,7 @@ def _predict(
 
 
 @_predict.register_fake
+@one_device
 def _(hidden, *args):
     rows = hidden.shape[0]
     score = hidden.new_empty(rows, dtype=torch.float32)

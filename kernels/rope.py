@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from dllm_fast.kernels.chain import chained, start_next, wait_for_inputs
-from dllm_fast.kernels.checks import FLOATS, INTEGERS, check_tensors
+from dllm_fast.kernels.checks import FLOATS, INTEGERS, check_tensors, one_device
 
 PAIRS = 512  # elements of one half in a program: with 2 warps, 8 a thread, 16 bytes of bf16
 WARPS = 2
@@ -150,6 +150,7 @@ def rope(
 
 
 @rope.register_fake
+@one_device
 def _(q, k, v, cos, sin, position, slot, keys, values):
     return q.new_empty(q.shape)
 

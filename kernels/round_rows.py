@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from dllm_fast.kernels.chain import chained, start_next, wait_for_inputs
-from dllm_fast.kernels.checks import FLOATS, check_tensors
+from dllm_fast.kernels.checks import FLOATS, check_tensors, one_device
 from dllm_fast.kernels.norm import WARPS
 
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
@@ -59,5 +59,6 @@ def round_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @round_rows.register_fake
+@one_device
 def _(x):
     return x.new_empty(x.shape, dtype=torch.float8_e4m3fn), x.new_empty(x.shape[0], 1, dtype=torch.float32)

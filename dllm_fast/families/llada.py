@@ -6,10 +6,13 @@ import torch
 from torch import nn
 
 from dllm_fast import ops
+from dllm_fast.bypass import Calls, known_classes
 from dllm_fast.cache import BlockCache
 from dllm_fast.families.rows import Impl, RopeTables, is_span, take
 from dllm_fast.llada import LLaDAConfig
 from dllm_fast.weights import Products, products, require_weights
+
+CALLED = frozenset(("wte", "q_proj", "k_proj", "v_proj", "attn_out", "ff_proj", "up_proj", "ff_out"))
 
 
 class LLaDA:
@@ -24,6 +27,8 @@ class LLaDA:
             for name, module in self.transformer.named_modules()
             if name.endswith(("attn_norm", "ff_norm", "ln_f")) or name == "ff_out"
         )
+        # The head of a tied model is an embedding whose weight is read.
+        self.known = known_classes(model, self.calls, ["dllm_fast.llada"]) | {nn.Embedding}
         self._impl, self.products = Impl(impl, self.head()[0]), products
         self.positions = config.max_sequence_length
         self.head_dim = config.d_model // config.n_heads
@@ -94,6 +99,12 @@ class LLaDA:
     def head(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """LM head weight [V, d] and bias."""
         return self.transformer.ff_out.weight, None
+
+    @property
+    def calls(self) -> Calls:
+        """The modules that `hidden` calls, so that what is attached to them acts, see `bypass`."""
+        head = self.transformer.ff_out
+        return Calls(CALLED, None if head is self.transformer.wte else head)
 
     def groups(self) -> Iterator[tuple[nn.Module, ...]]:
         """The linears of the layers that multiply one input, group by group."""

@@ -5,15 +5,22 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import ModernBertForMaskedLM
 
 from dllm_fast import ops
+from dllm_fast.bypass import Calls, known_classes
 from dllm_fast.cache import BlockCache
 from dllm_fast.families.rows import Impl, RopeTables, is_span, take
 from dllm_fast.weights import Products, products, require_weights
 
+FILES = (ModernBertForMaskedLM.__module__, "torch.nn.modules.normalization", "transformers.activations")
+CALLED = frozenset(("tok_embeddings", "Wqkv", "Wo", "Wi", "dense"))
+
 
 class ModernBert:
     """A ModernBERT's forward over `ops`. Weights are read from the model's own modules at each call."""
+
+    calls = Calls(CALLED, None)
 
     def __init__(self, model: nn.Module, impl: str, products: Products = products):
         config = model.config
@@ -26,6 +33,7 @@ class ModernBert:
             if (name.endswith("norm") and not isinstance(module, nn.Identity)) or name == "decoder"
         )
         self.model, self.products = model, products
+        self.known = known_classes(model, self.calls, FILES)
         self._impl = Impl(impl, self.head()[0])
         self.positions = config.max_position_embeddings
         self.heads = self.kv_heads = config.num_attention_heads
@@ -60,10 +68,7 @@ class ModernBert:
             x = cache.states[first][:, : input_ids.shape[1]].clone()
         delta = None
         for layer, block in enumerate(backbone.layers[first:], first):
-            if isinstance(block.attn_norm, nn.Identity):
-                y = x
-            else:
-                y, x = self._norm(x, delta, block.attn_norm)
+            y, x = self._norm(x, delta, block.attn_norm)
             if cache is not None:
                 cache.keep_state(layer, x, slot)
             (qkv,) = products(y, block.attn.Wqkv, impl=impl)
@@ -85,6 +90,9 @@ class ModernBert:
         return self._norm(F.gelu(self.model.head.dense(x)), None, self.model.head.norm)[0]
 
     def _norm(self, x, delta, norm):
+        if isinstance(norm, nn.Identity):  # the first layer's attn_norm
+            x = x if delta is None else x + delta
+            return x, x
         if delta is None:
             return ops.layer_norm(x, norm.weight, norm.bias, self.eps, impl=self.impl)
         return ops.layer_norm(delta, norm.weight, norm.bias, self.eps, residual=x, impl=self.impl)
