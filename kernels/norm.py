@@ -53,7 +53,8 @@ def _norm_kernel(
         tl.store(h_ptr + row * d + col, rounded, mask=mask)
         h = rounded.to(tl.float32)
     if CENTRED:
-        h = tl.where(mask, h - (tl.sum(h, 1) / d)[:, None], 0.0)
+        # Exact division: a constant row's mean must be its value, or eps magnifies the difference by 300.
+        h = tl.where(mask, h - tl.div_rn(tl.sum(h, 1), tl.cast(d, tl.float32))[:, None], 0.0)
     y = h * tl.rsqrt(tl.sum(h * h, 1) / d + eps)[:, None]  # [BR, BD]
     if not CENTRED:
         y = y.to(x_ptr.dtype.element_ty).to(tl.float32)
