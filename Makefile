@@ -1,8 +1,10 @@
 # `make demo` and `make test` set up .venv by themselves; PYTHON chooses the interpreter it is made from.
+# SYSTEM=1 takes the torch that this Python has already (a CUDA image, a cluster's module) and downloads no other.
 PYTHON ?= python3
 BIN := .venv/bin
+PINS := $(if $(SYSTEM),,-r requirements.txt)
 
-.PHONY: demo test bench gpu lint clean
+.PHONY: demo test test-all bench gpu lint clean
 
 demo: .venv/.core
 	$(BIN)/dllm-fast demo
@@ -10,6 +12,10 @@ demo: .venv/.core
 test: .venv/.dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
+
+# Hours: other seeds, levels and environments, in pieces. make test-all ARGS=--list names them, ARGS="seed-1" runs one.
+test-all: .venv/.dev
+	$(BIN)/python tests/all.py $(ARGS)
 
 # The CPU round, within ten minutes on two idle cores; the first step looks whether they are, ARGS=--force measures anyway.
 bench: .venv/.dev
@@ -27,11 +33,13 @@ lint: .venv/.dev
 
 .venv/.core: requirements.txt pyproject.toml setup.py $(wildcard csrc/cpu/*)
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements.txt -e '.[cli]'
+	$(if $(SYSTEM),$(PYTHON) -c "import torch; print(*__import__('site').getsitepackages(), sep='\n')" \
+		> "$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/system.pth")
+	$(BIN)/python -m pip install -q --disable-pip-version-check $(PINS) -e '.[cli]'
 	touch $@
 
 .venv/.dev: .venv/.core
-	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements.txt -e '.[dev]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check $(PINS) -e '.[dev]'
 	touch $@
 
 clean:

@@ -1,4 +1,9 @@
-"""Without a GPU, kernels run in Triton's interpreter on CPU tensors; with one, the same tests run there."""
+"""Without a GPU, kernels run in Triton's interpreter on CPU tensors; with one, the same tests run there.
+
+Where there is no Triton (Windows, macOS, a CPU build of torch alone) every module here is skipped, and says so.
+"""
+
+import importlib.util
 
 import pytest
 import torch
@@ -42,8 +47,18 @@ def _repair_interpreter():
     InterpreterBuilder.create_fp_to_fp = create_fp_to_fp
 
 
-if not torch.cuda.is_available():
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+if HAS_TRITON and not torch.cuda.is_available():
     _repair_interpreter()
+
+
+class WithoutTriton(pytest.Module):
+    def collect(self):
+        pytest.skip("Triton is not installed", allow_module_level=True)
+
+
+def pytest_pycollect_makemodule(module_path, parent):
+    return None if HAS_TRITON else WithoutTriton.from_parent(parent, path=module_path)
 
 
 @pytest.fixture
