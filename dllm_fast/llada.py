@@ -30,7 +30,8 @@ class LLaDAConfig(PretrainedConfig):
     """The published configuration; the defaults are LLaDA-8B's. Unknown fields are kept, as for any config.
 
     Only the architecture that was published is implemented: RMSNorm, SwiGLU, RoPE, no biases. A config that asks for
-    another raises a ValueError that names the field.
+    another raises a ValueError that names the field. Of the published fields, those that say how new weights are drawn
+    (``init_fn``, ``init_std``, ...) and which kernel attends (``flash_attention``) play no part.
     """
 
     model_type = "llada"
@@ -55,6 +56,9 @@ class LLaDAConfig(PretrainedConfig):
         "input_emb_norm": False,
         "scale_logits": False,
         "rope_full_precision": True,
+        "bias_for_layer_norm": False,
+        "layer_norm_with_affine": True,
+        "block_group_size": 1,
     }
 
     def __init__(
@@ -63,7 +67,7 @@ class LLaDAConfig(PretrainedConfig):
         n_heads: int = 32,
         n_kv_heads: int | None = None,
         n_layers: int = 32,
-        mlp_hidden_size: int = 12288,
+        mlp_hidden_size: int | None = 12288,
         vocab_size: int = 126464,
         embedding_size: int | None = None,
         max_sequence_length: int = 4096,
@@ -74,6 +78,11 @@ class LLaDAConfig(PretrainedConfig):
         eos_token_id: int | None = 126081,
         pad_token_id: int | None = 126081,
         use_cache: bool = False,
+        mlp_ratio: int = 4,  # times d_model, where mlp_hidden_size is None
+        multi_query_attention: bool | None = None,
+        attention_dropout: float = 0.0,
+        residual_dropout: float = 0.0,
+        embedding_dropout: float = 0.0,
         **kwargs,
     ):
         for name, supported in self.architecture.items():
@@ -82,13 +91,13 @@ class LLaDAConfig(PretrainedConfig):
                 raise ValueError(f"LLaDAConfig: {name}={asked!r} is not supported, only {supported!r}")
         if d_model % n_heads:
             raise ValueError(f"LLaDAConfig: d_model={d_model} is not a multiple of n_heads={n_heads}")
-        if n_heads % (n_kv_heads or n_heads):
-            raise ValueError(f"LLaDAConfig: n_heads={n_heads} is not a multiple of n_kv_heads={n_kv_heads}")
         self.d_model = d_model
         self.n_heads = n_heads
-        self.n_kv_heads = n_kv_heads or n_heads
+        self.n_kv_heads, self.multi_query_attention = n_kv_heads, multi_query_attention
+        self.n_kv_heads = kv_heads(self)
         self.n_layers = n_layers
-        self.mlp_hidden_size = mlp_hidden_size
+        self.mlp_hidden_size = mlp_ratio * d_model if mlp_hidden_size is None else mlp_hidden_size
+        self.mlp_ratio = mlp_ratio
         self.vocab_size = vocab_size
         self.embedding_size = embedding_size or vocab_size
         self.max_sequence_length = max_sequence_length
@@ -97,8 +106,26 @@ class LLaDAConfig(PretrainedConfig):
         self.weight_tying = weight_tying
         self.mask_token_id = mask_token_id
         self.use_cache = use_cache
+        self.attention_dropout = attention_dropout
+        self.residual_dropout = residual_dropout
+        self.embedding_dropout = embedding_dropout
         kwargs["tie_word_embeddings"] = weight_tying
         super().__init__(eos_token_id=eos_token_id, pad_token_id=pad_token_id, **kwargs)
+
+
+def kv_heads(config: PretrainedConfig) -> int:
+    """Heads of keys and values of a published or native config.
+
+    The older ``multi_query_attention`` says 1 or all; ValueError where ``n_kv_heads`` says otherwise.
+    """
+    given, multi_query = getattr(config, "n_kv_heads", None), getattr(config, "multi_query_attention", None)
+    said = {None: None, True: 1, False: config.n_heads}[multi_query]
+    if given is not None and said is not None and given != said:
+        raise ValueError(f"model.config: n_kv_heads={given} with multi_query_attention={multi_query}")
+    heads = given or said or config.n_heads
+    if config.n_heads % heads:
+        raise ValueError(f"model.config: n_heads={config.n_heads} is not a multiple of n_kv_heads={heads}")
+    return heads
 
 
 class LLaDARMSNorm(nn.Module):
@@ -116,7 +143,7 @@ class LLaDABlock(nn.Module):
     def __init__(self, config: LLaDAConfig):
         super().__init__()
         width, head_dim = config.d_model, config.d_model // config.n_heads
-        self.head_dim = head_dim
+        self.head_dim, self.config = head_dim, config
         self.attn_norm = LLaDARMSNorm(width, config.rms_norm_eps)
         self.q_proj = nn.Linear(width, width, bias=False)
         self.k_proj = nn.Linear(width, config.n_kv_heads * head_dim, bias=False)
@@ -137,10 +164,14 @@ class LLaDABlock(nn.Module):
         group = q.shape[1] // k.shape[1]
         if group > 1:
             k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        x = x + self.attn_out(attended.transpose(1, 2).reshape(x.shape))
+        dropout = self.config.attention_dropout if self.training else 0.0
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        x = x + self._drop(self.attn_out(attended.transpose(1, 2).reshape(x.shape)))
         y = self.ff_norm(x)
-        return x + self.ff_out(F.silu(self.ff_proj(y)) * self.up_proj(y))
+        return x + self._drop(self.ff_out(F.silu(self.ff_proj(y)) * self.up_proj(y)))
+
+    def _drop(self, x: torch.Tensor) -> torch.Tensor:
+        return F.dropout(x, self.config.residual_dropout, self.training)
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -163,15 +194,25 @@ class LLaDAModel(nn.Module):
             }
         )
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits [B, L, V] of ids [B, L]; ``attention_mask`` [B, L] is 0 on padding."""
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,  # [B, L] int64
+        attention_mask: torch.Tensor | None = None,  # [B, L], 0 = padding
+        inputs_embeds: torch.Tensor | None = None,  # [B, L, d], in place of the ids
+        states: list[torch.Tensor] | None = None,  # gets the input of each layer, and what the head multiplies
+    ) -> torch.Tensor:
+        """Logits [B, L, V]."""
         config, transformer = self.config, self.transformer
-        x = transformer.wte(input_ids)
-        cos, sin = rope_table(input_ids.shape[1], config.d_model // config.n_heads, config.rope_theta, x.device)
+        x = transformer.wte(input_ids) if inputs_embeds is None else inputs_embeds
+        x = F.dropout(x, config.embedding_dropout, self.training)
+        cos, sin = rope_table(x.shape[1], config.d_model // config.n_heads, config.rope_theta, x.device)
         mask = None if attention_mask is None else attention_mask.bool()[:, None, None]
+        states = [] if states is None else states
         for block in transformer.blocks:
+            states.append(x)
             x = block(x, cos, sin, mask)
         x, head = transformer.ln_f(x), transformer.ff_out
+        states.append(x)
         # A tied head is the embedding itself; any other is called, so that an adapter or a hook on it acts.
         return F.linear(x, head.weight) if isinstance(head, nn.Embedding) else head(x)
 
@@ -202,22 +243,36 @@ class LLaDAModelLM(PreTrainedModel, GenerationMixin):
 
     def forward(
         self,
-        input_ids: torch.Tensor,  # [B, L] int64
+        input_ids: torch.Tensor | None = None,  # [B, L] int64
         attention_mask: torch.Tensor | None = None,  # [B, L], 0 = padding
+        inputs_embeds: torch.Tensor | None = None,  # [B, L, d], in place of the ids
+        output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         **kwargs,
-    ) -> MaskedLMOutput | tuple[torch.Tensor]:
-        """Logits [B, L, V] in the model's dtype. Losses are `dllm_fast.diffusion`'s; ``labels`` raise."""
+    ) -> MaskedLMOutput | tuple[torch.Tensor, ...]:
+        """Logits [B, L, V] in the model's dtype, and the hidden states [B, L, d] where asked for: each layer's input,
+        and what the head multiplies. Losses are `dllm_fast.diffusion`'s; ``labels`` raise."""
+        if self.config.output_attentions:
+            kwargs["output_attentions"] = True
         if unknown := [name for name, value in kwargs.items() if value is not None and value is not False]:
             raise ValueError(f"LLaDAModelLM.forward does not take {', '.join(sorted(unknown))}")
-        logits = self.model(input_ids, attention_mask)
-        return (logits,) if return_dict is False else MaskedLMOutput(logits=logits)
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("LLaDAModelLM.forward takes either input_ids or inputs_embeds")
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        states = [] if output_hidden_states else None
+        logits = self.model(input_ids, attention_mask, inputs_embeds, states)
+        if not (self.config.return_dict if return_dict is None else return_dict):
+            return (logits, tuple(states)) if output_hidden_states else (logits,)
+        return MaskedLMOutput(logits=logits, hidden_states=tuple(states) if output_hidden_states else None)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.transformer.wte
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.model.transformer["wte"] = value
+        if self.config.weight_tying:
+            self.model.transformer["ff_out"] = value
 
     def get_output_embeddings(self) -> nn.Module:
         return self.model.transformer.ff_out
@@ -225,10 +280,24 @@ class LLaDAModelLM(PreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.model.transformer["ff_out"] = value
 
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Module:
+        """transformers' own, and ``config.embedding_size`` follows, from which a saved model is built again."""
+        embedding = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        self.config.embedding_size = self.model.transformer.wte.weight.shape[0]
+        return embedding
+
     def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **kwargs) -> dict:
         return {"input_ids": input_ids, "attention_mask": kwargs.get("attention_mask")}
 
 
-AutoConfig.register("llada", LLaDAConfig, exist_ok=True)
-for auto in (AutoModel, AutoModelForMaskedLM, AutoModelForCausalLM):
-    auto.register(LLaDAConfig, LLaDAModelLM, exist_ok=True)
+def register() -> None:
+    """Make these the classes of the name ``llada`` in transformers' registries, whoever has it.
+
+    LLaDA's published code takes the name when it is imported; every later load by that name would get its config.
+    """
+    AutoConfig.register("llada", LLaDAConfig, exist_ok=True)
+    for auto in (AutoModel, AutoModelForMaskedLM, AutoModelForCausalLM):
+        auto.register(LLaDAConfig, LLaDAModelLM, exist_ok=True)
+
+
+register()

@@ -5,11 +5,12 @@ import struct
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, ModernBertForMaskedLM, PretrainedConfig, PreTrainedModel
+from transformers import ModernBertForMaskedLM, PretrainedConfig, PreTrainedModel
 
-from dllm_fast.llada import TRANSFORMERS_5, LLaDAModelLM
+from dllm_fast.llada import TRANSFORMERS_5, LLaDAModelLM, register
 from dllm_fast.patch import bound_family, patch, require_known
 
+CLASSES = {"llada": LLaDAModelLM, "modernbert": ModernBertForMaskedLM}
 MODELS = Path(__file__).with_name("models")
 
 
@@ -46,8 +47,8 @@ def from_pretrained(
 
     Raises:
         ValueError: the model type is unknown, or a local folder is not there or incomplete: a file is missing or cut
-            short, or the weights lack a parameter. It names the file. Or `patch` refuses: ``weights``, before anything
-            is read, or ``impl``.
+            short, or the weights lack a parameter or hold one that the config has no place for. It names the file. Or
+            `patch` refuses: ``weights``, before anything is read, or ``impl``.
     """
     require_known(weights)
     name = model_path(str(name))
@@ -55,21 +56,26 @@ def from_pretrained(
         check_folder(Path(name))
     elif name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ValueError(f"{name}: no such folder")
-    config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **kwargs)
-    remote = trust_remote_code and "AutoModel" in getattr(config, "auto_map", {})
-    if config.model_type == "llada" and remote:
-        config, cls = _mended_remote_code(config.auto_map, name, **kwargs)
-    elif config.model_type == "llada":
-        cls = LLaDAModelLM
-    elif config.model_type == "modernbert":
-        cls = ModernBertForMaskedLM
+    # The classes are named here, not looked up: the published code takes over the name llada in transformers' registry.
+    fields, _ = PretrainedConfig.get_config_dict(name, **kwargs)
+    kind, auto_map = fields.get("model_type"), fields.get("auto_map") or {}
+    if kind == "llada" and trust_remote_code and "AutoModel" in auto_map:
+        config, cls = _mended_remote_code(auto_map, name, **kwargs)
+    elif kind in CLASSES:
+        cls = CLASSES[kind]
+        config = cls.config_class.from_pretrained(name, **kwargs)
     else:
-        raise ValueError(f"{name}: model_type {config.model_type!r} is not supported; supported are llada, modernbert")
+        raise ValueError(f"{name}: model_type {kind!r} is not supported; supported are {', '.join(CLASSES)}")
     model, report = cls.from_pretrained(name, config=config, dtype=dtype, output_loading_info=True, **kwargs)
     # transformers 4.57 believes a shard index that lists more than its shards hold, and leaves the rest on meta.
     missing = sorted({*report["missing_keys"], *(name for name, p in model.named_parameters() if p.is_meta)})
     if missing:
         raise ValueError(f"{name}: the weights lack {len(missing)} parameters, the first of them {missing[0]}")
+    if unexpected := sorted(report["unexpected_keys"]):
+        raise ValueError(
+            f"{name}: the weights hold {len(unexpected)} tensors that config.json has no place for, the first of them "
+            f"{unexpected[0]}"
+        )
     return patch(model.eval() if device is None else model.eval().to(device), impl, weights)
 
 
@@ -127,9 +133,9 @@ def _mended_remote_code(auto_map: dict, name: str, **kwargs) -> tuple[Pretrained
     """
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-    # AutoConfig would give the native config, which is registered for the same model type.
     config = get_class_from_dynamic_module(auto_map["AutoConfig"], name, **kwargs).from_pretrained(name, **kwargs)
     cls = get_class_from_dynamic_module(auto_map["AutoModel"], name, **kwargs)
+    register()
     if not hasattr(config, "use_cache"):
         config.use_cache = False
     if not TRANSFORMERS_5 or "_dllm_fast_mended" in cls.__dict__:

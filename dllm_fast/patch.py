@@ -245,12 +245,19 @@ def _like(own: Callable) -> Callable:
     A function for each patch: `_fast_forward` itself, once it named a model, would keep it alive.
     """
 
+    signature = inspect.signature(own)
+    names = tuple(signature.parameters)
+
     @functools.wraps(getattr(own, "__func__", own))
     def forward(self, *args, **kwargs):
-        return _fast_forward(self, *args, **kwargs)
+        if args:  # the order of arguments is the model's own: the published class has inputs_embeds before the mask
+            twice = [name for name in names[: len(args)] if name in kwargs]
+            if twice or len(args) > len(names):
+                return self.__dict__[_STATE].forward(*args, **kwargs)  # raises, as Python words it
+            kwargs.update(zip(names, args))
+        return _fast_forward(self, **kwargs)
 
     # transformers' Trainer asks the bound method which columns of a data set the model takes.
-    signature = inspect.signature(own)
     first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
     forward.__signature__ = signature.replace(parameters=[first, *signature.parameters.values()])
     return forward
@@ -260,6 +267,14 @@ def _like(own: Callable) -> Callable:
 def _departed(model: nn.Module, family: LLaDA | ModernBert) -> bool:
     """Whether the model's own forward must answer. Compiled, what is attached later is not seen, as PyTorch has it."""
     return departure(model, family.calls, family.known, modes=True) is not None
+
+
+def _config_asks_more(config, output: type) -> bool:
+    """Whether the config asks for what an argument of the forward may ask for: hidden states, a tuple, a cache."""
+    wanted = ["output_hidden_states", "output_attentions", "torchscript"]
+    if output is CausalLMOutputWithPast:  # the published LLaDA's keys and values
+        wanted.append("use_cache")
+    return not getattr(config, "return_dict", True) or any(getattr(config, name, False) for name in wanted)
 
 
 def _fast_forward(self, input_ids=None, attention_mask=None, **kwargs):
@@ -273,12 +288,13 @@ def _fast_forward(self, input_ids=None, attention_mask=None, **kwargs):
         and 0 < input_ids.shape[1] <= family.positions
         and not self.training
         and not (torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters()))
-        and getattr(self.config, "return_dict", True) is not False
+        and not _config_asks_more(self.config, state.output)
         and all(value is None or value is (name == "return_dict") for name, value in kwargs.items())
     )
     span = (None, None)
     if plain and attention_mask is not None:
-        span = _span(attention_mask) if attention_mask.shape == input_ids.shape else None
+        fits = isinstance(attention_mask, torch.Tensor) and attention_mask.shape == input_ids.shape
+        span = _span(attention_mask) if fits else None
     if not plain or span is None:
         return state.forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
     hidden = family.hidden(input_ids, *span)

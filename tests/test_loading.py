@@ -9,7 +9,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from tiny import make_llada, make_modernbert
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 import dllm_fast
 from dllm_fast import LLaDAConfig
@@ -179,9 +179,9 @@ def test_shipped_models_know_english(name):
 
 
 # What LLaDA's published file does that transformers 5 does not accept, in a model of our own: it reads
-# config.use_cache, never calls post_init, and its tie_weights takes no arguments.
+# config.use_cache, never calls post_init, and its tie_weights takes no arguments. It takes the name llada, too.
 REMOTE = """
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from dllm_fast.llada import LLaDAConfig as Native, LLaDAModel
 
@@ -207,6 +207,8 @@ class LLaDAModelLM(PreTrainedModel):
     def tie_weights(self):
         if self.config.weight_tying:
             self.model.transformer["ff_out"] = self.model.transformer["wte"]
+
+AutoConfig.register("llada", LLaDAConfig, exist_ok=True)
 """
 
 
@@ -233,6 +235,7 @@ def test_the_remote_code_class_is_mended(tmp_path, ids, tied, monkeypatch):
     assert type(out).__name__ == "CausalLMOutputWithPast"
     generated = [dllm_fast.generate(m, ids, gen_length=16, block_length=8).sequences for m in (native, remote)]
     assert torch.equal(*generated)
+    assert type(AutoConfig.from_pretrained(folder)) is LLaDAConfig
     shutil.rmtree(folder)
 
 

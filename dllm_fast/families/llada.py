@@ -9,7 +9,7 @@ from dllm_fast import ops
 from dllm_fast.bypass import Calls, known_classes
 from dllm_fast.cache import BlockCache
 from dllm_fast.families.rows import Impl, RopeTables, is_span, take
-from dllm_fast.llada import LLaDAConfig
+from dllm_fast.llada import LLaDAConfig, kv_heads
 from dllm_fast.weights import Products, products, require_weights
 
 CALLED = frozenset(("wte", "q_proj", "k_proj", "v_proj", "attn_out", "ff_proj", "up_proj", "ff_out"))
@@ -32,10 +32,9 @@ class LLaDA:
         self._impl, self.products = Impl(impl, self.head()[0]), products
         self.positions = config.max_sequence_length
         self.head_dim = config.d_model // config.n_heads
-        self.kv_heads = getattr(config, "n_kv_heads", None) or config.n_heads
+        self.kv_heads = kv_heads(config)
         self.layers = config.n_layers
-        self.ffn_width = self.transformer.blocks[0].ff_proj.weight.shape[0]
-        self.vocab_size = self.transformer.wte.weight.shape[0]
+        self.ffn_width = config.mlp_hidden_size or config.mlp_ratio * config.d_model
         self.theta, self.eps = config.rope_theta, config.rms_norm_eps
         self._tables = RopeTables(self.positions, self.head_dim, [self.theta], self.head()[0].device)
 
@@ -98,7 +97,13 @@ class LLaDA:
 
     def head(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """LM head weight [V, d] and bias."""
-        return self.transformer.ff_out.weight, None
+        head = self.transformer.ff_out
+        return head.weight, head._parameters.get("bias")
+
+    @property
+    def vocab_size(self) -> int:
+        """Words that have a logit: `resize_token_embeddings` changes it."""
+        return self.head()[0].shape[0]
 
     @property
     def calls(self) -> Calls:

@@ -40,7 +40,6 @@ class ModernBert:
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.layers = config.num_hidden_layers
         self.ffn_width = config.intermediate_size
-        self.vocab_size = config.vocab_size
         self.eps = config.norm_eps
         # A sliding layer sees |i - j| <= local_attention // 2, whatever number its attention function is handed.
         self.windows = [config.local_attention // 2 if sliding else None for sliding in sliding_layers(config)]
@@ -105,6 +104,11 @@ class ModernBert:
     def head(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Decoder weight [V, d] and bias [V]."""
         return self.model.decoder.weight, self.model.decoder.bias
+
+    @property
+    def vocab_size(self) -> int:
+        """Words that have a logit: `resize_token_embeddings` changes it."""
+        return self.head()[0].shape[0]
 
     def groups(self) -> Iterator[tuple[nn.Module, ...]]:
         """The linears of the layers, each alone: ``Wqkv`` and ``Wi`` are fused as they come."""
