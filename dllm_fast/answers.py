@@ -1,8 +1,6 @@
-"""Between evaluations, which ask with text, and the model: options as text, prompts that fit, answers as text."""
+"""Between evaluations and the model: options as text, what a request asks for, prompts that fit."""
 
-from collections.abc import Sequence
-
-from dllm_fast.request import before_end, require
+from dllm_fast.request import require
 from dllm_fast.spelling import policy_of
 
 LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # lm-eval's names, first one wins
@@ -39,22 +37,3 @@ def last_of(prompt: list[int], room: int, name: str) -> list[int]:
     """The end of a prompt that is longer than ``room``. Raises ValueError where there is none for any of it."""
     require(room > 0, f"{name}: leaves no room for a prompt in the model's positions")
     return prompt[-room:]
-
-
-def before_stop(text: str, until: Sequence[str]) -> str:
-    """The text up to the first of the stop strings; empty ones stop nothing."""
-    return text[: min((text.index(stop) for stop in until if stop and stop in text), default=len(text))]
-
-
-def answer_text(tokenizer, ids: list[int], eos_ids: Sequence[int], until: Sequence[str] = ()) -> str:
-    """Generated ids as text: up to the end of text, then to the first stop string, then without special tokens.
-
-    In this order, because a stop string may be a special token, as a chat's end of turn is.
-    """
-    ids = before_end(ids, eos_ids)
-    text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    text = before_stop(text, until)
-    for token in tokenizer.added_tokens_decoder.values():
-        if token.special:
-            text = text.replace(token.content, "")
-    return text

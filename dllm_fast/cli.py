@@ -1,6 +1,7 @@
 """The command line: ``dllm-fast generate``, ``dllm-fast demo`` and ``dllm-fast config``."""
 
 import argparse
+import re
 import signal
 import sys
 import time
@@ -16,7 +17,11 @@ from dllm_fast.loading import end_of_text, from_pretrained, model_path, shipped
 from dllm_fast.request import CACHES, CONFIDENCES, before_end
 from dllm_fast.schedules import Threshold
 from dllm_fast.spelling import SCHEDULES, refresh_of, remask_of, schedule_of
+from dllm_fast.text import encode as text_ids
+from dllm_fast.text import token_ids
 from dllm_fast.view import watching
+
+HELD_BACK = ("suppress_tokens", "defer_tokens")  # `generate`'s arguments that name tokens
 
 
 def add_model_options(add) -> None:
@@ -26,6 +31,12 @@ def add_model_options(add) -> None:
     add("--impl", default="auto")
     add("--weights", choices=("fp8",), help="multiply e4m3 copies of the layers' weights; default: the model's own")
     add("--trust-remote-code", action="store_true")
+
+
+def add_held_back(add) -> None:
+    """Options of `HELD_BACK`."""
+    add("--suppress-tokens", metavar="IDS", help="never chosen: ids or special tokens, separated by commas")
+    add("--defer-tokens", metavar="IDS", help="chosen when nothing else is left, likewise: '126081,<|eot_id|>'")
 
 
 def load(args: argparse.Namespace):
@@ -38,14 +49,14 @@ def load(args: argparse.Namespace):
 
 
 def encode(tokenizer, text: str, mask_id: int, chat: bool) -> torch.Tensor:
-    """Ids [1, P]. ``[MASK]`` in the text becomes the mask id, whatever the tokenizer calls it."""
+    r"""Ids [1, P]. ``[MASK]`` in the text becomes the mask id, whatever the tokenizer calls it; ``\[MASK]`` is text."""
     if chat:
         message = [{"role": "user", "content": text}]
         text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+    parts = [part.replace(r"\[MASK]", "[MASK]") for part in re.split(r"(?<!\\)\[MASK\]", text)]
     ids: list[int] = []
-    for i, part in enumerate(text.split("[MASK]")):
-        ids += [mask_id] if i else []
-        ids += tokenizer(part, add_special_tokens=False)["input_ids"]
+    for i, part in enumerate(text_ids(tokenizer, parts, mask_id)):
+        ids += [mask_id, *part] if i else part
     if not ids:
         raise ValueError("--prompt: an empty prompt")
     return torch.tensor([ids])
@@ -62,6 +73,7 @@ def run_generate(args: argparse.Namespace) -> int:
     if args.chat and not tokenizer.chat_template:
         raise ValueError("--chat: this model's tokenizer has no chat template")
     eos_ids = end_of_text(model, tokenizer)
+    held = {name: token_ids(f"--{name.replace('_', '-')}", getattr(args, name), tokenizer) for name in HELD_BACK}
     for prompt in prompts:
         ids = encode(tokenizer, prompt, mask_id, args.chat).to(args.device)
         watch = nullcontext() if args.quiet else watching(tokenizer, mask_id, args.plain, eos_ids=eos_ids)
@@ -71,7 +83,7 @@ def run_generate(args: argparse.Namespace) -> int:
                 model, ids, gen_length=args.gen_length, block_length=args.block_length, schedule=args.schedule,
                 confidence=args.confidence, temperature=args.temperature, cfg_scale=args.cfg_scale, cache=args.cache,
                 refresh=args.refresh, remask=args.remask,
-                mask_id=mask_id, eos_id=eos_ids, seed=args.seed, streamer=streamer,
+                mask_id=mask_id, eos_id=eos_ids, seed=args.seed, streamer=streamer, **held,
             )  # fmt: skip
         seconds = time.perf_counter() - began
         print(tokenizer.decode(out.sequences[0], skip_special_tokens=True))
@@ -112,7 +124,8 @@ def parser() -> argparse.ArgumentParser:
     p.set_defaults(run=run_generate)
     add = p.add_argument
     add("--model", required=True, help=f"a folder, a hub name, or one that comes along: {', '.join(shipped())}")
-    add("--prompt", action="append", help="may be given again; [MASK]s in it are filled; default: standard input")
+    masks = r"[MASK]s in it are filled, \[MASK] is text"
+    add("--prompt", action="append", help=f"may be given again; {masks}; default: standard input")
     add("--gen-length", type=int, default=64, help="tokens to add after the prompt; 0 fills its [MASK]s alone")
     add("--block-length", type=int, default=32)
     add("--schedule", type=schedule_of, default=Threshold(0.9), help=f"{', '.join(SCHEDULES)}; uniform=32, say")
@@ -122,6 +135,7 @@ def parser() -> argparse.ArgumentParser:
     add("--cache", choices=CACHES, default="dual")
     add("--refresh", type=refresh_of, default="block", help="block, every=BLOCKS, window=BEFORE,AFTER or drift=TAU")
     add("--remask", type=remask_of, help="remdm=ETA, verify=THRESHOLD or p2=ETA")
+    add_held_back(add)
     add("--mask-id", type=int, help="default: the model's own")
     add("--seed", type=int)
     add("--chat", action="store_true", help="put the prompt through the tokenizer's chat template")

@@ -8,6 +8,8 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
+from dllm_fast.text import encode
+
 
 def documents(path: Path, template: str, drop: str | None) -> list[str]:
     """The texts of a file: each line of a ``.jsonl`` through ``template``, else each paragraph.
@@ -82,7 +84,8 @@ class PackedText(Dataset):
 
     def __init__(self, texts: list[str], tokenizer, length: int):
         eos = tokenizer.eos_token_id
-        ids = [i for encoded in tokenizer(texts, verbose=False)["input_ids"] for i in [*encoded, eos]]
+        encoded = encode(tokenizer, texts, tokenizer.mask_token_id, add_special_tokens=True)
+        ids = [i for document in encoded for i in [*document, eos]]
         rows = len(ids) // length
         if rows == 0:
             raise ValueError(f"--data: {len(ids)} tokens do not fill one row of --length {length}")
@@ -99,8 +102,8 @@ class PromptAnswers(Dataset):
     """Prompts and answers tokenized, each answer ended by end-of-text."""
 
     def __init__(self, found: list[tuple[str, str]], tokenizer, length: int):
-        options = {"add_special_tokens": False, "verbose": False}
-        prompts, answers = (tokenizer(list(texts), **options)["input_ids"] for texts in zip(*found, strict=True))
+        mask_id = tokenizer.mask_token_id
+        prompts, answers = (encode(tokenizer, list(texts), mask_id) for texts in zip(*found, strict=True))
         self.rows = [(prompt, [*answer, tokenizer.eos_token_id]) for prompt, answer in zip(prompts, answers)]
         longest = max(len(prompt) + len(answer) for prompt, answer in self.rows)
         if longest > length:

@@ -9,19 +9,19 @@ from datetime import timedelta
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
-from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from dllm_fast.answers import answer_text, last_of, request_options, spelled_options, whole_blocks
+from dllm_fast.answers import last_of, request_options, spelled_options, whole_blocks
 from dllm_fast.generate import generate_many
 from dllm_fast.likelihood import are_greedy, log_likelihoods
 from dllm_fast.loading import end_of_text, from_pretrained, model_path
 from dllm_fast.patch import bound_family
 from dllm_fast.request import require
+from dllm_fast.text import answer_text, encode, held_back
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -40,6 +40,10 @@ class MaskedDiffusionLM(TemplateLM):
         schedule, refresh, remask: as on the command line: ``uniform=64``, ``threshold=0.9``, ...
         mc_num: samples of the likelihood bound, see `dllm_fast.likelihood.log_likelihoods`.
         seed: of both. Likelihoods and greedy answers do not depend on the number of processes; sampled answers do.
+        suppress_tokens, defer_tokens: of answers, as `dllm_fast.generate`: ids or tokens, joined by ``+``, as
+            lm-eval's ``--model_args`` ends a value at a comma.
+        logits_eos_inf, confidence_eos_eot_inf: LLaDA's names: the end of text suppressed; that and a chat's end of turn
+            deferred.
     """
 
     def __init__(
@@ -61,6 +65,10 @@ class MaskedDiffusionLM(TemplateLM):
         cache: str = "dual",
         mc_num: int = 128,
         seed: int = 0,
+        suppress_tokens: str | int | None = None,
+        defer_tokens: str | int | None = None,
+        logits_eos_inf: bool = False,
+        confidence_eos_eot_inf: bool = False,
     ):
         super().__init__()
         require(str(batch_size).isdecimal(), f"batch_size={batch_size!r} is not a number")
@@ -83,6 +91,7 @@ class MaskedDiffusionLM(TemplateLM):
             "block_length": block_length, "confidence": confidence, "cfg_scale": self.cfg_scale, "cache": cache,
             "eos_id": end_of_text(self.model, self.tokenizer),
             **spelled_options(schedule=schedule, refresh=refresh, remask=remask),
+            **held_back(self.tokenizer, suppress_tokens, defer_tokens, logits_eos_inf, confidence_eos_eot_inf),
         }  # fmt: skip
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
@@ -154,8 +163,11 @@ class MaskedDiffusionLM(TemplateLM):
         return self.eot_token_id if bos is None else bos
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
-        """Ids without special tokens, whatever is asked: a chat template brings its own, and an answer follows."""
-        return self.tokenizer(string, add_special_tokens=False)["input_ids"]
+        """Ids without special tokens, whatever is asked: a chat template brings its own, and an answer follows.
+
+        A document's [MASK] is text.
+        """
+        return encode(self.tokenizer, [string], self.model.config.mask_token_id)[0]
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         return self.tokenizer.apply_chat_template(
@@ -184,4 +196,6 @@ class MaskedDiffusionLM(TemplateLM):
 
 
 if __name__ == "__main__":
+    from lm_eval.__main__ import cli_evaluate
+
     cli_evaluate()

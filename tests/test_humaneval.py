@@ -54,11 +54,14 @@ def test_a_completion_is_the_functions_body(text, expected, ended, tokenizer, mo
 
     def generate(model, ids, **options):
         assert options["schedule"] == dllm_fast.Uniform(8)
+        assert options["suppress_tokens"] == [tokenizer.eos_token_id] and options["defer_tokens"] == []
         return SimpleNamespace(sequences=torch.cat((ids, torch.tensor([answer + after])), 1), nfe=8)
 
     monkeypatch.setattr(dllm_fast, "generate", generate)
     args = argparse.Namespace(chat=False, device="cpu", gen_length=64, block_length=32, cache="dual")
-    sample = humaneval.complete(None, tokenizer, [tokenizer.eos_token_id], PROBLEM, "uniform=8", args)
+    args.suppress_tokens, args.defer_tokens = "<|endoftext|>", None
+    model = SimpleNamespace(config=SimpleNamespace(mask_token_id=tokenizer.mask_token_id))
+    sample = humaneval.complete(model, tokenizer, [tokenizer.eos_token_id], PROBLEM, "uniform=8", args)
     assert sample == {"task_id": "HumanEval/0", "completion": expected, "nfe": 8, "tokens": len(answer)}
 
 

@@ -11,8 +11,9 @@ import torch
 from transformers import AutoTokenizer
 
 import dllm_fast
-from dllm_fast.answers import answer_text, before_stop, last_of, request_options, spelled_options, whole_blocks
+from dllm_fast.answers import last_of, request_options, spelled_options, whole_blocks
 from dllm_fast.likelihood import log_likelihood
+from dllm_fast.text import answer_text, before_stop
 
 ROOT = Path(__file__).parent.parent
 TASKS = ["dllm_fast_choice", "dllm_fast_words", "dllm_fast_rolling"]
@@ -227,6 +228,37 @@ def test_requests_that_differ_keep_their_places(lm):
     assert found == again
     assert found[3].startswith(found[0]) and len(found[3]) > len(found[0])  # twelve and three tokens of one answer
     assert found[2] != found[3]
+
+
+def test_a_document_with_a_mask_in_it_comes_back_as_it_is(lm):
+    """What is asked and what is answered: no id of either is the mask, so nothing of the question is filled in."""
+    sentence = "Replace the token [MASK] in BERT"
+    assert lm.tokenizer.decode(lm.tok_encode(sentence)) == sentence
+    assert lm.model.config.mask_token_id not in lm.tok_encode(sentence)
+    context, continuation = lm._encode_pair("Replace the", " token [MASK] in BERT")
+    assert lm.tokenizer.decode(context + continuation) == sentence
+    ((bound, _),) = lm.loglikelihood(requests(("Replace the", " token [MASK] in BERT")), disable_tqdm=True)
+    assert bound == pytest.approx(log_likelihood(lm.model, context, continuation, 8, seed=3), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "given,suppressed,deferred",
+    [
+        ({"logits_eos_inf": True}, ["<|endoftext|>"], []),
+        ({"confidence_eos_eot_inf": True}, [], ["<|endoftext|>"]),
+        ({"suppress_tokens": "[PAD]+5", "defer_tokens": 6}, ["[PAD]", 5], [6]),
+    ],
+    ids=["logits_eos_inf", "confidence_eos_eot_inf", "both"],
+)
+def test_tokens_that_are_held_back(harness, tokenizer, given, suppressed, deferred):
+    lm = harness.MaskedDiffusionLM(**MODEL, batch_size=4, **given)
+    ids = [[tokenizer.convert_tokens_to_ids(t) if isinstance(t, str) else t for t in x] for x in (suppressed, deferred)]
+    assert [lm.options[name] for name in ("suppress_tokens", "defer_tokens")] == ids
+    (answer,) = lm.generate_until(requests(("Tom has 3 apples.", {"max_gen_toks": 32})), disable_tqdm=True)
+    prompt = torch.tensor([tokenizer("Tom has 3 apples.")["input_ids"]])
+    options = {"gen_length": 32, "schedule": dllm_fast.Uniform(32), "eos_id": tokenizer.eos_token_id}
+    out = dllm_fast.generate(lm.model, prompt, **options, suppress_tokens=ids[0], defer_tokens=ids[1])
+    assert answer == answer_text(tokenizer, out.sequences[0, prompt.shape[1] :].tolist(), [tokenizer.eos_token_id])
 
 
 def test_chat_templates(lm):
