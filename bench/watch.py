@@ -48,8 +48,8 @@ def watching(look: bool = False) -> Iterator[list[Step]]:
 
         return call
 
-    run = watched(Engine._run, lambda kind, tail: kind)
-    mixed = watched(Engine._mixed, lambda fresh, tail: "mixed")
+    run = watched(Engine._run, lambda kind, *rest: kind)
+    mixed = watched(Engine._mixed, lambda *groups: "mixed")
     with mock.patch.object(Engine, "_run", run), mock.patch.object(Engine, "_mixed", mixed):
         yield steps
 

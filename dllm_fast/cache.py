@@ -22,11 +22,15 @@ class BlockCache:
         keys, values = self.buffers[layer]
         return keys, values
 
-    def keep_state(self, layer: int, x: torch.Tensor, slot: torch.Tensor) -> None:
-        """Remember x [B, T, width], which enters ``layer`` at slots ``slot`` [B] on. Nothing, if no states are kept."""
+    def keep_state(self, layer: int, x: torch.Tensor, slot: torch.Tensor, kept: torch.Tensor | None = None) -> None:
+        """Remember x [B, T, width], which enters ``layer`` at slots ``slot`` [B] on, of the rows ``kept`` [B] bool, by
+        default all. Nothing, if no states are kept."""
         if self.states is not None:
             row = torch.arange(x.shape[0], device=x.device)[:, None]
-            self.states[layer][row, slot[:, None] + torch.arange(x.shape[1], device=x.device)] = x
+            at = slot[:, None] + torch.arange(x.shape[1], device=x.device)
+            if kept is not None:
+                x = x.where(kept[:, None, None], self.states[layer][row, at])
+            self.states[layer][row, at] = x
 
     def rows(self, index: torch.Tensor) -> "BlockCache":
         """A copy of the batch rows ``index`` [N]."""

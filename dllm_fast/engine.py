@@ -3,11 +3,13 @@
 The canvas holds prompts and [MASK]s, padded on the left so that every row's end is the last slot. A step evaluates the
 model on some slots, turns the live block's masked positions into candidates, and commits the schedule's choice of
 them. Nothing in a step depends on a value that the host would have to read, so it can be recorded in a CUDA graph; the
-host reads one flag a step, and none where the schedule knows its counts.
+host reads one flag a row and step, and none where the schedule knows its counts.
+
+A row of a batch is what it would be alone. It is *going* at the steps that it would take alone; at the others, where
+its block is filled or it keeps nothing, its neighbours' evaluation computes it too, and nothing of that is kept.
 """
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,7 +49,7 @@ class Counts:
 
     full: int = 0
     block: int = 0
-    positions: float = 0.0  # of padding too; one that passes through half the layers counts a half
+    positions: float = 0.0  # of the rows that were going; one that passes through half the layers counts a half
 
 
 class Engine:
@@ -60,14 +62,16 @@ class Engine:
         self.live = min(options.block_length, slots)
         self.passes = 2 if options.cfg_scale > 0 else 1
         self.counts = Counts()
-        self.evaluations = [0] * rows  # of each row in the last block; a row that is filled goes along with the others
+        self.evaluations = [0] * rows  # of each row in the last block
+        self.lengths = [slots] * rows  # of each row's sequence, which ends at the last slot
+        self.firsts = [0] * rows  # each row's position at which its live block begins
         long = functools.partial(torch.zeros, dtype=torch.int64, device=device)
         self.canvas = long((rows, slots))
         self.open = torch.zeros((rows, slots), dtype=torch.bool, device=device)  # to be filled, or filled by us
         self.pad, self.row, self.slot, self.count = (long(rows) for _ in range(4))
         self.budget = long(rows)  # positions that may still be opened again in this block
         self.step, self.seed = long(1), long(1)
-        self.more = torch.zeros((), dtype=torch.bool, device=device)  # is any position of the block still open
+        self.more = torch.zeros(rows, dtype=torch.bool, device=device)  # has the row's block a position still open
         self.then = torch.zeros((rows, self.live), device=device)  # probabilities at commitment
         self.offsets = torch.arange(self.live, device=device)
         # Without padding there is no range to pass, and attention takes its unmasked path.
@@ -92,7 +96,8 @@ class Engine:
             open_[b, self.slots - len(row.ids) :] = row.open
         self.canvas.copy_(canvas)
         self.open.copy_(open_)
-        self.pad.copy_(torch.tensor([self.slots - len(row.ids) for row in rows]))
+        self.lengths = [len(row.ids) for row in rows]
+        self.pad.copy_(torch.tensor([self.slots - length for length in self.lengths]))
         self.row.copy_(torch.tensor([row.noise for row in rows]))
 
     def tokens(self) -> torch.Tensor:
@@ -115,30 +120,39 @@ class Engine:
     ) -> None:
         """Fill one block of every row."""
         self.evaluations = [0] * self.rows
+        # A row shorter than a block has its block begin in the padding.
+        self.firsts = [max(0, s - self.slots + n) for s, n in zip(slot.tolist(), self.lengths, strict=True)]
         self.slot.copy_(slot)
-        self.budget.fill_(self.live)
+        self.budget.fill_(self.options.block_length)
         self.then.zero_()
+        self.more.fill_(True)
         planned = self.options.schedule.counts(masked, blocks, functools.partial(self._draw, slot))
         if planned is not None:
             plan = torch.stack([count for _, count in planned]).to(self.device)  # [steps, B]
             steps = [step for step, _ in planned]
         else:
-            steps = range(self.live + (self.live if self.options.remask else 0))
+            steps = range(self.live + (self.options.block_length if self.options.remask else 0))
         # How far the longest suffix goes, which is what a prefix cache's evaluations depend on, and others do not.
         tail = self.slots - int(slot.min()) if self.options.cache == "prefix" else 0
+        going = torch.ones_like(fresh)  # [B], on the host
+        begun = torch.zeros_like(fresh)
         for n, step in enumerate(steps):
             self.step.fill_(step)
             if planned is not None:
                 self.count.copy_(plan[n])
-            if n == 0 and self.cache is not None:
-                self._first(fresh, tail)
+                going = planned[n][1] > 0
+            begins = going & ~begun
+            begun |= going
+            if self.cache is None or not bool(begins.any()):
+                self._run("full" if self.cache is None else "block", tail, going)
             else:
-                kind = "full" if self.cache is None else "block"
-                self._run(kind, tail)
+                self._first(going, begins, fresh, tail)
             if draft is not None:
                 draft()
-            if planned is None and not bool(self.more):  # the step's one read of the device
-                break
+            if planned is None:
+                going = self.more.cpu()  # the step's one read of the device
+                if not bool(going.any()):
+                    break
 
     def _draw(self, slot: torch.Tensor) -> torch.Tensor:
         """Uniform noise [B, T] of the block's positions, on the host; 2 where none is open."""
@@ -151,28 +165,42 @@ class Engine:
 
     # The kinds of step
 
-    def _first(self, fresh: torch.Tensor, tail: int) -> None:
-        """A block's first step: a full forward for the rows that need one, the refresh's window for the others."""
-        if bool(fresh.all()):
-            self._run("full", tail)
-        elif not bool(fresh.any()) and not isinstance(self.options.refresh, Drift):
-            self._run("window", tail)
+    def _first(self, going: torch.Tensor, begins: torch.Tensor, fresh: torch.Tensor, tail: int) -> None:
+        """A step at which rows begin a block, by a full forward where they are fresh, else by the refresh's window."""
+        if bool((begins & fresh).all()):
+            self._run("full", tail, going)
+        elif bool((begins & ~fresh).all()) and not isinstance(self.options.refresh, Drift):
+            self._run("window", tail, going)
         else:
-            self._mixed(fresh, tail)
+            self._mixed(going, begins, fresh, tail)
 
-    def _run(self, kind: str, tail: int) -> None:
+    def _run(self, kind: str, tail: int, going: torch.Tensor) -> None:
         self.graphs.run((kind, tail), functools.partial(self._step, kind, tail))
-        self._tally(kind, tail, range(self.rows))
+        self._count(kind)
+        self._tally(kind, going.nonzero()[:, 0].tolist())
 
-    def _tally(self, kind: str, tail: int, rows: Sequence[int], share: float = 1.0) -> None:
-        length = self.slots if kind == "full" else self._reach(kind, tail)[1]
-        self.counts.positions += len(rows) * self.passes * length * share
-        for row in rows:
-            self.evaluations[row] += self.passes
+    def _count(self, kind: str) -> None:
         if kind == "full":
             self.counts.full += self.passes
         else:
             self.counts.block += self.passes
+
+    def _tally(self, kind: str, rows: list[int], share: float = 1.0) -> None:
+        """Add an evaluation to those of ``rows``, through a ``share`` of the layers."""
+        for row in rows:
+            self.evaluations[row] += self.passes
+            self.counts.positions += self.passes * self._own(kind, row) * share
+
+    def _own(self, kind: str, row: int) -> int:
+        """How many positions of a row an evaluation goes over: those that it would go over alone."""
+        length, first = self.lengths[row], self.firsts[row]
+        if kind == "full":
+            return length
+        live = min(self.live, length)
+        before, after = self.options.refresh.span(live) if kind == "window" else (0, 0)
+        if self.options.cache == "prefix":
+            return length - max(0, first - before)
+        return min(before + live + after, length)
 
     def _reach(self, kind: str, tail: int) -> tuple[int, int]:
         """How far before the block an evaluation against the cache begins, and over how many slots it goes."""
@@ -184,27 +212,38 @@ class Engine:
 
     def _step(self, kind: str, tail: int) -> None:
         """One evaluation of all rows, and what is kept of it."""
-        self._decide(self._evaluate(kind, tail))
+        # All rows go when they begin a block, and without a cache nothing of an evaluation is kept but its tokens.
+        self._decide(self._evaluate(kind, tail, kept=self._going() if kind == "block" else None))
 
-    def _mixed(self, fresh: torch.Tensor, tail: int) -> None:
-        """A first step in which rows differ: evaluated a group at a time, decided together."""
+    def _going(self) -> torch.Tensor | None:
+        """The rows that the step is one of, [B] bool; None: there is one row, which every step is one of."""
+        if self.rows == 1:
+            return None
+        return self.more if self.options.schedule.rule else self.count > 0
+
+    def _mixed(self, going: torch.Tensor, begins: torch.Tensor, fresh: torch.Tensor, tail: int) -> None:
+        """A step in which rows differ, [B] bool each: evaluated a group at a time, decided together."""
         rows, layers = self.rows, self.family.layers
         hidden = self.weight.new_zeros(rows * self.passes, self.live, self.weight.shape[1])
-        window = (~fresh).nonzero()[:, 0]
-        first = torch.where(fresh, 0, layers)  # [B]: the layer from which all of a row's positions are computed
-        if len(window):
-            index = self._doubled(window.to(self.device))
+        first = torch.full_like(begins, layers, dtype=torch.int64)  # from which layer on the whole row is computed
+        first[begins & fresh] = 0
+        for kind, group in (("block", going & ~begins), ("window", begins & ~fresh)):
+            if not bool(group.any()):
+                continue
+            index = self._doubled(group.nonzero()[:, 0].to(self.device))
             old = self.cache.rows(index)
-            hidden[index] = self._evaluate("window", tail, index)
-            self._tally("window", tail, window.tolist())
-            if isinstance(self.options.refresh, Drift):
-                first[~fresh] = self._drifted(old, index, tail)
-        for layer in first.unique().tolist():
-            if layer < layers:
-                whole = (first == layer).nonzero()[:, 0]
-                index = self._doubled(whole.to(self.device))
-                hidden[index] = self._evaluate("full", tail, index, layer)
-                self._tally("full", tail, whole.tolist(), (layers - layer) / layers)
+            hidden[index] = self._evaluate(kind, tail, index)
+            self._count(kind)
+            self._tally(kind, group.nonzero()[:, 0].tolist())
+            if kind == "window" and isinstance(self.options.refresh, Drift):
+                first[group] = self._drifted(old, index, tail)
+        for layer in first[first < layers].unique().tolist():
+            whole = (first == layer).nonzero()[:, 0]
+            index = self._doubled(whole.to(self.device))
+            hidden[index] = self._evaluate("full", tail, index, layer)
+            self._tally("full", whole.tolist(), (layers - layer) / layers)
+        if bool((first < layers).any()):
+            self._count("full")  # once: no group waits for another
         self._decide(hidden)
 
     def _doubled(self, rows: torch.Tensor) -> torch.Tensor:
@@ -231,22 +270,33 @@ class Engine:
     def _begin(self, kind: str, tail: int) -> tuple[torch.Tensor, int]:
         """First slot of an evaluation against the cache, [B], and its length."""
         before, length = self._reach(kind, tail)
-        begin = (self.slot - before).clamp(min=0)
+        if kind == "block":
+            return self.slot, length
+        # Where a row begins, not where its padding does: a window that would reach beyond is moved to the right.
+        begin = torch.maximum(self.slot - before, self.pad)
         if self.options.cache != "prefix":
             begin = begin.clamp(max=self.slots - length)
         return begin, length
 
-    def _evaluate(self, kind: str, tail: int, index: torch.Tensor | None = None, first: int = 0) -> torch.Tensor:
+    def _evaluate(
+        self,
+        kind: str,
+        tail: int,
+        index: torch.Tensor | None = None,
+        first: int = 0,
+        kept: torch.Tensor | None = None,  # [B] bool
+    ) -> torch.Tensor:
         """What the LM head multiplies for the live block, [B*passes, T, d]; of the rows ``index`` alone, where given.
 
-        A full evaluation goes over all slots; the others over `_reach` of them, against the cache. Guidance's second
-        half sees the prompt masked. From layer ``first`` on: from the cache's hidden states of that layer.
+        A full evaluation goes over all slots; the others over `_reach` of them, against the cache, which takes in
+        the rows ``kept``, by default all. Guidance's second half sees the prompt masked. From layer ``first`` on: from
+        the cache's hidden states of that layer.
         """
         canvas, slot, start, end = self.canvas, self.slot, self.start, self.end
         begin, length = (torch.zeros_like(slot), self.slots) if kind == "full" else self._begin(kind, tail)
         if self.passes == 2:
             canvas = torch.cat((canvas, canvas.masked_fill(~self.open, self.options.mask_id)))
-            slot, begin, start, end = (x if x is None else x.repeat(2) for x in (slot, begin, start, end))
+            slot, begin, start, end, kept = (x if x is None else x.repeat(2) for x in (slot, begin, start, end, kept))
         cache = self.cache
         if index is not None:
             canvas, slot, begin, start, end = (x if x is None else x[index] for x in (canvas, slot, begin, start, end))
@@ -259,7 +309,7 @@ class Engine:
         if length != self.live:
             rows = (slot - begin)[:, None] + self.offsets
         with ops.counting(self.arrivals):
-            hidden = self.family.hidden(ids, start, end, cache, None if cache is None else begin, rows, first)
+            hidden = self.family.hidden(ids, start, end, cache, None if cache is None else begin, rows, first, kept)
         if index is not None:
             self.cache.put(index, cache)
         return hidden
@@ -309,13 +359,14 @@ class Engine:
             if planned:
                 chosen = chosen | commit(candidate & ~chosen, self.slot, count=opened)
             self.then.copy_(torch.where(chosen, now, self.then))
-        self.more.copy_(((self.canvas.gather(1, at) == o.mask_id) & live).any())
+        self.more.copy_(((self.canvas.gather(1, at) == o.mask_id) & live).any(1))
 
     def _reopen(self, seen: Committed, at: torch.Tensor, planned: bool) -> torch.Tensor:
         """Mask the most urgent of the committed positions, within the bound that ends the block; how many, [B]."""
         urgency = self.options.remask.urgency(seen)  # [B, T]
-        # Alone a row that is filled would have ended: its neighbours' steps must not open it again.
-        bound = seen.masked.sum(1) - seen.kept if planned else self.budget * seen.masked.any(1)
+        bound = seen.masked.sum(1) - seen.kept if planned else self.budget
+        if (going := self._going()) is not None:
+            bound = bound * going
         again = (urgency > STAYS) & (ranks(urgency) < bound[:, None])
         self.canvas.scatter_(1, at, self.canvas.gather(1, at).masked_fill(again, self.options.mask_id))
         opened = again.sum(1)

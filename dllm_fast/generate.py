@@ -30,7 +30,9 @@ class Output:
     sequences: [B, P + gen_length] int64, the prompts as they were given, then the answers.
     nfe: model evaluations, a forward of the batch each; guidance takes two a step.
     nfe_full, nfe_block: those over the whole sequence, and those over a part of it against a cache.
-    positions: token-positions evaluated, padding and guidance's second pass included; what a refresh policy saves.
+    positions: token-positions evaluated, guidance's second pass included; what a refresh policy saves. Those of each
+        row are the ones that it takes alone: padding does not count, nor does a row that waits for its neighbours.
+    row_nfe: the evaluations of each row, [B]: those that it takes alone.
     """
 
     sequences: torch.Tensor
@@ -38,6 +40,7 @@ class Output:
     nfe_full: int
     nfe_block: int
     positions: int
+    row_nfe: list[int]
 
 
 @torch.no_grad()
@@ -115,13 +118,14 @@ def generate(
     rows = [request.row(b, host[b, start[b] : end[b]], family) for b in range(batch)]
     require(any(row.blocks for row in rows), "gen_length=0 and no [MASK] in input_ids: there is nothing to fill")
     sequences = torch.cat((host, host.new_zeros(batch, gen_length)), 1)
-    counts = Counts()
+    counts, row_nfe = Counts(), [0] * batch
     for row in _Server(model, request, rows, batch, counts, streamer).serve():
         length = end[row.index] - start[row.index]
+        row_nfe[row.index] = row.nfe
         sequences[row.index, start[row.index] : end[row.index]] = row.ids[:length]
         sequences[row.index, prompt:] = row.ids[length:]
     nfe = counts.full + counts.block
-    return Output(sequences.to(input_ids.device), nfe, counts.full, counts.block, round(counts.positions))
+    return Output(sequences.to(input_ids.device), nfe, counts.full, counts.block, round(counts.positions), row_nfe)
 
 
 @dataclass
@@ -130,8 +134,7 @@ class Completion:
 
     index: its number among the prompts, in the order they were handed in.
     sequence: prompt and answer, [L] int64 on the host.
-    nfe: model evaluations that it went through, guidance's two a step: at least those that `generate` takes for it
-        alone, as a row whose block is filled waits for its neighbours'.
+    nfe: model evaluations, guidance's two a step: those that `generate` takes for it alone.
     """
 
     index: int

@@ -185,11 +185,11 @@ def geglu(gate, up, impl="torch"):
     return F.gelu(gate) * up
 
 
-def rope(q, k, v, cos, sin, position=None, slot=None, keys=None, values=None, impl="torch"):
+def rope(q, k, v, cos, sin, position=None, slot=None, keys=None, values=None, outside=False, impl="torch"):
     """`reference.rope`, returning (q, keys, values).
 
-    Without buffers the rotated k and v themselves are what attention reads. ``position`` defaults to 0. Every slot
-    must lie inside the buffers: picking out those that do would cost more than the writes.
+    Without buffers the rotated k and v themselves are what attention reads. ``position`` defaults to 0. Every slot of
+    a row must lie inside the buffers; or, where ``outside`` says that there are such rows, behind them.
     """
     if impl == "triton":
         zero = torch.zeros(q.shape[0], dtype=torch.int64, device=q.device)
@@ -202,7 +202,7 @@ def rope(q, k, v, cos, sin, position=None, slot=None, keys=None, values=None, im
     if position is None:
         c, s = cos[: q.shape[1], None], sin[: q.shape[1], None]
     else:
-        at = (position[:, None] + torch.arange(q.shape[1], device=q.device)).clamp(min=0)
+        at = (position[:, None] + torch.arange(q.shape[1], device=q.device)).clamp(0, cos.shape[0] - 1)
         c, s = cos[at][:, :, None], sin[at][:, :, None]
 
     def rotate(x):
@@ -213,7 +213,13 @@ def rope(q, k, v, cos, sin, position=None, slot=None, keys=None, values=None, im
         return rotate(q), rotate(k), v
     row = torch.arange(q.shape[0], device=q.device)[:, None]
     to = slot[:, None] + torch.arange(q.shape[1], device=q.device)
-    keys[row, to], values[row, to] = rotate(k), v
+    k = rotate(k)
+    if outside:
+        # Written where they are, as picking out the rows that are inside would read values on the host.
+        inside = (to < keys.shape[1])[:, :, None, None]
+        to = to.clamp(max=keys.shape[1] - 1)
+        k, v = k.where(inside, keys[row, to]), v.where(inside, values[row, to])
+    keys[row, to], values[row, to] = k, v
     return rotate(q), keys, values
 
 

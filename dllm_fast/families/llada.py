@@ -54,26 +54,30 @@ class LLaDA:
         slot: torch.Tensor | None = None,  # [B] int: slot of each row's first id
         rows: torch.Tensor | None = None,  # see `rows.take`
         first: int = 0,
+        kept: torch.Tensor | None = None,  # [B] bool: rows whose keys and values are written; None: all
     ) -> torch.Tensor:
         """What the LM head multiplies, [B, T, d] or the chosen rows of it.
 
         Without a cache the T ids are the whole sequence. With one they are slots ``slot`` to ``slot + T`` of it:
-        their keys and values are written there, and every valid slot is attended to, however old. From layer
-        ``first`` on, over all slots: the ids are not read, but the hidden states that the cache has of that layer.
+        their keys and values are written there, and every valid slot is attended to, however old. Rows that are not
+        ``kept`` leave the cache as it was, and what comes out of them is of no use. From layer ``first`` on, over all
+        slots: the ids are not read, but the hidden states that the cache has of that layer.
         """
         transformer, impl, products = self.transformer, self.impl, self.products
         slots = input_ids.shape[1] if cache is None else cache[0][0].shape[1]
         seen = ops.visible(input_ids, slots, start, end, slot, impl=impl)
         position = slot if start is None else (slot if slot is not None else 0) - start
+        to = slot if kept is None else slot.where(kept, slots)  # behind the buffers, which is nowhere
         cos, sin = self._tables(self.theta, input_ids.device)
         x = transformer.wte(input_ids) if first == 0 else cache.states[first][:, : input_ids.shape[1]].clone()
         delta = None
         for layer, block in enumerate(transformer.blocks[first:], first):
             y, x = self._norm(x, delta, block.attn_norm)
             if cache is not None:
-                cache.keep_state(layer, x, slot)
+                cache.keep_state(layer, x, slot, kept)
             q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in products(y, *_qkv(block), impl=impl))
-            q, k, v = ops.rope(q, k, v, cos, sin, position, slot, *(cache[layer] if cache else ()), impl=impl)
+            buffers = cache[layer] if cache else ()
+            q, k, v = ops.rope(q, k, v, cos, sin, position, to, *buffers, outside=kept is not None, impl=impl)
             if layer == self.layers - 1 and is_span(rows):
                 q, x, begin = take(q, rows), take(x, rows), rows[:, 0] + (0 if slot is None else slot)
                 seen, rows = ops.visible(q, slots, start, end, begin, impl=impl), None

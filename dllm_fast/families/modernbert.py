@@ -55,12 +55,14 @@ class ModernBert:
         slot: torch.Tensor | None = None,  # [B] int: slot of each row's first id
         rows: torch.Tensor | None = None,  # see `rows.take`
         first: int = 0,
+        kept: torch.Tensor | None = None,  # [B] bool: rows whose keys and values are written; None: all
     ) -> torch.Tensor:
         """What the decoder multiplies, [B, T, d] or the chosen rows of it; arguments as in `LLaDA.hidden`."""
         backbone, impl, products = self.model.model, self.impl, self.products
         slots = input_ids.shape[1] if cache is None else cache[0][0].shape[1]
         seen = {w: ops.visible(input_ids, slots, start, end, slot, w, impl=impl) for w in set(self.windows)}
         position = slot if start is None else (slot if slot is not None else 0) - start
+        to = slot if kept is None else slot.where(kept, slots)  # behind the buffers, which is nowhere
         if first == 0:
             x = self._norm(backbone.embeddings.tok_embeddings(input_ids), None, backbone.embeddings.norm)[0]
         else:
@@ -69,12 +71,12 @@ class ModernBert:
         for layer, block in enumerate(backbone.layers[first:], first):
             y, x = self._norm(x, delta, block.attn_norm)
             if cache is not None:
-                cache.keep_state(layer, x, slot)
+                cache.keep_state(layer, x, slot, kept)
             (qkv,) = products(y, block.attn.Wqkv, impl=impl)
             qkv = qkv.unflatten(-1, (3, self.heads, self.head_dim))
             cos, sin = self._tables(self.thetas[layer], x.device)
             buffers = cache[layer] if cache else ()
-            q, k, v = ops.rope(*qkv.unbind(-3), cos, sin, position, slot, *buffers, impl=impl)
+            q, k, v = ops.rope(*qkv.unbind(-3), cos, sin, position, to, *buffers, outside=kept is not None, impl=impl)
             window = self.windows[layer]
             if layer == self.layers - 1 and is_span(rows):
                 q, x, begin = take(q, rows), take(x, rows), rows[:, 0] + (0 if slot is None else slot)

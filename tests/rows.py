@@ -1,0 +1,110 @@
+"""Random requests for several rows, run row by row, as one batch, and through seats: one row's results must not depend
+on which it is."""
+
+import math
+import random
+from dataclasses import dataclass
+
+import torch
+from tiny import EOS, MASK
+
+import dllm_fast
+from dllm_fast import (
+    P2,
+    Ancestral,
+    Drift,
+    EntropyBound,
+    Every,
+    Factor,
+    FirstHitting,
+    Pyramid,
+    ReMDM,
+    Threshold,
+    Uniform,
+    Verify,
+    Window,
+)
+from dllm_fast.request import plan_blocks
+
+BLOCKS = (4, 8, 16)
+Result = tuple[list[int], int]  # tokens, and model evaluations
+
+
+@dataclass
+class Request:
+    prompts: list[torch.Tensor]  # [P] int64 each
+    options: dict
+    right: bool  # pad the batch on the right
+
+    def __str__(self) -> str:
+        return f"{self.options} of {[prompt.tolist() for prompt in self.prompts]}"
+
+
+def draw_request(rng: random.Random) -> Request:
+    """Three or four prompts of any lengths, many beginning with [MASK]s, and options of every kind."""
+    block = rng.choice(BLOCKS)
+    options = {"block_length": block, "gen_length": block * rng.choice([0, 1, 2, 3])}
+    prompts = []
+    for _ in range(rng.choice([3, 4])):
+        prompt = torch.tensor([rng.randrange(EOS) for _ in range(rng.randint(1, 30))])
+        if rng.random() < 0.3:
+            prompt[[rng.randrange(len(prompt)) for _ in range(rng.randint(1, 12))]] = MASK
+        if rng.random() < 0.5 or (options["gen_length"] == 0 and not (prompt == MASK).any()):
+            prompt = torch.cat((torch.full((rng.randint(1, 12),), MASK), prompt))
+        prompts.append(prompt)
+    options["cache"] = rng.choice(["none", "prefix", "dual", "dual"])
+    if options["cache"] != "none":
+        window = Window(rng.choice([0, 1, block, block + 3, 40]), rng.choice([0, 1, 9, 40]))
+        options["refresh"] = rng.choice(["block", Every(2), Every(3), window, window, *map(Drift, (0.1, 0.4, 0.9))])
+    options["confidence"] = rng.choice(["probability", "margin", "entropy", "random"])
+    limits = (-4.0, -3.0) if options["confidence"] == "entropy" else (0.05, 0.1, 0.3)
+    options["schedule"] = rng.choice(
+        [
+            *map(Threshold, limits), Factor(0.9), Factor(1.5), EntropyBound(3.0), EntropyBound(8.0),
+            *_planned(prompts, options["gen_length"], block, rng),
+        ]
+    )  # fmt: skip
+    options["remask"] = rng.choice([None, None, ReMDM(0.7), Verify(0.2), P2(1.0)])
+    options["temperature"] = rng.choice([0.0, 0.0, 0.5, 1.0])
+    options["cfg_scale"] = rng.choice([0.0, 0.0, 1.5])
+    options["seed"] = rng.randrange(100)
+    return Request(prompts, options, rng.random() < 0.5)
+
+
+def _planned(prompts: list[torch.Tensor], gen_length: int, block: int, rng: random.Random) -> list:
+    """Schedules with counts that fit every prompt's number of blocks."""
+    plans = [plan_blocks(torch.cat((p == MASK, torch.ones(gen_length, dtype=torch.bool))), block) for p in prompts]
+    steps = math.lcm(*map(len, plans))
+    found = [Pyramid(rng.choice([1, 2])), FirstHitting()]
+    found.append(Ancestral(steps * rng.choice([1, 4]), rng.choice(["linear", "cosine", "loglinear"])))
+    fit = min(len(plan) * max(masked for _, masked in plan) for plan in plans)
+    if steps <= fit:
+        found.append(Uniform(steps * rng.randint(1, fit // steps)))
+    return found
+
+
+def alone(model, request: Request) -> list[Result]:
+    """Each prompt by itself, under its row's noise."""
+    found = []
+    for row, prompt in enumerate(request.prompts):
+        (done,) = dllm_fast.generate_many(model, [prompt], batch_size=1, noise_rows=[row], **request.options)
+        found.append((done.sequence.tolist(), done.nfe))
+    return found
+
+
+def together(model, request: Request) -> list[Result]:
+    """All prompts as a padded batch."""
+    width = max(map(len, request.prompts))
+    ids, mask = torch.full((len(request.prompts), width), EOS), torch.zeros(len(request.prompts), width).long()
+    for row, prompt in enumerate(request.prompts):
+        place = slice(0, len(prompt)) if request.right else slice(width - len(prompt), width)
+        ids[row, place], mask[row, place] = prompt, 1
+    out = dllm_fast.generate(model, ids, mask, **request.options)
+    seen = torch.cat((mask, torch.ones(len(ids), request.options["gen_length"])), 1).bool()
+    return [(row[own].tolist(), nfe) for row, own, nfe in zip(out.sequences, seen, out.row_nfe, strict=True)]
+
+
+def seated(model, request: Request, seats: int) -> list[Result]:
+    """``seats`` prompts at a time."""
+    done = dllm_fast.generate_many(model, request.prompts, batch_size=seats, **request.options)
+    return [(row.sequence.tolist(), row.nfe) for row in done]
