@@ -150,7 +150,7 @@ class Engine:
             if draft is not None:
                 draft()
             if planned is None:
-                going = self.more.cpu()  # the step's one read of the device
+                going = self.more.to("cpu", copy=True)  # the step's one read of the device
                 if not bool(going.any()):
                     break
 
@@ -231,11 +231,12 @@ class Engine:
             if not bool(group.any()):
                 continue
             index = self._doubled(group.nonzero()[:, 0].to(self.device))
-            old = self.cache.rows(index)
+            drifts = kind == "window" and isinstance(self.options.refresh, Drift)
+            old = self.cache.rows(index) if drifts else None
             hidden[index] = self._evaluate(kind, tail, index)
             self._count(kind)
             self._tally(kind, group.nonzero()[:, 0].tolist())
-            if kind == "window" and isinstance(self.options.refresh, Drift):
+            if drifts:
                 first[group] = self._drifted(old, index, tail)
         for layer in first[first < layers].unique().tolist():
             whole = (first == layer).nonzero()[:, 0]
