@@ -35,16 +35,23 @@ class _Patch:
     forward: types.MethodType  # the model's own
     own_forward: object | None  # what the instance's __dict__ held under "forward", e.g. an Accelerate hook
     output: type
+    model: nn.Module
+    bound: types.MethodType | None = None  # the forward that stands in the model's __dict__
     buffers: list[tuple[nn.Module, str, torch.Tensor]] = field(default_factory=list)
     fused: dict[int, Fused] = field(default_factory=dict)  # by the number of the group, to be moved back
     pool: Pool = field(default_factory=Pool)
 
     def __deepcopy__(self, memo: dict) -> "_Patch":
-        """A copy of a patched model is patched."""
-        return _Patch(**{x.name: copy.deepcopy(getattr(self, x.name), memo) for x in fields(self)})
+        """A deep copy of a patched model is patched; `_plain_attributes`, which it is made of, lack the forward."""
+        twin = memo.get(id(self.model))
+        if twin is None:  # of a shallow copy, whose this is not
+            return self
+        state = _Patch(**{x.name: copy.deepcopy(getattr(self, x.name), memo) for x in fields(self)})
+        _install(twin, state)
+        return state
 
     def __reduce__(self) -> tuple:
-        """A pickled model is not patched: bound forwards come back from a pickle as the class's own."""
+        """A pickled model is not patched."""
         return type(None), ()
 
 
@@ -68,6 +75,9 @@ def patch(model: nn.Module, impl: str = "auto", weights: str | None = None) -> n
     arguments does nothing but fuse again what ``.to()`` and its like moved apart, as `dllm_fast.generate` does too, and
     round weights again.
 
+    ``copy.deepcopy`` of a patched model is patched. ``copy.copy``, which shares its modules, has the model's own
+    forward, and is patched by the first `generate` that gets it. What comes from a pickle is not patched.
+
     Raises:
         ValueError: the model is of an unknown type or architecture, on the meta device or holds NaN or infinite
             weights, an adapter stands for its head or a norm, or ``impl`` or ``weights`` cannot be had. The model is
@@ -77,7 +87,7 @@ def patch(model: nn.Module, impl: str = "auto", weights: str | None = None) -> n
     parameter = _first_parameter(model)
     resolved = ops.resolve(impl, parameter.device, parameter.dtype)
     require_known(weights)
-    state = model.__dict__.get(_STATE)
+    state = patch_of(model)
     if state is not None and (state.family.impl, state.weights) == (resolved, weights):
         with state.pool.lock:
             _prepare(state)
@@ -89,19 +99,36 @@ def patch(model: nn.Module, impl: str = "auto", weights: str | None = None) -> n
             check_fp8(model, family.groups(), parameter.device)
         own = model.forward if state is None else state.forward
         own_forward = model.__dict__.get("forward") if state is None else state.own_forward
-        fresh = _Patch(impl, weights, family, own, own_forward, output)
+        fresh = _Patch(impl, weights, family, own, own_forward, output, model)
         if state is not None:
-            fresh.fused, fresh.pool.lock = state.fused, state.pool.lock
+            fresh.fused, fresh.pool.lock, fresh.bound = state.fused, state.pool.lock, state.bound
         _prepare(fresh)
         # All that can fail is done; from here on the model's own attributes change.
         if state is not None:
-            _put_back(model, state)
+            _put_back_buffers(state)
         for module, name, table in fresh_rotary(model) if family_class is ModernBert else ():
             fresh.buffers.append((module, name, module._buffers[name]))
             module._buffers[name] = table
         model.__dict__[_STATE] = fresh
-        model.__dict__["forward"] = types.MethodType(_like(own), model)
+        if state is None:
+            fresh.bound = types.MethodType(_like(own), model)
+            _install(model, fresh)
     return model
+
+
+def _install(model: nn.Module, state: _Patch) -> None:
+    model.__dict__["forward"] = state.bound
+    model.__dict__["__getstate__"] = types.MethodType(_plain_attributes, model)
+
+
+def _plain_attributes(model: nn.Module) -> dict:
+    """What copies and pickles of a patched model are made of: its attributes without the patch's.
+
+    A bound forward that was copied along would go on answering for the model that it was bound to.
+    """
+    attributes, state = dict(model.__dict__), patch_of(model)
+    _take_out(attributes, state)
+    return {**attributes, _STATE: state}
 
 
 def require_known(weights: str | None) -> None:
@@ -116,21 +143,30 @@ def unpatch(model: nn.Module) -> nn.Module:
     Weights have storages of their own again, with the values they have now: training in between is kept. Waits for
     a `dllm_fast.generate` in another thread.
     """
-    state = model.__dict__.get(_STATE)
+    state = patch_of(model)
     if state is None:
+        if isinstance(model, nn.Module):
+            model.__dict__.pop(_STATE, None)  # a shallow copy's, of the model that it was made of
         return model
     with state.pool.lock:
         if model.__dict__.get(_STATE) is state:
-            _put_back(model, state)
+            _take_out(model.__dict__, state)
+            _put_back_buffers(state)
             for group in state.fused.values():
                 group.separate()
     return model
 
 
-def _put_back(model: nn.Module, state: _Patch) -> None:
-    del model.__dict__[_STATE], model.__dict__["forward"]
-    if state.own_forward is not None:
-        model.__dict__["forward"] = state.own_forward
+def _take_out(attributes: dict, state: _Patch) -> None:
+    """Remove what `patch` put among a model's attributes; a forward that someone has put round it since stays."""
+    del attributes[_STATE], attributes["__getstate__"]
+    if attributes.get("forward") is state.bound:
+        del attributes["forward"]
+        if state.own_forward is not None:
+            attributes["forward"] = state.own_forward
+
+
+def _put_back_buffers(state: _Patch) -> None:
     for module, name, old in state.buffers:
         module._buffers[name] = old.to(module._buffers[name].device)
 
@@ -166,13 +202,13 @@ def _fuse(state: _Patch) -> None:
 @contextmanager
 def patched(model: nn.Module, impl: str = "auto", weights: str | None = None) -> Iterator[nn.Module]:
     """`patch` within a ``with`` block. A model that was patched before it is patched after it, as it was."""
-    before = model.__dict__.get(_STATE)
+    before = patch_of(model)
     try:
         yield patch(model, impl, weights)
     finally:
         if before is None:
             unpatch(model)
-        elif model.__dict__.get(_STATE) is not before:
+        elif patch_of(model) is not before:
             patch(model, before.impl, before.weights)
 
 
@@ -196,12 +232,19 @@ def bound_pool(model: nn.Module) -> Pool:
 
 
 def patch_of(model: nn.Module) -> _Patch | None:
-    """What `patch` left with the model itself: what was asked for, and the family; None if it is not patched."""
-    return model.__dict__.get(_STATE)
+    """What `patch` left with the model itself: what was asked for, and the family; None if it is not patched.
+
+    A shallow copy of a patched model holds its original's, which is not its own.
+    """
+    state = model.__dict__.get(_STATE) if isinstance(model, nn.Module) else None
+    return state if state is not None and state.model is model else None
 
 
 def _state(model: nn.Module) -> _Patch:
-    state = patch_of(model) if isinstance(model, nn.Module) else None
+    state = patch_of(model)
+    if state is None and isinstance(model, nn.Module) and model.__dict__.get(_STATE) is not None:
+        original = model.__dict__[_STATE]
+        state = patch_of(patch(model, original.impl, original.weights))
     if state is None:
         raise ValueError(f"model: this {type(model).__name__} is not patched; call dllm_fast.patch(model) first")
     return state
@@ -245,21 +288,26 @@ def _like(own: Callable) -> Callable:
     A function for each patch: `_fast_forward` itself, once it named a model, would keep it alive.
     """
 
-    signature = inspect.signature(own)
-    names = tuple(signature.parameters)
+    names = [name for name in inspect.signature(own).parameters if name != "self"]
 
     @functools.wraps(getattr(own, "__func__", own))
     def forward(self, *args, **kwargs):
+        state = patch_of(self)
+        if state is None or state.bound.__func__ is not forward:  # unpatched, but someone's wrapper kept it
+            return own.__func__(self, *args, **kwargs) if inspect.ismethod(own) else own(*args, **kwargs)
         if args:  # the order of arguments is the model's own: the published class has inputs_embeds before the mask
             twice = [name for name in names[: len(args)] if name in kwargs]
             if twice or len(args) > len(names):
-                return self.__dict__[_STATE].forward(*args, **kwargs)  # raises, as Python words it
+                return state.forward(*args, **kwargs)  # raises, as Python words it
             kwargs.update(zip(names, args))
         return _fast_forward(self, **kwargs)
 
-    # transformers' Trainer asks the bound method which columns of a data set the model takes.
-    first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-    forward.__signature__ = signature.replace(parameters=[first, *signature.parameters.values()])
+    # transformers' Trainer asks the bound method which columns of a data set the model takes. A method's signature is
+    # found by itself; of anything else that stood in its place the first parameter would be taken for the instance.
+    if not inspect.ismethod(own):
+        signature = inspect.signature(own)
+        first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+        forward.__signature__ = signature.replace(parameters=[first, *map(signature.parameters.get, names)])
     return forward
 
 
