@@ -12,6 +12,8 @@ import time
 
 import torch
 
+from dllm_fast import compiled
+
 COPIES, PRODUCTS = 20, 10
 
 
@@ -86,15 +88,34 @@ def copy_rate(device: str, size: int) -> Rate:
     return _rate(2 * size, seconds(lambda: target.copy_(source), device, COPIES))
 
 
-def product_rate(device: str, n: int, dtype: torch.dtype) -> Rate:
-    """Operations a second of an n x n x n product of random data, by the faster of PyTorch's ways to it.
+def onednn(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """``x W^T`` by oneDNN, whatever PyTorch would take."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
-    On a CPU there are two: MKL's in fp32 is half as fast as oneDNN's on some, and the only one behind ``@``.
+
+def has_onednn(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies matrices of ``dtype`` on this processor: without AVX-512 not in bf16."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    some = torch.ones(1, 1, dtype=dtype)
+    try:
+        onednn(some, some)
+    except RuntimeError:  # "could not create a primitive descriptor"
+        return False
+    return True
+
+
+def product_rate(device: str, n: int, dtype: torch.dtype) -> Rate:
+    """Operations a second of an n x n x n product of random data, by the fastest way to it that there is.
+
+    On a CPU there are up to three, and the fastest differs from one processor to the next: PyTorch's own, MKL's
+    in fp32; oneDNN's, which in bf16 some processors lack; and the compiled extension's.
     """
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    ways = [lambda: a @ b]
-    if torch.device(device).type == "cpu" and torch.backends.mkldnn.is_available():
-        ways.append(lambda: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], ""))
+    ways = [lambda: torch.nn.functional.linear(a, b)]
+    if torch.device(device).type == "cpu":
+        ways += [lambda: onednn(a, b)] if has_onednn(dtype) else []
+        ways += [] if compiled.missing() else [lambda: compiled.linear(a, b)]
     rates = [_rate(2 * n**3, seconds(way, device, PRODUCTS)) for way in ways]
     return max(rates, key=lambda rate: rate.median)
 

@@ -18,6 +18,10 @@ class BlockCache:
         self.buffers = torch.zeros(shape, dtype=dtype, device=device)
         self.states = torch.zeros((layers, batch, slots, width), dtype=dtype, device=device) if width else None
 
+    @property
+    def nbytes(self) -> int:
+        return self.buffers.nbytes + (0 if self.states is None else self.states.nbytes)
+
     def __getitem__(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         keys, values = self.buffers[layer]
         return keys, values

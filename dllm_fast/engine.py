@@ -87,6 +87,11 @@ class Engine:
         self.arrivals = long(ARRIVALS, dtype=torch.int32) if family.impl == "triton" else None
         self.graphs = Graphs(device.type == "cuda" and family.impl == "triton")
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its cache, which is all of it that is large."""
+        return 0 if self.cache is None else self.cache.nbytes
+
     def load(self, rows: list) -> None:
         """Write the sequences of ``rows`` (`request.Row`) into the canvas, as they stand."""
         shape = (len(rows), self.slots)

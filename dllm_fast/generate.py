@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from dllm_fast.engine import Counts, Engine
-from dllm_fast.memory import require_memory
+from dllm_fast.memory import fits, require_memory
 from dllm_fast.patch import bound_family, bound_pool
 from dllm_fast.refresh import Refresh
 from dllm_fast.remask import Remask
@@ -230,7 +230,10 @@ class _Server:
         self.stream = None if streamer is None else _Stream(streamer, rows[0])
         self.seats = min(seats, len(self.waiting))
         if self.seats:
-            require_memory(self.family, request.options, *self._plan(self.waiting, self.seats)[:3])
+            plan = self._plan(self.waiting, self.seats)[:3]
+            if not fits(self.family, request.options, *plan):
+                self.pool.clear()
+            require_memory(self.family, request.options, *plan)
 
     def serve(self) -> Iterator[Row]:
         """Yield rows as they are done. Threads take turns, a block each; every run has buffers of its own."""

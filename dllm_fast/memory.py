@@ -41,6 +41,12 @@ def available(device: torch.device) -> int | None:
     return None
 
 
+def fits(family, options: Options, rows: int, slots: int, spare: int) -> bool:
+    """Whether a batch of this shape fits into what is free, as far as there is any telling."""
+    there = available(family.head()[0].device)
+    return there is None or need(family, options, rows, slots, spare) <= there
+
+
 def require_memory(family, options: Options, rows: int, slots: int, spare: int) -> None:
     """Raise MemoryError, with the size needed and the size there is, if a batch of this shape does not fit."""
     device = family.head()[0].device

@@ -3,6 +3,13 @@
 import threading
 from collections.abc import Hashable
 
+import torch
+
+
+def total_memory(device: torch.device) -> float:
+    """Bytes that the device has, where graphs are recorded: on a GPU."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else float("inf")
+
 
 class Pool:
     """A lock, and the last engines that hold CUDA graphs, to be replayed by a call of the same shapes.
@@ -10,7 +17,7 @@ class Pool:
     A copy of a model starts with an empty pool: graphs belong to the weights they were recorded on.
     """
 
-    SIZE = 16  # engines at most: each holds a cache and its graphs' memory
+    SHARE = 0.125  # of the device's memory that the kept engines' caches may take, beside the newest one
 
     def __init__(self):
         self.lock = threading.RLock()
@@ -27,10 +34,23 @@ class Pool:
         return self._engines.pop(key, None)
 
     def give(self, key: Hashable, engine) -> None:
-        """Keep an engine, if it holds graphs, in place of the one that was given longest ago."""
-        if engine.graphs.enabled:
-            with self.lock:
-                self._engines.pop(key, None)
-                self._engines[key] = engine
-                while len(self._engines) > self.SIZE:
-                    self._engines.pop(next(iter(self._engines))).graphs.release()
+        """Keep an engine, if it holds graphs. Those given longest ago go until the rest are within `SHARE`."""
+        if not engine.graphs.enabled:
+            return
+        with self.lock:
+            self._drop(key)
+            self._engines[key] = engine
+            limit = self.SHARE * total_memory(engine.device)
+            while len(self._engines) > 1 and sum(kept.nbytes for kept in self._engines.values()) > limit:
+                self._drop(next(iter(self._engines)))
+
+    def clear(self) -> None:
+        """Let go of every engine, where a batch needs their memory."""
+        with self.lock:
+            for key in list(self._engines):
+                self._drop(key)
+
+    def _drop(self, key: Hashable) -> None:
+        engine = self._engines.pop(key, None)
+        if engine is not None:
+            engine.graphs.release()

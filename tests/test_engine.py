@@ -14,6 +14,7 @@ from dllm_fast.engine import Engine
 from dllm_fast.graphs import Graphs
 from dllm_fast.kernels import reference
 from dllm_fast.patch import bound_family, bound_pool
+from dllm_fast.pool import Pool
 
 
 class Replays:
@@ -24,6 +25,9 @@ class Replays:
 
     def __init__(self, enabled):
         self.enabled, self._steps = True, {}
+
+    def release(self):
+        self._steps.clear()
 
     def run(self, key, step):
         if key not in self._steps:
@@ -106,14 +110,26 @@ def test_engines_with_graphs_are_kept_for_the_next_call_of_their_shape(llada, id
         init(self, *args)
 
     monkeypatch.setattr(Engine, "__init__", counted)
-    monkeypatch.setattr(
-        "dllm_fast.engine.Graphs", lambda enabled: type("G", (Graphs,), {"run": lambda s, k, f: f()})(True)
-    )
+    released = []
+
+    class Eager(Graphs):
+        def run(self, key, step):
+            step()
+
+        def release(self):
+            released.append(self)
+
+    monkeypatch.setattr("dllm_fast.engine.Graphs", lambda enabled: Eager(True))
+    monkeypatch.setattr("dllm_fast.pool.total_memory", lambda device: 3 * row / Pool.SHARE)
     dllm_fast.patch(llada)
     options = {"gen_length": 8, "block_length": 8}
+    family = bound_family(llada)
+    row = 2 * family.layers * 32 * family.kv_heads * family.head_dim * 4  # bytes of a row's cache
     for n in (1, 2, 1, 2, 3, 1):
         dllm_fast.generate(llada, ids[:n], **options)
-    assert [rows for rows, *_ in made] == [1, 2, 3, 1]  # two are kept; the third took the place of the first
+    # One of 1 row and one of 2 fit together; that of 3 rows leaves no room for either, nor they for it.
+    assert [rows for rows, *_ in made] == [1, 2, 3, 1]
+    assert len(released) == 3
     pool = bound_pool(llada)
     with pytest.raises(ZeroDivisionError):
         monkeypatch.setattr(Engine, "_decide", lambda *a: 1 / 0)

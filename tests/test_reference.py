@@ -262,3 +262,52 @@ def test_masked_loss_is_weighted_cross_entropy():
     target, w = torch.randint(0, 20, (6,)), torch.rand(6, **DOUBLE)
     expected = (F.cross_entropy(hidden @ weight.T + bias, target, reduction="none") * w).sum()
     close(reference.masked_loss(hidden, weight, bias, target, w), expected)
+
+
+META = torch.device("meta")
+
+
+@pytest.mark.parametrize("seeded", [False, True], ids=["plain-seed", "seed-on-the-device"])
+@pytest.mark.parametrize("confidence", ["probability", "margin", "entropy", "random"])
+def test_predict_on_any_device(confidence, seeded):
+    """Plain numbers and tensors made on the way are where the arguments are."""
+
+    def on(*shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype, device=META)
+
+    rows = on(6, dtype=torch.int64)
+    seed = on(1, dtype=torch.int64) if seeded else 3
+    results = reference.predict(
+        on(6, 16), on(50, 16), on(50), mask_id=49, candidate=on(6, dtype=torch.bool), confidence=confidence,
+        temperature=0.5, seed=seed, step=on(1, dtype=torch.int64) if seeded else 0, row=rows, position=rows,
+        uncond=on(6, 16), cfg_scale=1.0,
+    )  # fmt: skip
+    assert all(x.device == META and x.shape == (6,) for x in results)
+
+
+def test_noise_on_any_device():
+    rows = torch.empty(6, dtype=torch.int64, device=META)
+    assert reference.gumbel(1, 2, rows, rows, torch.empty(50, dtype=torch.int64, device=META)).device == META
+    assert reference.uniform(1, 2, rows, rows).device == META
+
+
+def test_the_rest_on_any_device():
+    def on(*shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype, device=META)
+
+    rows = on(2, dtype=torch.int64)
+    q, kv = on(2, 4, 4, 8), on(2, 9, 2, 8)
+    cos, sin = reference.rope_table(16, 8, 1e4, META)
+    made = [
+        *reference.rms_norm(on(2, 8), on(8), 1e-5, on(2, 8)),
+        *reference.layer_norm(on(2, 8), on(8), on(8), 1e-5, on(2, 8)),
+        reference.swiglu(on(2, 8), on(2, 8)),
+        reference.geglu(on(2, 8), on(2, 8)),
+        reference.linear(on(2, 8), on(4, 8), on(4), gated=True),
+        *reference.round_rows(on(2, 8)),
+        cos,
+        sin,
+        reference.attention(q, kv, kv, rows, rows, rows, window=2),
+        reference.visible_slots(4, 9, rows, rows, rows, 2),
+    ]
+    assert all(x.device == META for x in made)

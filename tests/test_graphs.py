@@ -1,0 +1,115 @@
+"""`graphs.Graphs` over a stand-in for CUDA's recording."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+
+from dllm_fast.graphs import Graphs
+
+
+class Recorder:
+    """Keeps what is recorded; a collection while it records is an error, as on CUDA where graphs get freed by it."""
+
+    def __init__(self, monkeypatch):
+        self.recording, self.steps = False, []
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: Graph(self))
+        monkeypatch.setattr(torch.cuda, "graph", self.graph)
+        monkeypatch.setattr(gc, "collect", self._collect)
+
+    def graph(self, graph, pool, capture_error_mode):
+        self.pools = [*getattr(self, "pools", []), pool]
+        return self
+
+    def __enter__(self):
+        self.recording = True
+
+    def __exit__(self, kind, error, trace):
+        self.recording = False
+        if error is not None:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    def _collect(self):
+        assert not self.recording
+
+
+class Graph:
+    def __init__(self, recorder):
+        self.recorder, self.replays = recorder, 0
+
+    def pool(self):
+        return "pool"
+
+    def replay(self):
+        self.replays += 1
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    return Recorder(monkeypatch)
+
+
+def test_the_second_run_is_recorded_and_later_ones_replay(recorder):
+    graphs, taken = Graphs(True), []
+    for _ in range(4):
+        graphs.run("step", lambda: taken.append(recorder.recording))
+    assert taken == [False, True]
+    assert graphs._graphs["step"].replays == 3
+    graphs.run("other", lambda: taken.append(recorder.recording))
+    graphs.run("other", lambda: taken.append(recorder.recording))
+    assert recorder.pools == [None, "pool"], "graphs of one engine share their memory"
+
+
+def test_nothing_is_collected_while_recording(recorder):
+    """Cycles made by a step are left until the recording has ended."""
+    graphs, seen = Graphs(True), []
+
+    class Cycle:
+        pass
+
+    def step():
+        assert gc.isenabled() != recorder.recording
+        cycle = Cycle()
+        cycle.itself = cycle
+        seen.append(weakref.ref(cycle))
+        del cycle
+        for _ in range(3 * gc.get_threshold()[0]):
+            [].append([])
+
+    graphs.run("step", step)
+    graphs.run("step", step)
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        graphs.run("other", lambda: None)
+        graphs.run("other", lambda: None)
+        assert not gc.isenabled(), "left as it was found"
+    finally:
+        gc.enable()
+
+
+def test_a_recording_that_fails_goes_on_eagerly_and_says_what_failed_first(recorder):
+    graphs, taken = Graphs(True), []
+
+    def step():
+        if recorder.recording:
+            raise ValueError("no such kernel")
+        taken.append(1)
+
+    graphs.run("step", step)
+    with pytest.warns(UserWarning, match="steps go on without CUDA graphs.*ValueError: no such kernel"):
+        graphs.run("step", step)
+    graphs.run("step", step)
+    assert len(taken) == 3
+    assert graphs.failure == "ValueError: no such kernel"
+    assert not graphs.enabled and gc.isenabled()
+
+
+def test_release_frees_graphs_at_once(recorder):
+    graphs = Graphs(True)
+    graphs.run("step", lambda: None)
+    graphs.run("step", lambda: None)
+    graph = weakref.ref(graphs._graphs["step"])
+    graphs.release()
+    assert graph() is None
