@@ -153,8 +153,8 @@ def _attention(
 ) -> torch.Tensor:
     """`reference.attention` for fp32 and bf16; ``start`` and ``slot`` default to 0, ``end`` to S.
 
-    The strides are free but for the last dimension's. What lies outside a row's range is not read. The error is
-    PyTorch's on average, within a few parts in ten; of a handful of numbers the largest may be several times its.
+    The strides are free but for the last dimension's. What lies outside a row's range is not read. In fp32
+    the error is six to eight tenths of PyTorch's on average; of a handful of numbers the largest may be more than its.
 
     Raises:
         ValueError: a shape, dtype or stride that does not fit; it names the tensor.

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,19 @@ def test_floors_are_rates_with_a_spread(capsys, monkeypatch):
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     for name in ("copy", "bf16", "fp32"):
         assert 0 < found[name]["low"] <= found[name]["median"] <= found[name]["high"] < math.inf
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the levels are those of x86-64")
+def test_floors_where_onednn_has_no_bf16():
+    """Without AVX-512 oneDNN refuses a bf16 product, and every bench asks for the machine's floors."""
+    held = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
+    code = "import torch; from bench import floors; print(floors.has_onednn(torch.bfloat16)); floors.main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--quick", "--device", "cpu"],
+        **{"capture_output": True, "text": True, "timeout": 120, "cwd": ROOT, "env": {**os.environ, **held}},
+    )
+    assert done.stdout.startswith("False\n"), done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["bf16"]["median"] > 0
 
 
 def chosen() -> list[case.Case]:

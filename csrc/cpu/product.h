@@ -47,7 +47,7 @@ template <int NR>
 constexpr int ROWS = MANY_REGISTERS ? (NR == 1 ? 16 : 8) : (NR == 1 ? 8 : 6);
 
 // Not inlined: in the middle of more code, GCC 12 keeps the accumulators in memory.
-template <class T, int MR, int NR, bool FETCH, class Init, class Done>
+template <class T, int MR, int NR, bool FETCH, int PART, class Init, class Done>
 __attribute__((noinline)) void block(int64_t first, const char* a, int64_t row, int64_t step, const float* b,
                                      int64_t b_step, int64_t steps, const char* next, Init init, Done done) {
   Vec c[MR][NR];
@@ -58,7 +58,8 @@ __attribute__((noinline)) void block(int64_t first, const char* a, int64_t row, 
   const char* base[(MR + 3) / 4];  // a pointer for every four rows: with one each there are too few registers
 #pragma GCC unroll 4
   for (int i = 0; i < MR; i += 4) base[i / 4] = a + (first + i) * row;
-  const int64_t stretch = FETCH ? 16 : steps;  // words of a cache line
+  Vec total[MR][NR] = {};
+  const int64_t stretch = FETCH ? 16 : PART ? PART : steps;  // 16 words: a cache line
   for (; steps > 0; steps -= stretch) {
     if (FETCH) {
       for (int i = 0; i < MR; ++i) fetch(next + i * row);
@@ -78,16 +79,24 @@ __attribute__((noinline)) void block(int64_t first, const char* a, int64_t row, 
       for (int i = 0; i < MR; i += 4) base[i / 4] += step;
       b += b_step;
     }
+    if (PART) {
+#pragma GCC unroll 16
+      for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 3
+        for (int n = 0; n < NR; ++n) total[i][n] += c[i][n], c[i][n] = Vec{};
+    }
   }
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 3
-    for (int n = 0; n < NR; ++n) done(first + i, n, c[i][n]);
+    for (int n = 0; n < NR; ++n) done(first + i, n, PART ? total[i][n] : c[i][n]);
 }
 
+// With PART, partial sums of so many words are made and added up, which is more exact than one sum of all.
+//
 // c[i][n] starts as init(i, n) and is handed to done(i, n, c), for i in [0, rows). With FETCH, while rows are being
 // multiplied those after them are fetched from main memory; while the last are, those at ``next``.
-template <class T, int NR, bool FETCH = false, class Init, class Done>
+template <class T, int NR, bool FETCH = false, int PART = 0, class Init, class Done>
 inline void product(int64_t rows, const char* a, int64_t row, int64_t step, const float* b, int64_t b_step,
                     int64_t steps, const char* next, Init init, Done done) {
   constexpr int MR = ROWS<NR>;
@@ -95,12 +104,12 @@ inline void product(int64_t rows, const char* a, int64_t row, int64_t step, cons
   // Rows a multiple of 4096 bytes apart share one set of the first cache, which has no room for 16.
   if (MR == 16 && row % 4096 == 0)
     for (; i + 8 <= rows; i += 8)
-      block<T, 8, NR, FETCH>(i, a, row, step, b, b_step, steps, i + 8 < rows ? a + (i + 8) * row : next, init, done);
+      block<T, 8, NR, FETCH, PART>(i, a, row, step, b, b_step, steps, i + 8 < rows ? a + (i + 8) * row : next, init, done);
   for (; i + MR <= rows; i += MR)
-    block<T, MR, NR, FETCH>(i, a, row, step, b, b_step, steps, i + MR < rows ? a + (i + MR) * row : next, init, done);
+    block<T, MR, NR, FETCH, PART>(i, a, row, step, b, b_step, steps, i + MR < rows ? a + (i + MR) * row : next, init, done);
   if (MR > 4)
-    for (; i + 4 <= rows; i += 4) block<T, 4, NR, false>(i, a, row, step, b, b_step, steps, next, init, done);
-  for (; i < rows; ++i) block<T, 1, NR, false>(i, a, row, step, b, b_step, steps, next, init, done);
+    for (; i + 4 <= rows; i += 4) block<T, 4, NR, false, PART>(i, a, row, step, b, b_step, steps, next, init, done);
+  for (; i < rows; ++i) block<T, 1, NR, false, PART>(i, a, row, step, b, b_step, steps, next, init, done);
 }
 
 }  // namespace
