@@ -9,9 +9,10 @@ PINS := $(if $(SYSTEM),,-r requirements.txt)
 demo: .venv/.core
 	$(BIN)/dllm-fast demo
 
+# The suite, then the CPU's tests and a quick bench as on older processors: 45 minutes on two cores at most.
 test: .venv/.dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
+	$(BIN)/python tests/all.py test
 
 # Hours: other seeds, levels and environments, in pieces. make test-all ARGS=--list names them, ARGS="seed-1" runs one.
 test-all: .venv/.dev

@@ -1,19 +1,18 @@
-"""Pieces of the tests: `make test` runs its own, `make test-all` all others, or those that ARGS names.
+"""Pieces of the tests: `make test` runs the daily ones, `make test-all` all others, or those that ARGS names.
 
-    python tests/all.py levels                          # the CPU's tests at each lower instruction set
+    python tests/all.py test                            # what make test runs: the suite, then older processors
     make test-all ARGS="level-avx2 seed-1"              # some pieces; --list names them
+    make test-all ARGS="--envs /big/disk torch-2.11"    # where environments are made, a few GB each
 
-A piece is one command in one environment. Its output goes to runs/test-all, what came out to the table
-bench/results/<machine>/test-all.txt, a line a piece, with date and commit: a piece that was run at this commit is not
-run again unless it is named.
+A piece is one command in one environment, with the minutes that two cores should take at most; one that takes longer
+says so. Its output goes to runs/test-all, what came out to the table bench/results/<machine>/test-all.txt, a line a
+piece, with date and commit: a piece that was run at this commit is not run again unless it is named.
 """
 
 import argparse
-import importlib.metadata
 import importlib.util
 import json
 import os
-import platform
 import re
 import subprocess
 import sys
@@ -21,8 +20,11 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import environments
+
 ROOT = Path(__file__).parent.parent
 RUNS = ROOT / "runs" / "test-all"
+DAILY_MINUTES = 45
 # What holds oneDNN, ATen and MKL down to a level of the extension.
 HELD = {
     "avx512bf16": {},
@@ -43,13 +45,15 @@ WITHOUT_TRITON = "import sys\nsys.modules['triton'] = None\n"
 
 @dataclass
 class Piece:
-    """A command of this Python, its environment, and the minutes that two cores should take at most."""
+    """A command of a Python, its environment, and the minutes that two cores should take at most."""
 
     name: str
     command: tuple[str, ...]
     minutes: int
     environment: dict[str, str] = field(default_factory=dict)
     obstacle: str | None = None  # why it cannot be run here
+    daily: bool = False  # make test runs it
+    apart: environments.Setting | None = None  # other packages than this Python has
 
 
 def _held(level: str) -> dict[str, str]:
@@ -58,23 +62,35 @@ def _held(level: str) -> dict[str, str]:
 
 def pieces() -> dict[str, Piece]:
     """Every piece by its name, what cannot be run here included."""
-    sys.path.insert(0, str(ROOT))
-    from dllm_fast import compiled
-
-    obstacle = compiled.missing()
-    here = () if obstacle else compiled.levels()
-    every = []
-    for level in reversed(HELD):
-        lacks = None if level in here else obstacle or "the processor lacks it"
-        every.append(Piece(f"level-{level}", SUITE, 45, _held(level), lacks))
-        every.append(Piece(f"cpu-{level}", CPU_TESTS, 6, _held(level), lacks))
+    every = [Piece("suite", SUITE, 25, daily=True), *_levels()]
     every += [Piece(f"seed-{seed}", SUITE, 45, {"DLLM_TEST_SEED": str(seed)}) for seed in (1, 2, 3)]
     every.append(Piece("long", (*SUITE, "-m", "long"), 180))
     installed = importlib.util.find_spec("triton") is not None
     every.append(
         Piece("no-triton", SUITE, 45, {"PYTHONPATH": str(_blocked())}, None if installed else "there is no Triton here")
     )
+    every += [Piece(name, SUITE, 90, apart=setting) for name, setting in environments.SETTINGS.items()]
     return {piece.name: piece for piece in every}
+
+
+def compiled_levels() -> tuple[str, ...]:
+    """The extension's levels that this processor has, the best one last; none where it is not built."""
+    sys.path.insert(0, str(ROOT))
+    from dllm_fast import compiled
+
+    return () if compiled.missing() else tuple(compiled.levels())
+
+
+def _levels() -> list[Piece]:
+    """At each level: the whole suite, the CPU's tests, a quick bench. The suite itself runs at the best level."""
+    here, every = compiled_levels(), []
+    for level in reversed(HELD):
+        lacks = None if level in here else "the processor lacks it" if here else "the extension is not built"
+        daily = level in here[:-1]
+        every.append(Piece(f"level-{level}", SUITE, 45, _held(level), lacks))
+        every.append(Piece(f"cpu-{level}", CPU_TESTS, 4, _held(level), lacks, daily))
+        every.append(Piece(f"bench-{level}", ("-m", "bench.engine", "--quick"), 1, _held(level), lacks, daily))
+    return every
 
 
 def _blocked() -> Path:
@@ -84,30 +100,47 @@ def _blocked() -> Path:
     return folder
 
 
-def run(piece: Piece) -> dict:
-    """What came out: seconds, pytest's last line, whether it passed."""
-    if piece.obstacle:
-        return {"outcome": "skipped", "line": piece.obstacle, "minutes": 0.0}
+def run(piece: Piece, envs: Path) -> dict:
+    """What came out: minutes, the closing line, whether it passed. A daily piece's output is shown as it comes."""
+    obstacle = piece.obstacle or (piece.apart and environments.obstacle(piece.name, piece.apart, envs))
+    if obstacle:
+        return {"outcome": "skipped", "line": obstacle, "minutes": 0.0, "versions": ""}
     RUNS.mkdir(parents=True, exist_ok=True)
     path, began = RUNS / f"{piece.name}.txt", time.monotonic()
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **piece.environment}
+    python, tree = sys.executable, ROOT
     with path.open("w") as out:
-        done = subprocess.run(
-            [sys.executable, *piece.command],
-            cwd=ROOT,
-            env=environment,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            check=False,
-        )
+        try:
+            if piece.apart:
+                python, tree = environments.make(piece.name, piece.apart, envs, out)
+        except subprocess.CalledProcessError as error:
+            code = error.returncode
+        else:
+            code = _stream([python, *piece.command], tree, piece, out)
     text = path.read_text(errors="replace")
-    minutes = (time.monotonic() - began) / 60
-    for line in text.splitlines():
+    for line in () if piece.daily else text.splitlines():
         if line.startswith(("FAILED", "ERROR", "SKIPPED")):
             print(f"    {line}")
     closing = re.findall(r"^.*\b(?:passed|failed|error)\b.* in .*s.*$", text, re.MULTILINE)
-    outcome = "passed" if done.returncode == 0 else "failed"
-    return {"outcome": outcome, "line": closing[-1].strip("= ") if closing else text[-200:], "minutes": minutes}
+    return {
+        "outcome": "failed" if code else "passed",
+        "line": closing[-1].strip("= ") if closing else text.strip().rpartition("\n")[2][:120],
+        "minutes": (time.monotonic() - began) / 60,
+        "versions": environments.versions(python),
+    }
+
+
+def _stream(command: list[str], tree: Path, piece: Piece, out) -> int:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **piece.environment}
+    shown = " ".join([*(f"{name}={value}" for name, value in piece.environment.items()), *command])
+    print(f"+ {shown}", flush=True)
+    out.write(f"+ {shown}\n")
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+    process = subprocess.Popen(command, cwd=tree, env=environment, **pipe)
+    for line in process.stdout:
+        out.write(line)
+        if piece.daily:
+            print(line, end="", flush=True)
+    return process.wait()
 
 
 def commit() -> str:
@@ -118,64 +151,71 @@ def commit() -> str:
     return (git("rev-parse", "--short", "HEAD") or "unknown") + changed
 
 
-def versions() -> str:
-    names = ("torch", "triton", "transformers", "numpy")
-    found = [f"{name} {importlib.metadata.version(name)}" for name in names if importlib.util.find_spec(name)]
-    return ", ".join([f"Python {platform.python_version()}", *found])
-
-
 def table(results: dict[str, dict]) -> str:
     """The results as lines of columns."""
-    lines = [f"{'piece':18} {'outcome':8} {'minutes':>7}  {'date':10} {'commit':9} pytest's last line; versions"]
+    lines = [f"{'piece':18} {'outcome':8} {'minutes':>7}  {'date':10} {'commit':9} closing line; versions"]
     for name, result in results.items():
-        what = f"{result['line']}; {result['versions']}"
+        what = "; ".join(filter(None, [result["line"], result["versions"]]))
         lines.append(
             f"{name:18} {result['outcome']:8} {result['minutes']:7.1f}  {result['date']:10} {result['commit']:9} {what}"
         )
     return "\n".join(lines) + "\n"
 
 
+def choose(known: dict[str, Piece], names: list[str]) -> list[str]:
+    """The pieces that ``names`` stands for: `test` for what make test runs, nothing for all that it does not cover."""
+    if names == ["test"]:
+        return [piece.name for piece in known.values() if piece.daily]
+    covered = [name for name in known if name == "suite" or name.startswith("cpu-")]  # by level-*
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(f"no such piece: {', '.join(unknown)}; there are {', '.join(known)}")
+    return names or [name for name in known if name not in covered]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help="pieces; `levels` is what make test runs; none: all but cpu-*")
+    parser.add_argument("names", nargs="*", help="pieces; `test`: those of make test; none: all others")
     parser.add_argument("--list", action="store_true", help="name the pieces and why some cannot be run here")
     parser.add_argument("--machine", default=f"cpu-{os.cpu_count()}-cores", help="folder of bench/results")
+    parser.add_argument("--envs", type=Path, default=environments.FOLDER, help="where environments are made and kept")
     options = parser.parse_args()
     known = pieces()
     if options.list:
         for piece in known.values():
             print(f"{piece.name:18} {piece.minutes:4} minutes  {piece.obstacle or ''}")
         return
-    names = [name for name in known if not name.startswith("cpu-")]
-    if options.names == ["levels"]:
-        # The best level is what the suite has just run.
-        names = [name for name in known if name.startswith("cpu-") and not known[name].obstacle][:-1]
-    elif options.names:
-        names = options.names
-        unknown = [name for name in names if name not in known]
-        if unknown:
-            parser.error(f"no such piece: {', '.join(unknown)}; there are {', '.join(known)}")
+    try:
+        names = choose(known, options.names)
+    except ValueError as error:
+        parser.error(str(error))
+    daily = options.names == ["test"]
     kept = RUNS / "results.json"
     results = json.loads(kept.read_text()) if kept.exists() else {}
-    failed = False
+    failed, minutes = [], 0.0
+    lines = []
     for name in names:
         if not options.names and results.get(name, {}).get("commit") == commit():
             print(f"{name}: run at this commit already, {results[name]['outcome']}", flush=True)
-            failed |= results[name]["outcome"] == "failed"
+            failed += [name] * (results[name]["outcome"] == "failed")
             continue
-        result = run(known[name])
-        result |= {"date": time.strftime("%Y-%m-%d"), "commit": commit(), "versions": versions()}
-        results[name] = result
+        result = run(known[name], options.envs.expanduser())
+        results[name] = result | {"date": time.strftime("%Y-%m-%d"), "commit": commit()}
+        minutes += result["minutes"]
         late = f" of {known[name].minutes}" + ", OVER ITS BUDGET" * (result["minutes"] > known[name].minutes)
-        print(f"{name}: {result['outcome']}, {result['minutes']:.1f}{late} minutes: {result['line']}", flush=True)
-        failed |= result["outcome"] == "failed"
+        lines.append(f"{name}: {result['outcome']}, {result['minutes']:.1f}{late} minutes: {result['line']}")
+        print(lines[-1], flush=True)
+        failed += [name] * (result["outcome"] == "failed")
         RUNS.mkdir(parents=True, exist_ok=True)
         kept.write_text(json.dumps(results, indent=1))
-        if options.names != ["levels"]:
+        if not daily:
             path = ROOT / "bench" / "results" / options.machine / "test-all.txt"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(table(results))
-    sys.exit(failed)
+    if daily:
+        print("\n" + "\n".join(lines))
+        print(f"all parts: {minutes:.1f} of {DAILY_MINUTES} minutes" + ", OVER ITS BUDGET" * (minutes > DAILY_MINUTES))
+    sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,151 @@
+"""Environments for pieces of the tests: a Python, packages by name from the registry, a copy of the tree built there.
+
+One takes this Python's packages and puts others before them, or has a Python of its own with everything, torch as the
+registry gives it included, which on Linux brings gigabytes of CUDA. All lie in a folder outside the tree and are kept.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TextIO
+
+ROOT = Path(__file__).parent.parent
+FOLDER = Path("~/.cache/dllm_fast-envs")
+ROOM = 12  # GB that torch with CUDA and the rest take while they are installed
+# What is made anew, or is this checkout's own.
+LEFT_OUT = (
+    ".git",
+    ".venv",
+    "build",
+    "dist",
+    "runs",
+    "peers",
+    "*.so",
+    "*.egg-info",
+    "__pycache__",
+    ".*_cache",
+    ".hypothesis",
+)
+VERSIONS = """
+import importlib.metadata, platform
+found = {d.name.lower(): d.version for d in reversed(list(importlib.metadata.distributions()))}
+names = ("torch", "triton", "transformers", "numpy")
+print(", ".join([f"Python {platform.python_version()}"] + [f"{n} {found[n]}" for n in names if n in found]))
+"""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is installed, and whether there is a C++ compiler."""
+
+    packages: tuple[str, ...] = ()
+    python: str | None = None  # such as "3.12"; None: this Python, over the packages that it has
+    compiler: bool = True
+
+
+PINS = tuple(line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and line[0] != "#")
+SETTINGS = {
+    "no-compiler": Setting(compiler=False),
+    "transformers-4.57": Setting(("transformers==4.57.6",)),
+    "triton-3.6": Setting(("triton==3.6.0", "numpy==2.3.*")),
+    "triton-3.8": Setting(("triton==3.8.*",)),
+    **{f"python-{version}": Setting(PINS, version) for version in ("3.10", "3.11", "3.12", "3.13")},
+    "torch-2.8": Setting(("torch==2.8.*", "transformers==5.17.0"), "3.12"),
+    "torch-2.11": Setting(("torch==2.11.*", "triton==3.6.0", "numpy==2.3.*", "transformers==5.17.0"), "3.12"),
+    "newest": Setting(("torch", "transformers"), "3.13"),
+}
+
+
+@cache
+def find_python(version: str) -> str | None:
+    """A Python of this version on the search path, or one that pyenv keeps; None where there is none."""
+    pyenv = Path(os.environ.get("PYENV_ROOT", "~/.pyenv")).expanduser() / "versions"
+    candidates = [sys.executable, shutil.which(f"python{version}"), *sorted(pyenv.glob(f"{version}.*/bin/python"))]
+    for candidate in filter(None, candidates):
+        code = "import sys, venv; print('%d.%d' % sys.version_info[:2])"
+        done = subprocess.run([candidate, "-c", code], capture_output=True, text=True, check=False)
+        if done.stdout.strip() == version:
+            return str(candidate)
+    return None
+
+
+@cache
+def registry_answers() -> bool:
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--dry-run",
+        "--no-deps",
+        "--ignore-installed",
+        "iniconfig",
+    ]
+    return subprocess.run([*command, "--retries=0"], capture_output=True, timeout=120, check=False).returncode == 0
+
+
+def obstacle(name: str, setting: Setting, folder: Path) -> str | None:
+    """Why the environment cannot be made here."""
+    if setting.python and not find_python(setting.python):
+        return f"there is no Python {setting.python}"
+    if not registry_answers():
+        return "no package registry answers"
+    folder.mkdir(parents=True, exist_ok=True)
+    if setting.python and not _made(folder / name, setting) and shutil.disk_usage(folder).free < ROOM * 1e9:
+        return f"{folder} has less than {ROOM} GB of room, which torch with CUDA takes; --envs names another folder"
+    return None
+
+
+def make(name: str, setting: Setting, folder: Path, out: TextIO) -> tuple[str, Path]:
+    """The environment's Python and a copy of the tree as it is now, built there; what is run goes to ``out``.
+
+    Raises:
+        subprocess.CalledProcessError: a command failed; its output is in ``out``.
+    """
+    here = folder / name
+    tree, python = here / "tree", here / "venv" / "bin" / "python"
+
+    def do(*command: str | Path, **environment: str) -> None:
+        line = " ".join([*(f"{key}={value}" for key, value in environment.items()), *map(str, command)])
+        print(f"+ {line}", flush=True)
+        out.write(f"+ {line}\n")
+        out.flush()
+        subprocess.run(command, check=True, stdout=out, stderr=subprocess.STDOUT, env={**os.environ, **environment})
+
+    shutil.rmtree(tree, ignore_errors=True)
+    shutil.copytree(ROOT, tree, symlinks=True, ignore=shutil.ignore_patterns(*LEFT_OUT))
+    if not _made(here, setting):
+        do(find_python(setting.python) if setting.python else sys.executable, "-m", "venv", "--clear", here / "venv")
+        if setting.python:
+            do(python, "-m", "pip", "install", "-q", "-e", f"{tree}[dev]", *setting.packages)
+        else:
+            borrow(python)
+            if setting.packages:
+                do(python, "-m", "pip", "install", "-q", *setting.packages)
+        (here / "made").write_text(repr(setting))
+    compiler = {} if setting.compiler else {"CC": "false", "CXX": "false"}
+    do(python, "-m", "pip", "install", "-q", "--no-deps", "--force-reinstall", "-e", tree, **compiler)
+    return str(python), tree
+
+
+def borrow(python: Path) -> None:
+    """The packages of the Python that runs this stand behind those of the environment of ``python``."""
+    code = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    own = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
+    paths = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+    (Path(own) / "borrowed.pth").write_text("\n".join(sorted(paths)) + "\n")
+
+
+def versions(python: str) -> str:
+    return subprocess.run([python, "-c", VERSIONS], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def _made(here: Path, setting: Setting) -> bool:
+    made = here / "made"
+    return made.exists() and made.read_text() == repr(setting)

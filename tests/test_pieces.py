@@ -1,0 +1,56 @@
+"""The pieces of make test and make test-all: budgets, choice, what a failed or late piece leaves in the table."""
+
+import sys
+from pathlib import Path
+
+import all as every
+import pytest
+from environments import Setting, find_python, obstacle
+
+PIECES = every.pieces()
+
+
+def test_the_parts_of_make_test_have_budgets_within_its_45_minutes():
+    daily = [PIECES[name] for name in every.choose(PIECES, ["test"])]
+    assert daily[0].name == "suite"
+    assert sum(piece.minutes for piece in daily) <= every.DAILY_MINUTES
+
+
+def test_make_test_runs_every_lower_level_of_this_processor_and_test_all_every_level():
+    levels = every.compiled_levels()
+    daily = every.choose(PIECES, ["test"])
+    assert [name for name in daily if name.startswith("cpu-")] == [f"cpu-{level}" for level in levels[:-1]]
+    assert {f"bench-{level}" for level in levels[:-1]} <= set(daily)
+    assert {f"level-{level}" for level in levels} <= set(every.choose(PIECES, []))
+
+
+def test_a_name_that_is_no_piece_is_refused():
+    with pytest.raises(ValueError, match="no such piece: level-sse; there are suite"):
+        every.choose(PIECES, ["level-sse"])
+
+
+@pytest.mark.parametrize(("code", "outcome", "line"), [
+    ("print('== 3 passed in 0.1s ==')", "passed", "3 passed in 0.1s"),
+    ("print('FAILED x'); print('1 failed, 2 passed in 0.1s'); exit(1)", "failed", "1 failed, 2 passed in 0.1s"),
+    ("raise ValueError('no such thing')", "failed", "ValueError: no such thing"),
+])  # fmt: skip
+def test_what_a_piece_leaves_in_the_table(tmp_path, monkeypatch, capsys, code, outcome, line):
+    monkeypatch.setattr(every, "RUNS", tmp_path)
+    result = every.run(every.Piece("one", ("-c", code), 1), tmp_path)
+    assert (result["outcome"], result["line"]) == (outcome, line)
+    assert ("FAILED x" in capsys.readouterr().out) == ("FAILED" in code)
+    assert line in (tmp_path / "one.txt").read_text()
+    row = every.table({"one": result | {"date": "2026-01-02", "commit": "abc"}}).splitlines()[1]
+    assert row.split()[:5] == ["one", outcome, "0.0", "2026-01-02", "abc"]
+    assert f"{line}; Python {sys.version.split()[0]}" in row
+
+
+def test_a_piece_that_cannot_be_run_here_says_why(tmp_path):
+    result = every.run(every.Piece("one", ("-c", "exit(1)"), 1, obstacle="the processor lacks it"), tmp_path)
+    assert (result["outcome"], result["line"]) == ("skipped", "the processor lacks it")
+    assert obstacle("old", Setting(python="3.1"), tmp_path) == "there is no Python 3.1"
+
+
+def test_this_python_is_found_by_its_version():
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    assert Path(find_python(version)).samefile(sys.executable)
