@@ -59,7 +59,7 @@ def encode(tokenizer, text: str, mask_id: int, chat: bool) -> torch.Tensor:
         ids += [mask_id, *part] if i else part
     if not ids:
         raise ValueError("--prompt: an empty prompt")
-    return torch.tensor([ids])
+    return torch.tensor([ids], dtype=torch.int64, device="cpu")
 
 
 def run_generate(args: argparse.Namespace) -> int:

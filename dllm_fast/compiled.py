@@ -171,7 +171,7 @@ def _attention(
         raise ValueError(f"window={window} is negative")
     if scale is not None and not scale > 0:
         raise ValueError(f"scale={scale} is not above 0")
-    out = torch.empty(q.shape, dtype=q.dtype)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if out.numel():
         arguments = _Attention(
             *map(_pointer, (q, keys, values, out, start, end, slot)),
@@ -226,7 +226,7 @@ def _linear(
     _check_float("weight", weight, 2)
     outputs, inputs = weight.shape
     _check(weight.dtype, x=(x, (*x.shape[:-1], inputs)), weight=(weight, weight.shape), bias=(bias, (outputs,)))
-    out = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype)
+    out = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype, device=x.device)
     if out.numel():
         rows = x.reshape(out.numel() // outputs, inputs)
         arguments = _Linear(
@@ -269,8 +269,8 @@ def _predict(
     temperature, guidance,
 ):  # fmt: skip
     rows, width = hidden.shape
-    token = torch.empty(rows, dtype=torch.int64)
-    score, lse = torch.empty(rows, dtype=torch.float32), torch.empty(rows, dtype=torch.float32)
+    token = torch.empty(rows, dtype=torch.int64, device=hidden.device)
+    score, lse = (torch.empty(rows, dtype=torch.float32, device=hidden.device) for _ in range(2))
     if rows:
         ranges = [(ctypes.c_int64 * len(ids))(*ids) for ids in (banned, deferred)]
         arguments = _Predict(

@@ -23,7 +23,7 @@ def _rms_norm(x, weight, eps, residual=None):
     rows = (*x.shape[:-1], *weight.shape)
     _check(weight.dtype, x=(x, rows), weight=(weight, weight.shape), residual=(residual, rows))
     y = _like(x)
-    h = torch.empty(0, dtype=x.dtype) if residual is None else _like(x)
+    h = torch.empty(0, dtype=x.dtype, device=x.device) if residual is None else _like(x)
     if y.numel():
         width = x.shape[-1]
         x, stride = _rows(x)

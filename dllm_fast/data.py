@@ -89,7 +89,7 @@ class PackedText(Dataset):
         rows = len(ids) // length
         if rows == 0:
             raise ValueError(f"--data: {len(ids)} tokens do not fill one row of --length {length}")
-        self.rows = torch.tensor(ids[: rows * length]).view(rows, length)
+        self.rows = torch.tensor(ids[: rows * length], dtype=torch.int64, device="cpu").view(rows, length)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -120,4 +120,5 @@ def collate(rows: list[tuple[list[int], list[int]]]) -> dict[str, torch.Tensor]:
     """Rows of `PromptAnswers` as input_ids [B, L] and prompt_length [B], filled up with the answers' end-of-text."""
     length = max(len(prompt) + len(answer) for prompt, answer in rows)
     ids = [[*prompt, *answer] + answer[-1:] * (length - len(prompt) - len(answer)) for prompt, answer in rows]
-    return {"input_ids": torch.tensor(ids), "prompt_length": torch.tensor([len(prompt) for prompt, _ in rows])}
+    columns = {"input_ids": ids, "prompt_length": [len(prompt) for prompt, _ in rows]}
+    return {name: torch.tensor(column, dtype=torch.int64, device="cpu") for name, column in columns.items()}

@@ -41,8 +41,9 @@ def demo(plain: bool = False) -> None:
     print("A small ModernBERT, trained on the King James Bible, fills a gap:")
     before, gap, after = GAP
     ids = words(before)["input_ids"] + [filler.config.mask_token_id] * gap + words(after)["input_ids"]
+    ids = torch.tensor([ids], dtype=torch.int64, device="cpu")
     with watching(words, filler.config.mask_token_id, plain, "modernbert-kjv") as streamer:
-        generate(filler, torch.tensor([ids]), gen_length=0, block_length=gap, schedule=Uniform(gap), streamer=streamer)
+        generate(filler, ids, gen_length=0, block_length=gap, schedule=Uniform(gap), streamer=streamer)
     print()
     compare(model, tokenizer(PROMPTS[0], return_tensors="pt")["input_ids"])
 

@@ -13,8 +13,8 @@ def mask_ratios(batch: int, generator: torch.Generator) -> torch.Tensor:
     One draw is shared and shifted evenly over the batch (arXiv:2107.00630, appendix I): each t is still uniform, and
     the loss varies less from batch to batch.
     """
-    shift = torch.arange(batch) / batch
-    t = (torch.rand(1, generator=generator) + shift) % 1.0
+    shift = torch.arange(batch, dtype=torch.float32, device="cpu") / batch
+    t = (torch.rand(1, generator=generator, dtype=torch.float32, device="cpu") + shift) % 1.0
     return (1 - EPS) * t + EPS
 
 
@@ -28,7 +28,7 @@ def corrupt(
 
     Draws come from the CPU generator, so that a run gives the same masks on any device.
     """
-    draw = torch.rand(input_ids.shape, generator=generator)
+    draw = torch.rand(input_ids.shape, generator=generator, dtype=torch.float32, device="cpu")
     masked = (draw < ratio[:, None]).to(input_ids.device)
     return input_ids.masked_fill(masked, mask_id), masked
 

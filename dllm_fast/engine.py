@@ -26,6 +26,11 @@ ARRIVALS = 4096  # tiles of 128 output channels: as wide as a layer's linears ge
 PLAN_STEP = (1 << 32) - 1  # the step number under which a schedule's own draws are made; no step of a block has it
 
 
+def on_host(values: list, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+    """A tensor on the host, whatever default device a script has set."""
+    return torch.tensor(values, dtype=dtype, device="cpu")
+
+
 @dataclass(frozen=True)
 class Options:
     """What is fixed for an engine, and baked into its graphs."""
@@ -72,7 +77,7 @@ class Engine:
         self.budget = long(rows)  # positions that may still be opened again in this block
         self.step, self.seed = long(1), long(1)
         self.more = torch.zeros(rows, dtype=torch.bool, device=device)  # has the row's block a position still open
-        self.then = torch.zeros((rows, self.live), device=device)  # probabilities at commitment
+        self.then = torch.zeros((rows, self.live), dtype=torch.float32, device=device)  # probabilities at commitment
         self.offsets = torch.arange(self.live, device=device)
         # Without padding there is no range to pass, and attention takes its unmasked path.
         self.start = self.pad if padded else None
@@ -95,15 +100,15 @@ class Engine:
     def load(self, rows: list) -> None:
         """Write the sequences of ``rows`` (`request.Row`) into the canvas, as they stand."""
         shape = (len(rows), self.slots)
-        canvas, open_ = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.bool)
+        canvas, open_ = (torch.zeros(shape, dtype=dtype, device="cpu") for dtype in (torch.int64, torch.bool))
         for b, row in enumerate(rows):
             canvas[b, self.slots - len(row.ids) :] = row.ids
             open_[b, self.slots - len(row.ids) :] = row.open
         self.canvas.copy_(canvas)
         self.open.copy_(open_)
         self.lengths = [len(row.ids) for row in rows]
-        self.pad.copy_(torch.tensor([self.slots - length for length in self.lengths]))
-        self.row.copy_(torch.tensor([row.noise for row in rows]))
+        self.pad.copy_(on_host([self.slots - length for length in self.lengths]))
+        self.row.copy_(on_host([row.noise for row in rows]))
 
     def tokens(self) -> torch.Tensor:
         """The live block of every row, [B, T] int64 on the host."""
@@ -112,7 +117,7 @@ class Engine:
     def take_over(self, other: "Engine", stayed: list[int]) -> None:
         """Go on with the rows ``stayed`` of a larger engine: its cache, the last slots of it."""
         if self.cache is not None and not self.options.refresh.full(1):
-            index = other._doubled(torch.tensor(stayed, device=self.device))
+            index = other._doubled(on_host(stayed).to(self.device))
             self.cache.take_over(other.cache, index, other.slots - self.slots, self.slots)
 
     def block(
@@ -161,7 +166,7 @@ class Engine:
 
     def _draw(self, slot: torch.Tensor) -> torch.Tensor:
         """Uniform noise [B, T] of the block's positions, on the host; 2 where none is open."""
-        at = slot[:, None] + torch.arange(self.live)  # [B, T]
+        at = slot[:, None] + torch.arange(self.live, device="cpu")  # [B, T]
         row, position = self.row.cpu()[:, None].expand_as(at), at - self.pad.cpu()[:, None]
         seed = int(self.seed)
         drawn = reference.uniform(seed, PLAN_STEP, row.flatten(), position.flatten()).view_as(at)

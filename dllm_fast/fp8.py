@@ -29,7 +29,7 @@ CHUNK = 1024  # rows of a weight that are wide at once: 1024 x 12,288 in bf16 is
 def check(model: nn.Module, groups: Iterable[tuple[nn.Module, ...]], device: torch.device) -> None:
     """Raise ValueError where PyTorch cannot hold e4m3, or if a module of the layers is no plain ``nn.Linear``."""
     try:
-        torch.zeros(1, device=device).to(torch.float8_e4m3fn)
+        torch.zeros(1, dtype=torch.float32, device=device).to(torch.float8_e4m3fn)
     except (AttributeError, RuntimeError, TypeError) as error:
         raise ValueError(f"weights='fp8': PyTorch {torch.__version__} has no float8_e4m3fn on {device}") from error
     names = {module: name for name, module in model.named_modules()}
@@ -47,7 +47,7 @@ def native(device: torch.device) -> bool:
     """
     if device.type != "cuda" or torch.version.cuda is None or torch.cuda.get_device_capability(device) < (8, 9):
         return False
-    ones = torch.ones(16, 32, device=device)
+    ones = torch.ones(16, 32, dtype=torch.float32, device=device)
     try:
         product = _scaled(ones.bfloat16(), ones.to(torch.float8_e4m3fn), ones[:, :1].contiguous(), "torch")
     except RuntimeError:

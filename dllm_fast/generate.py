@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dllm_fast.engine import Counts, Engine
+from dllm_fast.engine import Counts, Engine, on_host
 from dllm_fast.memory import fits, require_memory
 from dllm_fast.patch import bound_family, bound_pool
 from dllm_fast.refresh import Refresh
@@ -190,10 +190,10 @@ def generate_many(
     rows = []
     for index, prompt in enumerate(prompts):
         name = f"prompts[{index}]"
-        ids = torch.as_tensor(prompt)
+        ids = torch.as_tensor(prompt, device="cpu")
         require(ids.dim() == 1, f"{name}: shape {tuple(ids.shape)} is not [P]")
         require(ids.numel() == 0 or ids.dtype == torch.int64, f"{name}: dtype {ids.dtype} is not torch.int64")
-        rows.append(request.row(index, ids.cpu(), family, name, noise_rows[index]))
+        rows.append(request.row(index, ids, family, name, noise_rows[index]))
     server = _Server(model, request, rows, batch_size, Counts())
     return _completions(server, len(rows), ordered, progress)
 
@@ -288,10 +288,10 @@ class _Server:
     def _block(self) -> None:
         """Fill each seated row's next block, and take its tokens in."""
         engine, rows = self.engine, self.seated
-        slot = torch.tensor([max(0, row.blocks[row.next][0] + engine.slots - len(row.ids)) for row in rows])
-        masked = torch.tensor([row.blocks[row.next][1] for row in rows])
-        blocks = torch.tensor([len(row.blocks) for row in rows])
-        fresh = torch.tensor([self.request.options.refresh.full(row.next) for row in rows])
+        slot = on_host([max(0, row.blocks[row.next][0] + engine.slots - len(row.ids)) for row in rows])
+        masked = on_host([row.blocks[row.next][1] for row in rows])
+        blocks = on_host([len(row.blocks) for row in rows])
+        fresh = on_host([self.request.options.refresh.full(row.next) for row in rows], torch.bool)
         draft = None
         if self.stream is not None:
             self.stream.flush()

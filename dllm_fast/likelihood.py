@@ -65,7 +65,7 @@ def log_likelihoods(
     """
     require(_whole(samples) and samples >= 1, f"samples={samples!r} is not a positive whole number")
     require(seed is None or _whole(seed), f"seed={seed!r} is not a whole number")
-    seed = int(torch.randint(2**63 - 1, ())) if seed is None else seed
+    seed = int(torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu")) if seed is None else seed
     return _Scorer(model, pairs, batch_size, cfg_scale).bounds(samples, seed)
 
 
@@ -92,14 +92,14 @@ def draw_masks(length: int, samples: int, generator: torch.Generator) -> torch.T
     would leave to chance which tokens are asked for when few are masked, most of the variance.
     """
     half = samples // 2
-    shift = torch.rand(1, generator=generator, dtype=torch.float64)
-    low = 1 + ((torch.arange(half) + shift) / max(half, 1) * length).long().clamp(max=length - 1)
-    odd = torch.randint(1, length + 1, (samples % 2,), generator=generator)
+    shift = torch.rand(1, generator=generator, dtype=torch.float64, device="cpu")
+    low = 1 + ((torch.arange(half, device="cpu") + shift) / max(half, 1) * length).long().clamp(max=length - 1)
+    odd = torch.randint(1, length + 1, (samples % 2,), generator=generator, device="cpu")
     counts = torch.cat((low, length + 1 - low, odd)).sort().values
-    masks, dealt, deck = torch.zeros(samples, length, dtype=torch.bool), length, None
+    masks, dealt, deck = torch.zeros(samples, length, dtype=torch.bool, device="cpu"), length, None
     for mask, count in zip(masks, counts.tolist()):
         if dealt + count > length:
-            deck, dealt = torch.randperm(length, generator=generator), 0
+            deck, dealt = torch.randperm(length, generator=generator, device="cpu"), 0
         mask[deck[dealt : dealt + count]] = True
         dealt += count
     return masks
@@ -117,7 +117,8 @@ class _Pair:
     def weighted_masks(self, samples: int, seed: int) -> Iterator[tuple[torch.Tensor, float]]:
         """Each distinct mask [L] of the pair's, and what the sum of its log-probabilities counts for."""
         key = f"{seed} {self.ids[: self.prompt].tolist()}".encode()
-        generator = torch.Generator().manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=7).digest(), "big"))
+        digest = hashlib.blake2b(key, digest_size=7).digest()
+        generator = torch.Generator(device="cpu").manual_seed(int.from_bytes(digest, "big"))
         masks, times = torch.unique(draw_masks(self.length, samples, generator), dim=0, return_counts=True)
         weights = times.double() / samples * self.length / masks.sum(1)
         yield from zip(masks, weights.tolist())
@@ -137,7 +138,7 @@ class _Scorer:
         self.pairs = [self._pair(f"pairs[{i}]", *pair) for i, pair in enumerate(pairs)]
 
     def _pair(self, name: str, prompt: Ids, answer: Ids) -> _Pair:
-        prompt, answer = (torch.as_tensor(ids).cpu() for ids in (prompt, answer))
+        prompt, answer = (torch.as_tensor(ids, device="cpu") for ids in (prompt, answer))
         for ids in (prompt, answer):
             require(ids.dim() == 1, f"{name}: ids of shape {tuple(ids.shape)} are not a row")
             require(len(ids) == 0 or ids.dtype == torch.int64, f"{name}: dtype {ids.dtype} is not torch.int64")
@@ -167,7 +168,7 @@ class _Scorer:
 
     def greedy(self) -> Iterator[bool]:
         for pairs in _batches(self.pairs, self.batch_size):
-            masks = [torch.ones(pair.length, dtype=torch.bool) for pair in pairs]
+            masks = [torch.ones(pair.length, dtype=torch.bool, device="cpu") for pair in pairs]
             live, wrong = list(range(len(pairs))), set()
             while live:
                 best = self._most_confident([pairs[i] for i in live], [masks[i] for i in live])
@@ -215,8 +216,8 @@ class _Scorer:
         """Clean ids [B, T], masked positions [B, T] bool, and what the LM head multiplies at these, [N, d]: with the
         prompt, and without it where there is guidance. Rows begin at slot 0 and are padded behind."""
         lengths = [len(pair.ids) for pair in pairs]
-        ids = torch.zeros(len(pairs), max(lengths), dtype=torch.int64)
-        open_, given = (torch.zeros(ids.shape, dtype=torch.bool) for _ in range(2))
+        ids = torch.zeros(len(pairs), max(lengths), dtype=torch.int64, device="cpu")
+        open_, given = (torch.zeros(ids.shape, dtype=torch.bool, device="cpu") for _ in range(2))
         for row, (pair, mask) in enumerate(zip(pairs, masks)):
             ids[row, : len(pair.ids)] = pair.ids
             given[row, : pair.prompt] = True
@@ -224,7 +225,7 @@ class _Scorer:
         ids, open_, given = (x.to(self.device) for x in (ids, open_, given))
         start = end = None
         if min(lengths) < max(lengths):
-            end = torch.tensor(lengths, device=self.device)
+            end = torch.tensor(lengths, dtype=torch.int64, device=self.device)
             start = torch.zeros_like(end)
         noisy, uncond = ids.masked_fill(open_, self.mask_id), None
         hidden = self.family.hidden(noisy, start, end, rows=open_)

@@ -66,7 +66,9 @@ def from_pretrained(
         config = cls.config_class.from_pretrained(name, **kwargs)
     else:
         raise ValueError(f"{name}: model_type {kind!r} is not supported; supported are {', '.join(CLASSES)}")
-    model, report = cls.from_pretrained(name, config=config, dtype=dtype, output_loading_info=True, **kwargs)
+    # Not on a default device that a script has set: transformers refuses "meta", and wants Accelerate for others.
+    with torch.device("cpu"):
+        model, report = cls.from_pretrained(name, config=config, dtype=dtype, output_loading_info=True, **kwargs)
     # transformers 4.57 believes a shard index that lists more than its shards hold, and leaves the rest on meta.
     missing = sorted({*report["missing_keys"], *(name for name, p in model.named_parameters() if p.is_meta)})
     if missing:

@@ -304,9 +304,9 @@ def predict(hidden, weight, bias=None, *, candidate=None, uncond=None, cfg_scale
     if candidate is None:
         return token, confidence, lse
     full = (
-        torch.full(candidate.shape, options["mask_id"], dtype=token.dtype, device=token.device),
-        torch.full(candidate.shape, float("-inf"), device=token.device),
-        torch.zeros(candidate.shape, device=token.device),
+        token.new_full(candidate.shape, options["mask_id"]),
+        confidence.new_full(candidate.shape, float("-inf")),
+        lse.new_zeros(candidate.shape),
     )
     if isinstance(rows, slice):
         return tuple(torch.where(candidate, x, nothing) for x, nothing in zip((token, confidence, lse), full))

@@ -50,7 +50,7 @@ class ReMDM:
     def urgency(self, block: Committed) -> torch.Tensor:
         filled = block.before.sum(1)  # [B]
         left = block.masked.sum(1) - block.kept
-        share = self.eta * (left / filled.clamp(min=1)).clamp(max=1) * filled
+        share = self.eta * (left.float() / filled.clamp(min=1)).clamp(max=1) * filled
         fell = (block.then - block.now).where(block.before, STAYS)  # [B, T]
         rank = ranks(fell)
         return fell.where((fell > 0) & (rank < (share + 0.5).floor()[:, None]), STAYS)
@@ -82,7 +82,8 @@ class P2:
         keep_share(self, "eta")
 
     def urgency(self, block: Committed) -> torch.Tensor:
-        score = block.now.clamp(min=1e-30).log() * torch.where(block.before, self.eta, 1.0)  # [B, T]
+        score = block.now.clamp(min=1e-30).log()  # [B, T]
+        score = torch.where(block.before, self.eta * score, score)
         score = score.where(block.before | block.masked, STAYS)
         rank = ranks(score)
         stay = rank < (block.before.sum(1) + block.kept)[:, None]

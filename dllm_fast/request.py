@@ -47,10 +47,11 @@ class Row:
         skip = max(0, -first)  # the window of a row shorter than a block begins in its padding
         self.ids[max(0, first) : first + len(tokens)] = tokens[skip:]
         self.next += 1
-        ends = (torch.isin(self.ids, torch.tensor(eos_ids, dtype=torch.int64)) & self.open).nonzero()[:, 0]
+        eos = torch.tensor(eos_ids, dtype=torch.int64, device="cpu")
+        ends = (torch.isin(self.ids, eos) & self.open).nonzero()[:, 0]
         if len(ends):
             end = int(ends[0])
-            after = torch.arange(len(self.ids)) > end
+            after = torch.arange(len(self.ids), device="cpu") > end
             self.ids[after & self.open] = int(self.ids[end]) if pad_id is None else pad_id
             self.next = len(self.blocks)
 
@@ -91,7 +92,7 @@ class Request:
             self.cache, refresh, self.remask, self.mask_id, self.suppress_tokens, self.defer_tokens,
         )  # fmt: skip
         if self.seed is None:
-            self.seed = int(torch.randint(2**63 - 1, ()))
+            self.seed = int(torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu"))
         return self
 
     def row(self, index: int, ids: torch.Tensor, family, name: str = "input_ids", noise: int | None = None) -> Row:
@@ -167,7 +168,7 @@ def check_batch(input_ids, attention_mask, device: torch.device) -> tuple[torch.
     require(ids.shape[1] > 0, f"input_ids: shape {tuple(ids.shape)} is an empty prompt")
     require(ids.device == device, f"input_ids: on {ids.device}, but the model is on {device}")
     if mask is None:
-        zero = torch.zeros(len(ids), dtype=torch.int64)
+        zero = torch.zeros(len(ids), dtype=torch.int64, device="cpu")
         return zero, zero + ids.shape[1]
     require(
         isinstance(mask, torch.Tensor) and mask.shape == ids.shape and mask.device == ids.device,

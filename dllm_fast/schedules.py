@@ -140,8 +140,9 @@ class Ancestral(_Planned):
 
     def counts(self, masked, blocks, draw):
         share = (self.steps // blocks)[:, None]  # [B, 1]
-        time = 1 - torch.arange(1, int(share.max()) + 1, dtype=torch.float64) / share  # [B, n]: each step's end
-        begin = self._alpha(torch.ones((), dtype=torch.float64))
+        grid = torch.arange(1, int(share.max()) + 1, dtype=torch.float64, device=share.device)
+        time = 1 - grid / share  # [B, n]: each step's end
+        begin = self._alpha(torch.ones((), dtype=torch.float64, device=share.device))
         # The product of (1 - alpha_s) / (1 - alpha_t) over a position's steps telescopes into the share still masked.
         reached = (self._alpha(time.clamp(min=0)) - begin) / (1 - begin)
         reached[time <= 0] = 1.0  # cos(0) and the division leave it within rounding of 1

@@ -53,13 +53,14 @@ class DiffusionTrainer(Trainer):
         # Evaluation corrupts alike at every step, so that its losses can be compared.
         key = (self.args.seed, self.state.global_step if training else -1, micro, self.args.process_index)
         digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+        return torch.Generator(device="cpu").manual_seed(int.from_bytes(digest, "little") >> 1)
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
         ids, generator = inputs["input_ids"], self._generator(model.training)
         prompt_length = inputs.get("prompt_length")
-        if prompt_length is None and model.training and torch.rand(1, generator=generator) < CUT:
-            ids = ids[:, : int(torch.randint(1, ids.shape[1] + 1, (1,), generator=generator))]
+        host = {"generator": generator, "device": "cpu"}
+        if prompt_length is None and model.training and torch.rand(1, dtype=torch.float32, **host) < CUT:
+            ids = ids[:, : int(torch.randint(1, ids.shape[1] + 1, (1,), **host))]
         bare = self.accelerator.unwrap_model(model)
         family = FAMILIES[bare.config.model_type](bare, "torch")
         if prompt_length is None:

@@ -154,7 +154,8 @@ def fresh_rotary(model: nn.Module) -> list[tuple[nn.Module, str, torch.Tensor]]:
                 sliding = name.startswith("sliding_attention")
             else:  # transformers 4.57: one buffer a layer, at model.layers.N.attn.rotary_emb
                 sliding = sliding_of[int(path.split("layers.")[1].split(".")[0])]
-            exponent = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+            # On the host, as transformers makes them: a GPU's powers differ in the last bit.
+            exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
             fresh = (1.0 / rope_theta(config, sliding) ** exponent).to(buffer.device)
             if buffer.dtype != torch.float32 or not torch.equal(buffer, fresh):
                 found.append((module, name, fresh))
