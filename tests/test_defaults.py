@@ -85,7 +85,10 @@ SETTINGS = {
 }
 
 
-@pytest.fixture(params=SETTINGS)
+QUICK = ("bfloat16", "meta")  # the settings that scripts have most
+
+
+@pytest.fixture(params=[pytest.param(name, marks=() if name in QUICK else pytest.mark.long) for name in SETTINGS])
 def setting(request):
     return SETTINGS[request.param]
 
@@ -146,6 +149,7 @@ def test_results_are_the_same_under_any_setting(family, impl, setting):
         same(run(model, impl), expected)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "family, impl, weights",
     [("llada", "torch", "fp8"), ("modernbert", "torch", "fp8"), ("llada", "torch", None), ("modernbert", "cpp", None)],
@@ -156,6 +160,7 @@ def test_other_implementations_do_not_follow_the_default(family, impl, weights, 
         same(run(model, impl, weights, FEW), expected)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", MAKERS)
 def test_a_half_precision_model_does_not_follow_the_default(family, setting):
     model = MAKERS[family]().bfloat16()
@@ -164,7 +169,7 @@ def test_a_half_precision_model_does_not_follow_the_default(family, setting):
         same(run(model, "auto", None, FEW), expected)
 
 
-@pytest.mark.parametrize("name", ["bfloat16", "meta"])
+@pytest.mark.parametrize("name", [pytest.param("bfloat16", marks=pytest.mark.long), "meta"])
 def test_triton_launchers_do_not_follow_the_default(name):
     model = dllm_fast.patch(make_llada(n_layers=1), "triton")
     options = {"gen_length": 4, "block_length": 4, "schedule": Uniform(2), "temperature": 0.5, "seed": 0}
@@ -196,7 +201,7 @@ def test_losses_are_the_same_under_any_setting(family, setting):
 
 
 @pytest.mark.parametrize("name", ["llada-gsm8k", "modernbert-kjv"])
-@pytest.mark.parametrize("dtype", ["auto", torch.float32], ids=["auto", "fp32"])
+@pytest.mark.parametrize("dtype", ["auto", pytest.param(torch.float32, marks=pytest.mark.long)], ids=["auto", "fp32"])
 def test_loading_puts_weights_where_it_was_asked_to(name, dtype, setting):
     expected = dllm_fast.from_pretrained(name, dtype=dtype)
     with setting():
