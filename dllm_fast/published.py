@@ -26,6 +26,7 @@ def published_generate(
     threshold: float | None = None,
     suppress_tokens: Sequence[int] = (),
     defer_tokens: Sequence[int] = (),
+    watch: Callable[[torch.Tensor, slice, torch.Tensor], None] = lambda *step: None,
 ) -> tuple[torch.Tensor, int]:
     """Greedy, low-confidence remasking: (sequences [B, P + gen_length], model evaluations).
 
@@ -36,6 +37,8 @@ def published_generate(
     chosen. ``defer_tokens`` is ``confidence_eos_eot_inf``: their logits are -inf once it is chosen, so that no
     probability counts them and their own is 0. (At a temperature above 0 the original writes one of its two ids into
     the noisy copy of the logits, where nothing reads it any more.)
+
+    ``watch`` is given each step before it commits: the sequences, the live block, and the block's logits [B, T, V].
     """
     batch, prompt = input_ids.shape
     blocks, nfe = gen_length // block_length, 0
@@ -56,6 +59,8 @@ def published_generate(
                 base = logits_of(x.masked_fill(given, mask_id), attention_mask)
                 logits = base + (cfg_scale + 1) * (logits - base)
                 nfe += 1
+            live = slice(end - block_length, end)
+            watch(x, live, logits[:, live])
             logits[..., list(suppress_tokens)] = float("-inf")
             choice = logits.clone()
             choice[..., mask_id] = float("-inf")

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from fast_dllm import PlainLLaDA, PlainModernBert, fast_dllm
 from tiny import EOS, MAKERS, MASK
 
 import dllm_fast
 from dllm_fast import Factor, Threshold, Uniform
+from dllm_fast.fast_dllm import PlainLLaDA, PlainModernBert, fast_dllm
 
 RULES = {
     "one-a-step": lambda gen, block: ({"steps": gen}, Uniform(gen)),

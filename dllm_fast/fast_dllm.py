@@ -1,10 +1,10 @@
-"""Fast-dLLM's two caches (arXiv:2505.22618) written out plainly, over models written out plainly: what
-`generate(cache="prefix")` and `generate(cache="dual")` are held to.
+"""Fast-dLLM's two caches (arXiv:2505.22618) written out plainly, over models written out plainly: what the tests and
+`dllm-fast verify` hold `generate(cache="prefix")` and `generate(cache="dual")` to.
 
-The plain models borrow the weights of a tiny LLaDA or ModernBERT, module by module, and nothing of `dllm_fast`:
-rotation, attention and caching are spelled out here for one sequence. A cache is a list of layers, each ``(at, keys,
-values)``: positions [S], keys after their rotation [S, G, D], values [S, G, D]. Fast-dLLM keeps keys as they were
-before it and rotates them all at each step, which gives the same numbers.
+The plain models borrow the modules of a LLaDA (the native class or the published one) or a ModernBERT, and nothing that
+`dllm_fast` computes: rotation, attention and caching are spelled out here for one sequence. A cache is a list of
+layers, each ``(at, keys, values)``: positions [S], keys after their rotation [S, G, D], values [S, G, D]. Fast-dLLM
+keeps keys as they were before it and rotates them all at each step, which gives the same numbers.
 
 The loop is that of `llada/generate.py` in NVlabs/Fast-dLLM (batch 1, greedy), with these differences, all of them this
 package's semantics:
@@ -25,18 +25,24 @@ here as there, where `generate` takes fp32's, which orders candidates alike unle
 includes what reaches it, and always the best.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch.nn import functional as F
 
-THETAS = {True: 10000.0, False: 160000.0}  # ModernBERT's rotary bases: sliding layers, the others
+from dllm_fast.families.modernbert import rope_theta, sliding_layers
+
+
+def wide(x):
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def rotate(x, at, theta):  # [T, H, D], [T]
     """Half-split rotary embedding: pair (x[i], x[i + D/2]) as a complex number, turned by ``at * theta^(-2i/D)``."""
-    frequency = 1.0 / theta ** (torch.arange(0, x.shape[-1], 2, dtype=torch.float32) / x.shape[-1])
-    angle = at.float()[:, None, None] * frequency  # [T, 1, D/2]
-    turned = torch.complex(*x.chunk(2, -1)) * torch.polar(torch.ones_like(angle), angle)
-    return torch.cat((turned.real, turned.imag), -1)
+    exponent = torch.arange(0, x.shape[-1], 2, dtype=torch.float32, device=x.device) / x.shape[-1]
+    angle = at.float()[:, None, None] * (1.0 / theta**exponent)  # [T, 1, D/2]
+    turned = torch.complex(*wide(x).chunk(2, -1)) * torch.polar(torch.ones_like(angle), angle)
+    return torch.cat((turned.real, turned.imag), -1).to(x.dtype)
 
 
 def attend(q, at, layer, window=None):  # [T, H, D], [T]
@@ -44,10 +50,10 @@ def attend(q, at, layer, window=None):  # [T, H, D], [T]
     places, keys, values = layer
     group = q.shape[1] // keys.shape[1]
     keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
-    score = torch.einsum("thd,shd->hts", q, keys) / q.shape[-1] ** 0.5
+    score = torch.einsum("thd,shd->hts", wide(q), wide(keys)) / q.shape[-1] ** 0.5
     if window is not None:
         score = score.masked_fill((at[:, None] - places).abs() > window, float("-inf"))
-    return torch.einsum("hts,shd->thd", score.softmax(-1), values).flatten(1)
+    return torch.einsum("hts,shd->thd", score.softmax(-1), wide(values)).flatten(1).to(q.dtype)
 
 
 def remember(layer, at, keys, values):
@@ -64,25 +70,26 @@ class PlainLLaDA:
 
     def __init__(self, model):
         self.parts, self.config = model.model.transformer, model.config
+        self.head_dim = model.config.d_model // model.config.n_heads
+        # The published class has no head of its own where it is tied.
+        self.head = self.parts.wte if model.config.weight_tying else self.parts.ff_out
 
     def __call__(self, ids, at, cache=None):
         cache = list(cache or [None] * self.config.n_layers)
         x = self.parts.wte(ids)
         for n, block in enumerate(self.parts.blocks):
             y = block.attn_norm(x)
-            q, k, v = (
-                proj(y).view(len(ids), -1, block.head_dim) for proj in (block.q_proj, block.k_proj, block.v_proj)
-            )
+            q, k, v = (proj(y).view(len(ids), -1, self.head_dim) for proj in (block.q_proj, block.k_proj, block.v_proj))
             q, k = rotate(q, at, self.config.rope_theta), rotate(k, at, self.config.rope_theta)
             cache[n] = remember(cache[n], at, k, v)
             x = x + block.attn_out(attend(q, at, cache[n]))
             y = block.ff_norm(x)
             x = x + block.ff_out(F.silu(block.ff_proj(y)) * block.up_proj(y))
-        return F.linear(self.parts.ln_f(x), self.parts.ff_out.weight), cache
+        return F.linear(self.parts.ln_f(x), self.head.weight), cache
 
 
 class PlainModernBert:
-    """The same of a ModernBERT, two of whose three layers see no further than half of ``local_attention``."""
+    """The same of a ModernBERT, some of whose layers see no further than half of ``local_attention``."""
 
     def __init__(self, model):
         self.model, self.config = model, model.config
@@ -91,11 +98,11 @@ class PlainModernBert:
         model, config = self.model.model, self.config
         cache = list(cache or [None] * config.num_hidden_layers)
         x = model.embeddings.norm(model.embeddings.tok_embeddings(ids))
-        for n, layer in enumerate(model.layers):
-            sliding = n % 3 != 0
+        for n, (layer, sliding) in enumerate(zip(model.layers, sliding_layers(config))):
+            theta = rope_theta(config, sliding)
             qkv = layer.attn.Wqkv(layer.attn_norm(x)).view(len(ids), 3, config.num_attention_heads, -1)
             q, k, v = qkv.unbind(1)
-            q, k = rotate(q, at, THETAS[sliding]), rotate(k, at, THETAS[sliding])
+            q, k = rotate(q, at, theta), rotate(k, at, theta)
             cache[n] = remember(cache[n], at, k, v)
             x = x + layer.attn.Wo(attend(q, at, cache[n], config.local_attention // 2 if sliding else None))
             value, gate = layer.mlp.Wi(layer.mlp_norm(x)).chunk(2, -1)
@@ -116,10 +123,14 @@ def fast_dllm(
     steps: int | None = None,
     threshold: float | None = None,
     factor: float | None = None,
+    watch: Callable[[torch.Tensor, slice, torch.Tensor], None] = lambda *step: None,
 ) -> tuple[torch.Tensor, int, int]:
-    """Sequence [P + gen_length], whole forwards, cached forwards; by ``steps`` in all, ``threshold`` or ``factor``."""
+    """Sequence [P + gen_length], whole forwards, cached forwards; by ``steps`` in all, ``threshold`` or ``factor``.
+
+    ``watch`` is given each step before it commits: the sequence, the live block, and the block's logits [T, V].
+    """
     x = torch.cat((prompt, prompt.new_full((gen_length,), mask_id)))
-    everywhere, blocks = torch.arange(len(x)), gen_length // block_length
+    everywhere, blocks = torch.arange(len(x), device=x.device), gen_length // block_length
     whole = cached = 0
     for start in range(len(prompt), len(x), block_length):
         live = slice(start, start + block_length)
@@ -141,6 +152,7 @@ def fast_dllm(
             if steps is not None:
                 base, extra = divmod(block_length, steps // blocks)
                 share = base + (step < extra)
+            watch(x, live, logits)
             x[live] = commit(x[live], logits, mask_id, share, threshold, factor)
             step += 1
     return x, whole, cached
@@ -152,7 +164,7 @@ def commit(block, logits, mask_id, share, threshold, factor):  # [T], [T, V]
     logits = logits.clone()
     logits[:, mask_id] = float("-inf")
     token = logits.argmax(-1)
-    confidence = probability[torch.arange(len(block)), token].tolist()
+    confidence = probability.gather(1, token[:, None])[:, 0].tolist()
     masked = [i for i in range(len(block)) if block[i] == mask_id]
     block = block.clone()
     for taken, i in enumerate(sorted(masked, key=lambda i: -confidence[i])):
