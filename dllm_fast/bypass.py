@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from torch import nn
 from torch.nn.modules import module as torch_module
+from torch.nn.parallel import DistributedDataParallel
 
 # transformers leaves hooks on the layers that act only while hidden states are asked for, in the model's own forward.
 CAPTURE = "transformers.utils.output_capturing"
@@ -56,7 +57,7 @@ def departure(model: nn.Module, calls: Calls, known: frozenset[type], modes: boo
                 first = first or Departure(module, reason)
                 continue  # what is attached may load the weights of all that is within
         if type(module) not in known:
-            first = first or Departure(module, f"is a {type(module).__name__}")
+            first = first or Departure(module, f"is a {class_name(module)}")
         elif modes and own["training"]:
             first = first or Departure(module, "is in training mode")
         for name, parameter in own["_parameters"].items():
@@ -95,6 +96,30 @@ def attached(module: nn.Module) -> str | None:
     return None
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside the wrappers of torch.compile, DistributedDataParallel, DataParallel and PEFT."""
+    while isinstance(model, nn.Module):
+        if "_orig_mod" in model._modules:
+            model = model._orig_mod
+        elif isinstance(model, DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        elif hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        else:
+            break
+    return model
+
+
+def require_no_learned_prompt(model: nn.Module) -> None:
+    """Raise ValueError for a PEFT model that puts learned tokens before its input: the model inside knows none."""
+    for name, config in (getattr(model, "peft_config", None) or {}).items():
+        if hasattr(model, "get_base_model") and getattr(config, "is_prompt_learning", False):
+            raise ValueError(
+                f"model: the learned prompt of adapter {name!r} would be left out; hand in model.get_base_model() to "
+                "generate without it"
+            )
+
+
 def known_classes(model: nn.Module, calls: Calls, files: Iterable[str]) -> frozenset[type]:
     """The classes of what is passed by. Raises ValueError for one from none of ``files``, its own or PyTorch's."""
     files = {*CLASSES, *files, *(base.__module__ for base in type(model).__mro__ if base is not object)}
@@ -105,12 +130,18 @@ def known_classes(model: nn.Module, calls: Calls, files: Iterable[str]) -> froze
             continue
         if type(module).__module__ not in files:
             raise ValueError(
-                f"model: {name} is a {type(module).__name__}, which would be passed by; merge or remove what stands "
+                f"model: {name} is a {class_name(module)}, which would be passed by; merge or remove what stands "
                 "in its place before patching"
             )
         found.add(type(module))
         ahead += [(f"{name}.{child}", inner) for child, inner in module._modules.items()]
     return frozenset(found)
+
+
+def class_name(module: nn.Module) -> str:
+    """Of several libraries' classes of the same name, which."""
+    kind = type(module)
+    return kind.__qualname__ if kind.__module__.startswith("torch.nn.") else f"{kind.__module__}.{kind.__qualname__}"
 
 
 def name_of(model: nn.Module, module: nn.Module) -> str:
@@ -128,5 +159,5 @@ def require_nothing_left_out(model: nn.Module, calls: Calls, known: frozenset[ty
     if found is not None:
         raise ValueError(
             f"model: {name_of(model, found.module)} {found.reason}, which would never act: generation does not call "
-            "it. Remove it, or merge it into the weights"
+            "it. Remove it, merge it into the weights, or leave it out of quantisation"
         )

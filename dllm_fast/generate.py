@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from dllm_fast.bypass import unwrapped
 from dllm_fast.engine import Counts, Engine, on_host
 from dllm_fast.memory import fits, require_memory
 from dllm_fast.patch import bound_family, bound_pool
@@ -19,6 +20,7 @@ from dllm_fast.refresh import Refresh
 from dllm_fast.remask import Remask
 from dllm_fast.request import Request, Row, check_batch, require
 from dllm_fast.schedules import Schedule, Threshold
+from dllm_fast.weights import stamp
 
 SHRINK = 0.75  # an engine gives way to a smaller one when the rows fit in this share of its slots
 
@@ -106,7 +108,7 @@ def generate(
         ValueError: an argument that does not fit; it names the argument and the value, and nothing has run.
         MemoryError: the batch does not fit what memory the device has left; nothing has run.
     """
-    family = bound_family(model)
+    family, model = bound_family(model), unwrapped(model)
     start, end = check_batch(input_ids, attention_mask, family.head()[0].device)
     request = Request(
         gen_length, block_length, schedule, confidence, temperature, cfg_scale, cache, refresh, remask,
@@ -174,7 +176,7 @@ def generate_many(
     Raises:
         ValueError, MemoryError: as `generate`, when called, before the first prompt runs.
     """
-    family = bound_family(model)
+    family, model = bound_family(model), unwrapped(model)
     known = {name: value for name, value in _DEFAULTS.items() if name not in ("attention_mask", "streamer")}
     unknown = sorted(set(options) - set(known))
     require(not unknown, f"{', '.join(unknown)}: not an option of generate_many")
@@ -274,7 +276,7 @@ class _Server:
         old = self.engine
         if old is None or len(self.seated) < old.rows or plan[1] <= SHRINK * old.slots:
             # Graphs hold addresses: of weights, and of what was made from them.
-            stamps = tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.parameters)
+            stamps = tuple(map(stamp, self.parameters))
             key = (self.request.options, plan, stamps)
             self.engine = self.pool.take(key) or Engine(self.family, self.request.options, *plan)
             if old is not None:

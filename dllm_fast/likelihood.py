@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from dllm_fast import ops
+from dllm_fast.bypass import unwrapped
 from dllm_fast.patch import bound_family, bound_pool
 from dllm_fast.request import require
 
@@ -128,7 +129,8 @@ class _Scorer:
     """Evaluates masked copies of pairs, a batch at a time."""
 
     def __init__(self, model, pairs: Iterable[tuple[Ids, Ids]], batch_size: int, cfg_scale: float):
-        self.family, self.lock, self.mask_id = bound_family(model), bound_pool(model).lock, model.config.mask_token_id
+        self.family, self.lock = bound_family(model), bound_pool(model).lock
+        self.mask_id = unwrapped(model).config.mask_token_id
         self.device = self.family.head()[0].device
         require(self.mask_id is not None, "model.config has no mask_token_id")
         require(_whole(batch_size) and batch_size >= 1, f"batch_size={batch_size!r} is not a positive whole number")

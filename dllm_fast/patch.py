@@ -13,7 +13,7 @@ from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast, MaskedLMOutput
 
 from dllm_fast import ops
-from dllm_fast.bypass import departure, require_nothing_left_out
+from dllm_fast.bypass import departure, require_no_learned_prompt, require_nothing_left_out, unwrapped
 from dllm_fast.families import FAMILIES, LLaDA, ModernBert
 from dllm_fast.families.modernbert import fresh_rotary
 from dllm_fast.families.rows import valid_spans
@@ -59,7 +59,8 @@ def patch(model: nn.Module, impl: str = "auto", weights: str | None = None) -> n
     """Make ``model`` fast, in place, this instance alone; returns it.
 
     Args:
-        model: a LLaDA (native or remote code) or a ``transformers.ModernBertForMaskedLM``, on a real device.
+        model: a LLaDA (native or remote code) or a ``transformers.ModernBertForMaskedLM``, on a real device; or what
+            PEFT, torch.compile or a data-parallel wrapper made of one: the model inside is patched.
         impl: ``"auto"``, ``"triton"``, ``"cpp"`` or ``"torch"``, see `ops.resolve`. What cannot be had raises.
         weights: None for the model's own. ``"fp8"`` multiplies e4m3 copies of the layers' linear weights, with a scale
             an output channel (`dllm_fast.fp8`), beside the parameters, which stay: half their bytes more in bf16.
@@ -83,6 +84,7 @@ def patch(model: nn.Module, impl: str = "auto", weights: str | None = None) -> n
             weights, an adapter stands for its head or a norm, or ``impl`` or ``weights`` cannot be had. The model is
             then as it was, as after any other error (memory for a group of weights, say).
     """
+    wrapper, model = model, unwrapped(model)
     family_class, output = _recognise(model)
     parameter = _first_parameter(model)
     resolved = ops.resolve(impl, parameter.device, parameter.dtype)
@@ -91,7 +93,7 @@ def patch(model: nn.Module, impl: str = "auto", weights: str | None = None) -> n
     if state is not None and (state.family.impl, state.weights) == (resolved, weights):
         with state.pool.lock:
             _prepare(state)
-        return model
+        return wrapper
     _check_weights(model)
     with state.pool.lock if state is not None else nullcontext():
         family = family_class(model, impl, products if weights is None else Fp8())
@@ -113,7 +115,7 @@ def patch(model: nn.Module, impl: str = "auto", weights: str | None = None) -> n
         if state is None:
             fresh.bound = types.MethodType(_like(own), model)
             _install(model, fresh)
-    return model
+    return wrapper
 
 
 def _install(model: nn.Module, state: _Patch) -> None:
@@ -143,18 +145,19 @@ def unpatch(model: nn.Module) -> nn.Module:
     Weights have storages of their own again, with the values they have now: training in between is kept. Waits for
     a `dllm_fast.generate` in another thread.
     """
+    wrapper, model = model, unwrapped(model)
     state = patch_of(model)
     if state is None:
         if isinstance(model, nn.Module):
             model.__dict__.pop(_STATE, None)  # a shallow copy's, of the model that it was made of
-        return model
+        return wrapper
     with state.pool.lock:
         if model.__dict__.get(_STATE) is state:
             _take_out(model.__dict__, state)
             _put_back_buffers(state)
             for group in state.fused.values():
                 group.separate()
-    return model
+    return wrapper
 
 
 def _take_out(attributes: dict, state: _Patch) -> None:
@@ -202,13 +205,13 @@ def _fuse(state: _Patch) -> None:
 @contextmanager
 def patched(model: nn.Module, impl: str = "auto", weights: str | None = None) -> Iterator[nn.Module]:
     """`patch` within a ``with`` block. A model that was patched before it is patched after it, as it was."""
-    before = patch_of(model)
+    before = patch_of(unwrapped(model))
     try:
         yield patch(model, impl, weights)
     finally:
         if before is None:
             unpatch(model)
-        elif patch_of(model) is not before:
+        elif patch_of(unwrapped(model)) is not before:
             patch(model, before.impl, before.weights)
 
 
@@ -217,6 +220,8 @@ def bound_family(model: nn.Module) -> LLaDA | ModernBert:
 
     Raises ValueError for a model that is not patched, or of which the family would leave something out (`bypass`).
     """
+    require_no_learned_prompt(model)
+    model = unwrapped(model)
     state = _state(model)
     require_nothing_left_out(model, state.family.calls, state.family.known)
     if state.weights is None:  # e4m3 copies see for themselves that weights have changed
@@ -228,7 +233,7 @@ def bound_family(model: nn.Module) -> LLaDA | ModernBert:
 def bound_pool(model: nn.Module) -> Pool:
     """What a patched model keeps between calls, and the lock to hold while relying on its state: `unpatch` and another
     `patch` wait for it. Raises ValueError for a model that is not patched."""
-    return _state(model).pool
+    return _state(unwrapped(model)).pool
 
 
 def patch_of(model: nn.Module) -> _Patch | None:
@@ -265,11 +270,21 @@ def _recognise(model: nn.Module) -> tuple[type[LLaDA] | type[ModernBert], type]:
 def _first_parameter(model: nn.Module) -> nn.Parameter:
     if any(p.is_meta for p in model.parameters()):
         raise ValueError("model: its weights are on the meta device; load them first")
-    return next(model.parameters())
+    plain = next((p for p in model.parameters() if _is_plain(p)), None)
+    if plain is None:
+        raise ValueError(f"model: this {type(model).__name__} has no plain weight of a floating-point type")
+    return plain
+
+
+def _is_plain(parameter: nn.Parameter) -> bool:
+    """Whether it is what it seems, and no quantised tensor in the place of one."""
+    return type(parameter) is nn.Parameter and parameter.is_floating_point()
 
 
 def _check_weights(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
+        if not _is_plain(parameter):
+            continue
         # A sum is NaN or infinite if any term is, and reads the weight once without a mask of its size.
         suspect = not torch.isfinite(parameter.detach().sum(dtype=torch.float32))
         if suspect and not torch.isfinite(parameter.detach()).all():

@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from dllm_fast import ops
+from dllm_fast.bypass import class_name
 
 Products = Callable[..., tuple[torch.Tensor, ...]]  # `products`, or another way to the same
 
@@ -140,9 +141,15 @@ def require_weights(modules: Iterable[tuple[str, nn.Module]]) -> None:
     for name, module in modules:
         if type(module._parameters.get("weight")) is not nn.Parameter:
             raise ValueError(
-                f"model: {name} is a {type(module).__name__} without a plain weight of its own; "
-                "merge or remove what stands in its place before patching"
+                f"model: {name} is a {class_name(module)} without a plain weight of its own; "
+                "merge or remove what stands in its place before patching, and leave it out of quantisation"
             )
+
+
+def stamp(weight: nn.Parameter) -> tuple[int, int]:
+    """Where a weight lies, and how often it was written to. A quantised tensor is several, and told by itself."""
+    place = weight.data_ptr() if type(weight) is nn.Parameter else id(weight)
+    return place, 0 if weight.is_inference() else weight._version
 
 
 def wants_grad(weights: Iterable[torch.Tensor]) -> bool:

@@ -334,9 +334,9 @@ def test_what_stands_in_a_modules_place_is_refused_by_patch(llada, modernbert, i
         blocks = model.get_submodule(name)
         blocks[1] = Twice(blocks[1])
         got = model(ids).logits
-        with pytest.raises(ValueError, match=rf"{name}\.1 is a Twice"):
+        with pytest.raises(ValueError, match=rf"{name}\.1 is a .*Twice"):
             generate(model, ids)
         dllm_fast.unpatch(model)
         assert torch.equal(model(ids).logits, got)
-        with pytest.raises(ValueError, match=rf"{name}\.1 is a Twice"):
+        with pytest.raises(ValueError, match=rf"{name}\.1 is a .*Twice"):
             dllm_fast.patch(model)

@@ -28,7 +28,8 @@ class LLaDA:
             if name.endswith(("attn_norm", "ff_norm", "ln_f")) or name == "ff_out"
         )
         # The head of a tied model is an embedding whose weight is read.
-        self.known = known_classes(model, self.calls, ["dllm_fast.llada"]) | {nn.Embedding}
+        files = ("dllm_fast.llada", nn.Embedding.__module__)
+        self.known = known_classes(model, self.calls, files) | {nn.Embedding}
         self._impl, self.products = Impl(impl, self.head()[0]), products
         self.positions = config.max_sequence_length
         self.head_dim = config.d_model // config.n_heads
