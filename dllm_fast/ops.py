@@ -7,11 +7,13 @@ it has them, and is differentiable, so that training goes through the same forwa
 import contextlib
 import functools
 import importlib
+import importlib.metadata
 import os
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from torch.torch_version import TorchVersion
 
 from dllm_fast import compiled, compiled_elementwise
 from dllm_fast.kernels import reference
@@ -83,7 +85,15 @@ def _obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
         _triton()
     except ImportError as error:
         return str(error)
-    return None
+    return _broken_interpreter() if interpreted else None
+
+
+def _broken_interpreter() -> str | None:
+    """Triton's interpreter up to 3.6 makes ints of arrays of one element, which NumPy refuses from 2.4 on."""
+    triton, numpy = (importlib.metadata.version(name) for name in ("triton", "numpy"))
+    if TorchVersion(triton) >= (3, 7) or TorchVersion(numpy) < (2, 4):
+        return None
+    return f"the interpreter of Triton {triton} needs NumPy below 2.4, and this is {numpy}"
 
 
 def _untried(device: torch.device) -> str | None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from accelerate.hooks import remove_hook_from_module
+from needs import needs_triton
 from tiny import MASK, make_llada, make_modernbert
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
@@ -16,7 +17,7 @@ from dllm_fast.published import published_generate
 
 MAKERS = {"llada": make_llada, "tied": lambda: make_llada(weight_tying=True), "modernbert": make_modernbert}
 IMPLS = ["torch", pytest.param("cpp", marks=pytest.mark.skipif(compiled.missing() is not None, reason="not built"))]
-IMPLS.append("triton")
+IMPLS.append(pytest.param("triton", marks=needs_triton))
 PASSED_BY = {
     "llada": [
         "model",

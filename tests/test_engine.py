@@ -5,6 +5,7 @@ import threading
 
 import pytest
 import torch
+from needs import needs_triton
 from tiny import MAKERS, MASK
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -80,6 +81,7 @@ def test_a_recorded_step_gives_the_same_tokens(name, options, monkeypatch):
     check_recorded(name, "torch", options | {"gen_length": 16, "block_length": 8}, monkeypatch)
 
 
+@needs_triton
 def test_a_recorded_step_gives_the_same_tokens_on_kernels(monkeypatch):
     options = {"schedule": Uniform(3), "cache": "none", "temperature": 0.8, "gen_length": 3, "block_length": 3}
     check_recorded("llada-gqa", "triton", options, monkeypatch)

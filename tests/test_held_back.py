@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from needs import needs_triton
 from tiny import EOS, MASK, VOCAB, make_llada
 
 import dllm_fast
@@ -63,11 +64,9 @@ def test_other_schedules(either, ids, rule):
         assert torch.equal(out.sequences, expected)
 
 
+@needs_triton
 def test_triton_gives_the_published_tokens(ids):
     model = make_llada(n_layers=1)
-    obstacle = ops._obstacle(torch.device("cpu"), torch.float32)
-    if obstacle:
-        pytest.skip(obstacle)
     best = favourites(model, ids)
     options = {"gen_length": 4, "block_length": 4, **sets_of(best)[2]}
     expected = published(model, ids[:1, :6], steps=2, **options)

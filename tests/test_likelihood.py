@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from needs import needs_triton
 from tiny import EOS, MASK, VOCAB, make_llada
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoTokenizer
@@ -212,6 +213,7 @@ def test_greedy_is_what_generate_and_the_published_sampler_write(either, cfg_sca
         assert list(are_greedy(model, wrong, 3, cfg_scale)) == [False, True, False, True]
 
 
+@needs_triton
 def test_triton_agrees(llada):
     [(prompt, answer)] = make_pairs((5, 3))
     found = []

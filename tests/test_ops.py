@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from needs import needs_triton
 
 from dllm_fast import compiled, ops
 from dllm_fast.kernels import reference
@@ -194,6 +195,24 @@ def test_without_triton_auto_is_pytorch_and_an_explicit_choice_raises(monkeypatc
     assert ops.resolve("auto", torch.device("cuda"), torch.float32) == "torch"
     with pytest.raises(ValueError, match="impl='triton': No module named 'triton'"):
         ops.resolve("triton", torch.device("cuda"), torch.float32)
+
+
+@needs_triton
+@pytest.mark.parametrize("triton,numpy,works", [
+    ("3.6.0", "2.4.0", False), ("3.6.0", "2.10.1", False), ("3.4.0", "3.0.0", False),
+    ("3.6.0", "2.3.5", True), ("3.7.1", "2.4.6", True), ("3.10.0", "2.5.5", True),
+])  # fmt: skip
+def test_an_old_triton_is_not_interpreted_with_a_new_numpy(monkeypatch, triton, numpy, works):
+    monkeypatch.setattr(ops.importlib.metadata, "version", {"triton": triton, "numpy": numpy}.get)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    cpu = torch.device("cpu")
+    if works:
+        assert ops.resolve("triton", cpu, torch.float32) == "triton"
+        return
+    with pytest.raises(
+        ValueError, match=f"the interpreter of Triton {triton} needs NumPy below 2.4, and this is {numpy}"
+    ):
+        ops.resolve("triton", cpu, torch.float32)
 
 
 CARDS = {"Tesla T4": (7, 5), "Tesla V100": (7, 0), "Orin": (8, 7), "A100": (8, 0), "A10": (8, 6), "RTX 4090": (8, 9)}

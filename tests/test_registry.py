@@ -45,22 +45,23 @@ def required(extra: str) -> list[str]:
     return [*project["dependencies"], *project["optional-dependencies"][extra]]
 
 
-def pinned(found: dict[str, str]) -> bool:
-    return all(
-        found[name] == version for name, _, version in (pin.split(";")[0].strip().partition("==") for pin in PINS)
-    )
+def assert_pinned(found: dict[str, str]) -> None:
+    here = [pin for pin in PINS if sys.platform == "linux" or "Linux" not in pin]
+    wanted = dict(pin.split(";")[0].strip().split("==") for pin in here)
+    # A local build of the pinned version, such as 2.13.0+cpu, is that version.
+    assert {name: found[name].partition("+")[0] for name in wanted} == wanted
 
 
 @pytest.mark.skipif(FIRST is None, reason=f"there is none of Python {', '.join(VERSIONS)}")
 def test_the_pins_belong_together(tmp_path):
-    assert pinned(resolve(tmp_path, FIRST, *PINS))
+    assert_pinned(resolve(tmp_path, FIRST, *PINS))
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("extra", EXTRAS)
 def test_an_extra_resolves_with_the_pins(tmp_path, version, extra):
-    assert pinned(resolve(tmp_path, version, *PINS, *required(extra)))
+    assert_pinned(resolve(tmp_path, version, *PINS, *required(extra)))
 
 
 @pytest.mark.long
