@@ -1,6 +1,7 @@
 """Random requests for several rows, run row by row, as one batch, and through seats: one row's results must not depend
 on which it is."""
 
+import copy
 import math
 import random
 from dataclasses import dataclass
@@ -40,17 +41,21 @@ class Request:
         return f"{self.options} of {[prompt.tolist() for prompt in self.prompts]}"
 
 
-def draw_request(rng: random.Random) -> Request:
-    """Three or four prompts of any lengths, many beginning with [MASK]s, and options of every kind."""
-    block = rng.choice(BLOCKS)
-    options = {"block_length": block, "gen_length": block * rng.choice([0, 1, 2, 3])}
+def draw_request(rng: random.Random, rows=(3, 4), blocks=BLOCKS, most_blocks: int = 3, longest: int = 30) -> Request:
+    """Prompts of any lengths, many beginning with [MASK]s, and options of every kind.
+
+    A prompt has up to ``longest`` ids, and before them up to 12 [MASK]s, or ``longest`` if that is fewer.
+    """
+    block = rng.choice(blocks)
+    options = {"block_length": block, "gen_length": block * rng.randint(0, most_blocks)}
+    most_masks = min(12, longest)
     prompts = []
-    for _ in range(rng.choice([3, 4])):
-        prompt = torch.tensor([rng.randrange(EOS) for _ in range(rng.randint(1, 30))])
+    for _ in range(rng.choice(rows)):
+        prompt = torch.tensor([rng.randrange(EOS) for _ in range(rng.randint(1, longest))])
         if rng.random() < 0.3:
-            prompt[[rng.randrange(len(prompt)) for _ in range(rng.randint(1, 12))]] = MASK
+            prompt[[rng.randrange(len(prompt)) for _ in range(rng.randint(1, most_masks))]] = MASK
         if rng.random() < 0.5 or (options["gen_length"] == 0 and not (prompt == MASK).any()):
-            prompt = torch.cat((torch.full((rng.randint(1, 12),), MASK), prompt))
+            prompt = torch.cat((torch.full((rng.randint(1, most_masks),), MASK), prompt))
         prompts.append(prompt)
     options["cache"] = rng.choice(["none", "prefix", "dual", "dual"])
     if options["cache"] != "none":
@@ -99,12 +104,27 @@ def together(model, request: Request) -> list[Result]:
     for row, prompt in enumerate(request.prompts):
         place = slice(0, len(prompt)) if request.right else slice(width - len(prompt), width)
         ids[row, place], mask[row, place] = prompt, 1
-    out = dllm_fast.generate(model, ids, mask, **request.options)
+    device = next(model.parameters()).device
+    out = dllm_fast.generate(model, ids.to(device), mask.to(device), **request.options)
     seen = torch.cat((mask, torch.ones(len(ids), request.options["gen_length"])), 1).bool()
-    return [(row[own].tolist(), nfe) for row, own, nfe in zip(out.sequences, seen, out.row_nfe, strict=True)]
+    return [(row[own].tolist(), nfe) for row, own, nfe in zip(out.sequences.cpu(), seen, out.row_nfe, strict=True)]
 
 
 def seated(model, request: Request, seats: int) -> list[Result]:
     """``seats`` prompts at a time."""
     done = dllm_fast.generate_many(model, request.prompts, batch_size=seats, **request.options)
     return [(row.sequence.tolist(), row.nfe) for row in done]
+
+
+@torch.no_grad()
+def is_level(model, request: Request, row: int, found: Result) -> bool:
+    """Whether the row by itself gets what was ``found`` when each weight is moved by about a rounding of fp32."""
+    for seed in range(40):
+        moved = copy.deepcopy(model)
+        torch.manual_seed(seed)
+        for weight in moved.parameters():
+            weight.mul_(1 + 2.0**-22 * torch.randn_like(weight))
+        (done,) = dllm_fast.generate_many(moved, [request.prompts[row]], noise_rows=[row], **request.options)
+        if (done.sequence.tolist(), done.nfe) == found:
+            return True
+    return False

@@ -18,6 +18,11 @@ from dllm_fast.patch import bound_family, bound_pool
 from dllm_fast.pool import Pool
 
 
+@pytest.fixture
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 class Replays:
     """Stands in for CUDA graphs: a key's second run is traced over fake tensors, where reading a value on the host
     is an error, and from then on the trace is run in place of the step, on the same buffers."""
@@ -72,24 +77,24 @@ OPTIONS = [
 
 @pytest.mark.parametrize("name", ["llada-gqa", "modernbert"])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_a_recorded_step_gives_the_same_tokens(name, options, monkeypatch):
+def test_a_recorded_step_gives_the_same_tokens(name, options, monkeypatch, device):
     """A step reads nothing on the host, and all that changes from step to step and call to call is in its buffers.
 
     On the definition of predict: PyTorch's path picks out the candidates' rows on a CPU, which is such a reading.
     """
     monkeypatch.setattr("dllm_fast.ops.predict", lambda *args, impl, **rest: reference.predict(*args, **rest))
-    check_recorded(name, "torch", options | {"gen_length": 16, "block_length": 8}, monkeypatch)
+    check_recorded(name, "torch", options | {"gen_length": 16, "block_length": 8}, monkeypatch, device)
 
 
 @needs_triton
-def test_a_recorded_step_gives_the_same_tokens_on_kernels(monkeypatch):
+def test_a_recorded_step_gives_the_same_tokens_on_kernels(monkeypatch, device):
     options = {"schedule": Uniform(3), "cache": "none", "temperature": 0.8, "gen_length": 3, "block_length": 3}
-    check_recorded("llada-gqa", "triton", options, monkeypatch)
+    check_recorded("llada-gqa", "triton", options, monkeypatch, device)
 
 
-def check_recorded(name, impl, options, monkeypatch):
-    model = dllm_fast.patch(MAKERS[name](), impl=impl)
-    ids = torch.randint(0, 99, (2, 6), generator=torch.Generator().manual_seed(1))
+def check_recorded(name, impl, options, monkeypatch, device):
+    model = dllm_fast.patch(MAKERS[name]().to(device), impl=impl)
+    ids = torch.randint(0, 99, (2, 6), generator=torch.Generator().manual_seed(1)).to(device)
     mask = torch.ones_like(ids)
     mask[1, :2] = 0
     expected = [dllm_fast.generate(model, ids, mask, **options, seed=seed) for seed in (3, 4, 5)]
@@ -142,13 +147,13 @@ def test_engines_with_graphs_are_kept_for_the_next_call_of_their_shape(llada, id
 def test_threads_of_one_model_get_the_tokens_they_get_alone(either, ids):
     dllm_fast.patch(either)
     options = {"gen_length": 16, "block_length": 8, "temperature": 0.5}
-    expected = [dllm_fast.generate(either, ids, seed=seed, **options).sequences for seed in range(4)]
+    expected = [dllm_fast.generate(either, ids, seed=seed, **options).sequences.cpu() for seed in range(4)]
     found, errors = {}, []
 
     def work(seed):
         try:
             if seed % 2:
-                found[seed] = dllm_fast.generate(either, ids, seed=seed, **options).sequences
+                found[seed] = dllm_fast.generate(either, ids, seed=seed, **options).sequences.cpu()
             else:
                 done = dllm_fast.generate_many(either, list(ids), batch_size=2, seed=seed, **options)
                 found[seed] = torch.stack([row.sequence for row in done])
@@ -172,15 +177,17 @@ def test_a_fault_half_way_leaves_the_model_usable(either, ids, monkeypatch, faul
     options = {"gen_length": 16, "block_length": 8, "schedule": Uniform(8)}
     expected = dllm_fast.generate(either, ids, **options).sequences
     logits = either(ids).logits
-    decide, calls = Engine._decide, itertools.count()
+    # Where no step is recorded it happens between the evaluation and what is kept of it; a replay has no such place.
+    name = "_run" if ids.is_cuda else "_decide"
+    whole, calls = getattr(Engine, name), itertools.count()
 
-    def broken(self, hidden):
+    def broken(self, *args):
         if next(calls) == at:
             raise fault("half-way")
-        decide(self, hidden)
+        whole(self, *args)
 
     with monkeypatch.context() as patches:
-        patches.setattr(Engine, "_decide", broken)
+        patches.setattr(Engine, name, broken)
         with pytest.raises(fault, match="half-way"):
             dllm_fast.generate(either, ids, **options)
     assert bound_pool(either).lock.acquire(blocking=False)
@@ -197,11 +204,11 @@ def test_an_abandoned_generate_many_holds_nothing(llada, ids):
     running = dllm_fast.generate_many(llada, list(ids), batch_size=1, **options)
     first = next(running)
     # Another run in between, of the same shape and in the same thread, does not disturb it.
-    expected = dllm_fast.generate(llada, ids, **options).sequences
+    expected = dllm_fast.generate(llada, ids, **options).sequences.cpu()
     assert torch.equal(first.sequence, expected[0])
     assert torch.equal(next(running).sequence, expected[1])
     del running
-    assert torch.equal(dllm_fast.generate(llada, ids, **options).sequences, expected)
+    assert torch.equal(dllm_fast.generate(llada, ids, **options).sequences.cpu(), expected)
 
 
 def test_a_batch_that_does_not_fit_is_refused_with_the_sizes(llada, ids, monkeypatch):
@@ -209,7 +216,7 @@ def test_a_batch_that_does_not_fit_is_refused_with_the_sizes(llada, ids, monkeyp
     monkeypatch.setattr(Engine, "__init__", lambda *a: pytest.fail("an engine was made"))
     monkeypatch.setattr("dllm_fast.memory.available", lambda device: 1 << 20)
     with pytest.raises(
-        MemoryError, match=r"3 rows of 280 positions need 0\.\d GiB on cpu .* 0\.0 GiB are free; about \d"
+        MemoryError, match=r"3 rows of 280 positions need 0\.\d GiB on (cpu|cuda:\d) .* 0\.0 GiB are free; about \d"
     ):
         dllm_fast.generate(llada, ids, gen_length=256)
     with pytest.raises(MemoryError, match="2 rows of 280 positions"):
@@ -230,11 +237,13 @@ def test_the_memory_that_is_asked_for_is_what_the_cache_takes(llada):
     assert available(torch.device("cpu")) is None or available(torch.device("cpu")) > 1 << 20
 
 
-def test_generate_many_orders_reports_and_checks(llada, ids):
+def test_generate_many_orders_reports_and_checks(llada, ids, device):
     dllm_fast.patch(llada)
+    ids = ids.cpu()
     prompts = [ids[0, :5], ids[1].tolist(), ids[2, :9]]
     options = {"gen_length": 8, "block_length": 8, "schedule": Uniform(2)}
-    expected = [dllm_fast.generate(llada, torch.as_tensor(p)[None], **options).sequences[0] for p in prompts]
+    rows = [torch.as_tensor(prompt, device=device)[None] for prompt in prompts]
+    expected = [dllm_fast.generate(llada, row, **options).sequences[0].cpu() for row in rows]
     seen = []
     run = dllm_fast.generate_many(
         llada, prompts, batch_size=1, ordered=False, progress=lambda *x: seen.append(x), **options
@@ -285,7 +294,7 @@ def test_a_completion_counts_its_own_evaluations(llada, ids, options):
 def test_noise_rows_go_with_the_prompts(llada, ids):
     dllm_fast.patch(llada)
     options = {"gen_length": 16, "block_length": 8, "schedule": Uniform(4), "temperature": 1.0, "seed": 2}
-    expected = dllm_fast.generate(llada, ids, **options).sequences
+    expected = dllm_fast.generate(llada, ids, **options).sequences.cpu()
     for order in ([0, 1, 2], [2, 0, 1], [1]):
         done = dllm_fast.generate_many(llada, ids[order], batch_size=2, noise_rows=order, **options)
         assert [(row.index, row.sequence.tolist()) for row in done] == list(enumerate(expected[order].tolist()))

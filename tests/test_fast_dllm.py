@@ -19,11 +19,16 @@ RULES = {
 }
 
 
+@pytest.fixture
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 @torch.no_grad()
-def lively(name):
+def lively(name, device):
     """A tiny model that looks about and is sure of itself. As they are initialised, all positions see nearly the same
     average, most predict one token, and a stale cache changes nothing: such a model could not tell the caches apart."""
-    model = MAKERS[name]()
+    model = MAKERS[name]().to(device)
     if hasattr(model, "decoder"):
         for layer in model.model.layers:
             layer.attn.Wqkv.weight[: 2 * model.config.hidden_size] *= 4
@@ -38,19 +43,19 @@ def lively(name):
     return model, PlainLLaDA(model)
 
 
-def prompts(length):
-    return torch.randint(0, EOS, (2, length), generator=torch.Generator().manual_seed(length))
+def prompts(length, device):
+    return torch.randint(0, EOS, (2, length), generator=torch.Generator().manual_seed(length)).to(device)
 
 
 @pytest.mark.parametrize("name", ["llada", "llada-gqa", "modernbert"])
 @pytest.mark.parametrize("prompt, gen, block", [(24, 32, 8), (5, 32, 32), (17, 30, 10)])
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("cache", ["prefix", "dual"])
-def test_tokens_and_evaluations(name, prompt, gen, block, rule, cache):
-    model, plain = lively(name)
+def test_tokens_and_evaluations(name, prompt, gen, block, rule, cache, device):
+    model, plain = lively(name, device)
     dllm_fast.patch(model)
     options, schedule = RULES[rule](gen, block)
-    for ids in prompts(prompt):
+    for ids in prompts(prompt, device):
         expected, whole, cached = fast_dllm(
             plain, ids, gen_length=gen, block_length=block, mask_id=MASK, cache=cache, **options
         )
@@ -60,13 +65,13 @@ def test_tokens_and_evaluations(name, prompt, gen, block, rule, cache):
 
 
 @pytest.mark.parametrize("name", ["llada", "modernbert"])
-def test_these_models_tell_the_caches_apart(name):
+def test_these_models_tell_the_caches_apart(name, device):
     """No cache, the prefix's and the dual one leave different tokens, and many different ones."""
-    model, _ = lively(name)
+    model, _ = lively(name, device)
     dllm_fast.patch(model)
     found = [
         dllm_fast.generate(
-            model, prompts(24), gen_length=32, block_length=8, schedule=Uniform(32), cache=cache
+            model, prompts(24, device), gen_length=32, block_length=8, schedule=Uniform(32), cache=cache
         ).sequences[:, 24:]
         for cache in ("none", "prefix", "dual")
     ]
@@ -77,11 +82,11 @@ def test_these_models_tell_the_caches_apart(name):
 
 @pytest.mark.parametrize("name", ["llada", "llada-gqa", "modernbert"])
 @torch.no_grad()
-def test_the_plain_models_are_the_models(name):
+def test_the_plain_models_are_the_models(name, device):
     """Logits in fp64 against the model's own (rotary tables are fp32 in both), and against a cache of the same ids."""
-    model, plain = lively(name)
+    model, plain = lively(name, device)
     model.double()
-    ids, at = prompts(40)[0], torch.arange(40)
+    ids, at = prompts(40, device)[0], torch.arange(40, device=device)
     logits, cache = plain(ids, at)
     own = model(ids[None]).logits[0]
     assert (logits - own).abs().max() < 1e-5 * own.abs().max()

@@ -17,13 +17,18 @@ VALUES = E4M3[E4M3.isfinite()].unique()  # every number that e4m3 has, sorted; t
 ZERO = int((VALUES == 0).nonzero())
 
 
+@pytest.fixture
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def nearest(x, scale):
     """x [N, K], a row over its scale in fp32 put to the nearest number of e4m3, ties to even; and back, in fp64."""
-    scaled = (x.float() / scale).contiguous()
-    above = torch.searchsorted(VALUES, scaled).clamp(1, len(VALUES) - 1)
-    to_low, to_high = scaled.double() - VALUES[above - 1], VALUES[above] - scaled.double()
+    values, scaled = VALUES.to(x.device), (x.float() / scale).contiguous()
+    above = torch.searchsorted(values, scaled).clamp(1, len(values) - 1)
+    to_low, to_high = scaled.double() - values[above - 1], values[above] - scaled.double()
     low = (to_low < to_high) | ((to_low == to_high) & ((above - 1 - ZERO) % 2 == 0))
-    return VALUES[torch.where(low, above - 1, above)].double() * scale.double()
+    return values[torch.where(low, above - 1, above)].double() * scale.double()
 
 
 def scale_of(x):
@@ -224,7 +229,7 @@ def test_fp8_comes_and_goes_with_patching(either, ids):
     assert torch.equal(dllm_fast.unpatch(either)(ids).logits, own)
 
 
-def test_what_cannot_be_had_is_refused_by_name(llada, monkeypatch):
+def test_what_cannot_be_had_is_refused_by_name(llada, monkeypatch, device):
     with pytest.raises(ValueError, match="weights='int4' is not one of None, 'fp8'"):
         dllm_fast.patch(llada, weights="int4")
     with pytest.raises(ValueError, match="weights='int4'"), dllm_fast.patched(llada, weights="int4"):
@@ -239,11 +244,11 @@ def test_what_cannot_be_had_is_refused_by_name(llada, monkeypatch):
     dllm_fast.patch(llada, weights="fp8")
     block.up_proj = nn.Sequential(own)
     with torch.no_grad(), pytest.raises(ValueError, match=r"weights='fp8': needs plain .* not a Sequential"):
-        llada(torch.zeros(1, 4, dtype=torch.int64))
+        llada(torch.zeros(1, 4, dtype=torch.int64, device=device))
     block.up_proj = own
     dllm_fast.unpatch(llada)
     monkeypatch.delattr(torch, "float8_e4m3fn")
-    with pytest.raises(ValueError, match=r"weights='fp8': PyTorch .* has no float8_e4m3fn on cpu"):
+    with pytest.raises(ValueError, match=rf"weights='fp8': PyTorch .* has no float8_e4m3fn on {device}"):
         dllm_fast.patch(llada, weights="fp8")
     assert "_dllm_fast" not in llada.__dict__
 

@@ -13,6 +13,11 @@ GEN, BLOCK, STEPS = 32, 8, 16  # 4 blocks of 4 steps
 
 
 @pytest.fixture
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
 def run(either, ids):
     dllm_fast.patch(either)
     options = {"gen_length": GEN, "block_length": BLOCK, "schedule": Uniform(STEPS)}
@@ -67,7 +72,7 @@ def test_drift_recomputes_from_the_first_layer_that_moved(llada, ids):
 
     family = bound_family(dllm_fast.patch(llada))
     cache = BlockCache(family.layers, 3, 24, family.kv_heads, family.head_dim, torch.float32, ids.device, width=64)
-    slot = torch.zeros(3, dtype=torch.int64)
+    slot = torch.zeros(3, dtype=torch.int64, device=ids.device)
     whole = family.hidden(ids, cache=cache, slot=slot)
     before = cache.buffers.clone()
     cache.buffers[1:] = 0
@@ -82,15 +87,15 @@ def test_rows_of_other_lengths_and_phases_change_nothing(either, ids, padded, re
     dllm_fast.patch(either.double(), impl="torch")  # where no tie is broken by the size of the batch
     options = {"gen_length": 24, "block_length": 8, "schedule": Threshold(0.05), "cache": cache, "refresh": refresh}
     prompts = [row[mask.bool()] for row, mask in zip(ids, padded)]
-    prompts[1] = torch.cat((torch.full((3,), MASK), prompts[1]))  # one block more than the others
+    prompts[1] = torch.cat((prompts[1].new_full((3,), MASK), prompts[1]))  # one block more than the others
     alone = [dllm_fast.generate(either, prompt[None], **options).sequences[0] for prompt in prompts]
     many = list(dllm_fast.generate_many(either, prompts, batch_size=2, **options))
     assert [done.index for done in many] == [0, 1, 2]
     for done, expected in zip(many, alone):
-        assert torch.equal(done.sequence, expected)
+        assert torch.equal(done.sequence, expected.cpu())
     width = max(map(len, prompts))
-    batch = torch.stack([torch.cat((torch.zeros(width - len(p), dtype=torch.int64), p)) for p in prompts])
-    mask = torch.stack([torch.arange(width) >= width - len(p) for p in prompts]).long()
+    batch = torch.stack([torch.cat((p.new_zeros(width - len(p)), p)) for p in prompts])
+    mask = torch.stack([torch.arange(width) >= width - len(p) for p in prompts]).long().to(ids.device)
     together = dllm_fast.generate(either, batch, mask, **options).sequences
     for row, prompt, expected in zip(together, prompts, alone):
         assert torch.equal(row[width - len(prompt) :], expected)

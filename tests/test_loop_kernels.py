@@ -1,0 +1,106 @@
+"""The decoding loop on the kernels gives PyTorch's tokens: on a GPU, or in Triton's interpreter where there is none.
+
+In fp32 a rounding may decide between two candidates that are level. A row that differs must be one of those: weights
+that are moved by a rounding give it the same tokens on PyTorch, too.
+"""
+
+import random
+
+import pytest
+import torch
+from needs import needs_triton
+from rows import Request, alone, draw_request, is_level, seated, together
+from tiny import EOS, MASK, make_llada, make_modernbert
+
+import dllm_fast
+from dllm_fast import Drift, Every, ReMDM, Threshold, Uniform, Verify, Window
+
+pytestmark = needs_triton
+
+# In the interpreter a position of a layer takes milliseconds.
+FAMILIES = {
+    "llada": lambda seed: make_llada(seed, n_layers=2, d_model=32, n_heads=2, mlp_hidden_size=32),
+    "llada-gqa": lambda seed: make_llada(seed, n_layers=2, d_model=32, n_heads=2, n_kv_heads=1, mlp_hidden_size=32),
+    "modernbert": lambda seed: make_modernbert(seed, num_hidden_layers=2, hidden_size=32, intermediate_size=32),
+}
+
+
+@pytest.fixture
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def pair(name: str, seed: int, device: str):
+    """The same model on the kernels and on PyTorch."""
+    ours, plain = (FAMILIES[name](seed).to(device) for _ in range(2))
+    return dllm_fast.patch(ours, impl="triton"), dllm_fast.patch(plain, impl="torch")
+
+
+def check(ours, plain, request: Request, run) -> None:
+    expected = alone(plain, request)
+    for row, (found, own) in enumerate(zip(run(ours, request), expected, strict=True)):
+        assert found == own or is_level(plain, request, row, found), f"row {row}: {found}, not {own}: {request}"
+
+
+def draw(seed: int, rows: tuple[int, ...], **limits) -> tuple[str, Request]:
+    """A family and a request; half of those for several rows are of one length, so that nothing is padded."""
+    rng = random.Random(seed)
+    name, request = rng.choice(sorted(FAMILIES)), draw_request(rng, rows, **limits)
+    if rng.random() < 0.5:
+        width = min(map(len, request.prompts))
+        request.prompts = [prompt[:width] for prompt in request.prompts]
+        if request.options["gen_length"] == 0:
+            request.prompts[0][0] = MASK
+    return name, request
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+@pytest.mark.parametrize("seed", range(2))
+def test_any_request(seed, rows, device):
+    name, request = draw(10 * seed + rows, (rows,), blocks=(2, 4), most_blocks=1, longest=4)
+    check(*pair(name, seed, device), request, together)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("rows", [1, 2, 3])
+@pytest.mark.parametrize("seed", range(100, 140))
+def test_many_requests(seed, rows, device):
+    name, request = draw(10 * seed + rows, (rows,), blocks=(2, 4, 8), most_blocks=2, longest=8)
+    check(*pair(name, seed, device), request, together)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seats", [1, 2])
+@pytest.mark.parametrize("seed", range(200, 212))
+def test_many_requests_through_seats(seed, seats, device):
+    name, request = draw(seed, (3,), blocks=(4,), most_blocks=2, longest=8)
+    check(*pair(name, seed, device), request, lambda model, request: seated(model, request, seats))
+
+
+def fixed(options: dict, rows: int = 1) -> Request:
+    words = torch.randint(0, EOS, (rows, 5), generator=torch.Generator().manual_seed(2))
+    return Request([line[: 5 - row] for row, line in enumerate(words)], {"seed": 3, **options}, right=False)
+
+
+@pytest.mark.parametrize("name", ["llada", "modernbert"])
+@pytest.mark.parametrize("drawn", [{"temperature": 0.8}, {"confidence": "random"}], ids=str)
+def test_one_row_that_draws(name, drawn, device):
+    options = {"gen_length": 4, "block_length": 4, "schedule": Uniform(2), **drawn}
+    check(*pair(name, 0, device), fixed(options), together)
+
+
+EVERY = [
+    *[{"cache": cache, "cfg_scale": 1.0, "temperature": 0.5} for cache in ("none", "prefix", "dual")],
+    *[{"refresh": refresh, "schedule": Threshold(0.05)} for refresh in (Every(2), Window(2, 1), Drift(0.3))],
+    *[{"remask": remask, "confidence": "margin"} for remask in (ReMDM(1.0), Verify(0.3))],
+]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("options", EVERY, ids=str)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_each_kind_of_option(name, options, rows, device):
+    """So that none is left to chance."""
+    request = fixed({"gen_length": 8, "block_length": 4, "schedule": Uniform(4), **options}, rows)
+    check(*pair(name, 0, device), request, together)
