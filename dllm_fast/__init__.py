@@ -2,7 +2,8 @@
 
 from dllm_fast.config import show_config
 from dllm_fast.generate import Completion, Output, generate, generate_many
-from dllm_fast.hf import custom_generate
+from dllm_fast.generation_config import DiffusionGenerationConfig
+from dllm_fast.hf import DiffusionOutput, custom_generate
 from dllm_fast.llada import LLaDAConfig, LLaDAModelLM
 from dllm_fast.loading import from_pretrained, model_path, shipped
 from dllm_fast.patch import patch, patched, unpatch
@@ -14,6 +15,8 @@ __all__ = [
     "P2",
     "Ancestral",
     "Completion",
+    "DiffusionGenerationConfig",
+    "DiffusionOutput",
     "Drift",
     "EntropyBound",
     "Every",

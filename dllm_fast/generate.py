@@ -16,9 +16,10 @@ from dllm_fast.bypass import unwrapped
 from dllm_fast.engine import Counts, Engine, on_host
 from dllm_fast.memory import fits, require_memory
 from dllm_fast.patch import bound_family, bound_pool
+from dllm_fast.pool import Pool
 from dllm_fast.refresh import Refresh
 from dllm_fast.remask import Remask
-from dllm_fast.request import Request, Row, check_batch, require
+from dllm_fast.request import Request, Row, check_batch, check_token_types, require
 from dllm_fast.schedules import Schedule, Threshold
 from dllm_fast.weights import stamp
 
@@ -66,6 +67,7 @@ def generate(
     pad_id: int | None = None,
     suppress_tokens: int | list[int] | tuple[int, ...] | None = None,
     defer_tokens: int | list[int] | tuple[int, ...] | None = None,
+    token_type_ids: torch.Tensor | None = None,
 ) -> Output:
     """Fill ``gen_length`` [MASK]s after each prompt, and any [MASK] inside the prompts, block by block.
 
@@ -100,6 +102,7 @@ def generate(
             softmax that the confidence comes from, and a position that one was chosen for has confidence -inf: it is
             kept when no other is left. LLaDA's ``confidence_eos_eot_inf`` is ``[126081, 126348]``. To a ``remask``
             they are tokens like others once they are kept.
+        token_type_ids: [B, P], all 0, as some tokenizers return beside the ids. No family here has token types.
 
     Returns:
         `Output`.
@@ -109,19 +112,26 @@ def generate(
         MemoryError: the batch does not fit what memory the device has left; nothing has run.
     """
     family, model = bound_family(model), unwrapped(model)
-    start, end = check_batch(input_ids, attention_mask, family.head()[0].device)
+    check_token_types(token_type_ids)
     request = Request(
         gen_length, block_length, schedule, confidence, temperature, cfg_scale, cache, refresh, remask,
         mask_id, eos_id, seed, pad_id, suppress_tokens, defer_tokens,
     ).check(model, family)  # fmt: skip
+    return fill(model, family, bound_pool(model), input_ids, attention_mask, request, streamer)
+
+
+def fill(model, family, pool, input_ids, attention_mask, request: Request, streamer=None) -> Output:
+    """`generate`, its other arguments checked and gathered in ``request``."""
+    start, end = check_batch(input_ids, attention_mask, family.head()[0].device)
     batch, prompt = input_ids.shape
+    gen_length = request.gen_length
     require(streamer is None or batch == 1, f"streamer: takes one row, and input_ids has {batch}")
     host = input_ids.cpu()
     rows = [request.row(b, host[b, start[b] : end[b]], family) for b in range(batch)]
     require(any(row.blocks for row in rows), "gen_length=0 and no [MASK] in input_ids: there is nothing to fill")
     sequences = torch.cat((host, host.new_zeros(batch, gen_length)), 1)
     counts, row_nfe = Counts(), [0] * batch
-    for row in _Server(model, request, rows, batch, counts, streamer).serve():
+    for row in _Server(model, family, pool, request, rows, batch, counts, streamer).serve():
         length = end[row.index] - start[row.index]
         row_nfe[row.index] = row.nfe
         sequences[row.index, start[row.index] : end[row.index]] = row.ids[:length]
@@ -144,7 +154,8 @@ class Completion:
     nfe: int
 
 
-_DEFAULTS = {name: p.default for name, p in inspect.signature(generate).parameters.items() if p.default is not p.empty}
+# Of `generate`'s options.
+DEFAULTS = {name: p.default for name, p in inspect.signature(generate).parameters.items() if p.default is not p.empty}
 
 
 def generate_many(
@@ -171,13 +182,14 @@ def generate_many(
         noise_rows: a number from 0 to 2^32 - 1 for each prompt: the row that its noise is a function of, beside the
             seed, the step and the position. None: its number among the prompts. Where anything is drawn, fixed ones
             keep a prompt's tokens whatever prompts are handed in with it, and two alike draw alike.
-        options: `generate`'s, but for ``attention_mask`` and ``streamer``.
+        options: `generate`'s, but for ``attention_mask``, ``token_type_ids`` and ``streamer``.
 
     Raises:
         ValueError, MemoryError: as `generate`, when called, before the first prompt runs.
     """
     family, model = bound_family(model), unwrapped(model)
-    known = {name: value for name, value in _DEFAULTS.items() if name not in ("attention_mask", "streamer")}
+    batch_wise = ("attention_mask", "token_type_ids", "streamer")
+    known = {name: value for name, value in DEFAULTS.items() if name not in batch_wise}
     unknown = sorted(set(options) - set(known))
     require(not unknown, f"{', '.join(unknown)}: not an option of generate_many")
     good = isinstance(batch_size, int) and not isinstance(batch_size, bool) and batch_size >= 1
@@ -196,7 +208,7 @@ def generate_many(
         require(ids.dim() == 1, f"{name}: shape {tuple(ids.shape)} is not [P]")
         require(ids.numel() == 0 or ids.dtype == torch.int64, f"{name}: dtype {ids.dtype} is not torch.int64")
         rows.append(request.row(index, ids, family, name, noise_rows[index]))
-    server = _Server(model, request, rows, batch_size, Counts())
+    server = _Server(model, family, bound_pool(model), request, rows, batch_size, Counts())
     return _completions(server, len(rows), ordered, progress)
 
 
@@ -222,8 +234,10 @@ def _completions(server, total: int, ordered: bool, progress) -> Iterator[Comple
 class _Server:
     """Seats rows in an engine and runs it block by block."""
 
-    def __init__(self, model, request: Request, rows: list[Row], seats: int, counts: Counts, streamer=None):
-        self.family, self.pool, self.parameters = bound_family(model), bound_pool(model), list(model.parameters())
+    def __init__(
+        self, model, family, pool: Pool, request: Request, rows: list[Row], seats: int, counts: Counts, streamer=None
+    ):
+        self.family, self.pool, self.parameters = family, pool, list(model.parameters())
         self.request, self.counts = request, counts
         self.finished = [row for row in rows if row.done]  # nothing to fill
         self.waiting = sorted((row for row in rows if not row.done), key=lambda row: -len(row.ids))

@@ -1,34 +1,155 @@
-"""`custom_generate`: the loop as transformers' ``model.generate(ids, custom_generate=...)`` wants to call it."""
+"""What transformers' users call: ``model.generate(...)`` and `custom_generate`, over `dllm_fast.generate`."""
 
+import functools
 import inspect
+from dataclasses import InitVar, dataclass
 
 import torch
+from transformers import GenerationConfig
+from transformers.utils import ModelOutput
 
-from dllm_fast.generate import generate
+from dllm_fast.generate import DEFAULTS, fill, generate
+from dllm_fast.generation_config import ALIASES, FIELDS, HONOURED, gathered, options
+from dllm_fast.patch import family_and_pool
+from dllm_fast.request import Request, before_end, check_token_types, require
 
-_OWN = inspect.signature(generate).parameters
+_DEFAULTS = {name: value for name, value in DEFAULTS.items() if name in inspect.signature(Request).parameters}
+NONE_COUNTS = ("eos_token_id", "pad_token_id", "eos_id", "pad_id")  # given as None, they take back what a config says
+# Arguments of transformers' own generate that may stand there with a value that asks for nothing.
+HARMLESS = {"synced_gpus": (False,), "use_model_defaults": (True,)}
 
 
-def custom_generate(model, input_ids: torch.Tensor, **kwargs) -> torch.Tensor:
-    """``model.generate(ids, custom_generate=dllm_fast.custom_generate, gen_length=64, ...)``: [B, P + gen_length].
+@dataclass
+class DiffusionOutput(ModelOutput):
+    """What ``model.generate(...)`` returns.
 
-    Takes `generate`'s arguments; ``max_new_tokens`` stands for ``gen_length`` where that is not given. transformers
-    does not hand its own ``streamer=`` to a callable: bind it with ``functools.partial(custom_generate, streamer=s)``.
+    sequences: [B, P + new] int64, the prompts as they were given, then the answers; ``num_return_sequences`` of each
+        prompt next to each other.
+    nfe: [B] int64, model evaluations that each row went through; guidance takes two a step.
+    tokens_per_forward: [B] fp32, tokens that were filled in a row, up to the end of its text and that included, over
+        its ``nfe``; 0 where there was nothing to fill.
+
+    The last two are attributes and no entries: a pipeline hands a batch on row by row, and fails at a second entry.
     """
-    config = kwargs.get("generation_config")
-    own = {name: value for name, value in kwargs.items() if name in _OWN}
-    if "gen_length" not in own and getattr(config, "max_new_tokens", None):
-        own["gen_length"] = config.max_new_tokens
-    return generate(model, input_ids, **own).sequences
+
+    sequences: torch.LongTensor | None = None
+    nfe: InitVar[torch.LongTensor | None] = None
+    tokens_per_forward: InitVar[torch.FloatTensor | None] = None
+
+    def __post_init__(self, nfe, tokens_per_forward):
+        super().__post_init__()
+        self.nfe, self.tokens_per_forward = nfe, tokens_per_forward
 
 
-# transformers reads the signature to learn which keyword arguments are the callable's own.
+def diffusion_generate(
+    model,
+    inputs: torch.Tensor | None = None,  # [B, P] int64; or input_ids
+    generation_config: GenerationConfig | None = None,
+    logits_processor=None,
+    stopping_criteria=None,
+    streamer=None,
+    return_dict: bool = True,  # unless a config or a keyword says
+    **kwargs,
+) -> DiffusionOutput | torch.Tensor:
+    """`DiffusionGenerationMixin.generate` of a patched model, or of any that `patch` takes."""
+    family, pool = family_and_pool(model)
+    input_ids = _one_of(inputs, kwargs.pop("input_ids", None))
+    for name, value in (("logits_processor", logits_processor), ("stopping_criteria", stopping_criteria)):
+        kinds = ", ".join(type(item).__name__ for item in value or ())
+        require(not kinds, f"{name}: {kinds} cannot be honoured: many tokens are chosen at once, in any order")
+    require(not getattr(streamer, "_takes_logits", False), "streamer: asks for logits, which are never kept")
+    attention_mask, fields = _split(kwargs, input_ids)
+    fields = gathered(model, generation_config, fields)
+    asked = {**_DEFAULTS, **options(model, family, fields, input_ids.shape[1])}
+    request = Request(**asked, short_block=True).check(model, family)
+    copies = fields.get("num_return_sequences", 1)
+    good = isinstance(copies, int) and copies >= 1
+    require(good, f"num_return_sequences={copies!r} is not a positive whole number")
+    if copies > 1:
+        input_ids = input_ids.repeat_interleave(copies, 0)
+        attention_mask = None if attention_mask is None else attention_mask.repeat_interleave(copies, 0)
+    out = fill(model, family, pool, input_ids, attention_mask, request, streamer)
+    if not fields.get("return_dict_in_generate", return_dict):
+        return out.sequences
+    filled = _filled(out.sequences, input_ids, attention_mask, request)
+    nfe = out.row_nfe.to(out.sequences.device)
+    return DiffusionOutput(out.sequences, nfe, filled.to(nfe.device) / nfe.clamp(min=1))
+
+
+def custom_generate(model, input_ids: torch.Tensor | None = None, **kwargs) -> torch.Tensor | DiffusionOutput:
+    """``model.generate(ids, custom_generate=dllm_fast.custom_generate, max_new_tokens=64, ...)``: [B, P + new].
+
+    Takes what ``model.generate`` of a patched model does, but returns the sequences alone unless
+    ``return_dict_in_generate=True``. Where transformers' own generate calls it, that does not hand its ``streamer=`` to
+    a callable: bind it with ``functools.partial(custom_generate, streamer=s)``.
+    """
+    return diffusion_generate(model, kwargs.pop("inputs", None), input_ids=input_ids, return_dict=False, **kwargs)
+
+
+# transformers' own generate reads the signature to learn which keyword arguments are the callable's.
 custom_generate.__signature__ = inspect.Signature(
     [
-        *_OWN.values(),
+        *inspect.signature(generate).parameters.values(),
         *(
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
             for name in ("logits_processor", "stopping_criteria", "generation_config")
         ),
     ]
 )
+
+
+def is_ours(function) -> bool:
+    """Whether it is `custom_generate`, arguments bound or not."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return function is custom_generate
+
+
+def _one_of(inputs, input_ids) -> torch.Tensor:
+    require(inputs is None or input_ids is None, "inputs and input_ids: both are given")
+    ids = input_ids if inputs is None else inputs
+    require(ids is not None, "input_ids: None is an empty prompt")
+    require(isinstance(ids, torch.Tensor) and ids.dim() == 2, f"input_ids: {ids!r} is not a tensor [B, P]")
+    return ids
+
+
+def _filled(
+    sequences: torch.Tensor,  # [B, P + new]
+    input_ids: torch.Tensor,  # [B, P]
+    attention_mask: torch.Tensor | None,  # [B, P]
+    request: Request,
+) -> torch.Tensor:
+    """Tokens that were filled in each row, [B] fp32: up to the first that ends the text, and that included."""
+    open_ = torch.ones(sequences.shape, dtype=torch.bool, device="cpu")
+    prompt = (
+        (input_ids == request.mask_id)
+        if attention_mask is None
+        else (input_ids == request.mask_id) & attention_mask.bool()
+    )
+    open_[:, : input_ids.shape[1]] = prompt.cpu()
+    counts = []
+    for row, mine in zip(sequences.cpu(), open_):
+        text = row[mine].tolist()
+        counts.append(min(len(before_end(text, request.eos_ids)) + 1, len(text)))
+    return torch.tensor(counts, dtype=torch.float32, device="cpu")
+
+
+def _split(kwargs: dict, input_ids: torch.Tensor) -> tuple[torch.Tensor | None, dict]:
+    """(attention mask, fields of a generation config) out of the keywords of a call.
+
+    Raises ValueError for any other keyword that has a value, and where two names of one field disagree.
+    """
+    attention_mask = kwargs.pop("attention_mask", None)
+    check_token_types(kwargs.pop("token_type_ids", None))
+    kwargs.pop("tokenizer", None)  # of use to stop strings alone, which are refused
+    fields = {}
+    for name, value in kwargs.items():
+        field = ALIASES.get(name, name)
+        if value is None and name not in NONE_COUNTS:
+            continue
+        if field not in FIELDS and field not in HONOURED:
+            require(value in HARMLESS.get(name, ()), f"{name}={value!r}: not an argument that can be honoured")
+            continue
+        require(fields.get(field, value) == value, f"{field}={fields.get(field)!r} and {value!r}: two values")
+        fields[field] = value
+    return attention_mask, fields

@@ -15,13 +15,14 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
-    GenerationMixin,
     PretrainedConfig,
     PreTrainedModel,
 )
 from transformers.modeling_outputs import MaskedLMOutput
 
+from dllm_fast.generation_config import DiffusionGenerationConfig
 from dllm_fast.kernels.reference import rope_table
+from dllm_fast.mixin import DiffusionGenerationMixin
 
 TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
 
@@ -217,7 +218,7 @@ class LLaDAModel(nn.Module):
         return F.linear(x, head.weight) if isinstance(head, nn.Embedding) else head(x)
 
 
-class LLaDAModelLM(PreTrainedModel, GenerationMixin):
+class LLaDAModelLM(PreTrainedModel, DiffusionGenerationMixin):
     """Mask predictor: logits of every position from all positions, no causal mask."""
 
     config_class = LLaDAConfig
@@ -230,6 +231,7 @@ class LLaDAModelLM(PreTrainedModel, GenerationMixin):
         if config.weight_tying:
             head, embedding = "model.transformer.ff_out.weight", "model.transformer.wte.weight"
             self._tied_weights_keys = {head: embedding} if TRANSFORMERS_5 else [head]
+        self.generation_config = DiffusionGenerationConfig.of(self.generation_config)
         self.model = LLaDAModel(config)
         self.post_init()
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields
 
 import torch
 from torch import nn
+from transformers import GenerationConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast, MaskedLMOutput
 
 from dllm_fast import ops
@@ -20,6 +21,7 @@ from dllm_fast.families.rows import valid_spans
 from dllm_fast.fp8 import Fp8
 from dllm_fast.fp8 import check as check_fp8
 from dllm_fast.llada import LLaDAModelLM
+from dllm_fast.mixin import generation_config_of, lend_generate, take_back, would_replace
 from dllm_fast.pool import Pool
 from dllm_fast.weights import Fused, fuse, products
 
@@ -40,6 +42,7 @@ class _Patch:
     buffers: list[tuple[nn.Module, str, torch.Tensor]] = field(default_factory=list)
     fused: dict[int, Fused] = field(default_factory=dict)  # by the number of the group, to be moved back
     pool: Pool = field(default_factory=Pool)
+    replaced: dict[str, object] | None = None  # by `lend_generate`; None where nothing was lent
 
     def __deepcopy__(self, memo: dict) -> "_Patch":
         """A deep copy of a patched model is patched; `_plain_attributes`, which it is made of, lack the forward."""
@@ -47,7 +50,7 @@ class _Patch:
         if twin is None:  # of a shallow copy, whose this is not
             return self
         state = _Patch(**{x.name: copy.deepcopy(getattr(self, x.name), memo) for x in fields(self)})
-        _install(twin, state)
+        _install(twin, state, copy.deepcopy(getattr(self.model, "generation_config", None), memo))
         return state
 
     def __reduce__(self) -> tuple:
@@ -71,6 +74,7 @@ def patch(model: nn.Module, impl: str = "auto", weights: str | None = None) -> n
     other call (labels, ``position_ids``, a mask with holes, training) is answered by the model's own forward. So is
     any while a hook, an adapter or another module stands where the patched forward would pass it by (`bypass`);
     `generate` raises a ValueError that names the module.
+    ``model.generate(...)`` is `DiffusionGenerationMixin.generate`, of whatever class the model is.
     Weights are not changed; those that multiply the same input come to lie in one storage (`dllm_fast.weights`), one
     group at a time, which leaves every Parameter object and its values what they were. A second call with the same
     arguments does nothing but fuse again what ``.to()`` and its like moved apart, as `dllm_fast.generate` does too, and
@@ -103,7 +107,8 @@ def patch(model: nn.Module, impl: str = "auto", weights: str | None = None) -> n
         own_forward = model.__dict__.get("forward") if state is None else state.own_forward
         fresh = _Patch(impl, weights, family, own, own_forward, output, model)
         if state is not None:
-            fresh.fused, fresh.pool.lock, fresh.bound = state.fused, state.pool.lock, state.bound
+            fresh.fused, fresh.pool.lock = state.fused, state.pool.lock
+            fresh.bound, fresh.replaced = state.bound, state.replaced
         _prepare(fresh)
         # All that can fail is done; from here on the model's own attributes change.
         if state is not None:
@@ -113,14 +118,16 @@ def patch(model: nn.Module, impl: str = "auto", weights: str | None = None) -> n
             module._buffers[name] = table
         model.__dict__[_STATE] = fresh
         if state is None:
-            fresh.bound = types.MethodType(_like(own), model)
-            _install(model, fresh)
+            fresh.bound, fresh.replaced = types.MethodType(_like(own), model), would_replace(model)
+            _install(model, fresh, generation_config_of(model))
     return wrapper
 
 
-def _install(model: nn.Module, state: _Patch) -> None:
+def _install(model: nn.Module, state: _Patch, generation_config: GenerationConfig | None) -> None:
     model.__dict__["forward"] = state.bound
     model.__dict__["__getstate__"] = types.MethodType(_plain_attributes, model)
+    if state.replaced is not None:
+        lend_generate(model, generation_config)
 
 
 def _plain_attributes(model: nn.Module) -> dict:
@@ -129,7 +136,10 @@ def _plain_attributes(model: nn.Module) -> dict:
     A bound forward that was copied along would go on answering for the model that it was bound to.
     """
     attributes, state = dict(model.__dict__), patch_of(model)
+    config = attributes.get("generation_config")
     _take_out(attributes, state)
+    if "generation_config" in attributes:  # as it was changed, whichever class it has
+        attributes["generation_config"] = config
     return {**attributes, _STATE: state}
 
 
@@ -167,6 +177,8 @@ def _take_out(attributes: dict, state: _Patch) -> None:
         del attributes["forward"]
         if state.own_forward is not None:
             attributes["forward"] = state.own_forward
+    if state.replaced is not None:
+        take_back(attributes, state.replaced)
 
 
 def _put_back_buffers(state: _Patch) -> None:
@@ -243,6 +255,19 @@ def patch_of(model: nn.Module) -> _Patch | None:
     """
     state = model.__dict__.get(_STATE) if isinstance(model, nn.Module) else None
     return state if state is not None and state.model is model else None
+
+
+def family_and_pool(model: nn.Module) -> tuple[LLaDA | ModernBert, Pool]:
+    """`bound_family` and `bound_pool` of a patched model; of another that `patch` takes, its family over the weights as
+    they lie, for one call: nothing is moved, and each linear is a product of its own. Raises ValueError as they do, or
+    as `patch`."""
+    if patch_of(model) is not None:
+        return bound_family(model), bound_pool(model)
+    family_class, _ = _recognise(model)
+    _first_parameter(model)
+    family = family_class(model, "auto")
+    require_nothing_left_out(model, family.calls, family.known)
+    return family, Pool()
 
 
 def _state(model: nn.Module) -> _Patch:

@@ -79,6 +79,7 @@ class Request:
     pad_id: int | None = None
     suppress_tokens: int | list[int] | tuple[int, ...] | None = None
     defer_tokens: int | list[int] | tuple[int, ...] | None = None
+    short_block: bool = False  # the last block may be shorter than the others
     options: Options = field(init=False)
     eos_ids: tuple[int, ...] = field(init=False)
 
@@ -137,7 +138,7 @@ class Request:
         gen, block = self.gen_length, self.block_length
         require(_whole(gen) and gen >= 0, f"gen_length={gen!r} is not a whole number from 0 up")
         require(_whole(block) and block >= 1, f"block_length={block!r} is not a positive whole number")
-        require(gen % block == 0, f"gen_length={gen} is not a multiple of block_length={block}")
+        require(self.short_block or gen % block == 0, f"gen_length={gen} is not a multiple of block_length={block}")
         require(isinstance(self.schedule, Schedule), f"schedule={self.schedule!r} is not a schedule of dllm_fast")
         for name, choices in (("confidence", CONFIDENCES), ("cache", CACHES)):
             value = getattr(self, name)
@@ -180,6 +181,12 @@ def check_batch(input_ids, attention_mask, device: torch.device) -> tuple[torch.
     holes = end - start != length
     require(not bool(holes.any()), f"attention_mask: row {int(holes.long().argmax())} has a hole")
     return start, end
+
+
+def check_token_types(token_type_ids: torch.Tensor | None) -> None:
+    """Raise ValueError if ``token_type_ids`` tell anything apart."""
+    plain = token_type_ids is None or not bool(torch.as_tensor(token_type_ids).any())
+    require(plain, "token_type_ids: has values other than 0, and the model has no token types")
 
 
 def plan_blocks(open_: torch.Tensor, block_length: int) -> list[tuple[int, int]]:
