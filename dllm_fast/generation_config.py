@@ -15,20 +15,12 @@ from dllm_fast.values import is_whole
 
 # `dllm_fast.generate`'s arguments that transformers has no field for.
 DIFFUSION = (
-    "block_length",
-    "schedule",
-    "confidence",
-    "cfg_scale",
-    "cache",
-    "refresh",
-    "remask",
-    "mask_id",
-    "seed",
+    "block_length", "schedule", "confidence", "cfg_scale", "cache", "refresh", "remask", "mask_id", "seed",
     "defer_tokens",
-)
+)  # fmt: skip
 HONOURED = (
-    "max_new_tokens", "max_length", "do_sample", "temperature", "eos_token_id", "pad_token_id", "suppress_tokens", "use_cache",
-    "num_return_sequences", "return_dict_in_generate", *DIFFUSION,
+    "max_new_tokens", "max_length", "do_sample", "temperature", "eos_token_id", "pad_token_id", "suppress_tokens",
+    "use_cache", "num_return_sequences", "return_dict_in_generate", *DIFFUSION,
 )  # fmt: skip
 # For prompts that are missing, for encoder-decoders, and what changes neither tokens nor their probabilities here.
 NO_PART = ("bos_token_id", "decoder_start_token_id", "renormalize_logits", "disable_compile", "transformers_version")
@@ -49,8 +41,8 @@ class DiffusionGenerationConfig(GenerationConfig):
 
     Args:
         block_length, schedule, confidence, cfg_scale, cache, refresh, remask, mask_id, seed, defer_tokens: as
-            `dllm_fast.generate`; None is its default. ``schedule``, ``refresh`` and ``remask`` may be text, as on the command line:
-            ``"threshold=0.9"``; so they stand in ``generation_config.json``.
+            `dllm_fast.generate`; None is its default. ``schedule``, ``refresh`` and ``remask`` may be text, as on the
+            command line: ``"threshold=0.9"``; so they stand in ``generation_config.json``.
         max_new_tokens: tokens to write, 128 by default, in blocks of ``block_length``; the last may be shorter.
         max_length: those of the prompt and of the answer.
         do_sample, temperature: a temperature alone asks for sampling; ``do_sample`` alone is temperature 1, and False
