@@ -46,7 +46,7 @@ setup(
     packages=["dllm_fast", "dllm_fast.families", "dllm_fast.kernels"],
     package_dir={"dllm_fast.kernels": "kernels"},
     include_package_data=False,  # or MANIFEST.in's files count as data, and a folder of them as a package left out
-    package_data={"dllm_fast": ["py.typed", "models/*/*"]},
+    package_data={"dllm_fast": ["py.typed", "models/*/*", "hub/custom_generate/*"]},
     ext_modules=[Extension("dllm_fast._cpu", [f for f in files if f.endswith(".cpp")], depends=files, optional=True)],
     cmdclass={"build_ext": Build},
 )

@@ -32,7 +32,9 @@ FIELDS = frozenset(name for name in vars(_PLAIN) if not name.startswith("_"))
 # transformers 4.57 fills fields in, so that in a config of its own they do not tell whether anyone asked for them.
 FILLED = {name: value for name, value in vars(_PLAIN).items() if value is not None and name in FIELDS}
 # Values that ask for nothing. Its default of top_k does, where it samples.
-NEUTRAL = {**FILLED, **getattr(_PLAIN, "_get_default_generation_params", dict)(), "top_k": 0}
+_DEFAULTS = {**FILLED, **getattr(_PLAIN, "_get_default_generation_params", dict)()}
+TOP_K = _DEFAULTS["top_k"]
+NEUTRAL = {**_DEFAULTS, "top_k": 0}
 NEUTRAL |= {"min_p": 0, "min_new_tokens": 0, "guidance_scale": 1}
 
 

@@ -1,15 +1,24 @@
 """What transformers' users call: ``model.generate(...)`` and `custom_generate`, over `dllm_fast.generate`."""
 
+import copy
 import functools
 import inspect
 from dataclasses import InitVar, dataclass
 
 import torch
-from transformers import GenerationConfig
+from transformers import EosTokenCriteria, GenerationConfig, MaxLengthCriteria, TemperatureLogitsWarper
 from transformers.utils import ModelOutput
 
 from dllm_fast.generate import DEFAULTS, fill, generate
-from dllm_fast.generation_config import ALIASES, FIELDS, HONOURED, gathered, options
+from dllm_fast.generation_config import (
+    ALIASES,
+    FIELDS,
+    HONOURED,
+    TOP_K,
+    DiffusionGenerationConfig,
+    gathered,
+    options,
+)  # fmt: skip
 from dllm_fast.patch import family_and_pool
 from dllm_fast.request import Request, before_end, check_token_types, require
 
@@ -72,7 +81,7 @@ def diffusion_generate(
     if not fields.get("return_dict_in_generate", return_dict):
         return out.sequences
     filled = _filled(out.sequences, input_ids, attention_mask, request)
-    nfe = out.row_nfe.to(out.sequences.device)
+    nfe = torch.tensor(out.row_nfe, dtype=torch.int64, device=out.sequences.device)
     return DiffusionOutput(out.sequences, nfe, filled.to(nfe.device) / nfe.clamp(min=1))
 
 
@@ -83,19 +92,53 @@ def custom_generate(model, input_ids: torch.Tensor | None = None, **kwargs) -> t
     ``return_dict_in_generate=True``. Where transformers' own generate calls it, that does not hand its ``streamer=`` to
     a callable: bind it with ``functools.partial(custom_generate, streamer=s)``.
     """
+    config = kwargs.get("generation_config")
+    if hasattr(config, "_eos_token_tensor"):  # transformers' own generate sets it, and calls us
+        kwargs = _as_asked(model, config, input_ids, kwargs)
     return diffusion_generate(model, kwargs.pop("inputs", None), input_ids=input_ids, return_dict=False, **kwargs)
 
 
-# transformers' own generate reads the signature to learn which keyword arguments are the callable's.
+# transformers' own generate reads the signature to learn which keyword arguments are the callable's. An attention mask
+# it hands over in any case.
 custom_generate.__signature__ = inspect.Signature(
     [
-        *inspect.signature(generate).parameters.values(),
+        *(p for name, p in inspect.signature(generate).parameters.items() if name != "attention_mask"),
         *(
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
             for name in ("logits_processor", "stopping_criteria", "generation_config")
         ),
     ]
 )
+
+
+def _as_asked(model, config: GenerationConfig, input_ids: torch.Tensor, kwargs: dict) -> dict:
+    """``kwargs`` of transformers' own generate, without what it has made for a loop from left to right: a cache,
+    positions, its default of top_k where it cannot be told from a wish, and what honoured fields stand for."""
+    config = copy.copy(config)
+    if config.top_k == TOP_K and not isinstance(model.generation_config, DiffusionGenerationConfig):
+        config.top_k = None
+    cache = kwargs.get("past_key_values")
+    made = {"use_cache", "cache_position", "logits_to_keep"}
+    if cache is not None and cache.get_seq_length() == 0:
+        made.add("past_key_values")
+    if (positions := kwargs.get("position_ids")) is not None:
+        mask = kwargs.get("attention_mask")
+        mask = torch.ones_like(input_ids) if mask is None else mask
+        if torch.equal(positions * mask, ((mask.cumsum(1) - 1) * mask).expand_as(positions)):
+            made.add("position_ids")
+    kwargs = {name: value for name, value in kwargs.items() if name not in made}
+    kwargs["logits_processor"] = [p for p in kwargs.get("logits_processor") or () if not _is_fields(p, config)]
+    kwargs["stopping_criteria"] = [c for c in kwargs.get("stopping_criteria") or () if not _is_fields(c, config)]
+    return kwargs | {"generation_config": config}
+
+
+def _is_fields(made: object, config: GenerationConfig) -> bool:
+    """Whether a processor or criterion says no more than a field of ``config`` that is honoured."""
+    if isinstance(made, MaxLengthCriteria):
+        return made.max_length == config.max_length
+    if isinstance(made, EosTokenCriteria):
+        return sorted(made.eos_token_id.flatten().tolist()) == sorted(config._eos_token_tensor.flatten().tolist())
+    return isinstance(made, TemperatureLogitsWarper) and made.temperature == config.temperature
 
 
 def is_ours(function) -> bool:

@@ -1,6 +1,6 @@
 """`DiffusionGenerationMixin`: the ``generate`` of the native LLaDA, and of every model while it is patched."""
 
-import functools
+import types
 
 import torch
 from torch import nn
@@ -108,8 +108,7 @@ def generation_config_of(model: nn.Module) -> DiffusionGenerationConfig:
 def lend_generate(model: nn.Module, generation_config: GenerationConfig) -> None:
     """Put `DiffusionGenerationMixin.generate` on this instance, with what belongs to it (`LENT`)."""
     model.__dict__.update(
-        # Bound by `partial`, not as a method: a copied method would be looked up in the class, which may have none.
-        generate=functools.partial(DiffusionGenerationMixin.generate, model),
+        generate=types.MethodType(DiffusionGenerationMixin.generate, model),
         can_generate=_can_generate,
         generation_config=generation_config,
         output_modalities=DiffusionGenerationMixin.output_modalities,
