@@ -2,11 +2,13 @@
 
 import json
 import struct
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from transformers import ModernBertForMaskedLM, PretrainedConfig, PreTrainedModel
 
+from dllm_fast.generation_config import DiffusionGenerationConfig
 from dllm_fast.llada import TRANSFORMERS_5, LLaDAModelLM, register
 from dllm_fast.patch import bound_family, patch, require_known
 
@@ -78,7 +80,11 @@ def from_pretrained(
             f"{name}: the weights hold {len(unexpected)} tensors that config.json has no place for, the first of them "
             f"{unexpected[0]}"
         )
-    return patch(model.eval() if device is None else model.eval().to(device), impl, weights)
+    patch(model.eval() if device is None else model.eval().to(device), impl, weights)
+    if not cls.can_generate():  # then transformers has not read the file
+        with suppress(OSError):  # there is none
+            model.generation_config = DiffusionGenerationConfig.from_pretrained(name, **kwargs)
+    return model
 
 
 def end_of_text(model: PreTrainedModel, tokenizer) -> list[int]:

@@ -85,8 +85,8 @@ def _can_generate() -> bool:
     return True
 
 
-# What `lend_generate` puts on an instance: generate, and what transformers' pipelines and `save_pretrained` ask of a model
-# that generates.
+# What `lend_generate` puts on an instance: generate, and what transformers' pipelines and `save_pretrained` ask of a
+# model that generates.
 LENT = ("generate", "can_generate", "generation_config", "output_modalities")
 
 

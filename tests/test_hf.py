@@ -67,6 +67,8 @@ def test_a_model_of_any_class_generates_while_it_is_patched(modernbert, ids):
     dllm_fast.unpatch(modernbert)
     assert not hasattr(modernbert, "generate") and not modernbert.can_generate()
     assert modernbert.__dict__.keys() == before.keys()
+    assert copied.generation_config.block_length == 4 and not hasattr(loaded, "generate")
+    dllm_fast.patch(loaded).generation_config.block_length = 4
     for other in (copied, loaded):
         other.decoder.bias.data += 3 * torch.randn(VOCAB, generator=torch.Generator().manual_seed(3))
         changed = plain(other, ids, block_length=4)
@@ -79,6 +81,9 @@ def test_what_stood_on_the_instance_comes_back(modernbert):
     modernbert.generate, modernbert.generation_config = own, config
     dllm_fast.patch(modernbert)
     assert modernbert.generate is not own and modernbert.generation_config.max_new_tokens == 3
+    modernbert.generation_config.seed = 5
+    copied = copy.deepcopy(modernbert)
+    assert copied.generation_config.seed == 5 and copied.generation_config is not modernbert.generation_config
     dllm_fast.unpatch(modernbert)
     assert modernbert.generate is own and modernbert.generation_config is config
 
