@@ -185,7 +185,7 @@ def check_batch(input_ids, attention_mask, device: torch.device) -> tuple[torch.
 
 def check_token_types(token_type_ids: torch.Tensor | None) -> None:
     """Raise ValueError if ``token_type_ids`` tell anything apart."""
-    plain = token_type_ids is None or not bool(torch.as_tensor(token_type_ids).any())
+    plain = token_type_ids is None or not torch.as_tensor(token_type_ids, device="cpu").any()
     require(plain, "token_type_ids: has values other than 0, and the model has no token types")
 
 

@@ -114,6 +114,8 @@ def run(model, impl, weights=None, cases=ALL):
         found[f"generate {number}"] = out.sequences, out.nfe
         served = dllm_fast.generate_many(model, [[1, 2, 3], gap, [4]], batch_size=2, **LENGTHS, **options)
         found[f"generate_many {number}"] = tuple(completion.sequence for completion in served)
+    answer = model.generate(ids, attention_mask=mask, max_new_tokens=12, temperature=0.7, eos_token_id=[5, 9], seed=2)
+    found["model.generate"] = answer.sequences, answer.nfe, answer.tokens_per_forward
     with torch.no_grad():
         found["forward"] = model(ids).logits, model(input_ids=ids[:1, :7]).logits
     pairs = [([1, 2, 3], [4, 5, 6]), (ids[0, :2], ids[1, 5:9]), ([], [7])]
