@@ -9,6 +9,7 @@ import torch
 from transformers import EosTokenCriteria, GenerationConfig, MaxLengthCriteria, TemperatureLogitsWarper
 from transformers.utils import ModelOutput
 
+from dllm_fast.bypass import unwrapped
 from dllm_fast.generate import DEFAULTS, fill, generate
 from dllm_fast.generation_config import (
     ALIASES,
@@ -61,7 +62,7 @@ def diffusion_generate(
     **kwargs,
 ) -> DiffusionOutput | torch.Tensor:
     """`DiffusionGenerationMixin.generate` of a patched model, or of any that `patch` takes."""
-    family, pool = family_and_pool(model)
+    (family, pool), model = family_and_pool(model), unwrapped(model)
     input_ids = _one_of(inputs, kwargs.pop("input_ids", None))
     for name, value in (("logits_processor", logits_processor), ("stopping_criteria", stopping_criteria)):
         kinds = ", ".join(type(item).__name__ for item in value or ())

@@ -261,6 +261,8 @@ def family_and_pool(model: nn.Module) -> tuple[LLaDA | ModernBert, Pool]:
     """`bound_family` and `bound_pool` of a patched model; of another that `patch` takes, its family over the weights as
     they lie, for one call: nothing is moved, and each linear is a product of its own. Raises ValueError as they do, or
     as `patch`."""
+    require_no_learned_prompt(model)
+    model = unwrapped(model)
     if patch_of(model) is not None:
         return bound_family(model), bound_pool(model)
     family_class, _ = _recognise(model)
