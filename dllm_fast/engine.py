@@ -77,6 +77,7 @@ class Engine:
         self.budget = long(rows)  # positions that may still be opened again in this block
         self.step, self.seed = long(1), long(1)
         self.more = torch.zeros(rows, dtype=torch.bool, device=device)  # has the row's block a position still open
+        self.bad = long(rows)  # the block's first step at which a candidate's logits are NaN or infinite, or PLAN_STEP
         self.then = torch.zeros((rows, self.live), dtype=torch.float32, device=device)  # probabilities at commitment
         self.offsets = torch.arange(self.live, device=device)
         # Without padding there is no range to pass, and attention takes its unmasked path.
@@ -110,9 +111,11 @@ class Engine:
         self.pad.copy_(on_host([self.slots - length for length in self.lengths]))
         self.row.copy_(on_host([row.noise for row in rows]))
 
-    def tokens(self) -> torch.Tensor:
-        """The live block of every row, [B, T] int64 on the host."""
-        return self.canvas.gather(1, self.slot[:, None] + self.offsets).cpu()
+    def tokens(self) -> tuple[torch.Tensor, list[int | None]]:
+        """The live block of every row, [B, T] int64 on the host, and the step at which its logits first were NaN."""
+        block = self.canvas.gather(1, self.slot[:, None] + self.offsets)
+        read = torch.cat((block, self.bad[:, None]), 1).cpu()  # in one wait for the device
+        return read[:, :-1], [None if step == PLAN_STEP else step for step in read[:, -1].tolist()]
 
     def take_over(self, other: "Engine", stayed: list[int]) -> None:
         """Go on with the rows ``stayed`` of a larger engine: its cache, the last slots of it."""
@@ -136,6 +139,7 @@ class Engine:
         self.budget.fill_(self.options.block_length)
         self.then.zero_()
         self.more.fill_(True)
+        self.bad.fill_(PLAN_STEP)
         planned = self.options.schedule.counts(masked, blocks, functools.partial(self._draw, slot))
         if planned is not None:
             plan = torch.stack([count for _, count in planned]).to(self.device)  # [steps, B]
@@ -353,6 +357,8 @@ class Engine:
             deferred=o.defer_tokens,
             impl=family.impl,
         )
+        # lse - lse is 0, or NaN where lse is NaN or infinite; a position that is no candidate has lse 0.
+        self.bad.copy_(torch.minimum(self.bad, torch.where(lse - lse == 0, PLAN_STEP, self.step).view_as(at).amin(1)))
         token, score = token.view_as(at), score.view_as(at)
         commit = functools.partial(ops.commit, self.canvas, token, score, impl=family.impl)
         planned = not o.schedule.rule

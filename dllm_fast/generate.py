@@ -108,7 +108,8 @@ def generate(
         `Output`.
 
     Raises:
-        ValueError: an argument that does not fit; it names the argument and the value, and nothing has run.
+        ValueError: an argument that does not fit; it names the argument and the value, and nothing has run. Or logits
+            are NaN or infinite, while it runs; it names the step.
         MemoryError: the batch does not fit what memory the device has left; nothing has run.
     """
     family, model = bound_family(model), unwrapped(model)
@@ -185,7 +186,7 @@ def generate_many(
         options: `generate`'s, but for ``attention_mask``, ``token_type_ids`` and ``streamer``.
 
     Raises:
-        ValueError, MemoryError: as `generate`, when called, before the first prompt runs.
+        ValueError, MemoryError: as `generate`, when called, before the first prompt runs; for NaN logits, as it runs.
     """
     family, model = bound_family(model), unwrapped(model)
     batch_wise = ("attention_mask", "token_type_ids", "streamer")
@@ -313,7 +314,13 @@ class _Server:
             self.stream.flush()
             draft = functools.partial(self.stream.draft, engine, int(slot[0]) + engine.live)
         engine.block(slot, masked, blocks, fresh, draft)
-        for row, first, tokens, nfe in zip(rows, slot.tolist(), engine.tokens(), engine.evaluations, strict=True):
+        found, bad = engine.tokens()
+        for row, first, tokens, step, nfe in zip(rows, slot.tolist(), found, bad, engine.evaluations, strict=True):
+            if step is not None:
+                raise ValueError(
+                    f"model: logits are NaN or infinite at step {step} of block {row.next} of row {row.index}: "
+                    f"weights that are, or activations too large for {engine.weight.dtype}"
+                )
             row.nfe += nfe
             row.write(first - (engine.slots - len(row.ids)), tokens, self.request.eos_ids, self.request.pad_id)
         if self.stream is not None:

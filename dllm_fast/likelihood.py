@@ -62,7 +62,8 @@ def log_likelihoods(
         cfg_scale: guidance, as in `dllm_fast.generate`.
 
     Raises:
-        ValueError: an argument that does not fit; it names the argument and the value, and nothing has run.
+        ValueError: an argument that does not fit; it names the argument and the value, and nothing has run. Or logits
+            are NaN or infinite, while it runs; it names the pair.
     """
     require(_whole(samples) and samples >= 1, f"samples={samples!r} is not a positive whole number")
     require(seed is None or _whole(seed), f"seed={seed!r} is not a whole number")
@@ -163,18 +164,21 @@ class _Scorer:
             indices, masks, weights = zip(*batch)
             sums = self._log_probability([self.pairs[i] for i in indices], masks)
             for index, weight, value in zip(indices, weights, sums):
+                require(value == value, f"model: logits are NaN or infinite for pairs[{index}]")
                 total[index] += weight * value
             yield from total[done : indices[-1]]  # the last pair's masks may go on in the next batch
             done = indices[-1]
         yield from total[done:]
 
     def greedy(self) -> Iterator[bool]:
-        for pairs in _batches(self.pairs, self.batch_size):
+        for batch in _batches(enumerate(self.pairs), self.batch_size):
+            indices, pairs = zip(*batch)
             masks = [torch.ones(pair.length, dtype=torch.bool, device="cpu") for pair in pairs]
             live, wrong = list(range(len(pairs))), set()
             while live:
                 best = self._most_confident([pairs[i] for i in live], [masks[i] for i in live])
                 for i, (position, token) in zip(live, best):
+                    require(position >= 0, f"model: logits are NaN or infinite for pairs[{indices[i]}]")
                     masks[i][position - pairs[i].prompt] = False
                     if token != int(pairs[i].ids[position]):
                         wrong.add(i)
@@ -193,7 +197,9 @@ class _Scorer:
                 if uncond is not None:
                     base = self._logits(uncond[part])
                     logits = base + (self.cfg_scale + 1) * (logits - base)
-                found = logits.gather(1, target[part, None])[:, 0] - logits.logsumexp(1)
+                lse = logits.logsumexp(1)
+                # What is left is NaN where the logits are, or infinite; a token of probability 0 has -inf.
+                found = logits.gather(1, target[part, None])[:, 0] - lse.where(lse.isfinite(), float("nan"))
                 sums.index_add_(0, row[part], found.double())
             return sums.tolist()
 
@@ -202,17 +208,20 @@ class _Scorer:
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def _most_confident(self, pairs, masks) -> list[tuple[int, int]]:
-        """Of each pair, the masked position that the model is surest of, and its token."""
+        """Of each pair, the masked position that the model is surest of, and its token; -1 where logits are NaN."""
         with torch.no_grad(), self.lock:
             _, open_, hidden, uncond = self._hidden(pairs, masks)
             options = {"mask_id": self.mask_id, "uncond": uncond, "cfg_scale": self.cfg_scale}
-            token, confidence, _ = ops.predict(hidden, *self.family.head(), **options, impl=self.family.impl)
+            token, confidence, lse = ops.predict(hidden, *self.family.head(), **options, impl=self.family.impl)
             grid = torch.full(open_.shape, float("-inf"), dtype=confidence.dtype, device=self.device)
             grid[open_] = confidence
             tokens = torch.zeros(open_.shape, dtype=torch.int64, device=self.device)
             tokens[open_] = token
             position = grid.argmax(1, keepdim=True)
-            return torch.cat((position, tokens.gather(1, position)), 1).tolist()
+            token = tokens.gather(1, position)
+            lost = torch.zeros_like(open_)
+            lost[open_] = ~lse.isfinite()
+            return torch.cat((position.masked_fill(lost.any(1, keepdim=True), -1), token), 1).tolist()
 
     def _hidden(self, pairs: list[_Pair], masks: list[torch.Tensor]) -> tuple:
         """Clean ids [B, T], masked positions [B, T] bool, and what the LM head multiplies at these, [N, d]: with the

@@ -270,6 +270,7 @@ def attention(q, keys, values, seen, impl="torch"):
     if impl == "cpp":
         return compiled.attention(q, keys, values, *seen)
     near, mask, blind = seen
+    nothing = None if q.is_cuda else (q - q).sum(-1, keepdim=True)  # [B, T, H, 1]: 0, or NaN as the query is
     if near is not None:
         row = torch.arange(q.shape[0], device=q.device)[:, None]
         keys, values = keys[row, near], values[row, near]
@@ -280,6 +281,8 @@ def attention(q, keys, values, seen, impl="torch"):
         mask = mask[:, None] if group == 1 or mask.shape[1] == 1 else mask[:, None].repeat_interleave(group, 2)
     out = F.scaled_dot_product_attention(q, keys.transpose(1, 2), values.transpose(1, 2), attn_mask=mask)
     out = out.unflatten(2, (queries, group)).transpose(1, 2).flatten(2, 3)  # [B, T, H, D]
+    if nothing is not None:
+        out = out + nothing  # on a CPU, PyTorch makes 0 of a query of NaN that sees few slots
     # PyTorch leaves open what a query that sees nothing gets; it differs between its back ends.
     return out if blind is None else out.masked_fill(blind[..., None, None], 0.0)
 

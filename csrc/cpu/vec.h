@@ -132,11 +132,12 @@ inline Vec exp2_parts(Vec shifted, Vec f) {
   return (Vec)((Int)p + ((Int)shifted << 23));
 }
 
-// 2^x for x <= 126, exactly 0 from -127 down, within 1.3 * 2^-24 relative above -126.
+// 2^x for x <= 126, exactly 0 from -127 down, within 1.3 * 2^-24 relative above -126; NaN for NaN.
 inline Vec exp2_small(Vec x) {
   x = larger(all(-127.0f), x);
   const Vec shifted = x + MAGIC;
-  return exp2_parts(shifted, x - (shifted - MAGIC));
+  // Shifted into an exponent, the low bits of some NaNs would make a number of it; x - x is 0 or NaN.
+  return exp2_parts(shifted, x - (shifted - MAGIC)) + (x - x);
 }
 
 // A W x W block of 32-bit words, transposed in place.
