@@ -9,6 +9,7 @@ import random
 
 import pytest
 import torch
+from needs import needs_triton
 from rows import alone, draw_request, is_level, seated, together
 from tiny import EOS, MASK, make_llada, make_modernbert
 
@@ -62,6 +63,7 @@ def test_many_rows_alone_in_a_batch_and_through_seats(impl, seed):
     check(impl, seed, 12)
 
 
+@needs_triton
 def test_rows_on_the_kernels():
     """A row that waits, a row with padding, and a window at its edge."""
     model = make_llada(n_layers=2).to("cuda" if torch.cuda.is_available() else "cpu")
