@@ -1,4 +1,4 @@
-"""The command line: ``dllm-fast generate``, ``dllm-fast demo`` and ``dllm-fast config``."""
+"""The command line: ``dllm-fast generate``, ``demo``, ``config`` and ``verify``."""
 
 import argparse
 import re
@@ -62,14 +62,18 @@ def encode(tokenizer, text: str, mask_id: int, chat: bool) -> torch.Tensor:
     return torch.tensor([ids], dtype=torch.int64, device="cpu")
 
 
+def mask_of(args: argparse.Namespace, model, tokenizer) -> int:
+    known = (args.mask_id, model.config.mask_token_id, tokenizer.mask_token_id)
+    mask_id = next((i for i in known if i is not None), None)
+    if mask_id is None:
+        raise ValueError("--mask-id: neither the model's config nor its tokenizer names one")
+    return mask_id
+
+
 def run_generate(args: argparse.Namespace) -> int:
     prompts = args.prompt or [sys.stdin.read().rstrip("\n")]
     model, tokenizer = load(args)
-    mask_id = model.config.mask_token_id if args.mask_id is None else args.mask_id
-    if mask_id is None:
-        mask_id = tokenizer.mask_token_id
-    if mask_id is None:
-        raise ValueError("--mask-id: neither the model's config nor its tokenizer names one")
+    mask_id = mask_of(args, model, tokenizer)
     if args.chat and not tokenizer.chat_template:
         raise ValueError("--chat: this model's tokenizer has no chat template")
     eos_ids = end_of_text(model, tokenizer)
@@ -117,6 +121,15 @@ def run_config(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_verify(args: argparse.Namespace) -> int:
+    from dllm_fast.verify import verify
+
+    model, tokenizer = load(args)
+    mask_id = mask_of(args, model, tokenizer)
+    files = (args.gsm8k, args.gsm8k_examples)
+    return int(verify(model, tokenizer, args.model, mask_id, args.impl, *files, args.batch_size))
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="dllm-fast", description="Masked-diffusion language models, fast.")
     commands = top.add_subparsers(dest="command", required=True)
@@ -145,6 +158,15 @@ def parser() -> argparse.ArgumentParser:
     p = commands.add_parser("demo", help="watch the shipped models work, and what patching does to their speed")
     p.set_defaults(run=run_demo)
     p.add_argument("--plain", action="store_true", help="no live view")
+    p = commands.add_parser("verify", help="whether a model's own weights give, patched, what the published code gives")
+    p.set_defaults(run=run_verify)
+    add = p.add_argument
+    add("--model", required=True, help="a folder or a hub name: LLaDA-8B-Instruct, say")
+    add("--gsm8k", metavar="FILE", help="JSONL with question and answer: the first 100 are asked; default: left out")
+    add("--gsm8k-examples", metavar="FILE", help="likewise: four worked examples to put before each question")
+    add("--batch-size", type=int, default=8, help="problems answered together")
+    add("--mask-id", type=int, help="default: the model's own")
+    add_model_options(add)
     p = commands.add_parser("config", help="versions, devices, and which code runs on them: for a bug report")
     p.set_defaults(run=run_config)
     return top
