@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dllm_fast import ops
+from dllm_fast.bypass import class_name
 from dllm_fast.kernels import reference
 from dllm_fast.weights import plain, wants_grad
 
@@ -35,7 +36,7 @@ def check(model: nn.Module, groups: Iterable[tuple[nn.Module, ...]], device: tor
     names = {module: name for name, module in model.named_modules()}
     for linear in (linear for linears in groups for linear in linears):
         if not plain(linear):
-            raise ValueError(f"weights='fp8': {names[linear]} is a {type(linear).__name__}, not a plain nn.Linear")
+            raise ValueError(f"weights='fp8': {names[linear]} is a {class_name(linear)}, not a plain nn.Linear")
 
 
 @functools.cache
@@ -128,9 +129,7 @@ def _stamps(linears: tuple[nn.Module, ...]) -> list[tuple]:
     found = []
     for linear in linears:
         if not plain(linear):
-            raise ValueError(
-                f"weights='fp8': needs plain nn.Linear modules in the layers, not a {type(linear).__name__}"
-            )
+            raise ValueError(f"weights='fp8': needs plain nn.Linear modules in the layers, not a {class_name(linear)}")
         weight = linear._parameters["weight"]
         found.append((0 if weight.is_inference() else weight._version, weight.data_ptr(), weight.dtype))
     return found

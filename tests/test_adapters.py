@@ -226,6 +226,18 @@ def test_a_quantised_head_is_refused_by_name(either, ids, kind):
         dllm_fast.patch(either)
 
 
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("after", [False, True], ids=["quantised-first", "patched-first"])
+def test_quantised_linears_have_no_e4m3_copies(either, ids, after):
+    """Dynamic quantisation's class is called Linear too: the message says whose."""
+    if after:
+        dllm_fast.patch(either, weights="fp8")
+    quantise(either, "dynamic", head=False)
+    with pytest.raises(ValueError, match=r"weights='fp8': .* torch\.ao\.nn\.quantized\.dynamic"):
+        tokens(either, ids) if after else dllm_fast.patch(either, weights="fp8")
+
+
 TARGETS = {"llada": (["q_proj", "ff_proj", "wte"], ["ln_f", "ff_out"]), "modernbert": (["Wqkv", "Wo"], ["decoder"])}
 
 
