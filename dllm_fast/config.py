@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from dllm_fast import compiled, ops
+from dllm_fast import compiled, matmuls, ops
 from dllm_fast.kernels.checks import FLOATS
 from dllm_fast.memory import available
 from dllm_fast.patch import patch_of
@@ -19,7 +19,7 @@ NAMES = {"triton": "Triton kernels", "cpp": "the compiled extension", "torch": "
 # The implementations that have an op of their own, with where it serves if not everywhere; else PyTorch serves it.
 FEW = "few rows of 16 bits on Hopper"
 SERVED = {
-    "linear": {"triton": FEW, "cpp": "fp32, and few rows of bf16"},
+    "linear": {"triton": FEW, "cpp": "up to the rows below"},
     "swiglu_linear": {"triton": FEW},
     "scaled_linear": {"triton": FEW},
     "round_rows": {"triton": ""},
@@ -114,6 +114,13 @@ def _extension() -> Iterator[str]:
         return
     level = levels[-1] if compiled._level is None else compiled.LEVELS[compiled._level]
     yield f"built, for {', '.join(compiled.LEVELS)}; runs {level}, the best that this CPU and the environment allow"
+    try:
+        table = matmuls.table()
+    except ValueError as error:
+        yield str(error)
+        return
+    how = "set" if os.environ.get("DLLM_FAST_MATMUL") else "measured"
+    yield f"linears are PyTorch's from so many rows on, the extension's below ({how}): DLLM_FAST_MATMUL={table}"
 
 
 def _implementations() -> Iterator[str]:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch.torch_version import TorchVersion
 
-from dllm_fast import compiled, compiled_elementwise
+from dllm_fast import compiled, compiled_elementwise, matmuls
 from dllm_fast.kernels import reference
 from dllm_fast.kernels.checks import FLOATS
 
@@ -35,9 +35,6 @@ KERNELS = {
 # attention takes more shared memory than a block may have, half the kernels spill, and bf16 is emulated.
 CAPABILITIES = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
 CHUNK = 256  # rows of logits held at once: 256 x 126,464 fp32 is 130 MB
-# Rows up to which the compiled product of bf16 beats oneDNN's, which copies the weight into another layout first: 1.3
-# to 1.6 times as fast at 32 rows, 1.1 at 96, 0.9 at 256 (Zen 5). In fp32 it is twice as fast as MKL at any number.
-FEW_ROWS = 96
 
 
 def resolve(impl: str, device: torch.device, dtype: torch.dtype) -> str:
@@ -49,13 +46,16 @@ def resolve(impl: str, device: torch.device, dtype: torch.dtype) -> str:
 
     Raises:
         ValueError: ``impl`` is none of `IMPLS`, or is ``"triton"`` or ``"cpp"`` and cannot be had; it says why.
+            DLLM_FAST_MATMUL is not of its form (`matmuls`).
     """
     if impl not in IMPLS:
         raise ValueError(f"impl={impl!r} is not one of {', '.join(map(repr, IMPLS))}")
     if impl == "auto":
-        return auto(device, dtype)[0]
-    if impl != "torch" and (obstacle := _obstacle_to(impl, device, dtype)):
+        impl = auto(device, dtype)[0]
+    elif impl != "torch" and (obstacle := _obstacle_to(impl, device, dtype)):
         raise ValueError(f"impl={impl!r}: {obstacle}")
+    if impl == "cpp":
+        matmuls.settle(dtype)  # not at the first product: `torch.compile` could not trace a measurement
     return impl
 
 
@@ -122,10 +122,10 @@ def _triton() -> SimpleNamespace:
 
 
 def linear(x, weight, bias=None, impl="torch"):
-    """``x W^T + b``, [..., out]."""
+    """``x W^T + b``, [..., out]. With ``"cpp"``, `matmuls` says from how many rows on it is PyTorch's."""
     if impl == "triton" and bias is None and _few_rows(x, weight):
         return _triton().linear(x, weight)
-    if impl == "cpp" and (x.dtype == torch.float32 or x.numel() <= FEW_ROWS * x.shape[-1]):
+    if impl == "cpp" and x.numel() < matmuls.pytorch_from.get(x.dtype, matmuls.NEVER) * x.shape[-1]:
         return compiled.linear(x, weight, bias)
     return F.linear(x, weight, bias)
 

@@ -39,6 +39,8 @@ HELD = {
 SUITE = ("-m", "pytest", "-q", "-n", "2", "--dist", "loadfile")
 CPU_TESTS = ("-m", "pytest", "-q", "-n", "2", "tests/test_compiled.py", "tests/test_compiled_predict.py",
              "tests/test_compiled_elementwise.py")  # fmt: skip
+# 64-bit Arm, emulated, and what the compiler made of each level.
+ARM_TESTS = ("-m", "pytest", "-q", "-rs", "-m", "long", "tests/test_arm.py", "tests/test_instructions.py")
 # As if it were not installed: imports fail, and a search finds nothing.
 WITHOUT_TRITON = "import sys\nsys.modules['triton'] = None\n"
 
@@ -65,6 +67,7 @@ def pieces() -> dict[str, Piece]:
     every = [Piece("suite", SUITE, 25, daily=True), *_levels()]
     every += [Piece(f"seed-{seed}", SUITE, 45, {"DLLM_TEST_SEED": str(seed)}) for seed in (1, 2, 3)]
     every.append(Piece("long", (*SUITE, "-m", "long"), 180))
+    every.append(Piece("arm", ARM_TESTS, 10))
     installed = importlib.util.find_spec("triton") is not None
     every.append(
         Piece("no-triton", SUITE, 45, {"PYTHONPATH": str(_blocked())}, None if installed else "there is no Triton here")
