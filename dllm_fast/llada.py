@@ -184,6 +184,7 @@ class LLaDAModel(nn.Module):
     def __init__(self, config: LLaDAConfig):
         super().__init__()
         self.config = config
+        self.gradient_checkpointing = False  # set, with the function to call, by `gradient_checkpointing_enable`
         wte = nn.Embedding(config.embedding_size, config.d_model)
         self.transformer = nn.ModuleDict(
             {
@@ -201,21 +202,31 @@ class LLaDAModel(nn.Module):
         attention_mask: torch.Tensor | None = None,  # [B, L], 0 = padding
         inputs_embeds: torch.Tensor | None = None,  # [B, L, d], in place of the ids
         states: list[torch.Tensor] | None = None,  # gets the input of each layer, and what the head multiplies
+        head: bool = True,
     ) -> torch.Tensor:
-        """Logits [B, L, V]."""
+        """Logits [B, L, V], or without ``head`` what it multiplies, [B, L, d]."""
         config, transformer = self.config, self.transformer
         x = transformer.wte(input_ids) if inputs_embeds is None else inputs_embeds
         x = F.dropout(x, config.embedding_dropout, self.training)
         cos, sin = rope_table(x.shape[1], config.d_model // config.n_heads, config.rope_theta, x.device)
         mask = None if attention_mask is None else attention_mask.bool()[:, None, None]
-        states = [] if states is None else states
         for block in transformer.blocks:
+            if states is not None:
+                states.append(x)
+            if self.gradient_checkpointing and self.training:
+                x = self._gradient_checkpointing_func(block.__call__, x, cos, sin, mask)
+            else:
+                x = block(x, cos, sin, mask)
+        x = transformer.ln_f(x)
+        if states is not None:
             states.append(x)
-            x = block(x, cos, sin, mask)
-        x, head = transformer.ln_f(x), transformer.ff_out
-        states.append(x)
+        return self.logits(x) if head else x
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The head's logits [..., V] of hidden states [..., d]."""
+        head = self.transformer.ff_out
         # A tied head is the embedding itself; any other is called, so that an adapter or a hook on it acts.
-        return F.linear(x, head.weight) if isinstance(head, nn.Embedding) else head(x)
+        return F.linear(hidden, head.weight) if isinstance(head, nn.Embedding) else head(hidden)
 
 
 class LLaDAModelLM(PreTrainedModel, DiffusionGenerationMixin):
@@ -225,6 +236,7 @@ class LLaDAModelLM(PreTrainedModel, DiffusionGenerationMixin):
     base_model_prefix = "model"
     _no_split_modules = ["LLaDABlock"]
     _supports_sdpa = True
+    supports_gradient_checkpointing = True
 
     def __init__(self, config: LLaDAConfig):
         super().__init__(config)

@@ -5,73 +5,136 @@ the masked-diffusion losses and the record of how weights came to be.
 """
 
 import argparse
+import copy
 import csv
 import hashlib
 import json
+import math
+import os
+import re
 import sys
 import time
+from collections.abc import Sized
 from pathlib import Path
 
 import torch
 import transformers
+from accelerate import PartialState
+from torch.utils.data import SequentialSampler
 from transformers import (
-    AutoModelForMaskedLM,
     AutoTokenizer,
+    EvalPrediction,
     ModernBertConfig,
     ModernBertForMaskedLM,
     Trainer,
     TrainerCallback,
     TrainingArguments,
+    default_data_collator,
 )
 from transformers.trainer_utils import get_last_checkpoint
 
 from dllm_fast import diffusion
-from dllm_fast.data import PackedText, PromptAnswers, collate, documents, pairs, save_tokenizer, train_tokenizer
-from dllm_fast.families import FAMILIES
+from dllm_fast.data import (
+    BadData,
+    Corruption,
+    PackedText,
+    PromptAnswers,
+    Run,
+    collate,
+    documents,
+    pairs,
+    save_tokenizer,
+    train_tokenizer,
+)
 from dllm_fast.llada import LLaDAConfig, LLaDAModelLM
-
-CUT = 0.01  # share of batches cut to a random length, as LLaDA's pre-training does
+from dllm_fast.loading import from_pretrained, model_path
+from dllm_fast.patch import unpatch
 
 
 class DiffusionTrainer(Trainer):
     """`Trainer` with a masked-diffusion loss: LLaDA's fine-tuning one where a batch says how long its prompts are.
 
-    Corruption is a pure function of (seed, step, micro-batch, process), not of a generator's state: a resumed run
-    draws what the uninterrupted one would have drawn, however far the data loader had read ahead.
+    The loss is computed within the model's forward (`diffusion.bind_loss`), which every wrapper goes through. Rows and
+    their noise are a function of seed, step and the row's number in the step's whole batch (`data.Run`): a resumed run
+    goes on as the uninterrupted one would have, and the number of processes and of micro-batches changes no draw.
+
+    Args:
+        model: a LLaDA or ModernBERT, or a PEFT model of one.
+        train_dataset, eval_dataset: with a length; examples have ``input_ids`` and, for fine-tuning,
+            ``prompt_length``, once ``data_collator`` has made a batch of them.
+        more: `Trainer`'s.
     """
 
-    def __init__(self, *args, mask_id: int, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self, model, args: TrainingArguments, *, mask_id: int, train_dataset=None, eval_dataset=None,
+        data_collator=default_data_collator, **more,
+    ):  # fmt: skip
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        if processes != args.world_size:
+            # Accelerate, without a GPU and not told use_cpu, lets each process train alone and says nothing.
+            raise ValueError(f"args: of {processes} processes each would train alone; give use_cpu=True without a GPU")
+        diffusion.bind_loss(model)
+        self.mask_id, args = mask_id, copy.copy(args)
+        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        if train_dataset is not None:
+            _require_rows(train_dataset, "train_dataset")
+            if args.max_steps <= 0:
+                args.max_steps = math.ceil(args.num_train_epochs * max(1, len(train_dataset) // batch))
+            train_dataset = Run(train_dataset, batch, args.max_steps, args.seed)
+        if args.gradient_checkpointing and args.gradient_checkpointing_kwargs is None:
+            # The other kind gives no gradient at all where the embedding is frozen, as with adapters.
+            args.gradient_checkpointing_kwargs = {"use_reentrant": False}
+        super().__init__(
+            model, args, train_dataset=train_dataset, eval_dataset=self._rows_of(eval_dataset, args.seed),
+            data_collator=Corruption(data_collator, mask_id, args.seed), compute_metrics=_mean_loss, **more,
+        )  # fmt: skip
         self.model_accepts_loss_kwargs = False
-        self.mask_id = mask_id
-        self._micro = (-1, 0)
+        sharded = args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+        if sharded and not self.is_fsdp_enabled:
+            raise ValueError(f"fsdp: Accelerate would run DistributedDataParallel instead on {args.device}")
 
-    def _generator(self, training: bool) -> torch.Generator:
-        step, micro = self._micro
-        micro = micro + 1 if step == (self.state.global_step, training) else 0
-        self._micro = ((self.state.global_step, training), micro)
-        # Evaluation corrupts alike at every step, so that its losses can be compared.
-        key = (self.args.seed, self.state.global_step if training else -1, micro, self.args.process_index)
-        digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-        return torch.Generator(device="cpu").manual_seed(int.from_bytes(digest, "little") >> 1)
+    def _rows_of(self, dataset, seed: int):
+        if dataset is None or isinstance(dataset, Run | str):
+            return dataset
+        if isinstance(dataset, dict):
+            return {name: self._rows_of(part, seed) for name, part in dataset.items()}
+        _require_rows(dataset, "eval_dataset")
+        return Run(dataset, len(dataset), 1, seed, evaluation=True)
+
+    def _get_train_sampler(self, *args) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset)  # `Run` has shuffled
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        return super().get_eval_dataloader(self._rows_of(eval_dataset, self.args.seed))
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        if checkpoint is None or self.args.device.type != "cpu" or self.is_fsdp_enabled:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        # Of several processes Accelerate calls the device "cpu:0", which `torch.load` in Trainer's own way refuses.
+        for part, file in ((self.optimizer, "optimizer.pt"), (self.lr_scheduler, "scheduler.pt")):
+            part.load_state_dict(torch.load(Path(checkpoint) / file, map_location="cpu", weights_only=True))
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
-        ids, generator = inputs["input_ids"], self._generator(model.training)
-        prompt_length = inputs.get("prompt_length")
-        host = {"generator": generator, "device": "cpu"}
-        if prompt_length is None and model.training and torch.rand(1, dtype=torch.float32, **host) < CUT:
-            ids = ids[:, : int(torch.randint(1, ids.shape[1] + 1, (1,), **host))]
-        bare = self.accelerator.unwrap_model(model)
-        family = FAMILIES[bare.config.model_type](bare, "torch")
-        if prompt_length is None:
-            loss = diffusion.pretrain_loss(family, ids, self.mask_id, generator)
-        else:
-            loss = diffusion.sft_loss(family, ids, prompt_length, self.mask_id, generator)
-        return (loss, {"loss": loss.detach()[None]}) if return_outputs else loss
+        row_loss = self._row_loss(model, inputs)
+        return (row_loss.mean(), {"loss": row_loss}) if return_outputs else row_loss.mean()
+
+    def _row_loss(self, model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        return model(input_ids=inputs["input_ids"], masked_labels=inputs["masked_labels"]) * inputs["weight"]
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Each row's loss, as prediction and label: their mean is right however rows fall into batches."""
         with torch.no_grad():
-            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+            row_loss = self._row_loss(model, self._prepare_inputs(inputs))
+        return None, row_loss, row_loss
+
+
+def _require_rows(dataset, name: str) -> None:
+    if not isinstance(dataset, Sized) or not len(dataset):
+        raise ValueError(f"{name}: a {type(dataset).__name__} has no rows, or does not say how many")
+
+
+def _mean_loss(prediction: EvalPrediction) -> dict[str, float]:
+    return {"loss": float(prediction.predictions.mean(dtype="float64"))}
 
 
 class LossRecord(TrainerCallback):
@@ -130,34 +193,49 @@ def build_model(args, tokenizer) -> transformers.PreTrainedModel:
     return ModernBertForMaskedLM(config)
 
 
-def read(args: argparse.Namespace, paths: list[Path]) -> list:
-    """What the files hold: documents, or for ``sft`` pairs of prompt and answer."""
-    if args.command == "sft":
-        return [pair for path in paths for pair in pairs(path)]
-    return [text for path in paths for text in documents(path, args.template, args.drop)]
+def read(args: argparse.Namespace, option: str) -> list:
+    """What the files of an option hold: documents, or for ``sft`` pairs of prompt and answer. Raises ValueError."""
+    paths = getattr(args, option.replace("-", "_"))
+    try:
+        if args.command == "sft":
+            return [pair for path in paths for pair in pairs(path)]
+        return [text for path in paths for text in documents(path, args.template, args.drop)]
+    except BadData as error:
+        raise ValueError(f"--{option}: {error}") from error
+
+
+def start(args: argparse.Namespace, texts: list) -> tuple[transformers.PreTrainedModel, object]:
+    """The model to train and its tokenizer: ``--model``'s, or new ones. Processes take the tokenizer of the first."""
+    if args.model:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(model_path(args.model))
+            return unpatch(from_pretrained(args.model, torch.float32, impl="torch")), tokenizer
+        except (OSError, ValueError) as error:  # transformers' has several lines
+            raise ValueError(f"--model: {args.model}: {str(error).strip().splitlines()[0]}") from error
+    kept = args.out / "tokenizer"  # made once: a resumed run reads the one that its checkpoints were trained with
+    if not (args.resume and kept.is_dir()):
+        with PartialState().main_process_first():
+            if PartialState().is_main_process:
+                whole = [text for pair in texts for text in pair] if args.command == "sft" else texts
+                save_tokenizer(train_tokenizer(whole, args.vocab_size, args.positions), kept)
+    tokenizer = AutoTokenizer.from_pretrained(kept)
+    return build_model(args, tokenizer), tokenizer
 
 
 def train(args: argparse.Namespace) -> Path:
-    """Train from scratch, or on from ``--model``; returns the folder with model, tokenizer and recipe."""
+    """Train from scratch, or on from ``--model``; returns the folder with model, tokenizer and recipe.
+
+    One of several processes (``torchrun``) does the same as every other, and the first writes.
+    """
     if args.threads:
         torch.set_num_threads(args.threads)
     transformers.set_seed(args.seed)
-    out = args.out
-    sft = args.command == "sft"
-    found, held_out = read(args, args.data), read(args, args.eval_data)
-    kept = out / "tokenizer"  # made once: a resumed run reads the one that its checkpoints were trained with
-    if args.model:
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
-        model = AutoModelForMaskedLM.from_pretrained(args.model, dtype=torch.float32)
-    else:
-        if args.resume and kept.is_dir():
-            tokenizer = AutoTokenizer.from_pretrained(kept)
-        else:
-            texts = [text for pair in found for text in pair] if sft else found
-            tokenizer = train_tokenizer(texts, args.vocab_size, args.positions)
-        model = build_model(args, tokenizer)
-    if model.config.model_type not in FAMILIES:
-        raise ValueError(f"--model: {model.config.model_type!r} is not one of {', '.join(FAMILIES)}")
+    out, sft = args.out, args.command == "sft"
+    found, held_out = read(args, "data"), read(args, "eval-data")
+    checkpoint = get_last_checkpoint(str(out)) if out.is_dir() else None
+    if checkpoint and not args.resume:
+        raise ValueError(f"--out: {out} already holds {Path(checkpoint).name}; add --resume or choose another folder")
+    gpu = torch.accelerator.is_available() and not args.cpu
     settings = TrainingArguments(
         output_dir=str(out), max_steps=args.steps, per_device_train_batch_size=args.batch,
         per_device_eval_batch_size=args.batch, gradient_accumulation_steps=args.accumulate,
@@ -166,43 +244,50 @@ def train(args: argparse.Namespace) -> Path:
         lr_scheduler_kwargs={"num_decay_steps": round(args.decay * args.steps)},
         logging_steps=args.log_every, save_steps=args.save_every, save_total_limit=2,
         eval_strategy="steps" if held_out else "no", eval_steps=args.save_every,
-        seed=args.seed, data_seed=args.seed, use_cpu=args.cpu, remove_unused_columns=False, report_to=[],
-        dataloader_pin_memory=torch.cuda.is_available() and not args.cpu,
+        seed=args.seed, data_seed=args.seed, use_cpu=not gpu, remove_unused_columns=False, report_to=[],
+        dataloader_pin_memory=gpu and torch.cuda.is_available(),
     )  # fmt: skip
+    model, tokenizer = start(args, found)
+    mask_id = tokenizer.mask_token_id if model.config.mask_token_id is None else model.config.mask_token_id
+    if mask_id is None:
+        raise ValueError(f"--model: neither the config nor the tokenizer of {args.model} names a mask token")
     kind = PromptAnswers if sft else PackedText
+    rows = kind(found, tokenizer, args.length)
+    held_out = kind(held_out, tokenizer, args.length) if held_out else None
+    positions = model.config.max_position_embeddings
+    if args.length > positions:
+        raise ValueError(f"--length: {args.length} exceeds the model's {positions} positions")
     trainer = DiffusionTrainer(
-        model=model, args=settings, mask_id=tokenizer.mask_token_id, callbacks=[LossRecord()],
-        train_dataset=kind(found, tokenizer, args.length),
-        eval_dataset=kind(held_out, tokenizer, args.length) if held_out else None,
-        data_collator=collate if sft else None,
+        model=model, args=settings, mask_id=mask_id, callbacks=[LossRecord()],
+        train_dataset=rows, eval_dataset=held_out,
+        data_collator=collate if sft else default_data_collator,
     )  # fmt: skip
-    checkpoint = get_last_checkpoint(str(out)) if out.is_dir() else None
-    if checkpoint and not args.resume:
-        raise ValueError(f"--out: {out} already holds {Path(checkpoint).name}; add --resume or choose another folder")
-    save_tokenizer(tokenizer, kept)
     began = time.time()
     trainer.train(resume_from_checkpoint=checkpoint)
     final = out / "final"
-    model.to(getattr(torch, args.save_dtype)).save_pretrained(final)
-    save_tokenizer(tokenizer, final)
-    (final / "recipe.json").write_text(json.dumps(recipe(args, trainer, time.time() - began), indent=2) + "\n")
-    plot_loss(trainer.state.log_history, final / "loss.png")
+    if trainer.is_world_process_zero():
+        model.to(getattr(torch, args.save_dtype)).save_pretrained(final)
+        save_tokenizer(tokenizer, final)
+        (final / "recipe.json").write_text(json.dumps(recipe(args, trainer, time.time() - began), indent=2) + "\n")
+        plot_loss(trainer.state.log_history, final / "loss.png")
+    trainer.accelerator.wait_for_everyone()
     return final
 
 
 def recipe(args: argparse.Namespace, trainer: Trainer, seconds: float) -> dict:
     """What made the weights: command (file names without their folders), data hashes, seed, losses, versions."""
     history = trainer.state.log_history
-    rows = trainer.state.global_step * args.batch * args.accumulate
+    rows = trainer.state.global_step * trainer.train_dataset.batch  # of all processes
     losses = {key: [entry[key] for entry in history if key in entry] for key in ("loss", "eval_loss")}
     names = {str(path): path.name for path in (*args.data, *args.eval_data, args.out)}
     names |= {args.model: Path(args.model).name} if args.model else {}
-    earlier = Path(args.model or "") / "recipe.json"
+    earlier = Path(model_path(args.model or "")) / "recipe.json"
     return {
         "command": ["python", "-m", "dllm_fast.train", *(names.get(word, word) for word in sys.argv[1:])],
         "data": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (*args.data, *args.eval_data)},
         "seed": args.seed,
         "steps": trainer.state.global_step,
+        "processes": trainer.args.world_size,
         "rows": rows,
         **({"tokens": rows * args.length} if args.command == "pretrain" else {}),
         "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
@@ -220,10 +305,25 @@ def parser() -> argparse.ArgumentParser:
     p = commands.add_parser("pretrain", help="masked-diffusion pre-training on plain text")
     add_options(p, ".txt (a document a paragraph) or .jsonl (one a line)", "tokens a training row")
     p.add_argument("--template", default="{text}", help="how a .jsonl line becomes text")
-    p.add_argument("--drop", help="a regular expression to remove from every document")
+    p.add_argument("--drop", type=pattern, help="a regular expression to remove from every document")
     p = commands.add_parser("sft", help="LLaDA's fine-tuning: answers are masked, prompts stay visible")
     add_options(p, '.jsonl, a {"prompt": ..., "answer": ...} a line', "most tokens of a prompt and its answer")
     return top
+
+
+def pattern(text: str) -> re.Pattern:
+    """A regular expression."""
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a regular expression: {error}") from error
+
+
+def count(text: str) -> int:
+    """A positive whole number."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
 
 
 def add_options(p: argparse.ArgumentParser, data: str, length: str) -> None:
@@ -233,27 +333,27 @@ def add_options(p: argparse.ArgumentParser, data: str, length: str) -> None:
     add("--eval-data", type=Path, nargs="*", default=[], help="held-out files of the same kind")
     add("--out", type=Path, required=True, help="folder for checkpoints, loss.csv, loss.png and final/")
     add("--resume", action="store_true", help="go on from the last checkpoint in --out")
-    add("--model", help="train on from this model and its tokenizer instead of from scratch")
+    add("--model", help="train on from this model and its tokenizer: a folder, a hub name or a shipped model")
     add("--family", choices=("llada", "modernbert"), default="llada")
-    add("--vocab-size", type=int, default=2048)
-    add("--width", type=int, default=192)
-    add("--layers", type=int, default=6)
-    add("--heads", type=int, default=3)
-    add("--kv-heads", type=int, default=None)
-    add("--ffn", type=int, default=512)
+    add("--vocab-size", type=count, default=2048)
+    add("--width", type=count, default=192)
+    add("--layers", type=count, default=6)
+    add("--heads", type=count, default=3)
+    add("--kv-heads", type=count, default=None)
+    add("--ffn", type=count, default=512)
     add("--tie", action="store_true", help="tie the LM head to the embedding (ModernBERT always does)")
-    add("--positions", type=int, default=1024, help="longest sequence that the model accepts")
-    add("--length", type=int, default=256, help=length)
-    add("--batch", type=int, default=16, help="rows a device and micro-batch")
-    add("--accumulate", type=int, default=1)
-    add("--steps", type=int, default=1000)
+    add("--positions", type=count, default=1024, help="longest sequence that the model accepts")
+    add("--length", type=count, default=256, help=length)
+    add("--batch", type=count, default=16, help="rows a device and micro-batch")
+    add("--accumulate", type=count, default=1)
+    add("--steps", type=count, default=1000)
     add("--lr", type=float, default=2e-3)
     add("--warmup", type=int, default=100)
     add("--decay", type=float, default=0.3, help="share of the steps over which the rate falls to 0")
-    add("--log-every", type=int, default=25)
-    add("--save-every", type=int, default=500)
+    add("--log-every", type=count, default=25)
+    add("--save-every", type=count, default=500)
     add("--seed", type=int, default=0)
-    add("--threads", type=int, default=None, help="CPU threads")
+    add("--threads", type=count, default=None, help="CPU threads")
     add("--cpu", action="store_true", help="train on the CPU though there is a GPU")
     add("--save-dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
 
@@ -265,8 +365,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: no such file: {', '.join(missing)}", file=sys.stderr)
         return 2
     try:
-        print(train(args))
-    except ValueError as error:
+        final = train(args)
+        if PartialState().is_main_process:
+            print(final)
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

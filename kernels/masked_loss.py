@@ -248,9 +248,9 @@ def masked_loss(
     weight: torch.Tensor,  # [V, D]
     bias: torch.Tensor | None,  # [V]
     target: torch.Tensor,  # [N] int64
-    loss_weight: torch.Tensor,  # [N] float
+    loss_weight: torch.Tensor | None,  # [N] float
 ) -> torch.Tensor:
-    """`reference.masked_loss` for fp32, bf16 and fp16, differentiable in all but ``target``; an fp32 scalar.
+    """`reference.masked_loss` for fp32, bf16 and fp16, differentiable in all but ``target``; in fp32.
 
     A target outside the vocabulary makes the loss NaN: the launcher does not wait for the device to look.
     """
@@ -266,4 +266,4 @@ def masked_loss(
     if not 1 <= vocabulary < 1 << 30:
         raise ValueError(f"weight has {vocabulary} rows; expected 1 to 2^30 vocabulary ids")
     nll, _ = _masked_loss(hidden, weight, bias, target)
-    return (nll * loss_weight).sum()
+    return nll if loss_weight is None else (nll * loss_weight).sum()

@@ -361,13 +361,13 @@ def masked_loss(
     weight: torch.Tensor,  # [V, d]
     bias: torch.Tensor | None,  # [V]
     target: torch.Tensor,  # [N] int64
-    loss_weight: torch.Tensor,  # [N] float
+    loss_weight: torch.Tensor | None,  # [N] float
 ) -> torch.Tensor:
     """``sum_n loss_weight[n] * (logsumexp(z[n]) - z[n, target[n]])``, z = hidden W^T + b; a scalar, fp32 or fp64.
 
-    With ``loss_weight = 1 / (p_mask * B * L)`` on masked positions it is LLaDA's training loss (arXiv:2502.09992,
-    eq. 3).
+    Without ``loss_weight`` it is the terms themselves, [N]. With ``loss_weight = 1 / (p_mask * B * L)`` on masked
+    positions it is LLaDA's training loss (arXiv:2502.09992, eq. 3).
     """
     logits = _wide(torch.nn.functional.linear(hidden, weight, bias))
     nll = torch.logsumexp(logits, -1) - logits.gather(1, target[:, None])[:, 0]
-    return (nll * loss_weight).sum()
+    return nll if loss_weight is None else (nll * loss_weight).sum()

@@ -30,7 +30,6 @@ from dllm_fast import (  # fmt: skip
     Window,
     diffusion,
 )
-from dllm_fast.families import FAMILIES
 from dllm_fast.likelihood import are_greedy, log_likelihoods
 
 MAKERS = {"llada": make_llada, "modernbert": make_modernbert}
@@ -183,12 +182,11 @@ def test_triton_launchers_do_not_follow_the_default(name):
 
 def losses(model):
     ids, _ = prompts()
-    family = FAMILIES[model.config.model_type](model, "torch")
     length = torch.tensor([3, 5], dtype=torch.int64, device="cpu")
-    found = []
-    for loss in (diffusion.pretrain_loss, lambda f, i, *rest: diffusion.sft_loss(f, i, length, *rest)):
+    loss, found = diffusion.DiffusionLoss(model, MASK), []
+    for prompt_length in (None, length):
         model.zero_grad()
-        value = loss(family, ids, MASK, torch.Generator(device="cpu").manual_seed(0))
+        value = loss(ids, prompt_length)
         value.backward()
         found.append((value.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]))
     return {"losses": found}

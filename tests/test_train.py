@@ -8,8 +8,16 @@ import torch
 from tiny import EOS, MASK
 
 from dllm_fast import diffusion, train
-from dllm_fast.data import PackedText, PromptAnswers, collate, documents, save_tokenizer, train_tokenizer
-from dllm_fast.families import FAMILIES
+from dllm_fast.data import (
+    Corruption,
+    PackedText,
+    PromptAnswers,
+    Run,
+    collate,
+    documents,
+    save_tokenizer,
+    train_tokenizer,
+)  # fmt: skip
 
 TEXT = "\n\n".join(f"The {a} {b} sat on the {c} and looked at the sea." for a in ("old", "red", "sly", "big", "shy")
                    for b in ("fox", "cat", "hen", "dog", "owl") for c in ("mat", "log", "hill", "roof"))  # fmt: skip
@@ -136,8 +144,7 @@ def test_packed_rows_hold_every_token_in_order():
 
 
 def test_mask_ratios_are_uniform_and_spread_over_the_batch():
-    generator = torch.Generator().manual_seed(0)
-    ratios = torch.stack([diffusion.mask_ratios(8, generator) for _ in range(2000)])
+    ratios = torch.stack([diffusion.mask_ratios(0, step, range(8), 8) for step in range(2000)])
     assert ratios.min() >= diffusion.EPS and ratios.max() <= 1
     assert abs(float(ratios.mean()) - (1 + diffusion.EPS) / 2) < 0.005
     share = torch.histc(ratios, 10, 0, 1) / ratios.numel()
@@ -146,33 +153,43 @@ def test_mask_ratios_are_uniform_and_spread_over_the_batch():
         assert (row * 8).floor().clamp(max=7).unique().numel() >= 7  # one in each eighth, but for rounding
 
 
-def test_the_loss_is_the_published_one(llada):
+def test_draws_are_of_the_row_and_not_of_its_micro_batch():
+    ids, prompt = torch.randint(0, EOS, (8, 20)), torch.arange(8)
+    for lengths in (None, prompt):
+        whole = diffusion.corrupt(ids, lengths, MASK, 3, 5, range(8), 8)
+        for rows in ([0, 1, 2, 3], [6, 2]):
+            part = diffusion.corrupt(ids[rows], None if lengths is None else lengths[rows], MASK, 3, 5, rows, 8)
+            assert all(torch.equal(a[rows], b) for a, b in zip(whole, part))
+        for seed, step in ((4, 5), (3, 6)):
+            assert not torch.equal(whole[0], diffusion.corrupt(ids, lengths, MASK, seed, step, range(8), 8)[0])
+
+
+def test_the_loss_is_the_published_one(either):
     """Against LLaDA's guideline code written out: mean over all tokens of CE / p at the masked ones."""
-    family = FAMILIES["llada"](llada, "torch")
     ids = torch.randint(0, EOS, (4, 20))
-    got = diffusion.pretrain_loss(family, ids, MASK, torch.Generator().manual_seed(3))
-    generator = torch.Generator().manual_seed(3)
-    ratio = diffusion.mask_ratios(4, generator)
-    noisy, masked = diffusion.corrupt(ids, ratio, MASK, generator)
-    assert torch.equal(noisy[~masked], ids[~masked]) and (noisy[masked] == MASK).all()
-    loss = torch.nn.functional.cross_entropy(llada(noisy).logits[masked], ids[masked], reduction="none")
+    got = diffusion.DiffusionLoss(either, MASK)(ids, seed=3, step=2)
+    ratio = diffusion.mask_ratios(3, 2, range(4), 4)
+    noisy, labels, _ = diffusion.corrupt(ids, None, MASK, 3, 2, range(4), 4)
+    masked = labels == ids
+    assert torch.equal(noisy[~masked], ids[~masked]) and (noisy[masked] == MASK).all() and (labels[~masked] < 0).all()
+    loss = torch.nn.functional.cross_entropy(either(noisy).logits[masked], ids[masked], reduction="none")
     expected = (loss / ratio[:, None].expand(4, 20)[masked]).sum() / ids.numel()
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
     got.backward()
-    assert all(parameter.grad is not None for parameter in llada.parameters())
+    assert all(parameter.grad is not None for parameter in either.parameters())
 
 
-def test_one_batch_in_a_hundred_is_cut(tmp_path, text, monkeypatch):
-    lengths = []
-
-    def loss(family, ids, mask_id, generator):
-        lengths.append(ids.shape[1])
-        return family.head()[0].sum() * 0
-
-    monkeypatch.setattr(diffusion, "pretrain_loss", loss)
-    run(tmp_path / "run", text, "--steps", "400", "--save-every", "400", "--log-every", "400")
+def test_one_step_in_a_hundred_is_cut():
+    lengths = [diffusion.cut_length(0, step, 32) for step in range(2000)]
     cut = [length for length in lengths if length < 32]
-    assert len(lengths) == 400 and 1 <= len(cut) <= 12 and all(length >= 1 for length in cut)
+    assert all(length >= 1 for length in cut) and len(set(cut)) > 5 and 8 <= len(cut) <= 36  # 20 expected, 3.6 sigma
+    packed = PackedText([TEXT], train_tokenizer([TEXT], 300, 64), 32)
+    for evaluation in (False, True):
+        run = Run(packed, 2, 2000, 0, evaluation)
+        collated = Corruption(train.default_data_collator, 299, 0)
+        for step in (0, lengths.index(min(lengths))):
+            batch = collated([run[2 * step], run[2 * step + 1]]) if not evaluation else collated([run[0], run[1]])
+            assert batch["input_ids"].shape[1] == (32 if evaluation else lengths[step])
 
 
 def test_fine_tuning_goes_on_from_a_model_and_learns_answers(tmp_path, text, asked):
@@ -202,23 +219,20 @@ def test_prompts_are_seen_and_answers_end():
 
 def test_the_fine_tuning_loss_is_the_published_one(llada):
     """Against LLaDA's guideline code written out: prompts unmasked, CE / p / answer length, mean over rows."""
-    family = FAMILIES["llada"](llada, "torch")
     ids, prompt = torch.randint(0, EOS, (4, 20)), torch.tensor([0, 5, 12, 19])
-    got = diffusion.sft_loss(family, ids, prompt, MASK, torch.Generator().manual_seed(3))
-    generator = torch.Generator().manual_seed(3)
-    ratio = diffusion.mask_ratios(4, generator)
-    noisy, _ = diffusion.corrupt(ids, ratio, MASK, generator)
+    loss = diffusion.DiffusionLoss(llada)
+    got = loss(ids, prompt, seed=3)
+    ratio = diffusion.mask_ratios(3, 0, range(4), 4)
+    noisy, _, _ = diffusion.corrupt(ids, None, MASK, 3, 0, range(4), 4)
     expected = torch.zeros(())
     for row in range(4):
         noisy[row, : prompt[row]] = ids[row, : prompt[row]]
         masked = noisy[row] == MASK
         logits = llada(noisy[row : row + 1]).logits[0, masked]
-        loss = torch.nn.functional.cross_entropy(logits, ids[row, masked], reduction="sum")
-        expected = expected + loss / ratio[row] / (20 - prompt[row]) / 4
+        nll = torch.nn.functional.cross_entropy(logits, ids[row, masked], reduction="sum")
+        expected = expected + nll / ratio[row] / (20 - prompt[row]) / 4
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
-    whole = diffusion.sft_loss(family, ids, 0 * prompt, MASK, torch.Generator().manual_seed(3))
-    same = diffusion.pretrain_loss(family, ids, MASK, torch.Generator().manual_seed(3))
-    torch.testing.assert_close(whole, same, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(loss(ids, 0 * prompt, seed=3), loss(ids, seed=3), atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("line", ["nonsense", "[1]", '{"prompt": "x"}', '{"prompt": "x", "answer": ""}'])
@@ -230,3 +244,38 @@ def test_a_line_without_prompt_and_answer_is_named(tmp_path, line, capsys):
     path.write_text("\n")
     assert train.main(["sft", "--data", str(path), "--out", str(tmp_path / "x"), *SMALL]) == 2
     assert "holds no text" in capsys.readouterr().err
+
+
+def test_a_shipped_model_is_trained_on_and_an_unknown_one_is_named(tmp_path, text, capsys):
+    options = ["--model", "modernbert-kjv", "--steps", "1", "--save-every", "1"]
+    final = run(tmp_path / "run", text, *options)
+    recipe = json.loads((final / "recipe.json").read_text())
+    assert recipe["steps"] == 1 and recipe["started_from"]["steps"] > 1
+    assert train.main(["pretrain", "--data", str(text), "--out", str(tmp_path / "x"), "--model", "./none"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: --model: ./none: ")
+
+
+@pytest.mark.parametrize("command", ["pretrain", "sft"])
+@pytest.mark.parametrize("name", ["data.bin", "data.jsonl"])
+def test_a_binary_file_is_named(tmp_path, command, name, capsys):
+    path = tmp_path / name
+    path.write_bytes(b"PK\x03\x04\xff\xfe\x00")
+    for option in ("--data", "--eval-data"):
+        good = tmp_path / "good.jsonl"
+        good.write_text('{"text": "x", "prompt": "x", "answer": "y"}\n')
+        files = ["--data", str(good)] if option == "--eval-data" else []
+        assert train.main([command, *files, option, str(path), "--out", str(tmp_path / "x"), *SMALL]) == 2
+        assert capsys.readouterr().err == f"error: {option}: {path} is not UTF-8 text (byte 4)\n"
+
+
+@pytest.mark.parametrize("line", ['{"story": "x"}', "nonsense", "[1]", '"x"', '{"text": 1}'])
+@pytest.mark.parametrize("template", ["{text}", "{text.x}", "{0}", "{text"])
+def test_a_line_that_the_template_does_not_fit_is_one_line_of_error(tmp_path, line, template, capsys):
+    if (line, template) == ('{"text": 1}', "{text}"):
+        return  # a number is written as it is
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"text": "a"}\n' * (template == "{text}") + line + "\n")
+    options = ["--data", str(path), "--template", template, "--out", str(tmp_path / "x")]
+    assert train.main(["pretrain", *options, *SMALL]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and err.startswith("error: --data: line ") and f"{path}" in err and template in err

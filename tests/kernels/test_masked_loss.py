@@ -106,6 +106,16 @@ def test_one_gradient_alone(needed, device, poison):
     assert all(arguments[name].grad is None for name in names if name != needed)
 
 
+def test_without_weights_it_is_the_terms(device, poison):
+    *arguments, target, loss_weight = problem(3, 140, 8, torch.float32, device)
+    gradients = []
+    for loss in (masked_loss, reference.masked_loss):
+        leaves = [x.clone().requires_grad_() for x in arguments]
+        terms = loss(*leaves, target, None)
+        gradients.append((terms, *torch.autograd.grad(terms, leaves, loss_weight)))
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
+
+
 def test_no_logits_in_memory(device, monkeypatch, poison):
     monkeypatch.setattr(kernel, "CHUNK_ELEMENTS", 4 * 256)
     hidden, weight, bias, target, loss_weight = problem(4, 2000, 2, torch.bfloat16, device)

@@ -1,0 +1,108 @@
+"""Training on two processes: one model, the one that a single process with the same total batch gets."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_train import PAIRS, SMALL, TEXT, tensors
+from tiny import make_llada
+from train_processes import loop, run
+
+from dllm_fast.diffusion import DiffusionLoss
+
+ROOT = Path(__file__).parent.parent
+STEPS = ["--steps", "20", "--save-every", "20", "--lr", "5e-3"]
+CUT = ["--steps", "8", "--save-every", "4"]
+KINDS = {
+    "pretrain": ["pretrain", "--data", "{text}", "--eval-data", "{held}", "--family", "llada"],
+    "sft": ["sft", "--data", "{asked}", "--eval-data", "{asked}", "--family", "llada"],
+    "modernbert": ["pretrain", "--data", "{text}", "--family", "modernbert"],
+}
+
+
+def split(batch: int, accumulate: int) -> list[str]:
+    return [*SMALL, "--batch", str(batch), "--accumulate", str(accumulate)]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """The data of KINDS; the held-out text fills 19 rows, which no number of processes divides."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "text.txt").write_text(TEXT)
+    (folder / "held.txt").write_text(TEXT[: 2 * len(TEXT) // 5])
+    (folder / "asked.jsonl").write_text("".join(json.dumps({"prompt": p, "answer": a}) + "\n" for p, a in PAIRS))
+    names = {"text": "text.txt", "held": "held.txt", "asked": "asked.jsonl"}
+    return {name: str(folder / file) for name, file in names.items()}
+
+
+def arguments(kind, files):
+    return [word.format(**files) for word in KINDS[kind]]
+
+
+@pytest.fixture(scope="module")
+def pair(files, tmp_path_factory):
+    """What two processes leave behind, a folder a run."""
+    out = tmp_path_factory.mktemp("pair")
+    # Without --cpu, as on a machine without a GPU: each process must not train alone.
+    halves = [word for word in split(2, 2) if word != "--cpu"]
+    runs = {kind: ([*arguments(kind, files), *halves, *STEPS], None) for kind in KINDS}
+    plain = [*arguments("pretrain", files), *split(2, 1), *CUT]
+    runs |= {"whole": (plain, None), "cut": (plain, 5), "cut.on": ([*plain, "--resume"], None)}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(ROOT / "tests" / "train_processes.py"), str(out), json.dumps(runs)]
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-6000:]
+    return out
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "whole", "cut"])
+def test_ranks_hold_one_model_bit_for_bit(pair, kind):
+    first, second = (torch.load(pair / kind / f"rank{rank}.pt") for rank in (0, 1))
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    saved = tensors(pair / kind / "final")
+    assert saved and all(torch.equal(saved[name], first[name]) for name in saved)
+
+
+def logged(folder, key):
+    return [entry[key] for entry in json.loads((folder / "log0.json").read_text()) if key in entry]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_is_the_model_of_one_process_with_the_same_batch(pair, files, tmp_path, kind):
+    """8 x 1, 4 x 2 and 2 x 2 x 2 processes: the same rows and draws, so equal to rounding; losses are true means."""
+    expected = torch.load(pair / kind / "rank0.pt")
+    for batch, accumulate in ((8, 1), (4, 2)):
+        out = tmp_path / str(batch)
+        out.mkdir()
+        assert run(out, [*arguments(kind, files), *split(batch, accumulate), *STEPS], None) == 0
+        found = torch.load(out / "rank0.pt")
+        for name, values in expected.items():
+            # Adam divides by the gradient's size, so where a gradient is all rounding, so is the step.
+            torch.testing.assert_close(found[name], values, atol=2e-3, rtol=1e-3)
+        for key in ("loss", "eval_loss"):
+            assert logged(out, key) == pytest.approx(logged(pair / kind, key), rel=2e-3)
+        assert len(logged(out, "loss")) == 20 and bool(logged(out, "eval_loss")) == (kind != "modernbert")
+        recipe = json.loads((pair / kind / "final" / "recipe.json").read_text())
+        assert recipe["rows"] == json.loads((out / "final" / "recipe.json").read_text())["rows"] == 160
+        assert recipe["processes"] == 2
+
+
+def test_a_resumed_run_of_two_is_the_uninterrupted_one(pair):
+    whole, cut = (torch.load(pair / name / "rank1.pt") for name in ("whole", "cut"))
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
+def test_a_loop_of_ones_own_goes_through_its_wrapper(pair, wrap):
+    first, second = (torch.load(pair / f"{wrap}{rank}.pt") for rank in (0, 1))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    expected = loop(DiffusionLoss(make_llada()))
+    assert expected.keys() == first.keys()
+    for name, values in expected.items():
+        torch.testing.assert_close(first[name], values, atol=1e-5, rtol=1e-5)
