@@ -1,0 +1,52 @@
+"""Commands in docs/ are ones that this package takes."""
+
+import inspect
+import re
+import shlex
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from dllm_fast import cli
+from dllm_fast.answers import spelled_options
+
+PAGE = Path(__file__).parents[1] / "docs" / "evaluations.md"
+COMMANDS = [
+    line
+    for block in re.findall(r"```sh\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S)
+    for line in block.splitlines()
+]
+
+
+def test_there_are_commands_of_both_kinds():
+    assert sum("dllm_fast.harness" in command for command in COMMANDS) >= 20
+    assert sum(command.startswith("dllm-fast verify") for command in COMMANDS) >= 2
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("dllm-fast")], ids=str)
+def test_our_command_line_takes_it(command):
+    assert cli.parser().parse_args(shlex.split(command)[1:]).command == "verify"
+
+
+def test_our_lm_eval_model_takes_their_arguments():
+    MaskedDiffusionLM = pytest.importorskip("dllm_fast.harness", exc_type=ImportError).MaskedDiffusionLM
+    known = inspect.signature(MaskedDiffusionLM.__init__).parameters
+    harness = [shlex.split(c) for c in COMMANDS if "dllm_fast.harness" in c]
+    for words in harness:
+        given = dict(pairwise(words))
+        options = dict(item.split("=", 1) for item in given["--model_args"].split(","))
+        assert given["--model"] == "dllm_fast" and set(options) <= set(known)
+        if "schedule" in options:
+            schedule = spelled_options(schedule=options["schedule"])["schedule"]
+            length, block = int(options["gen_length"]), int(options["block_length"])
+            assert schedule.steps == length and length % block == 0
+            assert given["--gen_kwargs"] == f"max_gen_toks={length}"
+
+
+def test_lm_evals_command_line_takes_them(monkeypatch):
+    lm_eval_cli = pytest.importorskip("lm_eval._cli", exc_type=ImportError)
+    for words in (shlex.split(c) for c in COMMANDS if "dllm_fast.harness" in c):
+        monkeypatch.setattr("sys.argv", words[2:])  # what follows `python -m`
+        args = lm_eval_cli.HarnessCLI().parse_args()
+        assert args.model == "dllm_fast" and args.tasks
