@@ -66,7 +66,9 @@ def pieces() -> dict[str, Piece]:
     """Every piece by its name, what cannot be run here included."""
     every = [Piece("suite", SUITE, 25, daily=True), *_levels()]
     every += [Piece(f"seed-{seed}", SUITE, 45, {"DLLM_TEST_SEED": str(seed)}) for seed in (1, 2, 3)]
-    every.append(Piece("long", (*SUITE, "-m", "long"), 180))
+    distribution = "tests/test_distribution.py"
+    every.append(Piece("sdist-wheel", ("-m", "pytest", "-q", "-m", "long", distribution), 15))
+    every.append(Piece("long", (*SUITE, "-m", "long", f"--ignore={distribution}"), 180))
     every.append(Piece("arm", ARM_TESTS, 10))
     installed = importlib.util.find_spec("triton") is not None
     every.append(
@@ -137,6 +139,7 @@ def _stream(command: list[str], tree: Path, piece: Piece, out) -> int:
     shown = " ".join([*(f"{name}={value}" for name, value in piece.environment.items()), *command])
     print(f"+ {shown}", flush=True)
     out.write(f"+ {shown}\n")
+    out.flush()
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
     process = subprocess.Popen(command, cwd=tree, env=environment, **pipe)
     for line in process.stdout:

@@ -119,7 +119,7 @@ def make(name: str, setting: Setting, folder: Path, out: TextIO) -> tuple[str, P
         subprocess.run(command, check=True, stdout=out, stderr=subprocess.STDOUT, env={**os.environ, **environment})
 
     shutil.rmtree(tree, ignore_errors=True)
-    shutil.copytree(ROOT, tree, symlinks=True, ignore=shutil.ignore_patterns(*LEFT_OUT))
+    copy_tree(tree)
     if not _made(here, setting):
         do(find_python(setting.python) if setting.python else sys.executable, "-m", "venv", "--clear", here / "venv")
         if setting.python:
@@ -132,6 +132,11 @@ def make(name: str, setting: Setting, folder: Path, out: TextIO) -> tuple[str, P
     compiler = {} if setting.compiler else {"CC": "false", "CXX": "false"}
     do(python, "-m", "pip", "install", "-q", "--no-deps", "--force-reinstall", "-e", tree, **compiler)
     return str(python), tree
+
+
+def copy_tree(to: Path) -> None:
+    """The files of this tree, without what is built from them."""
+    shutil.copytree(ROOT, to, symlinks=True, ignore=shutil.ignore_patterns(*LEFT_OUT))
 
 
 def borrow(python: Path) -> None:

@@ -7,12 +7,14 @@ from dllm_fast import ops
 
 
 def missing(impl: str) -> str | None:
-    """Why the models of these tests cannot be patched with ``impl``."""
+    """Why the models of these tests cannot be patched with ``impl``: the compiled extension's are on the CPU."""
     try:
-        ops.resolve(impl, torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.float32)
+        device = "cuda" if impl == "triton" and torch.cuda.is_available() else "cpu"
+        ops.resolve(impl, torch.device(device), torch.float32)
     except ValueError as error:
         return str(error)
     return None
 
 
+needs_cpp = pytest.mark.skipif(missing("cpp") is not None, reason=str(missing("cpp")))
 needs_triton = pytest.mark.skipif(missing("triton") is not None, reason=str(missing("triton")))

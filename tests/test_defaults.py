@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from needs import needs_cpp, needs_triton
 from tiny import MASK, make_llada, make_modernbert
 
 import dllm_fast
@@ -143,7 +144,7 @@ def plain_run(family, *how):
     return run(model, *how), model
 
 
-@pytest.mark.parametrize("family, impl", [("llada", "cpp"), ("modernbert", "torch")])
+@pytest.mark.parametrize("family, impl", [pytest.param("llada", "cpp", marks=needs_cpp), ("modernbert", "torch")])
 def test_results_are_the_same_under_any_setting(family, impl, setting):
     expected, model = plain_run(family, impl)
     with setting():
@@ -153,7 +154,12 @@ def test_results_are_the_same_under_any_setting(family, impl, setting):
 @pytest.mark.long
 @pytest.mark.parametrize(
     "family, impl, weights",
-    [("llada", "torch", "fp8"), ("modernbert", "torch", "fp8"), ("llada", "torch", None), ("modernbert", "cpp", None)],
+    [
+        ("llada", "torch", "fp8"),
+        ("modernbert", "torch", "fp8"),
+        ("llada", "torch", None),
+        pytest.param("modernbert", "cpp", None, marks=needs_cpp),
+    ],
 )
 def test_other_implementations_do_not_follow_the_default(family, impl, weights, setting):
     expected, model = plain_run(family, impl, weights, FEW)
@@ -170,6 +176,7 @@ def test_a_half_precision_model_does_not_follow_the_default(family, setting):
         same(run(model, "auto", None, FEW), expected)
 
 
+@needs_triton
 @pytest.mark.parametrize("name", [pytest.param("bfloat16", marks=pytest.mark.long), "meta"])
 def test_triton_launchers_do_not_follow_the_default(name):
     model = dllm_fast.patch(make_llada(n_layers=1), "triton")

@@ -9,7 +9,7 @@ import random
 
 import pytest
 import torch
-from needs import needs_triton
+from needs import needs_cpp, needs_triton
 from rows import alone, draw_request, is_level, seated, together
 from tiny import EOS, MASK, make_llada, make_modernbert
 
@@ -51,14 +51,14 @@ def check(impl: str, seed: int, requests: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(8))
-@pytest.mark.parametrize("impl", ["torch", "cpp"])
+@pytest.mark.parametrize("impl", ["torch", pytest.param("cpp", marks=needs_cpp)])
 def test_a_row_alone_in_a_batch_and_through_seats(impl, seed):
     check(impl, seed, 2)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("seed", range(100, 148))
-@pytest.mark.parametrize("impl", ["torch", "cpp"])
+@pytest.mark.parametrize("impl", ["torch", pytest.param("cpp", marks=needs_cpp)])
 def test_many_rows_alone_in_a_batch_and_through_seats(impl, seed):
     check(impl, seed, 12)
 
