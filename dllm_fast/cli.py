@@ -1,19 +1,19 @@
 """The command line: ``dllm-fast generate``, ``demo``, ``config`` and ``verify``."""
 
 import argparse
+import functools
 import re
-import signal
 import sys
 import time
 from contextlib import nullcontext
 
 import torch
-from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from dllm_fast.config import show_config
+from dllm_fast.errors import exit_code, require_utf8
 from dllm_fast.generate import Output, generate
-from dllm_fast.loading import end_of_text, from_pretrained, model_path, shipped
+from dllm_fast.loading import end_of_text, from_pretrained, load_tokenizer, shipped
 from dllm_fast.request import CACHES, CONFIDENCES, before_end
 from dllm_fast.schedules import Threshold
 from dllm_fast.spelling import SCHEDULES, refresh_of, remask_of, schedule_of
@@ -44,8 +44,7 @@ def load(args: argparse.Namespace):
     if args.model in shipped() and args.dtype is None and args.device == "cpu":
         dtype = torch.float32  # the files are bf16, which most CPUs only emulate
     model = from_pretrained(args.model, dtype, args.device, args.impl, args.trust_remote_code, args.weights)
-    tokenizer = AutoTokenizer.from_pretrained(model_path(args.model), trust_remote_code=args.trust_remote_code)
-    return model, tokenizer
+    return model, load_tokenizer(args.model, args.trust_remote_code)
 
 
 def encode(tokenizer, text: str, mask_id: int, chat: bool) -> torch.Tensor:
@@ -70,8 +69,16 @@ def mask_of(args: argparse.Namespace, model, tokenizer) -> int:
     return mask_id
 
 
+def standard_input() -> str:
+    """What stands on standard input, without the line's end."""
+    try:
+        return require_utf8("standard input", sys.stdin.read()).rstrip("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"standard input is not text: {error}") from None
+
+
 def run_generate(args: argparse.Namespace) -> int:
-    prompts = args.prompt or [sys.stdin.read().rstrip("\n")]
+    prompts = [require_utf8("--prompt", prompt) for prompt in args.prompt or ()] or [standard_input()]
     model, tokenizer = load(args)
     mask_id = mask_of(args, model, tokenizer)
     if args.chat and not tokenizer.chat_template:
@@ -176,14 +183,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    try:
-        return args.run(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        return 128 + signal.SIGINT
+    return exit_code(functools.partial(args.run, args))
 
 
 if __name__ == "__main__":

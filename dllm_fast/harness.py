@@ -5,6 +5,7 @@ then is lm-eval's command line, with all its options. Under ``accelerate launch 
 ``torchrun -m dllm_fast.harness`` (CPUs too) each process has a copy of the model and its share of the documents.
 """
 
+import sys
 from datetime import timedelta
 
 import torch
@@ -13,12 +14,11 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
 from dllm_fast.answers import last_of, request_options, spelled_options, whole_blocks
 from dllm_fast.generate import generate_many
 from dllm_fast.likelihood import are_greedy, log_likelihoods
-from dllm_fast.loading import end_of_text, from_pretrained, model_path
+from dllm_fast.loading import end_of_text, from_pretrained, load_tokenizer
 from dllm_fast.patch import bound_family
 from dllm_fast.request import require
 from dllm_fast.text import answer_text, encode, held_back
@@ -83,7 +83,7 @@ class MaskedDiffusionLM(TemplateLM):
         self._device = torch.device(device) if chosen and self._world_size == 1 else self.accelerator.device
         weights = dtype if dtype == "auto" else getattr(torch, dtype)
         self.model = from_pretrained(pretrained, weights, self._device, impl, trust_remote_code)
-        self.tokenizer = AutoTokenizer.from_pretrained(model_path(pretrained), trust_remote_code=trust_remote_code)
+        self.tokenizer = load_tokenizer(pretrained, trust_remote_code)
         self.positions = bound_family(self.model).positions
         self.batch_size, self.gen_length, self.temperature = int(batch_size), gen_length, temperature
         self.mc_num, self.seed, self.cfg_scale = mc_num, seed, float(cfg_scale)
@@ -198,4 +198,6 @@ class MaskedDiffusionLM(TemplateLM):
 if __name__ == "__main__":
     from lm_eval.__main__ import cli_evaluate
 
-    cli_evaluate()
+    from dllm_fast.errors import exit_code
+
+    sys.exit(exit_code(cli_evaluate))

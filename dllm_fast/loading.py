@@ -6,7 +6,13 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-from transformers import ModernBertForMaskedLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoTokenizer,
+    ModernBertForMaskedLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from dllm_fast.generation_config import DiffusionGenerationConfig
 from dllm_fast.llada import TRANSFORMERS_5, LLaDAModelLM, register
@@ -53,9 +59,12 @@ def from_pretrained(
             `patch` refuses: ``weights``, before anything is read, or ``impl``.
     """
     require_known(weights)
+    require_device(device)
     name = model_path(str(name))
     if Path(name).is_dir():
         check_folder(Path(name))
+    elif Path(name).exists():
+        raise ValueError(f"{name}: is a file, and not the folder of a model")
     elif name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ValueError(f"{name}: no such folder")
     # The classes are named here, not looked up: the published code takes over the name llada in transformers' registry.
@@ -87,6 +96,26 @@ def from_pretrained(
     return model
 
 
+def require_device(device: str | torch.device | None) -> None:
+    """Raise ValueError if ``device`` is none, or none that this machine and this PyTorch have."""
+    if device is None:
+        return
+    try:
+        torch.empty(0, dtype=torch.float32, device=device)
+    except (AssertionError, RuntimeError, NotImplementedError, TypeError) as error:
+        # A CPU build of PyTorch asserts. What follows the first sentence is advice on debugging, or a list of backends.
+        reason = str(error).strip().splitlines()[0].partition(". ")[0]
+        raise ValueError(f"device={str(device)!r} cannot be had: {reason}") from None
+
+
+def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model that `from_pretrained` takes. Raises ValueError if there is none that can be read."""
+    try:
+        return AutoTokenizer.from_pretrained(model_path(name), trust_remote_code=trust_remote_code)
+    except Exception as error:  # of a file that is not whole, the tokenizers package raises Exception itself
+        raise ValueError(f"{name}: its tokenizer cannot be loaded: {error}") from error
+
+
 def end_of_text(model: PreTrainedModel, tokenizer) -> list[int]:
     """Ids that end a text: the tokenizer's, then those of the model's generation config (a chat's end of turn, say)."""
     config = getattr(model, "generation_config", None)
@@ -102,7 +131,10 @@ def check_folder(folder: Path) -> None:
         raise ValueError(f"{folder}: config.json is missing")
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        try:
+            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"{index}: is not an index of shards") from None
     else:
         shards = [path.name for path in folder.glob("*.safetensors")]
         if not shards and not list(folder.glob("*.bin")):
@@ -127,9 +159,9 @@ def safetensors_size(path: Path) -> int | None:
             return None
         try:
             entries = json.loads(file.read(length))
-        except ValueError:
+            ends = [entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"]
+        except (ValueError, KeyError, TypeError, AttributeError):
             return None
-    ends = [entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"]
     return 8 + length + max(ends, default=0)
 
 
