@@ -10,6 +10,7 @@ import types
 from collections.abc import Iterable
 from typing import NamedTuple
 
+import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 from torch.nn.parallel import DistributedDataParallel
@@ -23,6 +24,10 @@ CLASSES = frozenset(f"torch.nn.modules.{name}" for name in ("activation", "conta
 class Departure(NamedTuple):
     module: nn.Module
     reason: str  # in words that follow the module's name
+    advice: str = (
+        ", which would never act: generation does not call it. Remove it, merge it into the weights, or leave it out "
+        "of quantisation"
+    )
 
 
 class Calls(NamedTuple):
@@ -44,7 +49,7 @@ def departure(model: nn.Module, calls: Calls, known: frozenset[type], modes: boo
     first = None
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         first = Departure(model, "is called with hooks on every module (register_module_forward_hook)")
-    (names, read), called = calls, []
+    (names, read), called, device = calls, [], None
     passed = list(model._modules.values())
     while passed:
         module = passed.pop()
@@ -64,6 +69,9 @@ def departure(model: nn.Module, calls: Calls, known: frozenset[type], modes: boo
             if parameter is not None:
                 if parameter.is_meta:
                     _refuse(model, module)
+                device = device or parameter.device
+                if parameter.device != device:
+                    first = first or _elsewhere(module, parameter, device)
                 if type(parameter) is not nn.Parameter:
                     first = first or Departure(module, f"has a {name} that is a {type(parameter).__name__}")
         for name, child in own["_modules"].items():
@@ -73,10 +81,18 @@ def departure(model: nn.Module, calls: Calls, known: frozenset[type], modes: boo
         if module is None or attached(module):
             continue
         for parameter in module._parameters.values():
-            if parameter is not None and parameter.is_meta:
-                _refuse(model, module)
+            if parameter is not None:
+                if parameter.is_meta:
+                    _refuse(model, module)
+                device = device or parameter.device
+                if parameter.device != device:
+                    first = first or _elsewhere(module, parameter, device)
         called += module._modules.values()
     return first
+
+
+def _elsewhere(module: nn.Module, parameter: nn.Parameter, device: torch.device) -> Departure:
+    return Departure(module, f"lies on {parameter.device}, and others on {device}", "; move them to one")
 
 
 def _refuse(model: nn.Module, module: nn.Module) -> None:
@@ -157,7 +173,4 @@ def require_nothing_left_out(model: nn.Module, calls: Calls, known: frozenset[ty
     if found is None and (model._forward_pre_hooks or model._forward_hooks):
         found = Departure(model, "has a forward hook")
     if found is not None:
-        raise ValueError(
-            f"model: {name_of(model, found.module)} {found.reason}, which would never act: generation does not call "
-            "it. Remove it, merge it into the weights, or leave it out of quantisation"
-        )
+        raise ValueError(f"model: {name_of(model, found.module)} {found.reason}{found.advice}")

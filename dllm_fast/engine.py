@@ -91,7 +91,7 @@ class Engine:
             self.cache = BlockCache(*shape, self.weight.dtype, device, width)
         # What the few-row matmuls count in: a step has it to itself.
         self.arrivals = long(ARRIVALS, dtype=torch.int32) if family.impl == "triton" else None
-        self.graphs = Graphs(device.type == "cuda" and family.impl == "triton")
+        self.graphs = Graphs(device.type == "cuda" and family.impl == "triton", device)
 
     @property
     def nbytes(self) -> int:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from dllm_fast.bypass import unwrapped
+from dllm_fast.device import as_written
 from dllm_fast.engine import Counts, Engine, on_host
 from dllm_fast.memory import fits, require_memory
 from dllm_fast.patch import bound_family, bound_pool
@@ -239,7 +240,7 @@ class _Server:
         self, model, family, pool: Pool, request: Request, rows: list[Row], seats: int, counts: Counts, streamer=None
     ):
         self.family, self.pool, self.parameters = family, pool, list(model.parameters())
-        self.request, self.counts = request, counts
+        self.device, self.request, self.counts = family.head()[0].device, request, counts
         self.finished = [row for row in rows if row.done]  # nothing to fill
         self.waiting = sorted((row for row in rows if not row.done), key=lambda row: -len(row.ids))
         self.seated: list[Row] = []
@@ -256,7 +257,7 @@ class _Server:
         """Yield rows as they are done. Threads take turns, a block each; every run has buffers of its own."""
         yield from self.finished
         while self.waiting or not all(row.done for row in self.seated):
-            with torch.no_grad(), self.pool.lock:
+            with torch.no_grad(), as_written(self.device), self.pool.lock:
                 self._seat()
                 self._block()
             yield from (row for row in self.seated if row.done)

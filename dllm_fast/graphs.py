@@ -14,10 +14,10 @@ class Graphs:
     is recorded, and from then on it is one launch. Elsewhere every run is eager.
     """
 
-    def __init__(self, enabled: bool):
-        self.enabled = enabled
+    def __init__(self, enabled: bool, device: torch.device | None = None):
+        self.enabled, self.device = enabled, device
         self.failure: str | None = None  # why recording was given up
-        self._graphs, self._pool = {}, None
+        self._graphs, self._pool, self._stream = {}, None, None
 
     def run(self, key: Hashable, step: Callable[[], None]) -> None:
         if not self.enabled:
@@ -41,12 +41,16 @@ class Graphs:
 
     def _record(self, step: Callable[[], None]):
         graph, failure = torch.cuda.CUDAGraph(), None
+        # PyTorch keeps one stream for recording, made once a process on the GPU that is current then. Of another GPU
+        # it sees no step, and replays would change nothing. Within a stream its GPU is current.
+        self._stream = self._stream or torch.cuda.Stream(self.device)
         # A collection may free another engine's graphs, which CUDA forbids while it records.
         collects = gc.isenabled()
         gc.disable()
         try:
             # thread_local: another thread may allocate on the device while this one records.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            options = {"pool": self._pool, "stream": self._stream, "capture_error_mode": "thread_local"}
+            with torch.cuda.graph(graph, **options):
                 try:
                     step()
                 except Exception as error:

@@ -17,6 +17,7 @@ import torch
 
 from dllm_fast import ops
 from dllm_fast.bypass import unwrapped
+from dllm_fast.device import as_written
 from dllm_fast.patch import bound_family, bound_pool
 from dllm_fast.request import require
 
@@ -187,7 +188,7 @@ class _Scorer:
 
     def _log_probability(self, pairs, masks) -> list[float]:
         """Of each pair, the sum of ln p at its masked positions."""
-        with torch.no_grad(), self.lock:
+        with torch.no_grad(), as_written(self.device), self.lock:
             ids, open_, hidden, uncond = self._hidden(pairs, masks)
             target, row = ids[open_], open_.nonzero()[:, 0]
             sums = torch.zeros(len(pairs), dtype=torch.float64, device=self.device)
@@ -209,7 +210,7 @@ class _Scorer:
 
     def _most_confident(self, pairs, masks) -> list[tuple[int, int]]:
         """Of each pair, the masked position that the model is surest of, and its token; -1 where logits are NaN."""
-        with torch.no_grad(), self.lock:
+        with torch.no_grad(), as_written(self.device), self.lock:
             _, open_, hidden, uncond = self._hidden(pairs, masks)
             options = {"mask_id": self.mask_id, "uncond": uncond, "cfg_scale": self.cfg_scale}
             token, confidence, lse = ops.predict(hidden, *self.family.head(), **options, impl=self.family.impl)

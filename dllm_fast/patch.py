@@ -89,6 +89,7 @@ def patch(model: nn.Module, impl: str = "auto", weights: str | None = None) -> n
             then as it was, as after any other error (memory for a group of weights, say).
     """
     wrapper, model = model, unwrapped(model)
+    _require_one_device(model)
     family_class, output = _recognise(model)
     parameter = _first_parameter(model)
     resolved = ops.resolve(impl, parameter.device, parameter.dtype)
@@ -294,6 +295,18 @@ def _recognise(model: nn.Module) -> tuple[type[LLaDA] | type[ModernBert], type]:
     )
 
 
+def _require_one_device(model: nn.Module) -> None:
+    first = None
+    for name, parameter in model.named_parameters():
+        if first is None:
+            first = name, parameter.device
+        elif parameter.device != first[1] and "meta" not in (parameter.device.type, first[1].type):
+            raise ValueError(
+                f"model: its weights lie on several devices, {first[0]} on {first[1]} and {name} on "
+                f"{parameter.device}; move them to one, or do not patch"
+            )
+
+
 def _first_parameter(model: nn.Module) -> nn.Parameter:
     if any(p.is_meta for p in model.parameters()):
         raise ValueError("model: its weights are on the meta device; load them first")
@@ -374,6 +387,7 @@ def _fast_forward(self, input_ids=None, attention_mask=None, **kwargs):
         not _departed(self, family)
         and getattr(state.forward, "__func__", None) is type(self).forward
         and isinstance(input_ids, torch.Tensor)
+        and not torch.is_autocast_enabled(input_ids.device.type)
         and input_ids.dim() == 2
         and 0 < input_ids.shape[1] <= family.positions
         and not self.training
@@ -387,5 +401,8 @@ def _fast_forward(self, input_ids=None, attention_mask=None, **kwargs):
         span = _span(attention_mask) if fits else None
     if not plain or span is None:
         return state.forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
-    hidden = family.hidden(input_ids, *span)
-    return state.output(logits=ops.linear(hidden, *family.head(), impl=family.impl))
+    weight, bias = family.head()
+    # Triton launches on the current GPU, whatever holds the tensors.
+    with torch.cuda.device(weight.device) if weight.is_cuda else nullcontext():
+        hidden = family.hidden(input_ids, *span)
+        return state.output(logits=ops.linear(hidden, weight, bias, impl=family.impl))

@@ -13,13 +13,15 @@ class Recorder:
     """Keeps what is recorded; a collection while it records is an error, as on CUDA where graphs get freed by it."""
 
     def __init__(self, monkeypatch):
-        self.recording, self.steps = False, []
+        self.recording, self.streams = False, []
         monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: Graph(self))
         monkeypatch.setattr(torch.cuda, "graph", self.graph)
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: ("stream", device))
         monkeypatch.setattr(gc, "collect", self._collect)
 
-    def graph(self, graph, pool, capture_error_mode):
+    def graph(self, graph, pool, stream, capture_error_mode):
         self.pools = [*getattr(self, "pools", []), pool]
+        self.streams.append(stream)
         return self
 
     def __enter__(self):
@@ -113,3 +115,12 @@ def test_release_frees_graphs_at_once(recorder):
     graph = weakref.ref(graphs._graphs["step"])
     graphs.release()
     assert graph() is None
+
+
+def test_steps_are_recorded_on_a_stream_of_their_own_device(recorder):
+    """The current device is another: PyTorch's own stream would be its, and would see nothing of the step."""
+    for index in (1, 0):
+        graphs = Graphs(True, torch.device("cuda", index))
+        for key in ("full", "full", "block", "block"):
+            graphs.run(key, lambda: None)
+    assert recorder.streams == [("stream", torch.device("cuda", index)) for index in (1, 1, 0, 0)]
