@@ -129,6 +129,12 @@ def check_folder(folder: Path) -> None:
     """Raise ValueError if a checkpoint folder is not whole. Reads headers and sizes only."""
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: config.json is missing")
+    try:
+        fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError:
+        fields = None
+    if not isinstance(fields, dict):
+        raise ValueError(f"{folder}: config.json is not a JSON object")
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
