@@ -174,3 +174,16 @@ def require_nothing_left_out(model: nn.Module, calls: Calls, known: frozenset[ty
         found = Departure(model, "has a forward hook")
     if found is not None:
         raise ValueError(f"model: {name_of(model, found.module)} {found.reason}{found.advice}")
+
+
+def require_one_device(model: nn.Module) -> None:
+    """Raise ValueError if the weights lie on several devices, naming two of them."""
+    first = None
+    for name, parameter in model.named_parameters():
+        if first is None:
+            first = name, parameter.device
+        elif parameter.device != first[1] and "meta" not in (parameter.device.type, first[1].type):
+            raise ValueError(
+                f"model: its weights lie on several devices, {first[0]} on {first[1]} and {name} on "
+                f"{parameter.device}; move them to one, or do not patch"
+            )

@@ -14,7 +14,13 @@ from transformers import GenerationConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast, MaskedLMOutput
 
 from dllm_fast import ops
-from dllm_fast.bypass import departure, require_no_learned_prompt, require_nothing_left_out, unwrapped
+from dllm_fast.bypass import (
+    departure,
+    require_no_learned_prompt,
+    require_nothing_left_out,
+    require_one_device,
+    unwrapped,
+)
 from dllm_fast.families import FAMILIES, LLaDA, ModernBert
 from dllm_fast.families.modernbert import fresh_rotary
 from dllm_fast.families.rows import valid_spans
@@ -89,7 +95,7 @@ def patch(model: nn.Module, impl: str = "auto", weights: str | None = None) -> n
             then as it was, as after any other error (memory for a group of weights, say).
     """
     wrapper, model = model, unwrapped(model)
-    _require_one_device(model)
+    require_one_device(model)
     family_class, output = _recognise(model)
     parameter = _first_parameter(model)
     resolved = ops.resolve(impl, parameter.device, parameter.dtype)
@@ -293,18 +299,6 @@ def _recognise(model: nn.Module) -> tuple[type[LLaDA] | type[ModernBert], type]:
         f"model: a {type(model).__name__} of model_type {kind!r} is not supported; supported are "
         f"{', '.join(FAMILIES)} with their language-model heads (LLaDAModelLM, ModernBertForMaskedLM)"
     )
-
-
-def _require_one_device(model: nn.Module) -> None:
-    first = None
-    for name, parameter in model.named_parameters():
-        if first is None:
-            first = name, parameter.device
-        elif parameter.device != first[1] and "meta" not in (parameter.device.type, first[1].type):
-            raise ValueError(
-                f"model: its weights lie on several devices, {first[0]} on {first[1]} and {name} on "
-                f"{parameter.device}; move them to one, or do not patch"
-            )
 
 
 def _first_parameter(model: nn.Module) -> nn.Parameter:
