@@ -56,7 +56,9 @@ def check(shape, dtype, device, seed=0, **options):
     truth = reference.attention(*(x.double() for x in clean[:3]), *clean[3:], **options)
     out = attention(*poisoned, **options)
     assert out.is_contiguous()
-    assert_as_exact(out, reference.attention(*clean, **options), truth, ulps=2 if dtype == FP32 else 1)
+    # In fp32 nothing is rounded at the end: an average's error is that of the values it is made of.
+    size = clean[2].abs().max().item() if dtype == FP32 else None
+    assert_as_exact(out, reference.attention(*clean, **options), truth, size=size)
     return out
 
 

@@ -9,16 +9,21 @@ def assert_as_exact(
     eager: torch.Tensor,  # the same by PyTorch in the same dtype
     truth: torch.Tensor,  # the same in fp64
     ulps: float = 1.0,
+    size: float | None = None,
 ) -> None:
-    """The largest error is at most twice eager's, or ``ulps`` units in the last place of the largest true value.
+    """The largest error is at most twice eager's, or ``ulps`` units in the last place of ``size``, by default the
+    largest true value.
 
-    The second limit is for eager results that happen to be exact.
+    The second limit is for eager results that happen to be exact. A sum whose terms cancel is rounded at their size,
+    not at its own: then ``size`` is the terms'.
     """
     assert out.shape == truth.shape
     assert out.dtype == eager.dtype
     assert out.isfinite().all(), f"{(~out.isfinite()).sum()} of {out.numel()} elements are not finite"
     error, eager_error = ((x.double() - truth).abs().max().item() for x in (out, eager))
-    limit = max(2 * eager_error, ulps * torch.finfo(out.dtype).eps * truth.abs().max().item())
+    limit = max(
+        2 * eager_error, ulps * torch.finfo(out.dtype).eps * (truth.abs().max().item() if size is None else size)
+    )
     assert error <= limit, f"error {error:.3g}, eager's {eager_error:.3g}, limit {limit:.3g}"
 
 
