@@ -66,12 +66,12 @@ def _fixed() -> dict[torch.dtype, int]:
 
 def _measured(dtype: torch.dtype) -> int:
     """The fewest of `ROWS` from which on PyTorch's is clearly faster at each of them, or `NEVER`."""
-    make = torch.Generator().manual_seed(0)  # the caller's random numbers stay as they are
+    make = torch.Generator("cpu").manual_seed(0)  # the caller's random numbers stay as they are
     first = NEVER
-    with torch.inference_mode(), torch.autocast("cpu", enabled=False), torch.device("cpu"):
-        weight = torch.randn(OUTPUTS, INPUTS, generator=make).to(dtype)
+    with torch.inference_mode(), torch.autocast("cpu", enabled=False):
+        weight = torch.randn(OUTPUTS, INPUTS, generator=make, dtype=torch.float32, device="cpu").to(dtype)
         for rows in ROWS:
-            x = torch.randn(rows, INPUTS, generator=make).to(dtype)
+            x = torch.randn(rows, INPUTS, generator=make, dtype=torch.float32, device="cpu").to(dtype)
             ours, theirs = _times(lambda x=x: compiled.linear(x, weight), lambda x=x: F.linear(x, weight))
             if theirs >= FASTER * ours:
                 break

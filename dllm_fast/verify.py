@@ -142,7 +142,7 @@ def prompt_ids(tokenizer, mask_id: int) -> list[torch.Tensor]:
             )
             for text in texts
         ]
-    return [torch.tensor(ids) for ids in encode(tokenizer, texts, mask_id)]
+    return [torch.tensor(ids, dtype=torch.int64, device="cpu") for ids in encode(tokenizer, texts, mask_id)]
 
 
 @torch.no_grad()
