@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from dllm_fast import compiled, matmuls, ops
+from dllm_fast.forward import patch_of
 from dllm_fast.kernels.checks import FLOATS
 from dllm_fast.memory import available
-from dllm_fast.patch import patch_of
 
 PACKAGES = ("dllm_fast", "torch", "triton", "transformers", "numpy")
 NAMES = {"triton": "Triton kernels", "cpp": "the compiled extension", "torch": "PyTorch"}

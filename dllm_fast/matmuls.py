@@ -66,7 +66,7 @@ def _fixed() -> dict[torch.dtype, int]:
 
 def _measured(dtype: torch.dtype) -> int:
     """The fewest of `ROWS` from which on PyTorch's is clearly faster at each of them, or `NEVER`."""
-    make = torch.Generator("cpu").manual_seed(0)  # the caller's random numbers stay as they are
+    make = torch.Generator(device="cpu").manual_seed(0)  # the caller's random numbers stay as they are
     first = NEVER
     with torch.inference_mode(), torch.autocast("cpu", enabled=False):
         weight = torch.randn(OUTPUTS, INPUTS, generator=make, dtype=torch.float32, device="cpu").to(dtype)

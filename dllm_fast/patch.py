@@ -1,10 +1,8 @@
 """`patch`, `unpatch`, `patched`: a model's forward replaced on this one instance, and put back exactly."""
 
 import copy
-import functools
-import inspect
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields
 
@@ -14,16 +12,10 @@ from transformers import GenerationConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast, MaskedLMOutput
 
 from dllm_fast import ops
-from dllm_fast.bypass import (
-    departure,
-    require_no_learned_prompt,
-    require_nothing_left_out,
-    require_one_device,
-    unwrapped,
-)
+from dllm_fast.bypass import require_no_learned_prompt, require_nothing_left_out, require_one_device, unwrapped
 from dllm_fast.families import FAMILIES, LLaDA, ModernBert
 from dllm_fast.families.modernbert import fresh_rotary
-from dllm_fast.families.rows import valid_spans
+from dllm_fast.forward import STATE, like, patch_of
 from dllm_fast.fp8 import Fp8
 from dllm_fast.fp8 import check as check_fp8
 from dllm_fast.llada import LLaDAModelLM
@@ -31,7 +23,6 @@ from dllm_fast.mixin import generation_config_of, lend_generate, take_back, woul
 from dllm_fast.pool import Pool
 from dllm_fast.weights import Fused, fuse, products
 
-_STATE = "_dllm_fast"
 WEIGHTS = (None, "fp8")
 
 
@@ -123,9 +114,9 @@ def patch(model: nn.Module, impl: str = "auto", weights: str | None = None) -> n
         for module, name, table in fresh_rotary(model) if family_class is ModernBert else ():
             fresh.buffers.append((module, name, module._buffers[name]))
             module._buffers[name] = table
-        model.__dict__[_STATE] = fresh
+        model.__dict__[STATE] = fresh
         if state is None:
-            fresh.bound, fresh.replaced = types.MethodType(_like(own), model), would_replace(model)
+            fresh.bound, fresh.replaced = types.MethodType(like(own), model), would_replace(model)
             _install(model, fresh, generation_config_of(model))
     return wrapper
 
@@ -147,7 +138,7 @@ def _plain_attributes(model: nn.Module) -> dict:
     _take_out(attributes, state)
     if "generation_config" in attributes:  # as it was changed, whichever class it has
         attributes["generation_config"] = config
-    return {**attributes, _STATE: state}
+    return {**attributes, STATE: state}
 
 
 def require_known(weights: str | None) -> None:
@@ -166,10 +157,10 @@ def unpatch(model: nn.Module) -> nn.Module:
     state = patch_of(model)
     if state is None:
         if isinstance(model, nn.Module):
-            model.__dict__.pop(_STATE, None)  # a shallow copy's, of the model that it was made of
+            model.__dict__.pop(STATE, None)  # a shallow copy's, of the model that it was made of
         return wrapper
     with state.pool.lock:
-        if model.__dict__.get(_STATE) is state:
+        if model.__dict__.get(STATE) is state:
             _take_out(model.__dict__, state)
             _put_back_buffers(state)
             for group in state.fused.values():
@@ -179,7 +170,7 @@ def unpatch(model: nn.Module) -> nn.Module:
 
 def _take_out(attributes: dict, state: _Patch) -> None:
     """Remove what `patch` put among a model's attributes; a forward that someone has put round it since stays."""
-    del attributes[_STATE], attributes["__getstate__"]
+    del attributes[STATE], attributes["__getstate__"]
     if attributes.get("forward") is state.bound:
         del attributes["forward"]
         if state.own_forward is not None:
@@ -255,15 +246,6 @@ def bound_pool(model: nn.Module) -> Pool:
     return _state(unwrapped(model)).pool
 
 
-def patch_of(model: nn.Module) -> _Patch | None:
-    """What `patch` left with the model itself: what was asked for, and the family; None if it is not patched.
-
-    A shallow copy of a patched model holds its original's, which is not its own.
-    """
-    state = model.__dict__.get(_STATE) if isinstance(model, nn.Module) else None
-    return state if state is not None and state.model is model else None
-
-
 def family_and_pool(model: nn.Module) -> tuple[LLaDA | ModernBert, Pool]:
     """`bound_family` and `bound_pool` of a patched model; of another that `patch` takes, its family over the weights as
     they lie, for one call: nothing is moved, and each linear is a product of its own. Raises ValueError as they do, or
@@ -281,8 +263,8 @@ def family_and_pool(model: nn.Module) -> tuple[LLaDA | ModernBert, Pool]:
 
 def _state(model: nn.Module) -> _Patch:
     state = patch_of(model)
-    if state is None and isinstance(model, nn.Module) and model.__dict__.get(_STATE) is not None:
-        original = model.__dict__[_STATE]
+    if state is None and isinstance(model, nn.Module) and model.__dict__.get(STATE) is not None:
+        original = model.__dict__[STATE]
         state = patch_of(patch(model, original.impl, original.weights))
     if state is None:
         raise ValueError(f"model: this {type(model).__name__} is not patched; call dllm_fast.patch(model) first")
@@ -323,80 +305,3 @@ def _check_weights(model: nn.Module) -> None:
         suspect = not torch.isfinite(parameter.detach().sum(dtype=torch.float32))
         if suspect and not torch.isfinite(parameter.detach()).all():
             raise ValueError(f"model: {name} holds NaN or infinite values")
-
-
-def _span(attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """[start, end) of each row's ones, or None where a row has a hole or no one at all."""
-    start, end, length = valid_spans(attention_mask.bool())
-    return (start, end) if bool(((end - start == length) & (length > 0)).all()) else None
-
-
-def _like(own: Callable) -> Callable:
-    """`_fast_forward` under the name, the docstring and the signature of the model's own bound ``forward``.
-
-    A function for each patch: `_fast_forward` itself, once it named a model, would keep it alive.
-    """
-
-    names = [name for name in inspect.signature(own).parameters if name != "self"]
-
-    @functools.wraps(getattr(own, "__func__", own))
-    def forward(self, *args, **kwargs):
-        state = patch_of(self)
-        if state is None or state.bound.__func__ is not forward:  # unpatched, but someone's wrapper kept it
-            return own.__func__(self, *args, **kwargs) if inspect.ismethod(own) else own(*args, **kwargs)
-        if args:  # the order of arguments is the model's own: the published class has inputs_embeds before the mask
-            twice = [name for name in names[: len(args)] if name in kwargs]
-            if twice or len(args) > len(names):
-                return state.forward(*args, **kwargs)  # raises, as Python words it
-            kwargs.update(zip(names, args))
-        return _fast_forward(self, **kwargs)
-
-    # transformers' Trainer asks the bound method which columns of a data set the model takes. A method's signature is
-    # found by itself; of anything else that stood in its place the first parameter would be taken for the instance.
-    if not inspect.ismethod(own):
-        signature = inspect.signature(own)
-        first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-        forward.__signature__ = signature.replace(parameters=[first, *map(signature.parameters.get, names)])
-    return forward
-
-
-@torch.compiler.assume_constant_result
-def _departed(model: nn.Module, family: LLaDA | ModernBert) -> bool:
-    """Whether the model's own forward must answer. Compiled, what is attached later is not seen, as PyTorch has it."""
-    return departure(model, family.calls, family.known, modes=True) is not None
-
-
-def _config_asks_more(config, output: type) -> bool:
-    """Whether the config asks for what an argument of the forward may ask for: hidden states, a tuple, a cache."""
-    wanted = ["output_hidden_states", "output_attentions", "torchscript"]
-    if output is CausalLMOutputWithPast:  # the published LLaDA's keys and values
-        wanted.append("use_cache")
-    return not getattr(config, "return_dict", True) or any(getattr(config, name, False) for name in wanted)
-
-
-def _fast_forward(self, input_ids=None, attention_mask=None, **kwargs):
-    state = self.__dict__[_STATE]
-    family = state.family
-    plain = (
-        not _departed(self, family)
-        and getattr(state.forward, "__func__", None) is type(self).forward
-        and isinstance(input_ids, torch.Tensor)
-        and not torch.is_autocast_enabled(input_ids.device.type)
-        and input_ids.dim() == 2
-        and 0 < input_ids.shape[1] <= family.positions
-        and not self.training
-        and not (torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters()))
-        and not _config_asks_more(self.config, state.output)
-        and all(value is None or value is (name == "return_dict") for name, value in kwargs.items())
-    )
-    span = (None, None)
-    if plain and attention_mask is not None:
-        fits = isinstance(attention_mask, torch.Tensor) and attention_mask.shape == input_ids.shape
-        span = _span(attention_mask) if fits else None
-    if not plain or span is None:
-        return state.forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
-    weight, bias = family.head()
-    # Triton launches on the current GPU, whatever holds the tensors.
-    with torch.cuda.device(weight.device) if weight.is_cuda else nullcontext():
-        hidden = family.hidden(input_ids, *span)
-        return state.output(logits=ops.linear(hidden, weight, bias, impl=family.impl))

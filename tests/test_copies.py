@@ -10,7 +10,8 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 
 import dllm_fast
-from dllm_fast.patch import bound_family, patch_of
+from dllm_fast.forward import patch_of
+from dllm_fast.patch import bound_family
 
 
 def tokens(model, ids):
