@@ -7,6 +7,7 @@ plain weights and nothing attached. A hook, a forward of the instance's own or a
 """
 
 import types
+import warnings
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -37,17 +38,23 @@ class Calls(NamedTuple):
     read: nn.Module | None  # the head, where it has such a name too
 
 
+def global_hooks() -> bool:
+    """Whether every module is called with hooks (``register_module_forward_hook`` and its like)."""
+    return bool(torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)
+
+
 def departure(model: nn.Module, calls: Calls, known: frozenset[type], modes: bool = False) -> Departure | None:
     """The first module within the model of which something would be left out; None where all is as it was patched.
 
-    ``known`` are the classes that may be passed by. ``modes``: a module in training mode counts too.
+    ``known`` are the classes that may be passed by. ``modes``: a module in training mode counts too, and so do hooks on
+    every module.
 
     Raises:
         ValueError: a weight is on the meta device, with nothing attached that would load it. This is asked of called
             modules too: PyTorch's own linear returns uninitialised memory there.
     """
     first = None
-    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+    if modes and global_hooks():
         first = Departure(model, "is called with hooks on every module (register_module_forward_hook)")
     (names, read), called, device = calls, [], None
     passed = list(model._modules.values())
@@ -167,8 +174,11 @@ def name_of(model: nn.Module, module: nn.Module) -> str:
 def require_nothing_left_out(model: nn.Module, calls: Calls, known: frozenset[type]) -> None:
     """Raise ValueError naming what `departure` finds, or what is attached to the model itself.
 
-    The model's own forward in the instance's place of it is `patch`'s.
+    The model's own forward in the instance's place of it is `patch`'s. Hooks on every module are warned of: those that
+    count FLOPs or trace a whole process are no reason to stop.
     """
+    if global_hooks():
+        warnings.warn("generation does not call the hooks of register_module_forward_hook", stacklevel=3)
     found = departure(model, calls, known)
     if found is None and (model._forward_pre_hooks or model._forward_hooks):
         found = Departure(model, "has a forward hook")

@@ -14,7 +14,7 @@ class Graphs:
     is recorded, and from then on it is one launch. Elsewhere every run is eager.
     """
 
-    def __init__(self, enabled: bool, device: torch.device | None = None):
+    def __init__(self, enabled: bool, device: torch.device):
         self.enabled, self.device = enabled, device
         self.failure: str | None = None  # why recording was given up
         self._graphs, self._pool, self._stream = {}, None, None

@@ -33,7 +33,7 @@ HALF = {"BN": 128, "BK": 128, "AHEAD": 0, "num_warps": 4, "num_stages": 4}
 BYTE = {"BN": 128, "BK": 128, "AHEAD": 4, "num_warps": 4, "num_stages": 4}
 CONFIGS = {
     2: {rows: {"BM": rows, **HALF} for rows in (16, 32, 64)},
-    1: {rows: {"BM": rows, **BYTE} for rows in (16, 32, 64)},
+    1: {16: {"BM": 16, **BYTE}, 32: {"BM": 32, **BYTE}, 64: {"BM": 64, **BYTE, "num_warps": 8, "num_stages": 3}},
 }
 PROGRAMS = {2: 1, 1: 2}  # on a multiprocessor
 # Bytes of a weight for which it is ahead of cuBLAS, on Hopper (bench/steps.py, H200, LLaDA-8B, 32 rows: a block step

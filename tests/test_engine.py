@@ -29,7 +29,7 @@ class Replays:
 
     traced = 0
 
-    def __init__(self, enabled):
+    def __init__(self, enabled, device):
         self.enabled, self._steps = True, {}
 
     def release(self):
@@ -126,7 +126,7 @@ def test_engines_with_graphs_are_kept_for_the_next_call_of_their_shape(llada, id
         def release(self):
             released.append(self)
 
-    monkeypatch.setattr("dllm_fast.engine.Graphs", lambda enabled: Eager(True))
+    monkeypatch.setattr("dllm_fast.engine.Graphs", lambda enabled, device: Eager(True, device))
     monkeypatch.setattr("dllm_fast.pool.total_memory", lambda device: 3 * row / Pool.SHARE)
     dllm_fast.patch(llada)
     options = {"gen_length": 8, "block_length": 8}

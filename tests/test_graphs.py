@@ -53,7 +53,7 @@ def recorder(monkeypatch):
 
 
 def test_the_second_run_is_recorded_and_later_ones_replay(recorder):
-    graphs, taken = Graphs(True), []
+    graphs, taken = Graphs(True, torch.device("cpu")), []
     for _ in range(4):
         graphs.run("step", lambda: taken.append(recorder.recording))
     assert taken == [False, True]
@@ -65,7 +65,7 @@ def test_the_second_run_is_recorded_and_later_ones_replay(recorder):
 
 def test_nothing_is_collected_while_recording(recorder):
     """Cycles made by a step are left until the recording has ended."""
-    graphs, seen = Graphs(True), []
+    graphs, seen = Graphs(True, torch.device("cpu")), []
 
     class Cycle:
         pass
@@ -92,7 +92,7 @@ def test_nothing_is_collected_while_recording(recorder):
 
 
 def test_a_recording_that_fails_goes_on_eagerly_and_says_what_failed_first(recorder):
-    graphs, taken = Graphs(True), []
+    graphs, taken = Graphs(True, torch.device("cpu")), []
 
     def step():
         if recorder.recording:
@@ -109,7 +109,7 @@ def test_a_recording_that_fails_goes_on_eagerly_and_says_what_failed_first(recor
 
 
 def test_release_frees_graphs_at_once(recorder):
-    graphs = Graphs(True)
+    graphs = Graphs(True, torch.device("cpu"))
     graphs.run("step", lambda: None)
     graphs.run("step", lambda: None)
     graph = weakref.ref(graphs._graphs["step"])
