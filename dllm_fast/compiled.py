@@ -5,7 +5,7 @@ threads. It holds every kernel once for each instruction set of `LEVELS` and tak
 environment variable DLLM_FAST_LEVEL names a lower one: what another processor would run. Threads are OpenMP's, by way
 of the library that PyTorch itself runs on.
 
-No result depends on the number of threads, nor a row's on the rows beside it.
+No result depends on the number of threads, nor a row's on the rows beside it or on how many there are.
 """
 
 import ctypes

@@ -28,6 +28,7 @@ SHAPES = {  # rows, vocabulary, width
     "50rows-65vocab-16wide": (50, 65, 16),
     "100rows-1100vocab-7wide": (100, 1100, 7),
     "2rows-2vocab-8wide": (2, 2, 8),
+    "3rows-77vocab-1031wide": (3, 77, 1031),
 }
 
 
@@ -218,7 +219,7 @@ def test_noise_in_its_tails(position, level, use):
 @both_dtypes
 def test_guidance(dtype, level, use):
     use(level)
-    for rows in (5, 40):
+    for rows in (1, 3, 40):
         hidden, weight, bias = problem(rows, 260, 40, dtype)
         uncond = problem(rows, 1, 40, dtype, seed=5)[0]
         for scale, confidence in ((0.0, "probability"), (1.5, "margin"), (4.0, "entropy")):
@@ -287,14 +288,23 @@ def test_linear_over_long_rows(dtype, level, use):
         check_linear(x[:, 2:-1].unflatten(0, (1, rows)).expand(2, -1, -1), weight[5:, 1:-2])
 
 
-def test_a_row_does_not_depend_on_its_neighbours():
-    for dtype in (BF16, FP32):
-        hidden, weight, bias = problem(70, 600, 1000, dtype)
-        linear, predict = compiled.linear(hidden, weight, bias), compiled.predict(hidden, weight, bias, mask_id=MASK)
-        for rows in (slice(3, 4), slice(40, 60), slice(60, 63)):
+@every_level
+@both_dtypes
+@pytest.mark.parametrize("width", [1, 2, 31, 250, 1000, 1152, 5001])
+def test_a_row_does_not_depend_on_its_neighbours(width, dtype, level, use):
+    """Nor on their number: few rows are multiplied by another function than many, whose sums have the same order."""
+    use(level)
+    hidden, weight, bias = problem(70, 141, width, dtype)
+    weight = F.pad(weight, (2, 3), value=torch.nan)[:, 2:-3]  # what lies beside a row is not its own
+    linear = compiled.linear(hidden, weight, bias)
+    for guided in (None, hidden.flip(0)):
+        options = {"mask_id": MASK, "confidence": "entropy", "cfg_scale": 1.5}
+        whole = compiled.predict(hidden, weight, bias, uncond=guided, **options)
+        for rows in (*(slice(3, 3 + n) for n in range(1, 9)), slice(40, 60), slice(60, 63)):
             assert torch.equal(compiled.linear(hidden[rows], weight, bias), linear[rows])
-            some = compiled.predict(hidden[rows], weight, bias, mask_id=MASK)
-            assert all(torch.equal(a, b[rows]) for a, b in zip(some, predict))
+            beside = None if guided is None else guided[rows]
+            some = compiled.predict(hidden[rows], weight, bias, uncond=beside, **options)
+            assert all(torch.equal(a, b[rows]) for a, b in zip(some, whole, strict=True))
 
 
 def test_threads_change_nothing():
@@ -306,7 +316,7 @@ def test_threads_change_nothing():
         for threads in (1, 2, 3, 16):
             torch.set_num_threads(threads)
             predicted = compiled.predict(hidden, weight, bias, **options, **noise_key(70))
-            results.append((compiled.linear(hidden, weight, bias), *predicted))
+            results.append((*(compiled.linear(x, weight, bias) for x in (hidden, hidden[:3])), *predicted))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
@@ -380,15 +390,8 @@ def test_custom_ops():
     torch.library.opcheck(torch.ops.dllm_fast.cpu_linear, (hidden, weight, bias))
 
     def step(hidden, number):
-        options = {
-            "temperature": 1.0,
-            "seed": 3,
-            "step": number,
-            "row": row,
-            "position": row,
-            "banned": (7, 8),
-            "deferred": (9,),
-        }
+        options = {"temperature": 1.0, "seed": 3, "step": number, "row": row, "position": row}
+        options |= {"banned": (7, 8), "deferred": (9,)}
         return compiled.predict(compiled.linear(hidden, weight[:8]), weight, bias, mask_id=MASK, **options)
 
     expected = step(hidden, scalars[1])

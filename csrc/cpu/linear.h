@@ -1,9 +1,10 @@
-// x W^T + b: rows of x are lanes, rows of W are read once, where they lie, on their way from main memory.
+// x W^T + b: rows of x are lanes, unless there are few; rows of W are read once, where they lie, on their way from main
+// memory.
 
 #pragma once
 
 #include "api.h"
-#include "words.h"
+#include "few.h"
 
 namespace {
 
@@ -19,9 +20,13 @@ const float* panel_of(const Linear& a, int64_t panel) {
 template <class T>
 void pack_linear(const void* arguments, int64_t panel) {
   const Linear& a = *(const Linear*)arguments;
-  const int64_t first = panel * ROWS_OF_X;
-  pack<T>((float*)panel_of<T>(a, panel), smaller(ROWS_OF_X, a.rows - first), a.inputs,
-          [&](int64_t l) { return (const T*)a.x + (first + l) * a.x_stride; });
+  const int64_t first = panel * ROWS_OF_X, rows = smaller(ROWS_OF_X, a.rows - first);
+  auto row = [&](int64_t l) { return (const T*)a.x + (first + l) * a.x_stride; };
+  float* to = (float*)panel_of<T>(a, panel);
+  if (if_few<T>(rows))
+    pack_few<T>(to, rows, a.inputs, row);
+  else
+    pack<T>(to, rows, a.inputs, row);
 }
 
 // Rows of W as words, in ``wide`` where they cannot be multiplied as they are; returns where they are, and sets the
@@ -38,13 +43,16 @@ const char* rows_as_words(const T* weight, int64_t stride, int64_t rows, int64_t
   return (const char*)wide;
 }
 
+// Words of a stretch. Of the words alone: a row's sum is the same whatever the other rows are.
+inline int64_t stretch_of(int64_t words) {
+  return larger(16, parts(parts(words, larger(1, parts(words, STRETCH))), 16) * 16);
+}
+
 // out [rows, lanes] = first(i) + rows of W times packed x [words, lanes]. After the last of the rows, those that follow
 // them are fetched.
 template <class T, class First>
-void times_weights(float* out, int64_t rows, const char* weight, int64_t row, const float* x, int64_t lanes,
-                   int64_t words, First first) {
-  // Of the words alone: a row's sum is the same whatever the other rows are.
-  const int64_t stretch = larger(16, parts(parts(words, larger(1, parts(words, STRETCH))), 16) * 16);
+void lanes_times_weights(float* out, int64_t rows, const char* weight, int64_t row, const float* x, int64_t lanes,
+                         int64_t words, int64_t stretch, First first) {
   int64_t s = 0;
   do {
     const bool last = s + stretch >= words;
@@ -63,18 +71,30 @@ void times_weights(float* out, int64_t rows, const char* weight, int64_t row, co
   } while (s < words);
 }
 
+// out [columns, lanes] = bias + rows of W times packed x. ``wide`` has room for the rows of W as words. Where ``few`` is
+// not 0, x is so many rows, packed by `pack_few`; those from ``half`` on are in the second half of the lanes.
+template <class T>
+void times_weights(float* out, int64_t columns, const T* weight, int64_t w_stride, const T* bias, const float* x,
+                   int64_t few, int64_t half, int64_t lanes, int64_t inputs, float* wide) {
+  const int64_t words = parts(inputs, PER_WORD<T>), stretch = stretch_of(words);
+  if (few)
+    return few_times_weights(out, columns, weight, w_stride, bias, x, few, half, lanes, inputs, stretch * PER_WORD<T>);
+  int64_t step;
+  const char* as_words = rows_as_words(weight, w_stride, columns, inputs, wide, step);
+  lanes_times_weights<T>(out, columns, as_words, step, x, lanes, words, stretch,
+                         [&](int64_t i) { return bias ? all(widen(bias[i])) : Vec{}; });
+}
+
 template <class T>
 void linear(const void* arguments, int64_t task) {
   const Linear& a = *(const Linear*)arguments;
   const int64_t panels = parts(a.rows, ROWS_OF_X), panel = task % panels, column = task / panels * COLUMNS;
   const int64_t first = panel * ROWS_OF_X, rows = smaller(ROWS_OF_X, a.rows - first), lanes = parts(rows, W) * W;
-  const int64_t columns = smaller(COLUMNS, a.outputs - column), words = parts(a.inputs, PER_WORD<T>);
-  float* out = (float*)scratch(sizeof(float) * COLUMNS * (lanes + words + W));
-  int64_t step;
-  const char* weight = rows_as_words((const T*)a.weight + column * a.w_stride, a.w_stride, columns, a.inputs,
-                                     out + COLUMNS * lanes, step);
-  times_weights<T>(out, columns, weight, step, panel_of<T>(a, panel), lanes, words,
-                   [&](int64_t i) { return a.bias ? all(widen(((const T*)a.bias)[column + i])) : Vec{}; });
+  const int64_t columns = smaller(COLUMNS, a.outputs - column);
+  const T* bias = a.bias ? (const T*)a.bias + column : nullptr;
+  float* out = (float*)scratch(sizeof(float) * COLUMNS * (lanes + parts(a.inputs, PER_WORD<T>) + W));
+  times_weights(out, columns, (const T*)a.weight + column * a.w_stride, a.w_stride, bias, panel_of<T>(a, panel),
+                if_few<T>(rows), rows, lanes, a.inputs, out + COLUMNS * lanes);
   unpack<T>(
       out, lanes, rows, columns, [&](int64_t l) { return (T*)a.out + (first + l) * a.outputs + column; },
       [](int64_t, Vec y) { return y; });

@@ -51,14 +51,13 @@ struct PredictTask {
     const int64_t high = smaller(low + IDS, a.vocabulary), words = parts(a.width, PER_WORD<T>);
     const int64_t all_lanes = a.uncond ? 2 * lanes : lanes;
     const int64_t kept = a.deferred_ranges ? lanes : 0;  // lanes of the logits that the softmax does not see
+    const int64_t few = if_few<T>(a.uncond ? 2 * positions : positions);
     logits = (float*)scratch(sizeof(float) * SOME_IDS * (all_lanes + words + W + kept));
     const float* x = a.packed + group * POSITIONS * words * (a.uncond ? 2 : 1);
     for (int64_t id = low; id < high; id += SOME_IDS) {
       const int64_t n = smaller(SOME_IDS, high - id);
-      int64_t step;
-      const char* weight = rows_as_words((const T*)a.weight + id * a.weight_stride, a.weight_stride, n, a.width,
-                                         logits + SOME_IDS * all_lanes, step);
-      times_weights<T>(logits, n, weight, step, x, all_lanes, words, [](int64_t) { return Vec{}; });
+      times_weights(logits, n, (const T*)a.weight + id * a.weight_stride, a.weight_stride, (const T*)nullptr, x, few,
+                    positions, all_lanes, a.width, logits + SOME_IDS * all_lanes);
       for (int64_t at = 0; at < lanes; at += W) guide(id, n, at, all_lanes);
       const int64_t mask[2] = {a.mask_id, a.mask_id + 1};
       float* deferred = logits + SOME_IDS * (all_lanes + words + W);
@@ -185,10 +184,16 @@ void pack_predict(const void* arguments, int64_t group) {
   const Predict& a = *(const Predict*)arguments;
   const int64_t first = group * POSITIONS, n = smaller(POSITIONS, a.chosen_rows - first), lanes = parts(n, W) * W;
   float* to = a.packed + group * POSITIONS * parts(a.width, PER_WORD<T>) * (a.uncond ? 2 : 1);
-  pack<T>(to, a.uncond ? 2 * lanes : n, a.width, [&](int64_t l) {
-    const int64_t row = a.chosen[first + smaller(l % lanes, n - 1)];
-    return l < lanes ? (const T*)a.hidden + row * a.hidden_stride : (const T*)a.uncond + row * a.uncond_stride;
-  });
+  const int64_t few = if_few<T>(a.uncond ? 2 * n : n);
+  const int64_t period = few ? n : lanes;  // from a position's row to its unconditional one
+  auto row = [&](int64_t l) {
+    const int64_t at = a.chosen[first + smaller(l % period, n - 1)];
+    return l < period ? (const T*)a.hidden + at * a.hidden_stride : (const T*)a.uncond + at * a.uncond_stride;
+  };
+  if (few)
+    pack_few<T>(to, few, a.width, row);
+  else
+    pack<T>(to, a.uncond ? 2 * lanes : n, a.width, row);
 }
 
 // Uniform noise of one position: reference.uniform.

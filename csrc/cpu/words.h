@@ -104,12 +104,20 @@ inline void unpack(const float* from, int64_t lanes, int64_t rows, int64_t n, Ro
     }
 }
 
-// f(Count<NR>, first) for ``vectors`` in groups of at most MOST_VECTORS.
 template <int N>
 struct Count {
   static constexpr int value = N;
 };
 
+// f(Count<n>) for n in [1, MOST].
+template <int MOST, class F>
+inline void with_count(int64_t n, F f) {
+  if constexpr (MOST > 1)
+    if (n < MOST) return with_count<MOST - 1>(n, f);
+  f(Count<MOST>());
+}
+
+// f(Count<NR>, first) for ``vectors`` in groups of at most MOST_VECTORS.
 template <class F>
 inline void in_groups(int64_t vectors, F f) {
   int64_t v = 0;
