@@ -41,9 +41,9 @@ def watching(look: bool = False) -> Iterator[list[Step]]:
     def watched(method, kind_of):
         def call(engine, *args):
             masked, rows = _open(engine) if look else (None, None)
-            before, begin = engine.counts.positions, _now(engine.device)
+            before, begin = _positions(engine), _now(engine.device)
             method(engine, *args)
-            kind, positions = kind_of(*args), engine.counts.positions - before
+            kind, positions = kind_of(*args), _positions(engine) - before
             steps.append(Step(kind, positions, masked, rows, begin, _now(engine.device)))
 
         return call
@@ -52,6 +52,10 @@ def watching(look: bool = False) -> Iterator[list[Step]]:
     mixed = watched(Engine._mixed, lambda *groups: "mixed")
     with mock.patch.object(Engine, "_run", run), mock.patch.object(Engine, "_mixed", mixed):
         yield steps
+
+
+def _positions(engine: Engine) -> float:
+    return sum(row.positions for row in engine.counts)
 
 
 def _open(engine: Engine) -> tuple[int, list[int]]:

@@ -50,11 +50,20 @@ class Options:
 
 @dataclass
 class Counts:
-    """Model evaluations of a run: forwards over whole sequences, over parts against a cache, and positions in all."""
+    """A row's model evaluations: forwards over whole sequences, over parts against a cache, and positions in all."""
 
     full: int = 0
     block: int = 0
-    positions: float = 0.0  # of the rows that were going; one that passes through half the layers counts a half
+    positions: float = 0.0  # one that passes through half the layers counts a half
+
+    @property
+    def nfe(self) -> int:
+        return self.full + self.block
+
+    def add(self, other: "Counts") -> None:
+        self.full += other.full
+        self.block += other.block
+        self.positions += other.positions
 
 
 class Engine:
@@ -66,8 +75,7 @@ class Engine:
         device = self.device = self.weight.device
         self.live = min(options.block_length, slots)
         self.passes = 2 if options.cfg_scale > 0 else 1
-        self.counts = Counts()
-        self.evaluations = [0] * rows  # of each row in the last block
+        self.counts = [Counts() for _ in range(rows)]  # of each row in the last block
         self.lengths = [slots] * rows  # of each row's sequence, which ends at the last slot
         self.firsts = [0] * rows  # each row's position at which its live block begins
         long = functools.partial(torch.zeros, dtype=torch.int64, device=device)
@@ -132,7 +140,7 @@ class Engine:
         draft=None,  # called after each step
     ) -> None:
         """Fill one block of every row."""
-        self.evaluations = [0] * self.rows
+        self.counts = [Counts() for _ in range(self.rows)]
         # A row shorter than a block has its block begin in the padding.
         self.firsts = [max(0, s - self.slots + n) for s, n in zip(slot.tolist(), self.lengths, strict=True)]
         self.slot.copy_(slot)
@@ -190,20 +198,17 @@ class Engine:
 
     def _run(self, kind: str, tail: int, going: torch.Tensor) -> None:
         self.graphs.run((kind, tail), functools.partial(self._step, kind, tail))
-        self._count(kind)
         self._tally(kind, going.nonzero()[:, 0].tolist())
-
-    def _count(self, kind: str) -> None:
-        if kind == "full":
-            self.counts.full += self.passes
-        else:
-            self.counts.block += self.passes
 
     def _tally(self, kind: str, rows: list[int], share: float = 1.0) -> None:
         """Add an evaluation to those of ``rows``, through a ``share`` of the layers."""
         for row in rows:
-            self.evaluations[row] += self.passes
-            self.counts.positions += self.passes * self._own(kind, row) * share
+            counts = self.counts[row]
+            if kind == "full":
+                counts.full += self.passes
+            else:
+                counts.block += self.passes
+            counts.positions += self.passes * self._own(kind, row) * share
 
     def _own(self, kind: str, row: int) -> int:
         """How many positions of a row an evaluation goes over: those that it would go over alone."""
@@ -248,7 +253,6 @@ class Engine:
             drifts = kind == "window" and isinstance(self.options.refresh, Drift)
             old = self.cache.rows(index) if drifts else None
             hidden[index] = self._evaluate(kind, tail, index)
-            self._count(kind)
             self._tally(kind, group.nonzero()[:, 0].tolist())
             if drifts:
                 first[group] = self._drifted(old, index, tail)
@@ -257,8 +261,6 @@ class Engine:
             index = self._doubled(whole.to(self.device))
             hidden[index] = self._evaluate("full", tail, index, layer)
             self._tally("full", whole.tolist(), (layers - layer) / layers)
-        if bool((first < layers).any()):
-            self._count("full")  # once: no group waits for another
         self._decide(hidden)
 
     def _doubled(self, rows: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ import torch
 
 from dllm_fast.bypass import unwrapped
 from dllm_fast.device import as_written
-from dllm_fast.engine import Counts, Engine, on_host
+from dllm_fast.engine import Engine, on_host
 from dllm_fast.memory import fits, require_memory
 from dllm_fast.patch import bound_family, bound_pool
 from dllm_fast.pool import Pool
@@ -32,8 +32,8 @@ class Output:
     """What `generate` returns.
 
     sequences: [B, P + gen_length] int64, the prompts as they were given, then the answers.
-    nfe: model evaluations, a forward of the batch each; guidance takes two a step.
-    nfe_full, nfe_block: those over the whole sequence, and those over a part of it against a cache.
+    nfe: model evaluations of the row that takes most; guidance takes two a step.
+    nfe_full, nfe_block: that row's over the whole sequence, and over a part of it against a cache.
     positions: token-positions evaluated, guidance's second pass included; what a refresh policy saves. Those of each
         row are the ones that it takes alone: padding does not count, nor does a row that waits for its neighbours.
     row_nfe: the evaluations of each row, [B]: those that it takes alone.
@@ -132,14 +132,16 @@ def fill(model, family, pool, input_ids, attention_mask, request: Request, strea
     rows = [request.row(b, host[b, start[b] : end[b]], family) for b in range(batch)]
     require(any(row.blocks for row in rows), "gen_length=0 and no [MASK] in input_ids: there is nothing to fill")
     sequences = torch.cat((host, host.new_zeros(batch, gen_length)), 1)
-    counts, row_nfe = Counts(), [0] * batch
-    for row in _Server(model, family, pool, request, rows, batch, counts, streamer).serve():
+    for row in _Server(model, family, pool, request, rows, batch, streamer).serve():
         length = end[row.index] - start[row.index]
-        row_nfe[row.index] = row.nfe
         sequences[row.index, start[row.index] : end[row.index]] = row.ids[:length]
         sequences[row.index, prompt:] = row.ids[length:]
-    nfe = counts.full + counts.block
-    return Output(sequences.to(input_ids.device), nfe, counts.full, counts.block, round(counts.positions), row_nfe)
+    longest = max((row.counts for row in rows), key=lambda counts: counts.nfe)
+    positions = round(sum(row.counts.positions for row in rows))
+    return Output(
+        sequences.to(input_ids.device), longest.nfe, longest.full, longest.block, positions,
+        [row.counts.nfe for row in rows],
+    )  # fmt: skip
 
 
 @dataclass
@@ -210,7 +212,7 @@ def generate_many(
         require(ids.dim() == 1, f"{name}: shape {tuple(ids.shape)} is not [P]")
         require(ids.numel() == 0 or ids.dtype == torch.int64, f"{name}: dtype {ids.dtype} is not torch.int64")
         rows.append(request.row(index, ids, family, name, noise_rows[index]))
-    server = _Server(model, family, bound_pool(model), request, rows, batch_size, Counts())
+    server = _Server(model, family, bound_pool(model), request, rows, batch_size)
     return _completions(server, len(rows), ordered, progress)
 
 
@@ -225,7 +227,7 @@ def _completions(server, total: int, ordered: bool, progress) -> Iterator[Comple
         for done, row in enumerate(server.serve(), 1):
             if progress:
                 progress(done, total)
-            kept[row.index] = Completion(row.index, row.ids, row.nfe)
+            kept[row.index] = Completion(row.index, row.ids, row.counts.nfe)
             while ordered and expected in kept:
                 yield kept.pop(expected)
                 expected += 1
@@ -236,11 +238,9 @@ def _completions(server, total: int, ordered: bool, progress) -> Iterator[Comple
 class _Server:
     """Seats rows in an engine and runs it block by block."""
 
-    def __init__(
-        self, model, family, pool: Pool, request: Request, rows: list[Row], seats: int, counts: Counts, streamer=None
-    ):
+    def __init__(self, model, family, pool: Pool, request: Request, rows: list[Row], seats: int, streamer=None):
         self.family, self.pool, self.parameters = family, pool, list(model.parameters())
-        self.device, self.request, self.counts = family.head()[0].device, request, counts
+        self.device, self.request = family.head()[0].device, request
         self.finished = [row for row in rows if row.done]  # nothing to fill
         self.waiting = sorted((row for row in rows if not row.done), key=lambda row: -len(row.ids))
         self.seated: list[Row] = []
@@ -299,7 +299,6 @@ class _Server:
                 self.engine.take_over(old, stayed)
                 self.pool.give(self.key, old)
             self.key = key
-            self.engine.counts = self.counts
             self.engine.seed.fill_(self.request.seed)
         self.engine.load(self.seated)
 
@@ -316,13 +315,13 @@ class _Server:
             draft = functools.partial(self.stream.draft, engine, int(slot[0]) + engine.live)
         engine.block(slot, masked, blocks, fresh, draft)
         found, bad = engine.tokens()
-        for row, first, tokens, step, nfe in zip(rows, slot.tolist(), found, bad, engine.evaluations, strict=True):
+        for row, first, tokens, step, counts in zip(rows, slot.tolist(), found, bad, engine.counts, strict=True):
             if step is not None:
                 raise ValueError(
                     f"model: logits are NaN or infinite at step {step} of block {row.next} of row {row.index}: "
                     f"weights that are, or activations too large for {engine.weight.dtype}"
                 )
-            row.nfe += nfe
+            row.counts.add(counts)
             row.write(first - (engine.slots - len(row.ids)), tokens, self.request.eos_ids, self.request.pad_id)
         if self.stream is not None:
             self.stream.flush()

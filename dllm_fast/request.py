@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from dllm_fast.engine import Options
+from dllm_fast.engine import Counts, Options
 from dllm_fast.families.rows import valid_spans
 from dllm_fast.kernels.checks import CONFIDENCES
 from dllm_fast.refresh import Every, Refresh
@@ -33,7 +33,7 @@ class Row:
     blocks: list[tuple[int, int]]  # (first position, how many are open from there on within a block length)
     mask_id: int
     next: int = 0  # the block that is live or comes next
-    nfe: int = 0  # model evaluations so far
+    counts: Counts = field(default_factory=Counts)  # its model evaluations so far
 
     def left(self) -> torch.Tensor:
         """Positions that are still to be filled, [L] bool."""

@@ -93,7 +93,7 @@ def after_blocks(monkeypatch):
             kept = [self.cache.buffers[:, :, passes, own].clone()]
             if self.cache.states is not None:
                 kept.append(self.cache.states[:, passes, own].clone())
-            found.setdefault(int(self.row[b]), []).append((kept, self.evaluations[b]))
+            found.setdefault(int(self.row[b]), []).append((kept, self.counts[b].nfe))
 
     monkeypatch.setattr(Engine, "block", watched)
     return found
@@ -166,3 +166,18 @@ def test_positions_of_a_batch_are_those_of_its_rows_alone():
             batch = dllm_fast.generate(model, words, mask, **options)
             assert batch.positions == pytest.approx(sum(row.positions for row in rows), abs=1), str(options)
             assert batch.row_nfe == [row.nfe for row in rows] == [row.row_nfe[0] for row in rows]
+
+
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
+def test_a_batchs_evaluations_are_those_of_the_row_that_takes_most(either, ids, padded, cache):
+    """Rows whose long blocks come at different times make more forwards than any of them needs."""
+    dllm_fast.patch(either)
+    options = {"gen_length": 24, "block_length": 8, "schedule": Threshold(0.02), "cache": cache}
+    out = dllm_fast.generate(either, ids, padded, **options)
+    alone = [
+        dllm_fast.generate(either, row[mask.bool()][None], **options) for row, mask in zip(ids, padded, strict=True)
+    ]
+    most = max(alone, key=lambda one: one.nfe)
+    assert out.row_nfe == [one.nfe for one in alone]
+    assert (out.nfe, out.nfe_full, out.nfe_block) == (most.nfe, most.nfe_full, most.nfe_block)
+    assert out.positions == sum(one.positions for one in alone)
