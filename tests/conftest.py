@@ -1,5 +1,6 @@
 """Fixtures: small models, made anew for each test, and prompts for them."""
 
+import importlib.util
 import os
 
 import torch
@@ -16,7 +17,8 @@ with torch.device("meta"):
     torch.empty(1)
 
 import pytest
-from tiny import EOS, MAKERS, make_llada, make_modernbert
+from interpreter import poison, strict
+from tiny import EOS, MAKERS, SEED, make_llada, make_modernbert
 
 
 @pytest.fixture
@@ -62,11 +64,17 @@ def padded(device):
 
 @pytest.fixture
 def poisoned_outputs(monkeypatch):
-    """What a kernel does not write, it does not get by luck: `torch.empty` returns NaN, -1 or True."""
-    empty = torch.empty
+    """What a kernel does not write, it does not get by luck: new memory holds NaN, -1 and the largest numbers."""
 
-    def poisoned(*args, **options):
-        out = empty(*args, **options)
-        return out.fill_(float("nan") if out.is_floating_point() else -1)
+    def poisoned(make):
+        return lambda *args, **options: poison(make(*args, **options))
 
-    monkeypatch.setattr(torch, "empty", poisoned)
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+
+
+@pytest.fixture
+def strict_interpreter(request, monkeypatch):
+    """Kernels run by `interpreter.strict`, in an order that the test's name and DLLM_TEST_SEED decide."""
+    if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+        strict(monkeypatch, f"{SEED} {request.node.nodeid}")

@@ -15,7 +15,7 @@ from tiny import EOS, MASK, make_llada, make_modernbert
 import dllm_fast
 from dllm_fast import Drift, Every, ReMDM, Threshold, Uniform, Verify, Window
 
-pytestmark = needs_triton
+pytestmark = [needs_triton, pytest.mark.usefixtures("strict_interpreter", "poisoned_outputs")]
 
 # In the interpreter a position of a layer takes milliseconds.
 FAMILIES = {

@@ -70,5 +70,5 @@ def device() -> str:
 
 
 @pytest.fixture(autouse=True)
-def poisoned(poisoned_outputs):
+def as_on_a_gpu(poisoned_outputs, strict_interpreter):
     """In every test here."""
