@@ -1,4 +1,5 @@
-"""What a script has set for its thread, and would change what a model's ops do: autocast, and which GPU is current."""
+"""Copies between host and device, and what a script has set for its thread that would change what a model's ops do:
+autocast, and which GPU is current."""
 
 import contextlib
 from collections.abc import Iterator
@@ -20,3 +21,19 @@ def as_written(device: torch.device) -> Iterator[None]:
         if device.type == "cuda":
             stack.enter_context(torch.cuda.device(device))
         yield
+
+
+def upload(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """What the host's ``values`` are on ``device``, without waiting for it: ordinary memory would have to be copied
+    before the call returns, which a GPU does when it has done all that was launched before."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
+
+
+def download(values: torch.Tensor) -> torch.Tensor:
+    """A copy of the device's ``values`` on the host, through memory that the device writes to itself."""
+    if not values.is_cuda:
+        return values.to("cpu", copy=True)
+    copy = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
+    copy.copy_(values, non_blocking=True)
+    torch.cuda.current_stream(values.device).synchronize()
+    return copy

@@ -2,8 +2,12 @@
 
 The canvas holds prompts and [MASK]s, padded on the left so that every row's end is the last slot. A step evaluates the
 model on some slots, turns the live block's masked positions into candidates, and commits the schedule's choice of
-them. Nothing in a step depends on a value that the host would have to read, so it can be recorded in a CUDA graph; the
-host reads one flag a row and step, and none where the schedule knows its counts.
+them. Nothing in a step depends on a value that the host would have to read, so it can be recorded in a CUDA graph. The
+host reads one flag a row and step; where the schedule knows its counts none, so that it runs ahead of the device, over
+as many blocks as its caller likes. What it writes for a block goes through `device.upload`, which does not wait.
+
+A flag is read when its step has ended, not one step behind: a step more in every block, which is evaluated for nothing,
+costs a cached step, a hundred times what the device waits for a flag and a launch.
 
 A row of a batch is what it would be alone. It is *going* at the steps that it would take alone; at the others, where
 its block is filled or it keeps nothing, its neighbours' evaluation computes it too, and nothing of that is kept.
@@ -16,14 +20,14 @@ import torch
 
 from dllm_fast import ops
 from dllm_fast.cache import BlockCache
+from dllm_fast.device import download, upload
 from dllm_fast.graphs import Graphs
-from dllm_fast.kernels import reference
 from dllm_fast.refresh import Drift, Refresh
 from dllm_fast.remask import STAYS, Committed, Remask, ranks
 from dllm_fast.schedules import Schedule
 
 ARRIVALS = 4096  # tiles of 128 output channels: as wide as a layer's linears get
-PLAN_STEP = (1 << 32) - 1  # the step number under which a schedule's own draws are made; no step of a block has it
+GOOD = 1 << 62  # in `Engine.bad`: no step of any block
 
 
 def on_host(values: list, dtype: torch.dtype = torch.int64) -> torch.Tensor:
@@ -82,10 +86,11 @@ class Engine:
         self.canvas = long((rows, slots))
         self.open = torch.zeros((rows, slots), dtype=torch.bool, device=device)  # to be filled, or filled by us
         self.pad, self.row, self.slot, self.count = (long(rows) for _ in range(4))
+        self.number = long(rows)  # of each row's live block, among its blocks
         self.budget = long(rows)  # positions that may still be opened again in this block
         self.step, self.seed = long(1), long(1)
         self.more = torch.zeros(rows, dtype=torch.bool, device=device)  # has the row's block a position still open
-        self.bad = long(rows)  # the block's first step at which a candidate's logits are NaN or infinite, or PLAN_STEP
+        self.bad = long(rows)  # number << 32 | step at which a candidate's logits first were NaN or infinite, or GOOD
         self.then = torch.zeros((rows, self.live), dtype=torch.float32, device=device)  # probabilities at commitment
         self.offsets = torch.arange(self.live, device=device)
         # Without padding there is no range to pass, and attention takes its unmasked path.
@@ -113,29 +118,29 @@ class Engine:
         for b, row in enumerate(rows):
             canvas[b, self.slots - len(row.ids) :] = row.ids
             open_[b, self.slots - len(row.ids) :] = row.open
-        self.canvas.copy_(canvas)
-        self.open.copy_(open_)
+        self.canvas.copy_(upload(canvas, self.device))
+        self.open.copy_(upload(open_, self.device))
         self.lengths = [len(row.ids) for row in rows]
-        self.pad.copy_(on_host([self.slots - length for length in self.lengths]))
-        self.row.copy_(on_host([row.noise for row in rows]))
+        self.pad.copy_(upload(on_host([self.slots - length for length in self.lengths]), self.device))
+        self.row.copy_(upload(on_host([row.noise for row in rows]), self.device))
+        self.bad.fill_(GOOD)
 
-    def tokens(self) -> tuple[torch.Tensor, list[int | None]]:
-        """The live block of every row, [B, T] int64 on the host, and the step at which its logits first were NaN."""
-        block = self.canvas.gather(1, self.slot[:, None] + self.offsets)
-        read = torch.cat((block, self.bad[:, None]), 1).cpu()  # in one wait for the device
-        return read[:, :-1], [None if step == PLAN_STEP else step for step in read[:, -1].tolist()]
+    def read(self) -> tuple[torch.Tensor, list[tuple[int, int] | None]]:
+        """The canvas [B, S] on the host, and the block and step at which a row's logits first were NaN or infinite."""
+        read = download(torch.cat((self.canvas, self.bad[:, None]), 1))  # in one wait for the device
+        return read[:, :-1], [None if bad == GOOD else divmod(bad, 1 << 32) for bad in read[:, -1].tolist()]
 
     def take_over(self, other: "Engine", stayed: list[int]) -> None:
         """Go on with the rows ``stayed`` of a larger engine: its cache, the last slots of it."""
         if self.cache is not None and not self.options.refresh.full(1):
-            index = other._doubled(on_host(stayed).to(self.device))
+            index = other._doubled(upload(on_host(stayed), self.device))
             self.cache.take_over(other.cache, index, other.slots - self.slots, self.slots)
 
     def block(
         self,
         slot: torch.Tensor,  # [B] int64, on the host as all arguments are: the live block's first slot
-        masked: torch.Tensor,  # [B]: positions it has to fill
-        blocks: torch.Tensor,  # [B]: blocks of each row's run
+        number: torch.Tensor,  # [B]: of the block, among the row's own
+        planned: list[tuple[int, torch.Tensor]] | None,  # `Schedule.counts` of it
         fresh: torch.Tensor,  # [B] bool: rows whose first step is a full forward
         draft=None,  # called after each step
     ) -> None:
@@ -143,14 +148,13 @@ class Engine:
         self.counts = [Counts() for _ in range(self.rows)]
         # A row shorter than a block has its block begin in the padding.
         self.firsts = [max(0, s - self.slots + n) for s, n in zip(slot.tolist(), self.lengths, strict=True)]
-        self.slot.copy_(slot)
+        self.slot.copy_(upload(slot, self.device))
+        self.number.copy_(upload(number, self.device))
         self.budget.fill_(self.options.block_length)
         self.then.zero_()
         self.more.fill_(True)
-        self.bad.fill_(PLAN_STEP)
-        planned = self.options.schedule.counts(masked, blocks, functools.partial(self._draw, slot))
         if planned is not None:
-            plan = torch.stack([count for _, count in planned]).to(self.device)  # [steps, B]
+            plan = upload(torch.stack([count for _, count in planned]), self.device)  # [steps, B]
             steps = [step for step, _ in planned]
         else:
             steps = range(self.live + (self.options.block_length if self.options.remask else 0))
@@ -172,18 +176,9 @@ class Engine:
             if draft is not None:
                 draft()
             if planned is None:
-                going = self.more.to("cpu", copy=True)  # the step's one read of the device
+                going = download(self.more)  # the step's one read of the device
                 if not bool(going.any()):
                     break
-
-    def _draw(self, slot: torch.Tensor) -> torch.Tensor:
-        """Uniform noise [B, T] of the block's positions, on the host; 2 where none is open."""
-        at = slot[:, None] + torch.arange(self.live, device="cpu")  # [B, T]
-        row, position = self.row.cpu()[:, None].expand_as(at), at - self.pad.cpu()[:, None]
-        seed = int(self.seed)
-        drawn = reference.uniform(seed, PLAN_STEP, row.flatten(), position.flatten()).view_as(at)
-        block, live = self.canvas.cpu().gather(1, at), self.open.cpu().gather(1, at)
-        return drawn.where((block == self.options.mask_id) & live, 2.0)
 
     # The kinds of step
 
@@ -249,7 +244,7 @@ class Engine:
         for kind, group in (("block", going & ~begins), ("window", begins & ~fresh)):
             if not bool(group.any()):
                 continue
-            index = self._doubled(group.nonzero()[:, 0].to(self.device))
+            index = self._doubled(upload(group.nonzero()[:, 0], self.device))
             drifts = kind == "window" and isinstance(self.options.refresh, Drift)
             old = self.cache.rows(index) if drifts else None
             hidden[index] = self._evaluate(kind, tail, index)
@@ -258,7 +253,7 @@ class Engine:
                 first[group] = self._drifted(old, index, tail)
         for layer in first[first < layers].unique().tolist():
             whole = (first == layer).nonzero()[:, 0]
-            index = self._doubled(whole.to(self.device))
+            index = self._doubled(upload(whole, self.device))
             hidden[index] = self._evaluate("full", tail, index, layer)
             self._tally("full", whole.tolist(), (layers - layer) / layers)
         self._decide(hidden)
@@ -360,7 +355,8 @@ class Engine:
             impl=family.impl,
         )
         # lse - lse is 0, or NaN where lse is NaN or infinite; a position that is no candidate has lse 0.
-        self.bad.copy_(torch.minimum(self.bad, torch.where(lse - lse == 0, PLAN_STEP, self.step).view_as(at).amin(1)))
+        fine = (lse - lse == 0).view_as(at).all(1)
+        self.bad.copy_(torch.minimum(self.bad, torch.where(fine, GOOD, (self.number << 32) + self.step)))
         token, score = token.view_as(at), score.view_as(at)
         commit = functools.partial(ops.commit, self.canvas, token, score, impl=family.impl)
         planned = not o.schedule.rule

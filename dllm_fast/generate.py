@@ -1,11 +1,6 @@
-"""`generate` and `generate_many`: rows laid out in a batch, block after block, until each is done.
-
-All rows of a batch begin a block together. At its end the host takes the block's tokens in; rows that are done leave,
-and prompts that wait take their seats.
-"""
+"""`generate` and `generate_many`: arguments checked, prompts made rows, and what `Server` makes of them handed back."""
 
 import contextlib
-import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -13,18 +8,12 @@ from dataclasses import dataclass
 import torch
 
 from dllm_fast.bypass import unwrapped
-from dllm_fast.device import as_written
-from dllm_fast.engine import Engine, on_host
-from dllm_fast.memory import fits, require_memory
 from dllm_fast.patch import bound_family, bound_pool
-from dllm_fast.pool import Pool
 from dllm_fast.refresh import Refresh
 from dllm_fast.remask import Remask
-from dllm_fast.request import Request, Row, check_batch, check_token_types, require
+from dllm_fast.request import Request, check_batch, check_token_types, require
 from dllm_fast.schedules import Schedule, Threshold
-from dllm_fast.weights import stamp
-
-SHRINK = 0.75  # an engine gives way to a smaller one when the rows fit in this share of its slots
+from dllm_fast.server import Server
 
 
 @dataclass
@@ -132,7 +121,7 @@ def fill(model, family, pool, input_ids, attention_mask, request: Request, strea
     rows = [request.row(b, host[b, start[b] : end[b]], family) for b in range(batch)]
     require(any(row.blocks for row in rows), "gen_length=0 and no [MASK] in input_ids: there is nothing to fill")
     sequences = torch.cat((host, host.new_zeros(batch, gen_length)), 1)
-    for row in _Server(model, family, pool, request, rows, batch, streamer).serve():
+    for row in Server(model, family, pool, request, rows, batch, streamer).serve():
         length = end[row.index] - start[row.index]
         sequences[row.index, start[row.index] : end[row.index]] = row.ids[:length]
         sequences[row.index, prompt:] = row.ids[length:]
@@ -212,7 +201,7 @@ def generate_many(
         require(ids.dim() == 1, f"{name}: shape {tuple(ids.shape)} is not [P]")
         require(ids.numel() == 0 or ids.dtype == torch.int64, f"{name}: dtype {ids.dtype} is not torch.int64")
         rows.append(request.row(index, ids, family, name, noise_rows[index]))
-    server = _Server(model, family, bound_pool(model), request, rows, batch_size)
+    server = Server(model, family, bound_pool(model), request, rows, batch_size)
     return _completions(server, len(rows), ordered, progress)
 
 
@@ -233,117 +222,3 @@ def _completions(server, total: int, ordered: bool, progress) -> Iterator[Comple
                 expected += 1
             if not ordered:
                 yield kept.pop(row.index)
-
-
-class _Server:
-    """Seats rows in an engine and runs it block by block."""
-
-    def __init__(self, model, family, pool: Pool, request: Request, rows: list[Row], seats: int, streamer=None):
-        self.family, self.pool, self.parameters = family, pool, list(model.parameters())
-        self.device, self.request = family.head()[0].device, request
-        self.finished = [row for row in rows if row.done]  # nothing to fill
-        self.waiting = sorted((row for row in rows if not row.done), key=lambda row: -len(row.ids))
-        self.seated: list[Row] = []
-        self.engine = self.key = None
-        self.stream = None if streamer is None else _Stream(streamer, rows[0])
-        self.seats = min(seats, len(self.waiting))
-        if self.seats:
-            plan = self._plan(self.waiting, self.seats)[:3]
-            if not fits(self.family, request.options, *plan):
-                self.pool.clear()
-            require_memory(self.family, request.options, *plan)
-
-    def serve(self) -> Iterator[Row]:
-        """Yield rows as they are done. Threads take turns, a block each; every run has buffers of its own."""
-        yield from self.finished
-        while self.waiting or not all(row.done for row in self.seated):
-            with torch.no_grad(), as_written(self.device), self.pool.lock:
-                self._seat()
-                self._block()
-            yield from (row for row in self.seated if row.done)
-        if self.engine is not None:
-            self.pool.give(self.key, self.engine)
-        if self.stream is not None:
-            self.stream.end()
-
-    def _plan(self, rows: list[Row], seats: int) -> tuple[int, int, int, bool]:
-        """(seats, slots, spare slots, padded) of an engine for ``rows``, of which ``seats`` sit at a time."""
-        slots, spare, options = max(len(row.ids) for row in rows), 0, self.request.options
-        if options.cache == "prefix":
-            spare = 0 if options.refresh.full(1) else options.refresh.span(options.block_length)[0]
-            firsts = [slots - len(row.ids) + first for row in rows for first, _ in row.blocks]
-            if seats > 1:
-                spare += max(firsts) - min(firsts)
-        return seats, slots, spare, any(len(row.ids) < slots for row in rows)
-
-    def _seat(self) -> None:
-        """Give the seats of rows that are done to rows that wait; where none waits, do without those seats."""
-        before, self.seated, stayed = self.seated, [], []
-        for seat in range(len(before) or self.seats):
-            row = before[seat] if before else None
-            if (row is None or row.done) and self.waiting:
-                row = self.waiting.pop(0)
-            if not row.done:
-                self.seated.append(row)
-                stayed.append(seat)
-        if self.seated == before:
-            return
-        plan = self._plan(self.seated + self.waiting, len(self.seated))
-        old = self.engine
-        if old is None or len(self.seated) < old.rows or plan[1] <= SHRINK * old.slots:
-            # Graphs hold addresses: of weights, and of what was made from them.
-            stamps = tuple(map(stamp, self.parameters))
-            key = (self.request.options, plan, stamps)
-            self.engine = self.pool.take(key) or Engine(self.family, self.request.options, *plan)
-            if old is not None:
-                self.engine.take_over(old, stayed)
-                self.pool.give(self.key, old)
-            self.key = key
-            self.engine.seed.fill_(self.request.seed)
-        self.engine.load(self.seated)
-
-    def _block(self) -> None:
-        """Fill each seated row's next block, and take its tokens in."""
-        engine, rows = self.engine, self.seated
-        slot = on_host([max(0, row.blocks[row.next][0] + engine.slots - len(row.ids)) for row in rows])
-        masked = on_host([row.blocks[row.next][1] for row in rows])
-        blocks = on_host([len(row.blocks) for row in rows])
-        fresh = on_host([self.request.options.refresh.full(row.next) for row in rows], torch.bool)
-        draft = None
-        if self.stream is not None:
-            self.stream.flush()
-            draft = functools.partial(self.stream.draft, engine, int(slot[0]) + engine.live)
-        engine.block(slot, masked, blocks, fresh, draft)
-        found, bad = engine.tokens()
-        for row, first, tokens, step, counts in zip(rows, slot.tolist(), found, bad, engine.counts, strict=True):
-            if step is not None:
-                raise ValueError(
-                    f"model: logits are NaN or infinite at step {step} of block {row.next} of row {row.index}: "
-                    f"weights that are, or activations too large for {engine.weight.dtype}"
-                )
-            row.counts.add(counts)
-            row.write(first - (engine.slots - len(row.ids)), tokens, self.request.eos_ids, self.request.pad_id)
-        if self.stream is not None:
-            self.stream.flush()
-
-
-class _Stream:
-    """Hands a row to a transformers streamer: everything up to the first position still open."""
-
-    def __init__(self, streamer, row: Row):
-        self.streamer, self.row, self.shown = streamer, row, 0
-
-    def flush(self) -> None:
-        left = self.row.left().nonzero()[:, 0]
-        end = int(left[0]) if len(left) else len(self.row.ids)
-        if end > self.shown:
-            self.streamer.put(self.row.ids[self.shown : end].clone())
-            self.shown = end
-
-    def draft(self, engine: Engine, end: int) -> None:
-        if hasattr(self.streamer, "put_draft"):
-            sequence, pad = engine.canvas[0].to("cpu", copy=True), engine.slots - len(self.row.ids)
-            self.streamer.put_draft(sequence[pad:][self.shown : max(end - pad, self.shown)], sequence=sequence[pad:])
-
-    def end(self) -> None:
-        self.streamer.end()

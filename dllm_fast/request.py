@@ -28,25 +28,23 @@ class Row:
 
     index: int  # among the prompts
     noise: int  # the noise's row
-    ids: torch.Tensor  # [L] int64
+    ids: torch.Tensor  # [L] int64, as it was read last
     open: torch.Tensor  # [L] bool: to be filled
     blocks: list[tuple[int, int]]  # (first position, how many are open from there on within a block length)
     mask_id: int
-    next: int = 0  # the block that is live or comes next
+    next: int = 0  # the block that comes next
     counts: Counts = field(default_factory=Counts)  # its model evaluations so far
 
     def left(self) -> torch.Tensor:
         """Positions that are still to be filled, [L] bool."""
         return self.open & (self.ids == self.mask_id)
 
-    def write(self, first: int, tokens: torch.Tensor, eos_ids: tuple[int, ...], pad_id: int | None = None) -> None:
-        """Take in a finished block's ``tokens`` from position ``first`` on, and stop at the end of the text.
+    def take(self, ids: torch.Tensor, eos_ids: tuple[int, ...], pad_id: int | None = None) -> None:
+        """Take in the sequence ``ids`` [L] as far as it is filled, and stop at the end of the text.
 
         The text ends at the first of ``eos_ids``; what is open after it becomes ``pad_id``, or that id again.
         """
-        skip = max(0, -first)  # the window of a row shorter than a block begins in its padding
-        self.ids[max(0, first) : first + len(tokens)] = tokens[skip:]
-        self.next += 1
+        self.ids = ids.clone()
         eos = torch.tensor(eos_ids, dtype=torch.int64, device="cpu")
         ends = (torch.isin(self.ids, eos) & self.open).nonzero()[:, 0]
         if len(ends):

@@ -1,0 +1,164 @@
+"""Rows seated in an engine, block after block, until each is done.
+
+All rows of a batch begin a block together; rows that are done leave at its end, and prompts that wait take their seats.
+The host reads what the device has filled where it needs to know: when a row is done, and after every block where an end
+of text may be in it or a streamer waits for it. Between other blocks of a schedule with counts nothing is read, and the
+device never waits for the host.
+"""
+
+import functools
+from collections.abc import Iterator
+
+import torch
+
+from dllm_fast.device import as_written
+from dllm_fast.engine import Engine, on_host
+from dllm_fast.kernels import reference
+from dllm_fast.memory import fits, require_memory
+from dllm_fast.pool import Pool
+from dllm_fast.request import Request, Row
+from dllm_fast.weights import stamp
+
+SHRINK = 0.75  # an engine gives way to a smaller one when the rows fit in this share of its slots
+PLAN_STEP = (1 << 32) - 1  # the step number under which a schedule's own draws are made; no step of a block has it
+
+
+class Server:
+    """Seats rows in an engine and runs it block by block."""
+
+    def __init__(self, model, family, pool: Pool, request: Request, rows: list[Row], seats: int, streamer=None):
+        self.family, self.pool, self.parameters = family, pool, list(model.parameters())
+        self.device, self.request = family.head()[0].device, request
+        self.finished = [row for row in rows if row.done]  # nothing to fill
+        self.waiting = sorted((row for row in rows if not row.done), key=lambda row: -len(row.ids))
+        self.seated: list[Row] = []
+        self.engine = self.key = None
+        self.stream = None if streamer is None else _Stream(streamer, rows[0])
+        self.seats = min(seats, len(self.waiting))
+        if self.seats:
+            plan = self._plan(self.waiting, self.seats)[:3]
+            if not fits(self.family, request.options, *plan):
+                self.pool.clear()
+            require_memory(self.family, request.options, *plan)
+
+    def serve(self) -> Iterator[Row]:
+        """Yield rows as they are done. Threads take turns, a block each; every run has buffers of its own."""
+        yield from self.finished
+        while self.waiting or not all(row.done for row in self.seated):
+            # The buffers of an engine that is kept are ordinary tensors, whatever mode the call comes in.
+            with torch.inference_mode(False), torch.no_grad(), as_written(self.device), self.pool.lock:
+                self._seat()
+                self._block()
+            yield from (row for row in self.seated if row.done)
+        if self.engine is not None:
+            self.pool.give(self.key, self.engine)
+        if self.stream is not None:
+            self.stream.end()
+
+    def _plan(self, rows: list[Row], seats: int) -> tuple[int, int, int, bool]:
+        """(seats, slots, spare slots, padded) of an engine for ``rows``, of which ``seats`` sit at a time."""
+        slots, spare, options = max(len(row.ids) for row in rows), 0, self.request.options
+        if options.cache == "prefix":
+            spare = 0 if options.refresh.full(1) else options.refresh.span(options.block_length)[0]
+            firsts = [slots - len(row.ids) + first for row in rows for first, _ in row.blocks]
+            if seats > 1:
+                spare += max(firsts) - min(firsts)
+        return seats, slots, spare, any(len(row.ids) < slots for row in rows)
+
+    def _seat(self) -> None:
+        """Give the seats of rows that are done to rows that wait; where none waits, do without those seats."""
+        before, self.seated, stayed = self.seated, [], []
+        for seat in range(len(before) or self.seats):
+            row = before[seat] if before else None
+            if (row is None or row.done) and self.waiting:
+                row = self.waiting.pop(0)
+            if not row.done:
+                self.seated.append(row)
+                stayed.append(seat)
+        if self.seated == before:
+            return
+        plan = self._plan(self.seated + self.waiting, len(self.seated))
+        old = self.engine
+        if old is None or len(self.seated) < old.rows or plan[1] <= SHRINK * old.slots:
+            # Graphs hold addresses: of weights, and of what was made from them.
+            stamps = tuple(map(stamp, self.parameters))
+            key = (self.request.options, plan, stamps)
+            self.engine = self.pool.take(key) or Engine(self.family, self.request.options, *plan)
+            if old is not None:
+                self.engine.take_over(old, stayed)
+                self.pool.give(self.key, old)
+            self.key = key
+            self.engine.seed.fill_(self.request.seed)
+        self.engine.load(self.seated)
+
+    def _block(self) -> None:
+        """Fill each seated row's next block."""
+        engine, rows = self.engine, self.seated
+        slot = on_host([max(0, row.blocks[row.next][0] + engine.slots - len(row.ids)) for row in rows])
+        masked = on_host([row.blocks[row.next][1] for row in rows])
+        blocks = on_host([len(row.blocks) for row in rows])
+        draw = functools.partial(self._draw, slot, masked)
+        plan = self.request.options.schedule.counts(masked, blocks, draw)
+        number = on_host([row.next for row in rows])
+        fresh = on_host([self.request.options.refresh.full(row.next) for row in rows], torch.bool)
+        draft = None
+        if self.stream is not None:
+            self.stream.flush()
+            draft = functools.partial(self.stream.draft, engine, int(slot[0]) + engine.live)
+        engine.block(slot, number, plan, fresh, draft)
+        for row, counts in zip(rows, engine.counts, strict=True):
+            row.counts.add(counts)
+            row.next += 1
+        if self.request.eos_ids or self.stream is not None or any(row.done for row in rows):
+            self._take_in()
+
+    def _draw(self, slot: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
+        """Uniform noise [B, T] of the positions that a block of each row has to fill, on the host; 2 elsewhere.
+
+        From its first slot [B] on; the last ``masked`` [B] of the open ones are its own.
+        """
+        pad = on_host([self.engine.slots - len(row.ids) for row in self.seated])
+        at = slot[:, None] + torch.arange(self.engine.live, device="cpu") - pad[:, None]  # [B, T] positions
+        noise = on_host([row.noise for row in self.seated])[:, None].expand_as(at)
+        drawn = reference.uniform(self.request.seed, PLAN_STEP, noise.flatten(), at.flatten()).view_as(at)
+        left = torch.stack([row.left()[own.clamp(min=0)] for row, own in zip(self.seated, at, strict=True)]) & (at >= 0)
+        # What earlier blocks filled is [MASK] here still, where it was not read.
+        left &= left.flip(1).cumsum(1).flip(1) <= masked[:, None]
+        return drawn.where(left, 2.0)
+
+    def _take_in(self) -> None:
+        """Read what the seated rows have become."""
+        engine = self.engine
+        canvas, bad = engine.read()
+        for row, ids, when in zip(self.seated, canvas, bad, strict=True):
+            if when is not None:
+                block, step = when
+                raise ValueError(
+                    f"model: logits are NaN or infinite at step {step} of block {block} of row {row.index}: "
+                    f"weights that are, or activations too large for {engine.weight.dtype}"
+                )
+            row.take(ids[engine.slots - len(row.ids) :], self.request.eos_ids, self.request.pad_id)
+        if self.stream is not None:
+            self.stream.flush()
+
+
+class _Stream:
+    """Hands a row to a transformers streamer: everything up to the first position still open."""
+
+    def __init__(self, streamer, row: Row):
+        self.streamer, self.row, self.shown = streamer, row, 0
+
+    def flush(self) -> None:
+        left = self.row.left().nonzero()[:, 0]
+        end = int(left[0]) if len(left) else len(self.row.ids)
+        if end > self.shown:
+            self.streamer.put(self.row.ids[self.shown : end].clone())
+            self.shown = end
+
+    def draft(self, engine: Engine, end: int) -> None:
+        if hasattr(self.streamer, "put_draft"):
+            sequence, pad = engine.canvas[0].to("cpu", copy=True), engine.slots - len(self.row.ids)
+            self.streamer.put_draft(sequence[pad:][self.shown : max(end - pad, self.shown)], sequence=sequence[pad:])
+
+    def end(self) -> None:
+        self.streamer.end()
