@@ -82,7 +82,7 @@ def test_every_block_and_evaluation_is_within_it(either, monkeypatch):
         yield
         where.pop()
 
-    for module in ("generate", "likelihood"):
+    for module in ("server", "likelihood"):
         monkeypatch.setattr(sys.modules[f"dllm_fast.{module}"], "as_written", noted)
     model = dllm_fast.patch(either)
     family = type(bound_family(model))
