@@ -1,4 +1,5 @@
-"""A block step of LLaDA-8B's shape as a CUDA graph, in several ways: which matmuls, chained or not, which tiles.
+"""A block step of LLaDA-8B's shape as a CUDA graph, in several ways: which matmuls, chained or not, which tiles,
+whether a matmul's first weights are brought into L2 by a stream beside it while the small kernels before it run.
 
     python -m bench.steps [--layers 32] [--rows 32] [--fp8] [--quick]
 
@@ -13,17 +14,26 @@ import sys
 from unittest import mock
 
 import torch
+import triton
+import triton.language as tl
 
 import dllm_fast
 from bench.harness import SHAPES, build_model, machine
+from dllm_fast import ops
 from dllm_fast.kernels import attention, glu, linear, norm, rope, round_rows
 from dllm_fast.patch import bound_family, bound_pool
 
 CHAINS = (attention, glu, linear, norm, rope, round_rows)
 TILES = {  # by bytes of a weight; the first are those that ship
     2: ({}, {"BK": 64, "num_stages": 5, "AHEAD": 4}, {"BN": 64, "BK": 256}),
-    1: ({}, {"AHEAD": 0}, {"programs": 1}, {"num_warps": 8}),
-}
+    1: (
+        {}, {"split": True}, {"split": True, "AHEAD": 0}, {"split": True, "num_warps": 8},
+        {"split": True, "programs": 3, "num_stages": 3}, {"split": True, "programs": 1, "num_stages": 7},
+        {"split": True, "BN": 64, "programs": 4}, {"split": True, "BK": 256, "programs": 1},
+    ),
+}  # fmt: skip
+BESIDE = (4, 8, 16, 32)  # MB of the next matmul's weights
+LINE = 4096  # bytes of a prefetch
 
 
 def unchained(device, programs) -> dict:
@@ -44,17 +54,61 @@ def way(tiles: dict | None, chained: bool, rows: int, size: int):
             stack.enter_context(mock.patch.object(linear, "AHEAD", (size,)))
             programs = {size: tiles.pop("programs", linear.PROGRAMS[size])}
             stack.enter_context(mock.patch.dict(linear.PROGRAMS, programs))
+            stack.enter_context(mock.patch.object(linear, "SPLIT", tiles.pop("split", False)))
             configs = linear.CONFIGS[size]
             key = next(n for n in configs if rows <= n)
             stack.enter_context(mock.patch.dict(configs, {key: configs[key] | tiles}))
         yield
 
 
-def record(engine, kind: str) -> torch.cuda.CUDAGraph:
+@triton.jit
+def _prefetch_kernel(at_ptr, LINE: tl.constexpr, LINES: tl.constexpr):
+    at = at_ptr.to(tl.int64) + (tl.program_id(0) * LINES + tl.arange(0, LINES)).to(tl.int64) * LINE
+    tl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], 4096; mov.b32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False,
+        pack=1,
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def beside(megabytes: int):
+    """After each matmul of a layer, a second stream brings the first of the next one's weights into L2.
+
+    Yields what joins that stream again. The order is that of a step's matmuls as they were seen in an eager one.
+    """
+    order, side = [], torch.cuda.Stream()
+    names = ("linear", "scaled_linear", "swiglu_linear")
+    real = {name: getattr(ops, name) for name in names}
+    seen: dict[int, int] = {}
+
+    def wrapped(name):
+        def call(x, weight, *rest, **options):
+            y = real[name](x, weight, *rest, **options)
+            if torch.cuda.is_current_stream_capturing():
+                following = order[(seen[weight.data_ptr()] + 1) % len(order)]
+                side.wait_stream(torch.cuda.current_stream())
+                lines = min(following.nbytes, megabytes << 20) // LINE // 128
+                with torch.cuda.stream(side):
+                    _prefetch_kernel[(lines,)](following.view(torch.uint8), LINE=LINE, LINES=128)
+            elif weight.data_ptr() not in seen:
+                seen[weight.data_ptr()] = len(order)
+                order.append(weight)
+            return y
+
+        return call
+
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            stack.enter_context(mock.patch.object(ops, name, wrapped(name)))
+        yield lambda: torch.cuda.current_stream().wait_stream(side)
+
+
+def record(engine, kind: str, join=lambda: None) -> torch.cuda.CUDAGraph:
     engine._step(kind, 0)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         engine._step(kind, 0)
+        join()
     return graph
 
 
@@ -133,14 +187,18 @@ def main(arguments: list[str] | None = None) -> int:
     engine.slot.fill_(engine.slots - 64)
     engine.count.fill_(2)
     rows, size = 32 * options.batch, 1 if options.fp8 else 2
-    ways = {"before": (None, False), "before, chained": (None, True), "ours, not chained": ({}, False)}
-    for tiles in TILES[size][: 1 if options.quick else None]:
-        ways |= {f"ours, not chained {tiles}": (tiles, False), f"ours, chained {tiles}": (tiles, True)}
+    ways = {"before": (None, False, 0), "before, chained": (None, True, 0)}
+    if not options.fp8:
+        ways |= {f"before, {megabytes} MB beside": (None, False, megabytes) for megabytes in BESIDE}
+    for tiles in TILES[size][: 2 if options.quick else None]:
+        ways |= {f"ours, not chained {tiles}": (tiles, False, 0), f"ours, chained {tiles}": (tiles, True, 0)}
+        ways |= {f"ours, chained {tiles}, 8 MB beside": (tiles, True, 8)}
     graphs, hidden = {}, {}
-    for name, (tiles, chained) in ways.items():
-        with way(tiles, chained, rows, size):
+    for name, (tiles, chained, megabytes) in ways.items():
+        with way(tiles, chained, rows, size), contextlib.ExitStack() as stack:
             try:
-                graphs[name] = record(engine, "block")
+                join = stack.enter_context(beside(megabytes)) if megabytes else lambda: None
+                graphs[name] = record(engine, "block", join)
                 at = engine.slot[:, None] + engine.offsets
                 engine.canvas.scatter_(1, at, torch.full_like(at, mask_id))
                 hidden[name] = engine._evaluate("block", 0).float()

@@ -6,7 +6,7 @@ between as many programs as the chip holds, so that none idles; a program may be
 2301.03598). A tile that several programs share is summed by the last of them to arrive, in the programs' order: replays
 give the same bits, and the order does not depend on the number of rows.
 
-    scale    y[n] = scale[n] * sum_k x[k] W[n, k]          W in e4m3, widened to x's dtype in registers, which is exact
+    scale    y[n] = scale[n] * sum_k x[k] W[n, k]          W in e4m3, exact: see `SPLIT`
     gated    y = silu(round(x G^T)) * round(x U^T)         W = [G; U]: a tile has channels of both, in turns
 
 Where the launch is chained (programmatic dependent launch, `chain.py`), a program asks for its first weights before it
@@ -23,6 +23,7 @@ import triton.language as tl
 
 from dllm_fast.kernels.chain import chained, prefetch, start_next, wait_for_inputs
 from dllm_fast.kernels.checks import check_tensors, one_device
+from dllm_fast.kernels.round_rows import split_rows
 
 HALVES = (torch.bfloat16, torch.float16)
 ROWS = 64  # above, cuBLAS is ahead
@@ -39,6 +40,10 @@ PROGRAMS = {2: 1, 1: 2}  # on a multiprocessor
 # Bytes of a weight for which it is ahead of cuBLAS, on Hopper (bench/steps.py, H200, LLaDA-8B, 32 rows: a block step
 # with e4m3 weights takes 4.28 ms, with `torch._scaled_mm` 5.05; with bf16 weights 5.16, with cuBLAS 5.03).
 AHEAD = (1,)
+# How bf16 rows meet e4m3 weights. False: weights are widened to bf16 in registers. True: each row is split into two
+# rows of e4m3 (`round_rows.split_rows`), which the matrix units multiply as they are; sums of BK products are added up
+# in fp32, because the units themselves keep 14 bits of a sum. Not measured yet; bench/steps.py compares them.
+SPLIT = False
 
 
 @triton.jit
@@ -106,12 +111,14 @@ def _store(
     acc,  # [BN, BM] fp32
     out_ptr,  # [M, N], or [M, N / 2] with GATED
     scale_ptr,  # [N] fp32, with SCALED
+    x_scale_ptr,  # [M] fp32, with SPLIT
     source,  # [BN] int64: the tile's rows of W
     tile,
     rows,
     N,
     GATED: tl.constexpr,
     SCALED: tl.constexpr,
+    SPLIT: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
@@ -119,6 +126,8 @@ def _store(
     m = tl.arange(0, BM).to(tl.int64)  # [BM]
     if SCALED:
         acc *= tl.load(scale_ptr + source)[:, None]
+    if SPLIT:
+        acc *= tl.load(x_scale_ptr + tl.minimum(m, rows - 1))[None, :]
     if GATED:
         gate, up = tl.split(tl.permute(tl.reshape(acc, [BN // 2, 2, BM]), (0, 2, 1)))  # [BN / 2, BM]
         gate, up = gate.to(kind).to(tl.float32), up.to(kind).to(tl.float32)
@@ -136,6 +145,7 @@ def _sum(
     count_ptr,  # [N / BN] int32
     out_ptr,
     scale_ptr,
+    x_scale_ptr,
     source,  # [BN] int64: the tile's rows of W
     tile,
     steps,  # of a tile
@@ -144,6 +154,7 @@ def _sum(
     N,
     GATED: tl.constexpr,
     SCALED: tl.constexpr,
+    SPLIT: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
@@ -160,14 +171,15 @@ def _sum(
             # .cg: not from this multiprocessor's own cache, which may hold what was there before.
             y += tl.load(part_ptr + tl.cast(part, tl.int64) * (BN * BM) + place, cache_modifier=".cg")
         tl.store(count_ptr + tile, 0)
-        _store(y, out_ptr, scale_ptr, source, tile, rows, N, GATED, SCALED, BM, BN)
+        _store(y, out_ptr, scale_ptr, x_scale_ptr, source, tile, rows, N, GATED, SCALED, SPLIT, BM, BN)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _linear_kernel(
-    x_ptr,  # [M, K], rows x_stride apart
+    x_ptr,  # [M, K], rows x_stride apart, or with SPLIT [M, 2, K] e4m3
     weight_ptr,  # [N, K], or with PACKED [N, K / 4] int32
     scale_ptr,  # [N] fp32, with SCALED
+    x_scale_ptr,  # [M] fp32, with SPLIT
     out_ptr,  # [M, N], or [M, N / 2] with GATED
     part_ptr,  # [programs, 2, BN, BM] fp32: what a program leaves of its first tile, and of its last
     count_ptr,  # [N / BN] int32: programs that have left their part of a tile; 0 before and after
@@ -177,6 +189,7 @@ def _linear_kernel(
     K,
     GATED: tl.constexpr,
     SCALED: tl.constexpr,
+    SPLIT: tl.constexpr,  # x is in two parts
     PACKED: tl.constexpr,  # four e4m3 weights a word
     CHAINED: tl.constexpr,
     AHEAD: tl.constexpr,
@@ -202,7 +215,9 @@ def _linear_kernel(
     source = source.to(tl.int64)
     PER: tl.constexpr = 4 if PACKED else 1  # weights of an element of W
     w_at = weight_ptr + source[:, None] * (K // PER) + tl.arange(0, BK // PER)[None, :]  # [BN, BK / PER]
-    x_at = x_ptr + tl.minimum(m, rows - 1).to(tl.int64)[:, None] * x_stride + k[None, :]  # [BM, BK]
+    COLUMNS: tl.constexpr = 2 * BM if SPLIT else BM
+    x_rows = tl.minimum(tl.arange(0, COLUMNS), (2 * rows if SPLIT else rows) - 1)
+    x_at = x_ptr + x_rows.to(tl.int64)[:, None] * x_stride + k[None, :]  # [COLUMNS, BK]
 
     if CHAINED:
         for i in tl.static_range(AHEAD):
@@ -212,25 +227,35 @@ def _linear_kernel(
         wait_for_inputs()
         start_next()
 
-    acc = tl.zeros([BN, BM], tl.float32)
+    acc = tl.zeros([BN, COLUMNS], tl.float32)
     for i in range(first, last):
         tile = i // steps
         at = (i - tile * steps) * BK
         w_step = (tl.cast(tile * tile_rows, tl.int64) * K + at) // PER
         w = tl.load(w_at + w_step, eviction_policy="evict_first")  # [BN, BK / PER]
         x = tl.load(x_at + at)  # [BM, BK]
-        if PACKED:
+        if SPLIT:
+            acc = tl.dot(w, tl.trans(x), acc, max_num_imprecise_acc=BK)
+        elif PACKED:
             acc = _packed_dot(w, x, acc, BM, BK)
         else:
             acc = tl.dot(w.to(x.dtype), tl.trans(x), acc)
         if (at + BK == K) | (i + 1 == last):
             begin = tile * steps
+            if SPLIT:
+                high, low = tl.split(tl.reshape(acc, [BN, BM, 2]))  # [BN, BM]
+                y = high + low * (1 / 16)
+            else:
+                y = acc
             if (first <= begin) & (at + BK == K):
-                _store(acc, out_ptr, scale_ptr, source + tile * tile_rows, tile, rows, N, GATED, SCALED, BM, BN)
+                _store(
+                    y, out_ptr, scale_ptr, x_scale_ptr, source + tile * tile_rows, tile, rows, N,
+                    GATED, SCALED, SPLIT, BM, BN,
+                )  # fmt: skip
             else:
                 part = program * 2 + (first < begin).to(tl.int32)
-                tl.store(part_ptr + tl.cast(part, tl.int64) * (BN * BM) + n[:, None] * BM + m[None, :], acc)
-            acc = tl.zeros([BN, BM], tl.float32)
+                tl.store(part_ptr + tl.cast(part, tl.int64) * (BN * BM) + n[:, None] * BM + m[None, :], y)
+            acc = tl.zeros([BN, COLUMNS], tl.float32)
 
     # The sums come after the loop: Triton pipelines innermost loops alone. Every thread's part must have been written
     # before one of them says so.
@@ -238,14 +263,14 @@ def _linear_kernel(
     tile = first // steps
     if (first > tile * steps) | (last < (tile + 1) * steps):
         _sum(
-            part_ptr, count_ptr, out_ptr, scale_ptr, source + tile * tile_rows, tile, steps, total, rows, N,
-            GATED, SCALED, BM, BN,
+            part_ptr, count_ptr, out_ptr, scale_ptr, x_scale_ptr, source + tile * tile_rows, tile, steps, total, rows,
+            N, GATED, SCALED, SPLIT, BM, BN,
         )  # fmt: skip
     final = (last - 1) // steps
     if (final > tile) & (last < (final + 1) * steps):
         _sum(
-            part_ptr, count_ptr, out_ptr, scale_ptr, source + final * tile_rows, final, steps, total, rows, N,
-            GATED, SCALED, BM, BN,
+            part_ptr, count_ptr, out_ptr, scale_ptr, x_scale_ptr, source + final * tile_rows, final, steps, total,
+            rows, N, GATED, SCALED, SPLIT, BM, BN,
         )  # fmt: skip
 
 
@@ -310,6 +335,7 @@ def linear(
     (n, k), rows = weight.shape, x.numel() // max(1, x.shape[-1])
     kinds = (x.dtype,) if scale is None else (torch.float8_e4m3fn,)
     check_tensors(x.device, weight=(weight, [None, x.shape[-1]], kinds), scale=(scale, [n], (torch.float32,)))
+    split = SPLIT and scale is not None and x.dtype == torch.bfloat16
     configs = CONFIGS[weight.element_size()]
     if n % TILE or k % TILE or not 1 <= rows <= max(configs):
         raise ValueError(
@@ -322,13 +348,13 @@ def linear(
         PROGRAMS[weight.element_size()] * _multiprocessors(x.device), n // config["BN"] * (k // config["BK"])
     )
     part = torch.empty(programs, 2, config["BN"], config["BM"], dtype=torch.float32, device=x.device)
-    x = x.reshape(rows, k)
-    packed = scale is not None and x.dtype == torch.bfloat16 and x.is_cuda
+    x, x_scale = split_rows(x.reshape(rows, k)) if split else (x.reshape(rows, k), None)
+    packed = not split and scale is not None and x.dtype == torch.bfloat16 and x.is_cuda
     with torch.cuda.device_of(x):
         _linear_kernel[(programs,)](
-            x, weight.view(torch.int32) if packed else weight, scale, out, part, _count(n // config["BN"], x.device),
-            x.stride(0), rows, n, k,
-            GATED=gated, SCALED=scale is not None, PACKED=packed, **config, **chained(x.device, programs),
+            x, weight.view(torch.int32) if packed else weight, scale, x_scale, out, part,
+            _count(n // config["BN"], x.device), k if split else x.stride(0), rows, n, k,
+            GATED=gated, SCALED=scale is not None, SPLIT=split, PACKED=packed, **config, **chained(x.device, programs),
         )  # fmt: skip
     return out
 

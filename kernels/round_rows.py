@@ -1,8 +1,12 @@
-"""Rows rounded to e4m3, each with a scale of its own, for matmuls that take both factors in e4m3.
+"""Rows in e4m3, each with a scale of its own, for matmuls that take both factors in e4m3 (arXiv:2209.05433).
 
-    scale = max_k |x[k]| / 448        x8[k] = round(x[k] / scale)        (arXiv:2209.05433)
+    round_rows   scale = max_k |x[k]| / 448                          x8[k] = round(x[k] / scale)
+    split_rows   scale = 2^(floor(log2(max_k |x[k]|)) - 7)           high[k] = round(x[k] / scale)
+                                                                      low[k] = round(16 (x[k] / scale - high[k]))
 
-A program holds a row in registers, so that x is read once.
+A bf16 number has 8 significant bits, two e4m3 numbers 4 each: high + low / 16 is x / scale exactly, but for numbers
+below 2^-13 of the row's largest, which are at most 2^-21 of that largest off. A program holds a row in registers, so
+that x is read once.
 """
 
 import torch
@@ -38,23 +42,51 @@ def _round_rows_kernel(
     tl.store(out_ptr + row * d + col, tl.div_rn(x, scale).to(tl.float8e4nv), mask=col < d)
 
 
+@triton.jit
+def _split_rows_kernel(
+    x_ptr,  # [rows, d], rows x_stride apart
+    out_ptr,  # [rows, 2, d] e4m3
+    scale_ptr,  # [rows] fp32
+    x_stride,
+    d,
+    CHAINED: tl.constexpr,
+    BD: tl.constexpr,
+):
+    if CHAINED:
+        start_next()
+        wait_for_inputs()
+    row = tl.program_id(0).to(tl.int64)
+    col = tl.arange(0, BD)  # [BD]
+    x = tl.load(x_ptr + row * x_stride + col, mask=col < d, other=0.0).to(tl.float32)  # [BD]
+    # An exponent of 254 less the scale's is the exponent of its inverse: both are normal numbers.
+    exponent = tl.maximum((tl.max(tl.abs(x), 0).to(tl.int32, bitcast=True) >> 23) - 7, 1)
+    tl.store(scale_ptr + row, (exponent << 23).to(tl.float32, bitcast=True))
+    x *= ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+    high = x.to(tl.float8e4nv)
+    low = ((x - high.to(tl.float32)) * 16).to(tl.float8e4nv)
+    tl.store(out_ptr + row * 2 * d + col, high, mask=col < d)
+    tl.store(out_ptr + (row * 2 + 1) * d + col, low, mask=col < d)
+
+
+def _launch(kernel, x: torch.Tensor, out: torch.Tensor, scale: torch.Tensor) -> None:
+    rows, d = x.shape
+    if not 1 <= d <= max(WARPS):
+        raise ValueError(f"x is {list(x.shape)}: the last dimension must be in 1..{max(WARPS)}")
+    if rows:
+        padded = triton.next_power_of_2(d)
+        warps = next(warps for longest, warps in WARPS.items() if padded <= longest)
+        with torch.cuda.device_of(x):
+            kernel[(rows,)](x, out, scale, x.stride(0), d, BD=padded, num_warps=warps, **chained(x.device, rows))
+
+
 @torch.library.custom_op("dllm_fast::round_rows", mutates_args=())
 def round_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`reference.round_rows` of x [M, K], K up to 16,384: x8 [M, K] e4m3, scale [M, 1] fp32."""
     check_tensors(x.device, contiguous=False, x=(x, [None, None], FLOATS))
     rows, d = x.shape
-    if not 1 <= d <= max(WARPS):
-        raise ValueError(f"x is {list(x.shape)}: the last dimension must be in 1..{max(WARPS)}")
     out = torch.empty(rows, d, dtype=torch.float8_e4m3fn, device=x.device)
     scale = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
-    if rows:
-        padded = triton.next_power_of_2(d)
-        warps = next(warps for longest, warps in WARPS.items() if padded <= longest)
-        programs = rows
-        with torch.cuda.device_of(x):
-            _round_rows_kernel[(programs,)](
-                x, out, scale, x.stride(0), d, BD=padded, num_warps=warps, **chained(x.device, programs)
-            )
+    _launch(_round_rows_kernel, x, out, scale)
     return out, scale
 
 
@@ -62,3 +94,21 @@ def round_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 @one_device
 def _(x):
     return x.new_empty(x.shape, dtype=torch.float8_e4m3fn), x.new_empty(x.shape[0], 1, dtype=torch.float32)
+
+
+@torch.library.custom_op("dllm_fast::split_rows", mutates_args=())
+def split_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`reference.split_rows` of x [M, K] bf16, K up to 16,384: high and low [M, 2, K] e4m3, scale [M] fp32."""
+    check_tensors(x.device, contiguous=False, x=(x, [None, None], (torch.bfloat16,)))
+    rows, d = x.shape
+    out = torch.empty(rows, 2, d, dtype=torch.float8_e4m3fn, device=x.device)
+    scale = torch.empty(rows, dtype=torch.float32, device=x.device)
+    _launch(_split_rows_kernel, x, out, scale)
+    return out, scale
+
+
+@split_rows.register_fake
+@one_device
+def _(x):
+    rows, d = x.shape
+    return x.new_empty(rows, 2, d, dtype=torch.float8_e4m3fn), x.new_empty(rows, dtype=torch.float32)

@@ -85,7 +85,7 @@ def measure(case: Case, arch: int) -> Resources:
         registers=used["REG"],
         spill=used["STACK"] + used["LOCAL"],
         shared=compiled.metadata.shared,
-        hgmma=len(re.findall(r"\bHGMMA\b", listing)),
+        hgmma=len(re.findall(r"\b[HQ]GMMA\b", listing)),
         hmma=len(re.findall(r"\bHMMA\b", listing)),
         tcgen05=len(re.findall(r"\bUTC[A-Z]*MMA\b", listing)),
     )

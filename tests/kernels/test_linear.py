@@ -42,10 +42,16 @@ def test_reference(name, dtype, gated, device):
     assert_as_exact(linear(x, weight, gated=gated), reference.linear(x, weight, gated=gated), truth)
 
 
+@pytest.fixture(params=[False, True], ids=["widened", "split"])
+def split(request, monkeypatch):
+    """Both ways of bf16 rows with e4m3 weights."""
+    monkeypatch.setattr(kernel, "SPLIT", request.param)
+
+
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
-@pytest.mark.parametrize("name", ["one-row", "tiles-cut-anywhere"])
-def test_e4m3_weights(name, dtype, gated, device):
+@pytest.mark.parametrize("name", ["one-row", "tiles-cut-anywhere", "most-rows"])
+def test_e4m3_weights(name, dtype, gated, split, device):
     """Nothing but the weights is rounded: the truth is that of the rounded weights."""
     x, weight = inputs(name, dtype, device)
     copy, scale = rounded(weight)
@@ -54,7 +60,17 @@ def test_e4m3_weights(name, dtype, gated, device):
     assert_as_exact(linear(x, copy, scale, gated), eager, truth)
 
 
-def test_every_e4m3_number(device):
+def test_e4m3_weights_of_rows_with_outliers(split, device):
+    """A row's largest number sets its scale; what is a thousandth of it is not rounded for that."""
+    x, weight = inputs("tiles-cut-anywhere", BF16, device)
+    x[:, 3] *= 1000
+    copy, scale = rounded(weight)
+    copy[:, 3] = 0
+    truth = reference.linear(x.double(), copy.double(), scale.double())
+    assert_as_exact(linear(x, copy, scale), reference.linear(x, copy, scale), truth)
+
+
+def test_every_e4m3_number(split, device):
     """Each of the 254 finite ones, times 1: subnormal ones and -0 among them."""
     codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
     weight = torch.where(codes.float().isfinite(), codes.float(), 0).to(torch.float8_e4m3fn)
@@ -67,11 +83,13 @@ def test_every_e4m3_number(device):
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
-def test_a_rows_bits_do_not_depend_on_its_neighbours(gated, device):
+@pytest.mark.parametrize("byte", [False, True], ids=["bf16", "e4m3"])
+def test_a_rows_bits_do_not_depend_on_its_neighbours(byte, gated, split, device):
     x, weight = inputs("most-rows", BF16, device)
-    all_rows = linear(x, weight, gated=gated)
+    weights = rounded(weight) if byte else (weight,)
+    all_rows = linear(x, *weights, gated=gated)
     for rows in (1, 2, 16, 17, 32, 33):
-        assert torch.equal(linear(x[:rows], weight, gated=gated), all_rows[:rows])
+        assert torch.equal(linear(x[:rows], *weights, gated=gated), all_rows[:rows])
 
 
 def test_counts_are_left_as_they_were_found(device):
