@@ -15,6 +15,7 @@ from dllm_fast.errors import exit_code, require_utf8
 from dllm_fast.generate import Output, generate
 from dllm_fast.loading import end_of_text, from_pretrained, load_tokenizer, shipped
 from dllm_fast.request import CACHES, CONFIDENCES, before_end
+from dllm_fast.rounded import KINDS
 from dllm_fast.schedules import Threshold
 from dllm_fast.spelling import SCHEDULES, refresh_of, remask_of, schedule_of
 from dllm_fast.text import encode as text_ids
@@ -29,7 +30,7 @@ def add_model_options(add) -> None:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=("float32", "bfloat16", "float16"))
     add("--impl", default="auto")
-    add("--weights", choices=("fp8",), help="multiply e4m3 copies of the layers' weights; default: the model's own")
+    add("--weights", choices=tuple(KINDS), help="multiply rounded copies of the layers' weights; default: as they are")
     add("--trust-remote-code", action="store_true")
 
 

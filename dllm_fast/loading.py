@@ -50,7 +50,8 @@ def from_pretrained(
         impl: see `patch`.
         trust_remote_code: load LLaDA's published class instead of the native one, which needs no remote code. Three
             things in it that transformers 5 no longer accepts are mended on the class and config that are loaded.
-        weights: None, or ``"fp8"`` for e4m3 copies of the layers' weights beside the parameters, see `patch`.
+        weights: None, or ``"fp8"`` or ``"int4"`` for rounded copies of the layers' weights beside the parameters, see
+            `patch`.
         kwargs: for transformers' ``from_pretrained`` (revision, token, local_files_only, ...).
 
     Raises:

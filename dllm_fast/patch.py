@@ -16,14 +16,14 @@ from dllm_fast.bypass import require_no_learned_prompt, require_nothing_left_out
 from dllm_fast.families import FAMILIES, LLaDA, ModernBert
 from dllm_fast.families.modernbert import fresh_rotary
 from dllm_fast.forward import STATE, like, patch_of
-from dllm_fast.fp8 import Fp8
-from dllm_fast.fp8 import check as check_fp8
 from dllm_fast.llada import LLaDAModelLM
 from dllm_fast.mixin import generation_config_of, lend_generate, take_back, would_replace
 from dllm_fast.pool import Pool
+from dllm_fast.rounded import KINDS, Copies
+from dllm_fast.rounded import check as check_rounded
 from dllm_fast.weights import Fused, fuse, products
 
-WEIGHTS = (None, "fp8")
+WEIGHTS = (None, *KINDS)
 
 
 @dataclass
@@ -62,10 +62,11 @@ def patch(model: nn.Module, impl: str = "auto", weights: str | None = None) -> n
         model: a LLaDA (native or remote code) or a ``transformers.ModernBertForMaskedLM``, on a real device; or what
             PEFT, torch.compile or a data-parallel wrapper made of one: the model inside is patched.
         impl: ``"auto"``, ``"triton"``, ``"cpp"`` or ``"torch"``, see `ops.resolve`. What cannot be had raises.
-        weights: None for the model's own. ``"fp8"`` multiplies e4m3 copies of the layers' linear weights, with a scale
-            an output channel (`dllm_fast.fp8`), beside the parameters, which stay: half their bytes more in bf16.
-            Norms, embeddings and the LM head are as they were. Any dtype of the model; on Hopper bf16 and fp16 ones
-            multiply e4m3 by e4m3, elsewhere it is right and slow. What it costs in accuracy: ``bench/fp8.py``.
+        weights: None for the model's own. ``"fp8"`` and ``"int4"`` multiply copies of the layers' linear weights that
+            are rounded to e4m3, with a scale an output channel (`dllm_fast.fp8`), or to four bits, with a scale and a
+            zero point a group of 128 inputs (`dllm_fast.int4`). The parameters stay beside them: of bf16's bytes, a
+            half or a quarter more. Norms, embeddings and the LM head are as they were. Any dtype of the model; bf16 and
+            fp16 have kernels on Hopper, elsewhere it is right and slow. The cost in accuracy: ``bench/rounded.py``.
 
     ``model(input_ids, attention_mask=...)`` then goes through `dllm_fast.ops` whenever no gradient is wanted; any
     other call (labels, ``position_ids``, a mask with holes, training) is answered by the model's own forward. So is
@@ -98,9 +99,9 @@ def patch(model: nn.Module, impl: str = "auto", weights: str | None = None) -> n
         return wrapper
     _check_weights(model)
     with state.pool.lock if state is not None else nullcontext():
-        family = family_class(model, impl, products if weights is None else Fp8())
-        if weights == "fp8":
-            check_fp8(model, family.groups(), parameter.device)
+        family = family_class(model, impl, products if weights is None else Copies(weights))
+        if weights is not None:
+            check_rounded(weights, model, family.groups(), parameter.device)
         own = model.forward if state is None else state.forward
         own_forward = model.__dict__.get("forward") if state is None else state.own_forward
         fresh = _Patch(impl, weights, family, own, own_forward, output, model)
@@ -186,7 +187,7 @@ def _put_back_buffers(state: _Patch) -> None:
 
 def _prepare(state: _Patch) -> None:
     """Bring what the forward multiplies up to date with the model's parameters."""
-    if state.weights == "fp8":
+    if state.weights is not None:
         state.family.products.refresh(state.family.groups())
     else:
         _fuse(state)
@@ -234,7 +235,7 @@ def bound_family(model: nn.Module) -> LLaDA | ModernBert:
     model = unwrapped(model)
     state = _state(model)
     require_nothing_left_out(model, state.family.calls, state.family.known)
-    if state.weights is None:  # e4m3 copies see for themselves that weights have changed
+    if state.weights is None:  # rounded copies see for themselves that weights have changed
         with state.pool.lock:
             _fuse(state)
     return state.family

@@ -230,13 +230,14 @@ def test_a_quantised_head_is_refused_by_name(either, ids, kind):
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("after", [False, True], ids=["quantised-first", "patched-first"])
-def test_quantised_linears_have_no_e4m3_copies(either, ids, after):
+@pytest.mark.parametrize("weights", ["fp8", "int4"])
+def test_quantised_linears_have_no_rounded_copies(either, ids, weights, after):
     """Dynamic quantisation's class is called Linear too: the message says whose."""
     if after:
-        dllm_fast.patch(either, weights="fp8")
+        dllm_fast.patch(either, weights=weights)
     quantise(either, "dynamic", head=False)
-    with pytest.raises(ValueError, match=r"weights='fp8': .* torch\.ao\.nn\.quantized\.dynamic"):
-        tokens(either, ids) if after else dllm_fast.patch(either, weights="fp8")
+    with pytest.raises(ValueError, match=rf"weights='{weights}': .* torch\.ao\.nn\.quantized\.dynamic"):
+        tokens(either, ids) if after else dllm_fast.patch(either, weights=weights)
 
 
 TARGETS = {"llada": (["q_proj", "ff_proj", "wte"], ["ln_f", "ff_out"]), "modernbert": (["Wqkv", "Wo"], ["decoder"])}

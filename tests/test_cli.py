@@ -66,9 +66,9 @@ def test_errors_are_one_line_and_exit_2(arguments, message, capsys, monkeypatch)
 def test_weights_are_those_asked_for(monkeypatch):
     seen = []
     monkeypatch.setattr(cli, "from_pretrained", lambda *args: seen.append(args[-1]))
-    for flag in ([], ["--weights", "fp8"]):
+    for flag in ([], ["--weights", "fp8"], ["--weights", "int4"]):
         cli.load(cli.parser().parse_args(["generate", "--model", "llada-gsm8k", *flag]))
-    assert seen == [None, "fp8"]
+    assert seen == [None, "fp8", "int4"]
 
 
 def test_schedules_are_spelt_as_name_equals_number(capsys):

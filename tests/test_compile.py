@@ -17,7 +17,8 @@ MAKERS = {
     "llada": lambda: make_llada(n_layers=2, n_kv_heads=2),
     "modernbert": lambda: make_modernbert(num_hidden_layers=2, global_attn_every_n_layers=2),
 }
-LINEARS = {("llada", None): 7, ("llada", "fp8"): 4, ("modernbert", None): 4, ("modernbert", "fp8"): 4}  # a layer
+LINEARS = {("llada", None): 7, ("modernbert", None): 4}  # a layer
+LINEARS |= {(family, weights): 4 for family in MAKERS for weights in ("fp8", "int4")}
 REST = {"llada": 1, "modernbert": 2}  # the head
 PRODUCTS = (torch.nn.functional.linear, compiled_ops.linear)
 
@@ -46,7 +47,7 @@ def close(got, expected):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("weights", [None, "fp8"])
+@pytest.mark.parametrize("weights", [None, "fp8", "int4"])
 @pytest.mark.parametrize("family", MAKERS)
 def test_a_patched_model_compiles_to_one_graph(family, weights, ids):
     model = dllm_fast.patch(MAKERS[family](), weights=weights)
@@ -71,7 +72,7 @@ def test_a_mask_costs_a_graph_break_and_nothing_else(family, ids, padded):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("weights", [None, "fp8"])
+@pytest.mark.parametrize("weights", [None, "fp8", "int4"])
 def test_a_compiled_model_follows_its_weights(weights, ids):
     """Written in place, moved apart, fused again: nothing stale is baked in. e4m3 copies follow when made anew."""
     model = dllm_fast.patch(MAKERS["llada"](), weights=weights)

@@ -157,6 +157,7 @@ def test_results_are_the_same_under_any_setting(family, impl, setting):
     [
         ("llada", "torch", "fp8"),
         ("modernbert", "torch", "fp8"),
+        ("llada", "torch", "int4"),
         ("llada", "torch", None),
         pytest.param("modernbert", "cpp", None, marks=needs_cpp),
     ],

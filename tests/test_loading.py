@@ -58,19 +58,20 @@ def test_modernbert_loads(tmp_path, ids, modernbert):
 
 
 @torch.no_grad()
-def test_weights_are_rounded_as_patch_rounds_them(tmp_path, ids, either):
+@pytest.mark.parametrize("weights", ["fp8", "int4"])
+def test_weights_are_rounded_as_patch_rounds_them(tmp_path, ids, either, weights):
     either.save_pretrained(tmp_path)
     own = either(ids).logits
-    loaded = dllm_fast.from_pretrained(tmp_path, weights="fp8")
+    loaded = dllm_fast.from_pretrained(tmp_path, weights=weights)
     rounded = loaded(ids).logits
-    assert torch.equal(rounded, dllm_fast.patch(either, weights="fp8")(ids).logits)
+    assert torch.equal(rounded, dllm_fast.patch(either, weights=weights)(ids).logits)
     torch.testing.assert_close(dllm_fast.unpatch(loaded)(ids).logits, own, atol=1e-5, rtol=1e-4)
     assert (rounded - own).abs().max() > 1e-3 * own.abs().max()
 
 
 def test_unknown_weights_are_refused_before_anything_is_read():
-    with pytest.raises(ValueError, match="weights='int4' is not one of None, 'fp8'"):
-        dllm_fast.from_pretrained("./no-such-folder", weights="int4")
+    with pytest.raises(ValueError, match="weights='int3' is not one of None, 'fp8', 'int4'"):
+        dllm_fast.from_pretrained("./no-such-folder", weights="int3")
 
 
 def break_shard(folder):

@@ -1,4 +1,4 @@
-"""What e4m3 weights cost in accuracy. ``python bench/fp8.py``
+"""What e4m3 weights cost in accuracy. ``python bench/rounded.py``
 
 Of both shipped models and of a random LLaDA in bf16: the errors of the logits against fp64, the largest relative to the
 largest logit and the root mean square relative to the logits' own, of the bf16 model itself and with ``weights="fp8"``.

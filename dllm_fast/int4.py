@@ -1,0 +1,46 @@
+"""Weights of linear products in four bits: a quarter of the bytes of bf16 and 3 % more, a scale a group of 128 inputs.
+
+    w[n, k] ~ scale[g, n] (q[n, k] - zero[g, n])        g = k // 128        (`reference_int4.round_int4`)
+
+Few rows on Hopper multiply the q as they are (`kernels/linear_int4.py`): nothing but the weights is rounded. For more
+rows, and elsewhere, the weights are multiplied back to x's dtype: by one kernel, or some rows at a time.
+"""
+
+import torch
+
+from dllm_fast import ops
+from dllm_fast.kernels import reference_int4
+
+CHUNK = 1024  # rows of a weight that are wide at once
+
+
+class Int4:
+    """A weight [N, K] in four bits, one of `rounded.KINDS`."""
+
+    def __init__(self, n: int, k: int, device: torch.device):
+        groups = -(-k // 128)
+        self.width = k
+        self.matrix = torch.empty(n, 64 * groups, dtype=torch.uint8, device=device)  # [N, 64 G]
+        self.scale = torch.empty(groups, n, dtype=torch.bfloat16, device=device)  # [G, N]
+        self.zero = torch.empty(groups, n, dtype=torch.uint8, device=device)  # [G, N]
+
+    def fits(self, n: int, k: int, device: torch.device) -> bool:
+        """Whether a weight [n, k] on ``device`` can be rounded into this."""
+        return (len(self.matrix), self.width) == (n, k) and self.matrix.device == device
+
+    def write(self, first: int, weight: torch.Tensor) -> None:
+        """Round the rows of ``weight`` [n, K], any float dtype, into those from ``first`` on."""
+        for done in range(0, len(weight), CHUNK):
+            part = weight[done : done + CHUNK]
+            to = slice(first + done, first + done + len(part))
+            self.matrix[to], self.scale[:, to], self.zero[:, to] = reference_int4.round_int4(part)
+
+    def product(self, x: torch.Tensor, gated: bool, impl: str) -> torch.Tensor:
+        """`reference.linear` of x [..., K] and the widened weight; [..., N], or [..., N / 2] if ``gated``."""
+        parts = []
+        for first in range(0, len(self.matrix), CHUNK):
+            rows = slice(first, first + CHUNK)
+            part = reference_int4.widen_int4(self.matrix[rows], self.scale[:, rows], self.zero[:, rows], self.width)
+            parts.append(ops.linear(x, part.to(x.dtype), impl=impl))
+        y = torch.cat(parts, -1)
+        return ops.swiglu(*y.chunk(2, -1), impl=impl) if gated else y
