@@ -42,6 +42,8 @@ PIECES = {
     "floors": (60, "bench/floors.py"),
     "engine": (500, f"{ENGINE} --refresh window:32,0 --fp8{PEERS}"),
     "attention-llada": (300, f"{BENCH} 'attention and llada'"),
+    "modernbert-base": (300, "-m bench.modernbert"),
+    "modernbert-large": (400, "-m bench.modernbert --size large"),
     "predict": (300, f"{BENCH} predict"),
     "crossover": (240, "-m bench.tune crossover"),
     "small": (420, f"{BENCH} 'norm or rope or glu'"),

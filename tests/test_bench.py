@@ -14,7 +14,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # `bench` is a folder of the checkout, not a package that is installed
 
-from bench import floors, gpu, noise, sanitize, timing, tune
+from bench import floors, gpu, modernbert, noise, sanitize, timing, tune
 from bench.cases import attention, case, loss, predict, small
 from bench.report import row
 from dllm_fast.kernels import gumbel as gumbel_kernel
@@ -42,6 +42,23 @@ def test_floors_where_onednn_has_no_bf16():
     )
     assert done.stdout.startswith("False\n"), done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["bf16"]["median"] > 0
+
+
+def test_modernbert_beside_transformers(capsys):
+    arguments = ["--size", "tiny", "--lengths", "16", "40", "--batches", "1", "3", "--rounds", "2"]
+    assert modernbert.main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line for line in lines if line.split()[:1] in (["16"], ["40"])]
+    assert [line.split()[:3] for line in rows] == [
+        [length, batch, padded] for length in ("16", "40") for batch, padded in (("1", "no"), ("3", "no"), ("3", "yes"))
+    ]
+    assert all("sdpa " in line for line in rows), "each row says how many times as long transformers takes"
+    assert [line.split("  ")[0] for line in lines[-4:]] == [
+        "plain loop, sdpa",
+        "ours, none",
+        "ours, prefix",
+        "ours, dual",
+    ]
 
 
 def chosen() -> list[case.Case]:
