@@ -13,6 +13,7 @@ from dllm_fast import compiled, matmuls, ops
 from dllm_fast.forward import patch_of
 from dllm_fast.kernels.checks import FLOATS
 from dllm_fast.memory import available
+from dllm_fast.rounded import loaded_kind
 
 PACKAGES = ("dllm_fast", "torch", "triton", "transformers", "numpy")
 NAMES = {"triton": "Triton kernels", "cpp": "the compiled extension", "torch": "PyTorch"}
@@ -168,6 +169,8 @@ def _model(model: torch.nn.Module) -> Iterator[str]:
     for name, state in patched:  # a wrapper, PEFT's say, holds the model that is patched
         inside = f"{name} " if name else ""
         weights = "its own weights" if state.weights is None else f"{state.weights} copies of its weights"
+        if (kind := loaded_kind(state.model)) is not None:
+            weights = f"{kind} weights, which it was loaded with"
         yield f"{inside}patched with impl={state.impl!r}, here {NAMES[state.family.impl]}; multiplies {weights}"
     if not patched:
         yield "not patched"

@@ -8,6 +8,7 @@ scaled product takes both scales; elsewhere, and for fp32 and wider, the weights
 time: right, but not fast.
 """
 
+import copy
 import functools
 
 import torch
@@ -24,12 +25,16 @@ class Fp8:
     def __init__(self, n: int, k: int, device: torch.device):
         self.matrix = torch.empty(n, k, dtype=torch.float8_e4m3fn, device=device)  # [N, K]
         self.scale = torch.empty(n, 1, dtype=torch.float32, device=device)  # [N, 1]
-        # The scaled product wants both sides in sixteens.
-        self.native = n % 16 == k % 16 == 0 and native(self.matrix.device)
 
     def fits(self, n: int, k: int, device: torch.device) -> bool:
         """Whether a weight [n, k] on ``device`` can be rounded into this."""
         return self.matrix.shape == (n, k) and self.matrix.device == device
+
+    def take(self, first: int, count: int) -> "Fp8":
+        """``count`` rows from ``first`` on, in the same memory."""
+        part, rows = copy.copy(self), slice(first, first + count)
+        part.matrix, part.scale = self.matrix[rows], self.scale[rows]
+        return part
 
     def write(self, first: int, weight: torch.Tensor) -> None:
         """Round the rows of ``weight`` [n, K], any float dtype, into those from ``first`` on."""
@@ -43,7 +48,9 @@ class Fp8:
         if (y := ops.scaled_linear(x, self.matrix, self.scale[:, 0], gated, impl)) is not None:
             return y
         rows = x.reshape(-1, x.shape[-1])
-        if self.native and len(rows) > 0 and x.dtype in (torch.bfloat16, torch.float16):
+        # The scaled product wants both sides in sixteens.
+        sixteens = all(length % 16 == 0 for length in self.matrix.shape)
+        if sixteens and len(rows) > 0 and x.dtype in (torch.bfloat16, torch.float16) and native(x.device):
             y = _scaled(rows, self.matrix, self.scale, impl)
         else:
             parts = zip(self.matrix.split(CHUNK), self.scale.split(CHUNK), strict=True)

@@ -6,6 +6,8 @@ Few rows on Hopper multiply the q as they are (`kernels/linear_int4.py`): nothin
 rows, and elsewhere, the weights are multiplied back to x's dtype: by one kernel, or some rows at a time.
 """
 
+import copy
+
 import torch
 
 from dllm_fast import ops
@@ -27,6 +29,12 @@ class Int4:
     def fits(self, n: int, k: int, device: torch.device) -> bool:
         """Whether a weight [n, k] on ``device`` can be rounded into this."""
         return (len(self.matrix), self.width) == (n, k) and self.matrix.device == device
+
+    def take(self, first: int, count: int) -> "Int4":
+        """``count`` rows from ``first`` on, in the same memory."""
+        part, rows = copy.copy(self), slice(first, first + count)
+        part.matrix, part.scale, part.zero = self.matrix[rows], self.scale[:, rows], self.zero[:, rows]
+        return part
 
     def write(self, first: int, weight: torch.Tensor) -> None:
         """Round the rows of ``weight`` [n, K], any float dtype, into those from ``first`` on."""

@@ -17,6 +17,7 @@ from transformers import (
 from dllm_fast.generation_config import DiffusionGenerationConfig
 from dllm_fast.llada import TRANSFORMERS_5, LLaDAModelLM, register
 from dllm_fast.patch import bound_family, patch, require_known
+from dllm_fast.shards import load_rounded
 
 CLASSES = {"llada": LLaDAModelLM, "modernbert": ModernBertForMaskedLM}
 MODELS = Path(__file__).with_name("models")
@@ -50,8 +51,10 @@ def from_pretrained(
         impl: see `patch`.
         trust_remote_code: load LLaDA's published class instead of the native one, which needs no remote code. Three
             things in it that transformers 5 no longer accepts are mended on the class and config that are loaded.
-        weights: None, or ``"fp8"`` or ``"int4"`` for rounded copies of the layers' weights beside the parameters, see
-            `patch`.
+        weights: None, or ``"fp8"`` or ``"int4"`` for the layers' weights rounded as `patch` rounds them. Each is
+            rounded as it is read, on ``device``, and let go: the layers never lie there in ``dtype``. Such a model
+            gives the logits of one that was patched with ``weights``. It cannot be unpatched, trained or saved, each of
+            which raises a ValueError.
         kwargs: for transformers' ``from_pretrained`` (revision, token, local_files_only, ...).
 
     Raises:
@@ -78,9 +81,13 @@ def from_pretrained(
         config = cls.config_class.from_pretrained(name, **kwargs)
     else:
         raise ValueError(f"{name}: model_type {kind!r} is not supported; supported are {', '.join(CLASSES)}")
-    # Not on a default device that a script has set: transformers refuses "meta", and wants Accelerate for others.
-    with torch.device("cpu"):
-        model, report = cls.from_pretrained(name, config=config, dtype=dtype, output_loading_info=True, **kwargs)
+    if weights is not None:
+        place = torch.device("cpu" if device is None else device)
+        model, report = load_rounded(cls, name, config, dtype, place, weights, **kwargs)
+    else:
+        # Not on a default device that a script has set: transformers refuses "meta", and wants Accelerate for others.
+        with torch.device("cpu"):
+            model, report = cls.from_pretrained(name, config=config, dtype=dtype, output_loading_info=True, **kwargs)
     # transformers 4.57 believes a shard index that lists more than its shards hold, and leaves the rest on meta.
     missing = sorted({*report["missing_keys"], *(name for name, p in model.named_parameters() if p.is_meta)})
     if missing:

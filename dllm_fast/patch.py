@@ -19,7 +19,7 @@ from dllm_fast.forward import STATE, like, patch_of
 from dllm_fast.llada import LLaDAModelLM
 from dllm_fast.mixin import generation_config_of, lend_generate, take_back, would_replace
 from dllm_fast.pool import Pool
-from dllm_fast.rounded import KINDS, Copies
+from dllm_fast.rounded import KINDS, Copies, loaded_kind
 from dllm_fast.rounded import check as check_rounded
 from dllm_fast.weights import Fused, fuse, products
 
@@ -92,6 +92,8 @@ def patch(model: nn.Module, impl: str = "auto", weights: str | None = None) -> n
     parameter = _first_parameter(model)
     resolved = ops.resolve(impl, parameter.device, parameter.dtype)
     require_known(weights)
+    if (kind := loaded_kind(model)) not in (None, weights):
+        raise ValueError(f"weights={weights!r}: this model was loaded with weights={kind!r} and has no others")
     state = patch_of(model)
     if state is not None and (state.family.impl, state.weights) == (resolved, weights):
         with state.pool.lock:
@@ -152,7 +154,7 @@ def unpatch(model: nn.Module) -> nn.Module:
     """Put back exactly what `patch` replaced; returns the model. Does nothing to a model that is not patched.
 
     Weights have storages of their own again, with the values they have now: training in between is kept. Waits for
-    a `dllm_fast.generate` in another thread.
+    a `dllm_fast.generate` in another thread. Raises ValueError for a model that was loaded with rounded weights alone.
     """
     wrapper, model = model, unwrapped(model)
     state = patch_of(model)
@@ -160,6 +162,8 @@ def unpatch(model: nn.Module) -> nn.Module:
         if isinstance(model, nn.Module):
             model.__dict__.pop(STATE, None)  # a shallow copy's, of the model that it was made of
         return wrapper
+    if (kind := loaded_kind(model)) is not None:
+        raise ValueError(f"model: it was loaded with weights={kind!r} and has no weights of its own to go back to")
     with state.pool.lock:
         if model.__dict__.get(STATE) is state:
             _take_out(model.__dict__, state)

@@ -1,7 +1,8 @@
-"""Rounded copies of the weights of the layers' linear products, in e4m3 (`fp8`) or four bits (`int4`).
+"""Rounded weights of the layers' linear products, in e4m3 (`fp8`) or four bits (`int4`).
 
-The model's parameters stay as they are beside the copies, for the model's own forward and for training. The LM head is
-left alone: rounding it as well doubles the error of the shipped models' logits (``bench/rounded.py``).
+Of a model that `patch` rounds they are copies: its parameters stay beside them, for its own forward and for training.
+Of one that was loaded rounded (`shards`) they are all there is. The LM head is left alone: rounding it as well doubles
+the error of the shipped models' logits (``bench/rounded.py``).
 """
 
 import itertools
@@ -18,6 +19,7 @@ from dllm_fast.int4 import Int4
 from dllm_fast.weights import plain, wants_grad
 
 KINDS = {"fp8": Fp8, "int4": Int4}  # by what `patch` calls them
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
 def check(kind: str, model: nn.Module, groups: Iterable[tuple[nn.Module, ...]], device: torch.device) -> None:
@@ -25,7 +27,7 @@ def check(kind: str, model: nn.Module, groups: Iterable[tuple[nn.Module, ...]], 
     require_kind(kind, device)
     names = {module: name for name, module in model.named_modules()}
     for linear in (linear for linears in groups for linear in linears):
-        if not plain(linear):
+        if not isinstance(linear, RoundedLinear) and not plain(linear):
             raise ValueError(f"weights={kind!r}: {names[linear]} is a {class_name(linear)}, not a plain nn.Linear")
 
 
@@ -39,6 +41,62 @@ def require_kind(kind: str, device: torch.device) -> None:
     except (AttributeError, RuntimeError, TypeError) as error:
         lacks = {"fp8": "has no float8_e4m3fn", "int4": "cannot round to four bits"}[kind]
         raise ValueError(f"weights={kind!r}: PyTorch {torch.__version__} {lacks} on {device}") from error
+
+
+@dataclass
+class Held:
+    """The rounded weights of a group of linears, one below the other, that were loaded so."""
+
+    kind: str
+    rows: int = 0
+    matrix: Fp8 | Int4 | None = None  # None while it is being loaded
+
+
+class RoundedLinear(nn.Module):
+    """An ``nn.Linear`` whose weight is some rows of a rounded matrix, and no parameter: it cannot be trained or saved.
+
+    x [..., in] to [..., out], as the model's own forward calls it. Raises ValueError where a gradient is wanted.
+    """
+
+    def __init__(self, linear: nn.Linear, held: Held, first: int):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.bias = linear.bias
+        self.held, self.first = held, first
+        held.rows += linear.out_features
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training or wants_grad([x, *self.parameters()]):
+            raise ValueError(f"model: it was loaded with weights={self.held.kind!r}, which cannot be trained")
+        y = self.held.matrix.take(self.first, self.out_features).product(x, False, "torch")
+        return y if self.bias is None else y + self.bias
+
+    def _apply(self, fn, recurse: bool = True) -> "RoundedLinear":
+        """``.to()`` and its like move the weights as bits: what is not floating-point is not cast to another dtype."""
+        super()._apply(fn, recurse)
+        matrix = self.held.matrix
+        for name, x in vars(matrix).items() if matrix is not None else ():
+            if isinstance(x, torch.Tensor):
+                setattr(matrix, name, fn(x.view(BITS[x.element_size()])).view(x.dtype))
+        return self
+
+    def _save_to_state_dict(self, *args) -> None:
+        super()._save_to_state_dict(*args)
+        if self.held.matrix is not None:
+            raise ValueError(
+                f"model: it was loaded with weights={self.held.kind!r} and holds no weights that could be saved; save "
+                "what it was loaded from"
+            )
+
+    def _load_from_state_dict(self, *args) -> None:
+        if self.held.matrix is not None:
+            raise ValueError(f"model: it was loaded with weights={self.held.kind!r}, which no state dict replaces")
+        super()._load_from_state_dict(*args)
+
+
+def loaded_kind(model: nn.Module) -> str | None:
+    """What a model was loaded with as ``weights``, where it has no others; None where it has its own."""
+    return next((module.held.kind for module in model.modules() if isinstance(module, RoundedLinear)), None)
 
 
 @dataclass
@@ -62,7 +120,8 @@ class Copies:
     def refresh(self, groups: Iterable[tuple[nn.Module, ...]]) -> None:
         """Copy every group anew."""
         for linears in groups:
-            self.copies[linears[0]] = self._copied(linears)
+            if not isinstance(linears[0], RoundedLinear):
+                self.copies[linears[0]] = self._copied(linears)
 
     def __call__(
         self, x: torch.Tensor, *linears: nn.Module, gated: bool = False, impl: str = "torch"
@@ -72,17 +131,21 @@ class Copies:
         if wants_grad(itertools.chain([x], parameters)):
             parts = tuple(linear(x) for linear in linears)
             return (ops.swiglu(*parts, impl=impl),) if gated else parts
+        matrix, widths = self._matrix(linears), [linear.out_features for linear in linears]
+        if not any(linear.bias is not None for linear in linears):
+            y = matrix.product(x, gated, impl)
+            return (y,) if gated else y.split(widths, -1)
+        parts = zip(matrix.product(x, False, impl).split(widths, -1), linears, strict=True)
+        parts = tuple(part if linear.bias is None else part + linear.bias for part, linear in parts)
+        return (ops.swiglu(*parts, impl=impl),) if gated else parts
+
+    def _matrix(self, linears: tuple[nn.Module, ...]) -> Fp8 | Int4:
+        if isinstance(linears[0], RoundedLinear):
+            return linears[0].held.matrix
         copy = self.copies.get(linears[0])
         if not torch.compiler.is_compiling() and (copy is None or copy.stamps != self._stamps(linears)):
             copy = self.copies[linears[0]] = self._copied(linears)
-        if not any(linear.bias is not None for linear in linears):
-            y = copy.matrix.product(x, gated, impl)
-            return (y,) if gated else y.split([linear.out_features for linear in linears], -1)
-        parts = copy.matrix.product(x, False, impl).split([linear.out_features for linear in linears], -1)
-        parts = tuple(
-            part if linear.bias is None else part + linear.bias for part, linear in zip(parts, linears, strict=True)
-        )
-        return (ops.swiglu(*parts, impl=impl),) if gated else parts
+        return copy.matrix
 
     def _stamps(self, linears: tuple[nn.Module, ...]) -> list[tuple]:
         """What changes when a weight does: how often it was written to, where it lies, its type."""

@@ -118,7 +118,16 @@ class LLaDA:
 
     def groups(self) -> Iterator[tuple[nn.Module, ...]]:
         """The linears of the layers that multiply one input, group by group."""
-        for block in self.transformer.blocks:
+        return self._groups(self.transformer)
+
+    @staticmethod
+    def linears(model: nn.Module) -> Iterator[tuple[nn.Module, ...]]:
+        """`groups` of a model, whose weights need not be there."""
+        return LLaDA._groups(model.model.transformer)
+
+    @staticmethod
+    def _groups(transformer: nn.Module) -> Iterator[tuple[nn.Module, ...]]:
+        for block in transformer.blocks:
             yield from (_qkv(block), (block.attn_out,), _gate_up(block), (block.ff_out,))
 
 

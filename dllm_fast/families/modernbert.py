@@ -114,7 +114,12 @@ class ModernBert:
 
     def groups(self) -> Iterator[tuple[nn.Module, ...]]:
         """The linears of the layers, each alone: ``Wqkv`` and ``Wi`` are fused as they come."""
-        for block in self.model.model.layers:
+        return self.linears(self.model)
+
+    @staticmethod
+    def linears(model: nn.Module) -> Iterator[tuple[nn.Module, ...]]:
+        """`groups` of a model, whose weights need not be there."""
+        for block in model.model.layers:
             for linear in (block.attn.Wqkv, block.attn.Wo, block.mlp.Wi, block.mlp.Wo):
                 yield (linear,)
 
