@@ -1,10 +1,12 @@
-"""What e4m3 weights cost in accuracy. ``python bench/rounded.py``
+"""What rounded weights cost in accuracy. ``python bench/rounded.py``
 
-Of both shipped models and of a random LLaDA in bf16: the errors of the logits against fp64, the largest relative to the
-largest logit and the root mean square relative to the logits' own, of the bf16 model itself and with ``weights="fp8"``.
-Weights are rounded alone, as where the chip does not multiply e4m3; or with the rows they multiply, as on Hopper, in
+Of two shipped models and of a random LLaDA in bf16: the errors of the logits against fp64, the largest relative to the
+largest logit and the root mean square relative to the logits' own, of the bf16 model itself and with ``weights="fp8"``
+and ``"int4"``. Weights are rounded alone; or e4m3 ones with the rows they multiply, as whole forwards do on Hopper, in
 PyTorch's own product by rows; and then with the LM head's weight too, which `patch` leaves alone. Beside them at how
-many positions the most probable token changes, and how many tokens of a greedy generate. Ends with one JSON line.
+many positions the most probable token changes, and how many tokens of a greedy generate. Then the share of chains of
+sums (`bench/task.py`) that ``llada-steps`` gets right, and how many of its tokens are those of the model as it is. Ends
+with one JSON line.
 """
 
 import datetime
@@ -14,6 +16,7 @@ import platform
 import subprocess
 from unittest.mock import patch as replaced
 
+import task
 import torch
 import transformers
 from patched import BLOCK, LENGTH, PROMPTS
@@ -25,9 +28,25 @@ from dllm_fast import fp8
 from dllm_fast.families.rows import valid_spans
 from dllm_fast.kernels import reference
 from dllm_fast.patch import bound_family
+from dllm_fast.rounded import KINDS
 from dllm_fast.view import print_table
 
-WAYS = {"bf16": None, "weights": False, "weights, rows": True, "weights, rows, head": True}
+# What is rounded: `patch`'s weights, whether e4m3 rows are too, whether the head is.
+WAYS = {
+    "nothing (bf16)": (None, False, False),
+    "4 bits: weights": ("int4", False, False),
+    "e4m3: weights": ("fp8", False, False),
+    "e4m3: weights, rows": ("fp8", True, False),
+    "e4m3: weights, rows, head": ("fp8", True, True),
+}
+TASK = "llada-steps"
+PROBLEMS, BATCH = 600, 100
+# The task's own NFE are 64 and parts of it; by confidence at a threshold a problem takes what it needs.
+SCHEDULES = {
+    "uniform=32": dllm_fast.Uniform(32),
+    "uniform=16": dllm_fast.Uniform(16),
+    "threshold=0.9": dllm_fast.Threshold(0.9),
+}
 RANDOM = {"d_model": 512, "n_heads": 8, "n_layers": 8, "mlp_hidden_size": 1536, "vocab_size": 4096}
 
 
@@ -68,19 +87,18 @@ def measured(name: str, model, prompts, mask) -> list[dict]:
     truth = wide(ids, attention_mask=mask).logits
     model = wide.bfloat16()  # exact: the weights were bf16
     rows = []
-    for way, by_rows in WAYS.items():
-        weights = None if by_rows is None else "fp8"
-        with replaced.object(fp8, "native", lambda device, by_rows=by_rows: bool(by_rows)):
+    for way, (weights, by_rows, head) in WAYS.items():
+        with replaced.object(fp8, "native", lambda device, by_rows=by_rows: by_rows):
             dllm_fast.unpatch(model)
             dllm_fast.patch(model, weights=weights)
-            logits = logits_of(model, ids, mask, head="head" in way)
+            logits = logits_of(model, ids, mask, head)
             tokens = None
-            if "head" not in way:
+            if not head:
                 tokens = dllm_fast.generate(
                     model, prompts, mask, gen_length=LENGTH, block_length=BLOCK,
                     schedule=dllm_fast.Uniform(LENGTH), cache="none",
                 ).sequences[:, prompts.shape[1] :]  # fmt: skip
-        if way == "bf16":
+        if weights is None:
             own, own_tokens = logits, tokens
         row = {"model": name, "way": way, "positions": int(valid.sum()), "tokens": own_tokens.numel()}
         row["largest"] = float((logits - truth)[valid].abs().max() / truth[valid].abs().max())
@@ -91,16 +109,43 @@ def measured(name: str, model, prompts, mask) -> list[dict]:
     return rows
 
 
+def task_scores() -> list[dict]:
+    """`TASK`'s answers with each kind of weights: how many are right, and how many tokens are the fp32 model's."""
+    model, tokenizer = task.load(TASK)
+    problems, rows = task.problems(PROBLEMS, 2, held_out=True), []
+    for schedule, value in SCHEDULES.items():
+        own = None
+        for dtype, weights in ((torch.float32, None), (torch.bfloat16, None), *((torch.float32, k) for k in KINDS)):
+            dllm_fast.patch(model.to(dtype), weights=weights)
+            found = []
+            for at in range(0, PROBLEMS, BATCH):
+                prompts = [prompt for prompt, _ in problems[at : at + BATCH]]
+                ids = tokenizer(prompts, return_tensors="pt")["input_ids"]
+                out = dllm_fast.generate(
+                    model, ids, gen_length=task.TOKENS, block_length=task.TOKENS, schedule=value, cache="none"
+                )
+                found.append(out.sequences[:, ids.shape[1] :])
+            tokens = torch.cat(found)
+            own = tokens if own is None else own
+            texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+            right = sum(mine == its for mine, (_, its) in zip(texts, problems, strict=True))
+            name = str(dtype).removeprefix("torch.") if weights is None else weights
+            row = {"schedule": schedule, "weights": name, "right": right, "problems": PROBLEMS}
+            rows.append(row | {"same": int((tokens == own).sum()), "tokens": own.numel()})
+        model.float()
+    return rows
+
+
 def main() -> None:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     device = f"{platform.machine()}, {os.cpu_count()} cores, {datetime.date.today()}"
     print(f"{device}, torch {torch.__version__}, transformers {transformers.__version__}, commit {commit}")
     rows = [row for name, case in cases().items() for row in measured(name, *case)]
-    columns = ["model", "rounded to e4m3", "largest error", "rms error", "argmax changed", "greedy tokens changed"]
+    columns = ["model", "rounded", "largest error", "rms error", "argmax changed", "greedy tokens changed"]
     cells = [
         [
             r["model"],
-            "nothing (bf16)" if r["way"] == "bf16" else r["way"],
+            r["way"],
             f"{r['largest']:.1e}",
             f"{r['rms']:.1e}",
             f"{r['argmax_changed']} of {r['positions']}",
@@ -109,7 +154,14 @@ def main() -> None:
         for r in rows
     ]
     print_table(columns, cells, "errors of the logits against fp64; changes against bf16")
-    print(json.dumps({"bench": "fp8", "commit": commit, "rows": rows}))
+    scores = task_scores()
+    cells = [
+        [r["schedule"], r["weights"], f"{r['right'] / r['problems']:.1%}", f"{r['same']} of {r['tokens']}"]
+        for r in scores
+    ]
+    title = f"{TASK}: {PROBLEMS} problems in fp32 but where bfloat16 is said"
+    print_table(["schedule", "weights", "right", "tokens of the fp32 model"], cells, title)
+    print(json.dumps({"bench": "rounded", "commit": commit, "rows": rows, "task": scores}))
 
 
 if __name__ == "__main__":
