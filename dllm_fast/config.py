@@ -23,6 +23,8 @@ SERVED = {
     "linear": {"triton": FEW, "cpp": "up to the rows below"},
     "swiglu_linear": {"triton": FEW},
     "scaled_linear": {"triton": FEW},
+    "int4_linear": {"triton": "few rows of 16 bits"},
+    "widen_int4": {"triton": ""},
     "round_rows": {"triton": ""},
     "attention": {"triton": "", "cpp": ""},
     "rope": {"triton": "", "cpp": ""},

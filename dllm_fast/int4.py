@@ -2,8 +2,8 @@
 
     w[n, k] ~ scale[g, n] (q[n, k] - zero[g, n])        g = k // 128        (`reference_int4.round_int4`)
 
-Few rows on Hopper multiply the q as they are (`kernels/linear_int4.py`): nothing but the weights is rounded. For more
-rows, and elsewhere, the weights are multiplied back to x's dtype: by one kernel, or some rows at a time.
+Few rows of 16 bits in Triton multiply the q as they are (`kernels/linear_int4.py`): nothing but the weights is rounded.
+For more rows one kernel writes the weights out in x's dtype; elsewhere they are multiplied back some rows at a time.
 """
 
 import copy
@@ -45,10 +45,12 @@ class Int4:
 
     def product(self, x: torch.Tensor, gated: bool, impl: str) -> torch.Tensor:
         """`reference.linear` of x [..., K] and the widened weight; [..., N], or [..., N / 2] if ``gated``."""
-        parts = []
-        for first in range(0, len(self.matrix), CHUNK):
-            rows = slice(first, first + CHUNK)
-            part = reference_int4.widen_int4(self.matrix[rows], self.scale[:, rows], self.zero[:, rows], self.width)
-            parts.append(ops.linear(x, part.to(x.dtype), impl=impl))
-        y = torch.cat(parts, -1)
+        if (y := ops.int4_linear(x, self.matrix, self.scale, self.zero, gated, impl)) is not None:
+            return y
+        parts, chunk = [], len(self.matrix) if impl == "triton" else CHUNK
+        for first in range(0, len(self.matrix), chunk):
+            part = self.take(first, chunk)
+            weight = ops.widen_int4(part.matrix, part.scale, part.zero, self.width, x.dtype, impl)
+            parts.append(ops.linear(x, weight, impl=impl))
+        y = torch.cat(parts, -1) if len(parts) > 1 else parts[0]
         return ops.swiglu(*y.chunk(2, -1), impl=impl) if gated else y

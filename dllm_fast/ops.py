@@ -16,12 +16,13 @@ import torch.nn.functional as F
 from torch.torch_version import TorchVersion
 
 from dllm_fast import compiled, compiled_elementwise, matmuls
-from dllm_fast.kernels import reference
+from dllm_fast.kernels import reference, reference_int4
 from dllm_fast.kernels.checks import FLOATS
 
 IMPLS = ("auto", "triton", "cpp", "torch")
 KERNELS = {
     "linear": ("linear", "fits", "counters"),
+    "linear_int4": ("linear_int4", "widen_int4", "fits_int4"),
     "round_rows": ("round_rows",),
     "attention": ("attention",),
     "rope": ("rope",),
@@ -135,6 +136,20 @@ def scaled_linear(x, weight, scale, gated=False, impl="torch"):
     if impl == "triton" and _few_rows(x, weight):
         return _triton().linear(x, weight, scale, gated)
     return None
+
+
+def int4_linear(x, packed, scale, zero, gated=False, impl="torch"):
+    """`reference.linear` of 4-bit weights, where a kernel has it; None where not."""
+    if impl == "triton" and not (torch.is_grad_enabled() and x.requires_grad) and _triton().fits_int4(x, packed):
+        return _triton().linear_int4(x, packed, scale, zero, gated)
+    return None
+
+
+def widen_int4(packed, scale, zero, width, dtype, impl="torch"):
+    """`reference_int4.widen_int4`, rounded to ``dtype``."""
+    if impl == "triton":
+        return _triton().widen_int4(packed, scale, zero, width, dtype)
+    return reference_int4.widen_int4(packed, scale, zero, width).to(dtype)
 
 
 def swiglu_linear(x, weight, impl="torch"):

@@ -177,8 +177,10 @@ import dllm_fast
 def kilobytes(name):  # not ru_maxrss, which a child inherits from its parent
     return int(Path("/proc/self/status").read_text().split(name + ":")[1].split()[0])
 
+weights = None if sys.argv[2] == "None" else sys.argv[2]
+dllm_fast.from_pretrained("llada-steps", weights=weights)  # what is loaded and made once in a process
 before = kilobytes("VmRSS")
-model = dllm_fast.from_pretrained(sys.argv[1], weights=None if sys.argv[2] == "None" else sys.argv[2])
+model = dllm_fast.from_pretrained(sys.argv[1], weights=weights)
 print((kilobytes("VmHWM") - before) * 1024)
 """
 

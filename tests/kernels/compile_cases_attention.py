@@ -3,7 +3,7 @@
 import triton
 from resources import BIG, SHARED_LIMIT, SMALL, Case
 
-from dllm_fast.kernels import attention, glu, linear, norm, rope
+from dllm_fast.kernels import attention, glu, linear, linear_int4, norm, rope
 
 TYPES = {2: "*bf16", 4: "*fp32"}
 
@@ -110,4 +110,20 @@ def _linear():
             )
 
 
-CASES = [*_linear(), *_attention(), *_rope(), *_norm(), *_glu()]
+def _linear_int4():
+    weight = {"weight_ptr": "*i32", "scale_ptr": "*bf16", "zero_ptr": "*u8"}
+    signature = {"x_ptr": "*bf16", **weight, "out_ptr": "*bf16", "part_ptr": "*fp32", "count_ptr": "*i32"}
+    signature |= {"x_stride": "i32:16", "rows": "i32", "N": "i32:16", "K": "i32:16"}
+    for rows, config in linear_int4.CONFIGS.items():
+        constexprs = dict(config)
+        warps, stages = constexprs.pop("num_warps"), constexprs.pop("num_stages")
+        for gated in (False, True):
+            constexprs |= {"GATED": gated, "PACKED": True}
+            name = f"linear int4 {rows}" + " gated" * gated
+            yield Case(name, linear_int4._linear_int4_kernel, signature, dict(constexprs), warps, stages, matrix=True)
+    signature = weight | {"out_ptr": "*bf16", "N": "i32:16", "width": "i32:16"}
+    constexprs = {"BN": linear_int4.WIDEN["BN"]}
+    yield Case("widen int4", linear_int4._widen_int4_kernel, signature, constexprs, linear_int4.WIDEN["num_warps"])
+
+
+CASES = [*_linear(), *_linear_int4(), *_attention(), *_rope(), *_norm(), *_glu()]

@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from dllm_fast import ops
-from dllm_fast.kernels import reference
+from dllm_fast.kernels import reference, reference_int4
 from dllm_fast.kernels.attention import attention
 from dllm_fast.kernels.commit import commit
 from dllm_fast.kernels.glu import geglu, swiglu
 from dllm_fast.kernels.gumbel import gumbel, uniform
 from dllm_fast.kernels.linear import linear
+from dllm_fast.kernels.linear_int4 import linear_int4, widen_int4
 from dllm_fast.kernels.masked_loss import masked_loss
 from dllm_fast.kernels.norm import layer_norm, rms_norm
 from dllm_fast.kernels.predict import predict
@@ -52,6 +53,11 @@ def _scaled_linear():
     return {"x": _normal(5, 256), "weight": weight, "scale": scale[:, 0].contiguous()}
 
 
+def _four_bits():
+    packed, scale, zero = reference_int4.round_int4(_normal(128, 256))
+    return {"packed": packed, "scale": scale, "zero": zero}
+
+
 # A launcher, its arguments, and those whose rows may lie apart. The others are contiguous, and at any address.
 CASES = {
     "rms_norm": (rms_norm, lambda: {"x": _normal(3, 40), "weight": _normal(40), "eps": 1e-5,
@@ -63,6 +69,8 @@ CASES = {
     "round_rows": (round_rows, lambda: {"x": _normal(3, 40)}, ("x",)),
     "linear": (linear, lambda: {"x": _normal(5, 256), "weight": _normal(128, 256)}, ("x",)),
     "linear e4m3": (linear, _scaled_linear, ("x",)),
+    "linear_int4": (linear_int4, lambda: {"x": _normal(5, 256), **_four_bits()}, ("x",)),
+    "widen_int4": (widen_int4, lambda: {**_four_bits(), "width": 250, "dtype": BF16}, ()),
     "rope": (rope, _rope, ("q", "k", "v", "keys", "values")),
     "attention": (attention, lambda: {
         "q": _normal(2, 3, 4, 32), "keys": _normal(2, 9, 2, 32), "values": _normal(2, 9, 2, 32, seed=1),
@@ -89,8 +97,9 @@ LIBRARY = {"predict streamed": ("hidden", "weight", "uncond")}
 
 
 def shifted(x):
-    """``x`` contiguous, one element behind an address of full alignment; e4m3 weights are read in words of four."""
-    by = 4 if x.dtype == torch.float8_e4m3fn else 1
+    """``x`` contiguous, one element behind an address of full alignment; rounded weights are read in words of four
+    bytes."""
+    by = 4 if x.dtype in (torch.float8_e4m3fn, torch.uint8) else 1
     base = torch.empty(x.numel() + 2 * by, dtype=x.dtype, device=x.device)
     return base[by : by + x.numel()].view(x.shape).copy_(x)
 
@@ -135,5 +144,5 @@ def test_each_argument_has_strides_of_its_own(name, device):
 
 def test_no_launcher_is_forgotten():
     """Those that models and the loop call."""
-    launchers = {name for names in ops.KERNELS.values() for name in names} - {"counters", "fits"}
+    launchers = {name for names in ops.KERNELS.values() for name in names} - {"counters", "fits", "fits_int4"}
     assert launchers <= {name.split()[0] for name in CASES}

@@ -1,0 +1,279 @@
+"""A few rows times a weight in four bits: ``y = x W^T``, ``W[n, k] = scale[g, n] (q[n, k] - zero[g, n])``.
+
+The grid, the order of the sums and the gate are `linear.py`'s. A step is one group g of 128 inputs: q - zero is whole
+and exact in 16 bits, the group's products are summed in fp32, and scale multiplies that sum. A word holds 8 q, of 8
+slices of the group's inputs (`reference_int4.round_int4`): x is read slice by slice, and nothing is put in order.
+
+`widen_int4` writes W out, rounded to a dtype, for products of many rows.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from dllm_fast.kernels.chain import chained, start_next, wait_for_inputs
+from dllm_fast.kernels.checks import FLOATS, check_tensors, one_device
+from dllm_fast.kernels.linear import HALVES, ROWS, TILE, _count, _multiprocessors, _store, _sum
+
+GROUP = 128  # inputs that share a scale
+# By rows of x, padded. Not measured: what compiles without spills on every GPU that the kernels are for.
+CONFIGS = {
+    16: {"BM": 16, "BN": 128, "num_warps": 4, "num_stages": 5},
+    32: {"BM": 32, "BN": 128, "num_warps": 8, "num_stages": 4},
+    64: {"BM": 64, "BN": 128, "num_warps": 8, "num_stages": 3},
+}
+PROGRAMS = 2  # on a multiprocessor
+WIDEN = {"BN": 32, "num_warps": 4}
+
+
+@triton.jit
+def _eight(words, zero):
+    """Words [...] int32 of 8 q each, less ``zero`` [...] int32, as eight bf16 [...]: from the lowest bits on.
+
+    ``q | 0x4300`` is 128 + q in bf16; what is then added is - 128 - zero. Both are exact.
+    """
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b32 low, high, t, one, offset;
+        mov.b32 one, 0x3f803f80;
+        prmt.b32 offset, $10, $11, 0x5410;
+        or.b32 offset, offset, 0xc300c300;
+        prmt.b32 low, $8, $9, 0x5410;
+        prmt.b32 high, $8, $9, 0x7632;
+        lop3.b32 t, low, 0x000f000f, 0x43004300, 0xea;
+        fma.rn.bf16x2 $0, t, one, offset;
+        shr.u32 low, low, 4;
+        lop3.b32 t, low, 0x000f000f, 0x43004300, 0xea;
+        fma.rn.bf16x2 $1, t, one, offset;
+        shr.u32 low, low, 4;
+        lop3.b32 t, low, 0x000f000f, 0x43004300, 0xea;
+        fma.rn.bf16x2 $2, t, one, offset;
+        shr.u32 low, low, 4;
+        lop3.b32 t, low, 0x000f000f, 0x43004300, 0xea;
+        fma.rn.bf16x2 $3, t, one, offset;
+        lop3.b32 t, high, 0x000f000f, 0x43004300, 0xea;
+        fma.rn.bf16x2 $4, t, one, offset;
+        shr.u32 high, high, 4;
+        lop3.b32 t, high, 0x000f000f, 0x43004300, 0xea;
+        fma.rn.bf16x2 $5, t, one, offset;
+        shr.u32 high, high, 4;
+        lop3.b32 t, high, 0x000f000f, 0x43004300, 0xea;
+        fma.rn.bf16x2 $6, t, one, offset;
+        shr.u32 high, high, 4;
+        lop3.b32 t, high, 0x000f000f, 0x43004300, 0xea;
+        fma.rn.bf16x2 $7, t, one, offset;
+        }""",
+        "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r,r",
+        [words, zero],
+        dtype=(
+            tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16,
+        ),
+        is_pure=True,
+        pack=2,
+    )  # fmt: skip
+
+
+@triton.jit
+def _one(words, zero, j: tl.constexpr, kind: tl.constexpr):
+    """The j-th of `_eight`, by plain operations, as ``kind``."""
+    return (((words >> (4 * j)) & 15) - zero).to(tl.float32).to(kind)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _linear_int4_kernel(
+    x_ptr,  # [M, K], rows x_stride apart
+    weight_ptr,  # [N, K / 8] int32
+    scale_ptr,  # [K / 128, N] bf16
+    zero_ptr,  # [K / 128, N] uint8
+    out_ptr,  # [M, N], or [M, N / 2] with GATED
+    part_ptr,  # [programs, 2, BN, BM] fp32: what a program leaves of its first tile, and of its last
+    count_ptr,  # [N / BN] int32: programs that have left their part of a tile; 0 before and after
+    x_stride,
+    rows,  # M
+    N,
+    K,
+    GATED: tl.constexpr,
+    PACKED: tl.constexpr,  # by `_eight`
+    CHAINED: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    steps = K // 128  # of a tile
+    total = N // BN * steps
+    first = program * total // programs
+    last = (program + 1) * total // programs
+
+    n = tl.arange(0, BN)  # [BN]
+    c = tl.arange(0, 16)  # [16]
+    m = tl.arange(0, BM)  # [BM]
+    if GATED:
+        source = (n % 2) * (N // 2) + n // 2
+        tile_rows = BN // 2
+    else:
+        source = n
+        tile_rows = BN
+    source = source.to(tl.int64)
+    kind = x_ptr.dtype.element_ty
+    w_at = weight_ptr + source[:, None] * (K // 8) + c[None, :]  # [BN, 16]
+    x_at = x_ptr + tl.minimum(m, rows - 1).to(tl.int64)[:, None] * x_stride + c[None, :]  # [BM, 16]
+
+    if CHAINED:
+        wait_for_inputs()
+        start_next()
+
+    acc = tl.zeros([BN, BM], tl.float32)
+    for i in range(first, last):
+        tile = i // steps
+        group = i - tile * steps
+        at = group * 128
+        words = tl.load(w_at + tl.cast(tile * tile_rows, tl.int64) * (K // 8) + group * 16)  # [BN, 16]
+        place = tl.cast(group, tl.int64) * N + tile * tile_rows + source  # [BN]
+        scale = tl.load(scale_ptr + place).to(tl.float32)  # [BN]
+        zero = tl.load(zero_ptr + place).to(tl.int32)[:, None]  # [BN, 1]
+        if PACKED:
+            w0, w1, w2, w3, w4, w5, w6, w7 = _eight(words, zero)  # [BN, 16] each
+        else:
+            w0, w1 = _one(words, zero, 0, kind), _one(words, zero, 1, kind)
+            w2, w3 = _one(words, zero, 2, kind), _one(words, zero, 3, kind)
+            w4, w5 = _one(words, zero, 4, kind), _one(words, zero, 5, kind)
+            w6, w7 = _one(words, zero, 6, kind), _one(words, zero, 7, kind)
+        y = tl.dot(w0, tl.trans(tl.load(x_at + at)))  # [BN, BM]
+        y = tl.dot(w1, tl.trans(tl.load(x_at + at + 16)), y)
+        y = tl.dot(w2, tl.trans(tl.load(x_at + at + 32)), y)
+        y = tl.dot(w3, tl.trans(tl.load(x_at + at + 48)), y)
+        y = tl.dot(w4, tl.trans(tl.load(x_at + at + 64)), y)
+        y = tl.dot(w5, tl.trans(tl.load(x_at + at + 80)), y)
+        y = tl.dot(w6, tl.trans(tl.load(x_at + at + 96)), y)
+        y = tl.dot(w7, tl.trans(tl.load(x_at + at + 112)), y)
+        acc += y * scale[:, None]
+        if (group + 1 == steps) | (i + 1 == last):
+            begin = tile * steps
+            if (first <= begin) & (group + 1 == steps):
+                _store(
+                    acc, out_ptr, out_ptr, out_ptr, source + tile * tile_rows, tile, rows, N,
+                    GATED, False, False, BM, BN,
+                )  # fmt: skip
+            else:
+                part = program * 2 + (first < begin).to(tl.int32)
+                tl.store(part_ptr + tl.cast(part, tl.int64) * (BN * BM) + n[:, None] * BM + m[None, :], acc)
+            acc = tl.zeros([BN, BM], tl.float32)
+
+    # As in `linear.py`: after the loop, and once every thread's part has been written.
+    tl.debug_barrier()
+    tile = first // steps
+    if (first > tile * steps) | (last < (tile + 1) * steps):
+        _sum(
+            part_ptr, count_ptr, out_ptr, out_ptr, out_ptr, source + tile * tile_rows, tile, steps, total, rows, N,
+            GATED, False, False, BM, BN,
+        )  # fmt: skip
+    final = (last - 1) // steps
+    if (final > tile) & (last < (final + 1) * steps):
+        _sum(
+            part_ptr, count_ptr, out_ptr, out_ptr, out_ptr, source + final * tile_rows, final, steps, total, rows, N,
+            GATED, False, False, BM, BN,
+        )  # fmt: skip
+
+
+@triton.jit
+def _widen_int4_kernel(
+    weight_ptr,  # [N, 16 G] int32
+    scale_ptr,  # [G, N] bf16
+    zero_ptr,  # [G, N] uint8
+    out_ptr,  # [N, width]
+    N,
+    width,
+    BN: tl.constexpr,
+):
+    group, groups = tl.program_id(1), tl.num_programs(1)
+    n = (tl.program_id(0) * BN + tl.arange(0, BN)).to(tl.int64)  # [BN]
+    c = tl.arange(0, 16)  # [16]
+    words = tl.load(weight_ptr + n[:, None] * (groups * 16) + group * 16 + c[None, :], mask=(n < N)[:, None], other=0)
+    place = tl.cast(group, tl.int64) * N + n  # [BN]
+    scale = tl.load(scale_ptr + place, mask=n < N, other=0.0).to(tl.float32)
+    zero = tl.load(zero_ptr + place, mask=n < N, other=0).to(tl.int32)
+    for j in tl.static_range(8):
+        k = group * 128 + j * 16 + c  # [16]
+        w = _one(words, zero[:, None], j, tl.float32) * scale[:, None]  # [BN, 16]
+        inside = (n < N)[:, None] & (k < width)[None, :]
+        tl.store(out_ptr + n[:, None] * width + k[None, :], w.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def fits_int4(x: torch.Tensor, packed: torch.Tensor) -> bool:
+    """Whether `linear_int4` takes these: few rows of half precision, widths of whole tiles and groups."""
+    rows = x.numel() // max(1, x.shape[-1])
+    whole = packed.shape[0] % TILE == 0 and x.shape[-1] % GROUP == 0
+    return 1 <= rows <= ROWS and x.dtype in HALVES and whole and packed.is_contiguous() and x.stride(-1) == 1
+
+
+def _check(packed: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, width: int) -> None:
+    n, groups = packed.shape[0], -(-width // GROUP)
+    check_tensors(
+        packed.device,
+        packed=(packed, [None, GROUP // 2 * groups], (torch.uint8,)),
+        scale=(scale, [groups, n], (torch.bfloat16,)),
+        zero=(zero, [groups, n], (torch.uint8,)),
+    )
+
+
+@torch.library.custom_op("dllm_fast::linear_int4", mutates_args=())
+def linear_int4(
+    x: torch.Tensor,  # [..., K] bf16 or fp16, up to ROWS rows
+    packed: torch.Tensor,  # [N, K / 2] uint8, as `reference_int4.round_int4` has it
+    scale: torch.Tensor,  # [K / 128, N] bf16
+    zero: torch.Tensor,  # [K / 128, N] uint8
+    gated: bool = False,
+) -> torch.Tensor:
+    """`reference.linear` of the widened weight: [..., N], or [..., N / 2] if ``gated``."""
+    check_tensors(packed.device, contiguous=False, x=(x, x.shape, HALVES))
+    n, k = packed.shape[0], x.shape[-1]
+    _check(packed, scale, zero, k)
+    rows = x.numel() // max(1, k)
+    if n % TILE or k % GROUP or not 1 <= rows <= ROWS:
+        raise ValueError(
+            f"x is {list(x.shape)} and packed {list(packed.shape)}: expected 1 to {ROWS} rows and multiples of {TILE} "
+            "channels"
+        )
+    out = torch.empty(*x.shape[:-1], n // 2 if gated else n, dtype=x.dtype, device=x.device)
+    config = CONFIGS[next(size for size in CONFIGS if rows <= size)]
+    tiles = n // config["BN"]
+    programs = min(PROGRAMS * _multiprocessors(x.device), tiles * (k // GROUP))
+    part = torch.empty(programs, 2, config["BN"], config["BM"], dtype=torch.float32, device=x.device)
+    x = x.reshape(rows, k)
+    with torch.cuda.device_of(x):
+        _linear_int4_kernel[(programs,)](
+            x, packed.view(torch.int32), scale, zero, out, part, _count(tiles, x.device), x.stride(0), rows, n, k,
+            GATED=gated, PACKED=x.dtype == torch.bfloat16 and x.is_cuda, **config, **chained(x.device, programs),
+        )  # fmt: skip
+    return out
+
+
+@linear_int4.register_fake
+@one_device
+def _(x, packed, scale, zero, gated=False):
+    return x.new_empty(*x.shape[:-1], packed.shape[0] // 2 if gated else packed.shape[0])
+
+
+@torch.library.custom_op("dllm_fast::widen_int4", mutates_args=())
+def widen_int4(
+    packed: torch.Tensor,  # [N, 64 G] uint8
+    scale: torch.Tensor,  # [G, N] bf16
+    zero: torch.Tensor,  # [G, N] uint8
+    width: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """`reference_int4.widen_int4`, [N, width], rounded to ``dtype``."""
+    _check(packed, scale, zero, width)
+    if dtype not in FLOATS:
+        raise ValueError(f"dtype={dtype} is not one of {', '.join(map(str, FLOATS))}")
+    out = torch.empty(packed.shape[0], width, dtype=dtype, device=packed.device)
+    grid = triton.cdiv(packed.shape[0], WIDEN["BN"]), -(-width // GROUP)
+    with torch.cuda.device_of(packed):
+        _widen_int4_kernel[grid](packed.view(torch.int32), scale, zero, out, packed.shape[0], width, **WIDEN)
+    return out
+
+
+@widen_int4.register_fake
+@one_device
+def _(packed, scale, zero, width, dtype):
+    return packed.new_empty(packed.shape[0], width, dtype=dtype)
