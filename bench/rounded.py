@@ -40,13 +40,8 @@ WAYS = {
     "e4m3: weights, rows, head": ("fp8", True, True),
 }
 TASK = "llada-steps"
-PROBLEMS, BATCH = 600, 100
-# The task's own NFE are 64 and parts of it; by confidence at a threshold a problem takes what it needs.
-SCHEDULES = {
-    "uniform=32": dllm_fast.Uniform(32),
-    "uniform=16": dllm_fast.Uniform(16),
-    "threshold=0.9": dllm_fast.Threshold(0.9),
-}
+PROBLEMS, BATCH = 300, 100
+SCHEDULES = {"uniform=16": dllm_fast.Uniform(16), "threshold=0.9": dllm_fast.Threshold(0.9)}
 RANDOM = {"d_model": 512, "n_heads": 8, "n_layers": 8, "mlp_hidden_size": 1536, "vocab_size": 4096}
 
 

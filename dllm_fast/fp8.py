@@ -17,6 +17,7 @@ from dllm_fast import ops
 from dllm_fast.kernels import reference
 
 CHUNK = 1024  # rows of a weight that are wide at once: 1024 x 12,288 in bf16 is 25 MB
+AT_ONCE = 128  # rows that are rounded at once, in fp32
 
 
 class Fp8:
@@ -38,8 +39,8 @@ class Fp8:
 
     def write(self, first: int, weight: torch.Tensor) -> None:
         """Round the rows of ``weight`` [n, K], any float dtype, into those from ``first`` on."""
-        for done in range(0, len(weight), CHUNK):
-            part = weight[done : done + CHUNK]
+        for done in range(0, len(weight), AT_ONCE):
+            part = weight[done : done + AT_ONCE]
             to = slice(first + done, first + done + len(part))
             self.matrix[to], self.scale[to] = reference.round_rows(part)
 

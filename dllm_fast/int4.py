@@ -14,6 +14,7 @@ from dllm_fast import ops
 from dllm_fast.kernels import reference_int4
 
 CHUNK = 1024  # rows of a weight that are wide at once
+AT_ONCE = 128  # rows that are rounded at once, in fp32
 
 
 class Int4:
@@ -38,8 +39,8 @@ class Int4:
 
     def write(self, first: int, weight: torch.Tensor) -> None:
         """Round the rows of ``weight`` [n, K], any float dtype, into those from ``first`` on."""
-        for done in range(0, len(weight), CHUNK):
-            part = weight[done : done + CHUNK]
+        for done in range(0, len(weight), AT_ONCE):
+            part = weight[done : done + AT_ONCE]
             to = slice(first + done, first + done + len(part))
             self.matrix[to], self.scale[:, to], self.zero[:, to] = reference_int4.round_int4(part)
 
