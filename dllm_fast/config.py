@@ -174,5 +174,9 @@ def _model(model: torch.nn.Module) -> Iterator[str]:
         if (kind := loaded_kind(state.model)) is not None:
             weights = f"{kind} weights, which it was loaded with"
         yield f"{inside}patched with impl={state.impl!r}, here {NAMES[state.family.impl]}; multiplies {weights}"
+        if state.pool.failure is not None:
+            yield f"its steps go on without CUDA graphs where recording failed, last by {state.pool.failure}"
+        elif len(state.pool):
+            yield f"keeps the CUDA graphs of {len(state.pool)} shapes of batches"
     if not patched:
         yield "not patched"

@@ -21,7 +21,7 @@ import torch
 from dllm_fast import ops
 from dllm_fast.cache import BlockCache
 from dllm_fast.device import download, upload
-from dllm_fast.graphs import Graphs
+from dllm_fast.graphs import Graphs, records
 from dllm_fast.refresh import Drift, Refresh
 from dllm_fast.remask import STAYS, Committed, Remask, ranks
 from dllm_fast.schedules import Schedule
@@ -82,6 +82,7 @@ class Engine:
         self.counts = [Counts() for _ in range(rows)]  # of each row in the last block
         self.lengths = [slots] * rows  # of each row's sequence, which ends at the last slot
         self.firsts = [0] * rows  # each row's position at which its live block begins
+        self.idle = [False] * rows  # rows that nobody waits for
         long = functools.partial(torch.zeros, dtype=torch.int64, device=device)
         self.canvas = long((rows, slots))
         self.open = torch.zeros((rows, slots), dtype=torch.bool, device=device)  # to be filled, or filled by us
@@ -104,15 +105,15 @@ class Engine:
             self.cache = BlockCache(*shape, self.weight.dtype, device, width)
         # What the few-row matmuls count in: a step has it to itself.
         self.arrivals = long(ARRIVALS, dtype=torch.int32) if family.impl == "triton" else None
-        self.graphs = Graphs(device.type == "cuda" and family.impl == "triton", device)
+        self.graphs = Graphs(records(device, family.impl), device)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its cache, which is all of it that is large."""
-        return 0 if self.cache is None else self.cache.nbytes
+        """Bytes of its cache and its graphs, which is all of it that is large."""
+        return self.graphs.nbytes + (0 if self.cache is None else self.cache.nbytes)
 
     def load(self, rows: list) -> None:
-        """Write the sequences of ``rows`` (`request.Row`) into the canvas, as they stand."""
+        """Write the sequences of ``rows`` (`request.Row`) into the canvas, as they stand; one that is done is idle."""
         shape = (len(rows), self.slots)
         canvas, open_ = (torch.zeros(shape, dtype=dtype, device="cpu") for dtype in (torch.int64, torch.bool))
         for b, row in enumerate(rows):
@@ -121,6 +122,7 @@ class Engine:
         self.canvas.copy_(upload(canvas, self.device))
         self.open.copy_(upload(open_, self.device))
         self.lengths = [len(row.ids) for row in rows]
+        self.idle = [row.done for row in rows]
         self.pad.copy_(upload(on_host([self.slots - length for length in self.lengths]), self.device))
         self.row.copy_(upload(on_host([row.noise for row in rows]), self.device))
         self.bad.fill_(GOOD)
@@ -160,7 +162,7 @@ class Engine:
             steps = range(self.live + (self.options.block_length if self.options.remask else 0))
         # How far the longest suffix goes, which is what a prefix cache's evaluations depend on, and others do not.
         tail = self.slots - int(slot.min()) if self.options.cache == "prefix" else 0
-        going = torch.ones_like(fresh)  # [B], on the host
+        going = ~on_host(self.idle, torch.bool)  # [B]
         begun = torch.zeros_like(fresh)
         for n, step in enumerate(steps):
             self.step.fill_(step)
@@ -184,9 +186,10 @@ class Engine:
 
     def _first(self, going: torch.Tensor, begins: torch.Tensor, fresh: torch.Tensor, tail: int) -> None:
         """A step at which rows begin a block, by a full forward where they are fresh, else by the refresh's window."""
-        if bool((begins & fresh).all()):
+        idle = on_host(self.idle, torch.bool)
+        if bool((begins & fresh | idle).all()):
             self._run("full", tail, going)
-        elif bool((begins & ~fresh).all()) and not isinstance(self.options.refresh, Drift):
+        elif bool((begins & ~fresh | idle).all()) and not isinstance(self.options.refresh, Drift):
             self._run("window", tail, going)
         else:
             self._mixed(going, begins, fresh, tail)

@@ -7,6 +7,11 @@ from collections.abc import Callable, Hashable
 import torch
 
 
+def records(device: torch.device, impl: str) -> bool:
+    """Whether an engine's steps are recorded: on a GPU whose ops are all kernels."""
+    return device.type == "cuda" and impl == "triton"
+
+
 class Graphs:
     """Runs functions that read and write static buffers alone and never wait for the device.
 
@@ -14,9 +19,12 @@ class Graphs:
     is recorded, and from then on it is one launch. Elsewhere every run is eager.
     """
 
+    recordings = 0  # of this process
+
     def __init__(self, enabled: bool, device: torch.device):
         self.enabled, self.device = enabled, device
         self.failure: str | None = None  # why recording was given up
+        self.nbytes = 0  # of the device's memory that the graphs hold for themselves
         self._graphs, self._pool, self._stream = {}, None, None
 
     def run(self, key: Hashable, step: Callable[[], None]) -> None:
@@ -45,7 +53,7 @@ class Graphs:
         # it sees no step, and replays would change nothing. Within a stream its GPU is current.
         self._stream = self._stream or torch.cuda.Stream(self.device)
         # A collection may free another engine's graphs, which CUDA forbids while it records.
-        collects = gc.isenabled()
+        collects, before = gc.isenabled(), torch.cuda.memory_reserved(self.device)
         gc.disable()
         try:
             # thread_local: another thread may allocate on the device while this one records.
@@ -63,9 +71,11 @@ class Graphs:
             if collects:
                 gc.enable()
         self._pool = graph.pool()
+        self.nbytes += max(0, torch.cuda.memory_reserved(self.device) - before)
+        Graphs.recordings += 1
         return graph
 
     def release(self) -> None:
         """Free the graphs now, not when a collection comes by."""
         self._graphs.clear()
-        self._pool = None
+        self._pool, self.nbytes = None, 0

@@ -41,10 +41,10 @@ def available(device: torch.device) -> int | None:
     return None
 
 
-def fits(family, options: Options, rows: int, slots: int, spare: int) -> bool:
-    """Whether a batch of this shape fits into what is free, as far as there is any telling."""
+def fits(family, options: Options, rows: int, slots: int, spare: int, held: int) -> bool:
+    """Whether a batch of this shape fits into what is free, less ``held`` bytes, as far as there is any telling."""
     there = available(family.head()[0].device)
-    return there is None or need(family, options, rows, slots, spare) <= there
+    return there is None or need(family, options, rows, slots, spare) <= there - held
 
 
 def require_memory(family, options: Options, rows: int, slots: int, spare: int) -> None:

@@ -17,10 +17,11 @@ class Pool:
     A copy of a model starts with an empty pool: graphs belong to the weights they were recorded on.
     """
 
-    SHARE = 0.125  # of the device's memory that the kept engines' caches may take, beside the newest one
+    SHARE = 0.125  # of the device's memory that kept engines and their graphs may take, beside the newest one
 
     def __init__(self):
         self.lock = threading.RLock()
+        self.failure: str | None = None  # of the last recording that failed
         self._engines: dict[Hashable, object] = {}
 
     def __deepcopy__(self, memo) -> "Pool":
@@ -29,12 +30,24 @@ class Pool:
     def __reduce__(self):
         return Pool, ()
 
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._engines
+
+    def __len__(self) -> int:
+        return len(self._engines)
+
+    @property
+    def recorded(self) -> int:
+        """Bytes of graphs' own memory, which PyTorch counts as free and no one else can have."""
+        return sum(engine.graphs.nbytes for engine in self._engines.values())
+
     def take(self, key: Hashable):
         """The engine of that key, which is then the caller's alone; None if there is none."""
         return self._engines.pop(key, None)
 
     def give(self, key: Hashable, engine) -> None:
         """Keep an engine, if it holds graphs. Those given longest ago go until the rest are within `SHARE`."""
+        self.failure = engine.graphs.failure or self.failure
         if not engine.graphs.enabled:
             return
         with self.lock:

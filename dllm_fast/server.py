@@ -13,12 +13,14 @@ import torch
 
 from dllm_fast.device import as_written
 from dllm_fast.engine import Engine, on_host
+from dllm_fast.graphs import records
 from dllm_fast.kernels import reference
 from dllm_fast.memory import fits, require_memory
 from dllm_fast.pool import Pool
 from dllm_fast.request import Request, Row
 from dllm_fast.weights import stamp
 
+STEP = 64  # slots are a multiple of it where steps are recorded, so that prompts of many lengths share a recording
 SHRINK = 0.75  # an engine gives way to a smaller one when the rows fit in this share of its slots
 PLAN_STEP = (1 << 32) - 1  # the step number under which a schedule's own draws are made; no step of a block has it
 
@@ -32,24 +34,24 @@ class Server:
         self.finished = [row for row in rows if row.done]  # nothing to fill
         self.waiting = sorted((row for row in rows if not row.done), key=lambda row: -len(row.ids))
         self.seated: list[Row] = []
+        self.going: list[Row] = []  # those of them that are not done
         self.engine = self.key = None
+        self.recorded = records(self.device, family.impl)
         self.stream = None if streamer is None else _Stream(streamer, rows[0])
         self.seats = min(seats, len(self.waiting))
         if self.seats:
-            plan = self._plan(self.waiting, self.seats)[:3]
-            if not fits(self.family, request.options, *plan):
-                self.pool.clear()
-            require_memory(self.family, request.options, *plan)
+            self._require_memory(self._plan(self.waiting, self.seats))
 
     def serve(self) -> Iterator[Row]:
         """Yield rows as they are done. Threads take turns, a block each; every run has buffers of its own."""
         yield from self.finished
-        while self.waiting or not all(row.done for row in self.seated):
+        while self.waiting or not all(row.done for row in self.going):
             # The buffers of an engine that is kept are ordinary tensors, whatever mode the call comes in.
             with torch.inference_mode(False), torch.no_grad(), as_written(self.device), self.pool.lock:
-                self._seat()
+                if not self.going or any(row.done for row in self.going):
+                    self._seat()
                 self._block()
-            yield from (row for row in self.seated if row.done)
+            yield from (row for row in self.going if row.done)
         if self.engine is not None:
             self.pool.give(self.key, self.engine)
         if self.stream is not None:
@@ -63,26 +65,38 @@ class Server:
             firsts = [slots - len(row.ids) + first for row in rows for first, _ in row.blocks]
             if seats > 1:
                 spare += max(firsts) - min(firsts)
+        if self.recorded:
+            return seats, -(-slots // STEP) * STEP, -(-spare // STEP) * STEP, True
         return seats, slots, spare, any(len(row.ids) < slots for row in rows)
+
+    def _key(self, plan: tuple[int, int, int, bool]) -> tuple:
+        """Of an engine in the pool. Graphs hold addresses: of weights, and of what was made from them."""
+        return self.request.options, plan, tuple(map(stamp, self.parameters))
+
+    def _require_memory(self, plan: tuple[int, int, int, bool]) -> None:
+        """Raise MemoryError if a new engine would not fit even without those that the pool keeps."""
+        if self._key(plan) in self.pool:
+            return
+        if not fits(self.family, self.request.options, *plan[:3], self.pool.recorded):
+            self.pool.clear()
+        require_memory(self.family, self.request.options, *plan[:3])
 
     def _seat(self) -> None:
         """Give the seats of rows that are done to rows that wait; where none waits, do without those seats."""
-        before, self.seated, stayed = self.seated, [], []
-        for seat in range(len(before) or self.seats):
-            row = before[seat] if before else None
+        rows = list(self.seated) or [None] * self.seats
+        for seat, row in enumerate(rows):
             if (row is None or row.done) and self.waiting:
-                row = self.waiting.pop(0)
-            if not row.done:
-                self.seated.append(row)
-                stayed.append(seat)
-        if self.seated == before:
-            return
-        plan = self._plan(self.seated + self.waiting, len(self.seated))
+                rows[seat] = self.waiting.pop(0)
+        self.going = [row for row in rows if not row.done]
+        stayed = self._stay(rows)
+        # An idle seat goes along with the first row, and has nothing to fill.
+        ids = self.going[0].ids
+        idle = Row(-1, 0, ids, torch.zeros_like(ids, dtype=torch.bool), [], self.request.options.mask_id)
+        self.seated = [idle if rows[seat].done else rows[seat] for seat in stayed]
+        plan = self._plan(self.going + self.waiting, len(stayed))
         old = self.engine
-        if old is None or len(self.seated) < old.rows or plan[1] <= SHRINK * old.slots:
-            # Graphs hold addresses: of weights, and of what was made from them.
-            stamps = tuple(map(stamp, self.parameters))
-            key = (self.request.options, plan, stamps)
+        if old is None or len(stayed) < old.rows or plan[1] <= SHRINK * old.slots:
+            key = self._key(plan)
             self.engine = self.pool.take(key) or Engine(self.family, self.request.options, *plan)
             if old is not None:
                 self.engine.take_over(old, stayed)
@@ -91,11 +105,21 @@ class Server:
             self.engine.seed.fill_(self.request.seed)
         self.engine.load(self.seated)
 
+    def _stay(self, rows: list[Row]) -> list[int]:
+        """Which seats stay: those that are taken; where steps are recorded others too, until half of all would do."""
+        taken = [seat for seat, row in enumerate(rows) if not row.done]
+        seats = len(rows) if self.recorded else len(taken)
+        while seats // 2 >= len(taken):
+            seats //= 2
+        idle = [seat for seat, row in enumerate(rows) if row.done]
+        return sorted(taken + idle[: seats - len(taken)])
+
     def _block(self) -> None:
         """Fill each seated row's next block."""
-        engine, rows = self.engine, self.seated
+        engine = self.engine
+        rows = [self.going[0] if row.done else row for row in self.seated]
         slot = on_host([max(0, row.blocks[row.next][0] + engine.slots - len(row.ids)) for row in rows])
-        masked = on_host([row.blocks[row.next][1] for row in rows])
+        masked = on_host([0 if row.done else row.blocks[row.next][1] for row in self.seated])
         blocks = on_host([len(row.blocks) for row in rows])
         draw = functools.partial(self._draw, slot, masked)
         plan = self.request.options.schedule.counts(masked, blocks, draw)
@@ -106,10 +130,11 @@ class Server:
             self.stream.flush()
             draft = functools.partial(self.stream.draft, engine, int(slot[0]) + engine.live)
         engine.block(slot, number, plan, fresh, draft)
-        for row, counts in zip(rows, engine.counts, strict=True):
-            row.counts.add(counts)
-            row.next += 1
-        if self.request.eos_ids or self.stream is not None or any(row.done for row in rows):
+        for row, counts in zip(self.seated, engine.counts, strict=True):
+            if not row.done:
+                row.counts.add(counts)
+                row.next += 1
+        if self.request.eos_ids or self.stream is not None or any(row.done for row in self.going):
             self._take_in()
 
     def _draw(self, slot: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:

@@ -30,7 +30,7 @@ class Replays:
     traced = 0
 
     def __init__(self, enabled, device):
-        self.enabled, self._steps = True, {}
+        self.enabled, self.failure, self.nbytes, self._steps = True, None, 0, {}
 
     def release(self):
         self._steps.clear()
@@ -127,11 +127,12 @@ def test_engines_with_graphs_are_kept_for_the_next_call_of_their_shape(llada, id
             released.append(self)
 
     monkeypatch.setattr("dllm_fast.engine.Graphs", lambda enabled, device: Eager(True, device))
+    monkeypatch.setattr("dllm_fast.server.records", lambda device, impl: True)
     monkeypatch.setattr("dllm_fast.pool.total_memory", lambda device: 3 * row / Pool.SHARE)
     dllm_fast.patch(llada)
     options = {"gen_length": 8, "block_length": 8}
     family = bound_family(llada)
-    row = 2 * family.layers * 32 * family.kv_heads * family.head_dim * 4  # bytes of a row's cache
+    row = 2 * family.layers * 64 * family.kv_heads * family.head_dim * 4  # bytes of a row's cache
     for n in (1, 2, 1, 2, 3, 1):
         dllm_fast.generate(llada, ids[:n], **options)
     # One of 1 row and one of 2 fit together; that of 3 rows leaves no room for either, nor they for it.
