@@ -34,6 +34,7 @@ from bench.harness import (
     spread,
 )
 from bench.peers import find_peers, twin
+from dllm_fast.graphs import Graphs
 from dllm_fast.view import print_table
 
 OURS = ("none", "prefix", "dual")
@@ -174,8 +175,12 @@ def measure(options, model, rounded, batch: int, device: torch.device) -> dict:
         print(line)
     if device.type == "cuda":
         interleave(runs, 1, device)  # a step's second run records its graph
+    before = Graphs.recordings
     times = interleave(runs, options.rounds, device)
+    recordings = Graphs.recordings - before
+    print(f"CUDA graphs: {before} recorded beforehand, {recordings} in the timed rounds")
     print_runs(times, found, batch * job.gen_length)
+    print("graphs recorded in the timed runs: 0 (a run that records one is timed again)")
     for name in BARE:
         print(f"ours dual takes {spread(times['ours dual'].over(times[name]))} times {name}")
     print_duals(times, [peer.name for peer in peers if peer.cache == "dual"])
@@ -190,7 +195,7 @@ def measure(options, model, rounded, batch: int, device: torch.device) -> dict:
     return {
         "batch": batch, "prompt": shape.prompt, "gen_length": job.gen_length, "schedule": str(job.schedule),
         "seconds": {name: timed.seconds for name, timed in times.items()}, "found": found, "not_run": lines + failed,
-        "steps": taken, "shares_ms": shares,
+        "steps": taken, "shares_ms": shares, "recordings": recordings,
     }  # fmt: skip
 
 

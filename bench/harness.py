@@ -14,6 +14,7 @@ import transformers
 
 import dllm_fast
 from dllm_fast import LLaDAConfig, LLaDAModelLM, schedules
+from dllm_fast.graphs import Graphs
 
 # Times the standard deviation 1 / sqrt(fan in) of a weight.
 GAINS = {"attn_out": 2.0, "model.transformer.ff_out.weight": 6.0}
@@ -203,14 +204,25 @@ def interleave(
     """Each of ``runs`` once a round, beginning with another one in each, so that none is always first.
 
     ``before`` is called with a run's name, untimed, before each of its runs.
+    A run that recorded a CUDA graph is timed again: none of the times holds a recording.
     """
     times = {name: Timed() for name in runs}
     names = list(runs)
     for n in range(rounds):
         for name in names[n % len(names) :] + names[: n % len(names)]:
             before(name)
-            times[name].seconds.append(clock(runs[name], device))
+            times[name].seconds.append(_steady(runs[name], device))
     return times
+
+
+def _steady(run: Callable[[], object], device: torch.device) -> float:
+    """Seconds of a run that records nothing. Raises RuntimeError where every one of five does."""
+    for _ in range(5):
+        recordings = Graphs.recordings
+        seconds = clock(run, device)
+        if Graphs.recordings == recordings:
+            return seconds
+    raise RuntimeError("each of five runs recorded a CUDA graph anew: its engine is not kept")
 
 
 def spread(values: list[float], digits: int = 2, scale: float = 1.0) -> str:

@@ -8,6 +8,7 @@ from rows import alone, draw_request, seated, together
 from tiny import EOS, MASK, make_llada, make_modernbert
 
 import dllm_fast
+from bench.harness import interleave
 from dllm_fast import Drift, Threshold, Uniform, Window
 from dllm_fast import server as server_module
 from dllm_fast.engine import Engine
@@ -39,8 +40,18 @@ def recorded(monkeypatch):
     return lambda: Counted.recorded
 
 
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", range(8))
 def test_layouts_of_recorded_steps_change_no_tokens(seed, monkeypatch):
+    check_layouts(seed, monkeypatch)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(100, 160))
+def test_layouts_of_recorded_steps_change_no_tokens_of_many_requests(seed, monkeypatch):
+    check_layouts(seed, monkeypatch)
+
+
+def check_layouts(seed, monkeypatch):
     """Slots rounded up, and seats that stay empty, for prompts alone, in a batch, and through seats."""
     rng = random.Random(seed)
     make = rng.choice([make_llada, make_modernbert])
@@ -81,9 +92,11 @@ def test_an_empty_seat_is_idle(schedule, refresh, monkeypatch):
         (own,) = dllm_fast.generate_many(model, [prompt], noise_rows=[row], **options)
         assert torch.equal(own.sequence, many[row].sequence) and own.nfe == many[row].nfe
     shapes.clear()
-    four = list(dllm_fast.generate_many(model, [prompts[3], prompts[0], prompts[4], prompts[3]], 4, **options))
-    assert [(rows, sum(idle)) for rows, _, idle in shapes] == [(4, 0), (4, 1), (1, 0)]
-    assert four[2].nfe == many[4].nfe or schedule == Uniform(6)
+    rows = [3, 0, 4, 3]
+    four = dllm_fast.generate_many(model, [prompts[row] for row in rows], 4, noise_rows=rows, **options)
+    for row, done in zip(rows, four, strict=True):
+        assert torch.equal(done.sequence, many[row].sequence) and done.nfe == many[row].nfe
+    assert [(seats, sum(idle)) for seats, _, idle in shapes] == [(4, 0), (4, 1), (1, 0)]
 
 
 LENGTHS = range(25, 234)  # of GSM8K's test questions, in tokens of the shipped llada-gsm8k
@@ -112,3 +125,89 @@ def test_at_most_a_dozen_recordings_over_gsm8k(recorded, monkeypatch, batch, opt
     if batch == 1:
         assert recorded() == before, "all of them are kept"
     assert len(bound_pool(model)) <= 12
+
+
+def test_an_engine_serves_calls_in_and_out_of_inference_mode(recorded):
+    model = dllm_fast.patch(make_llada(), impl="torch")
+    ids, options = torch.full((1, 9), 7), {"gen_length": 16, "block_length": 8, "schedule": Uniform(4)}
+    expected = dllm_fast.generate(model, ids, **options).sequences
+    bound_pool(model).clear()
+    for inside in (True, False, True):
+        with torch.inference_mode(inside):
+            assert torch.equal(dllm_fast.generate(model, ids, **options).sequences, expected)
+        assert len(bound_pool(model)) == 1
+    model.model.transformer.ff_out.weight.sum().backward()  # what was read in inference mode can still be trained
+
+
+def test_memory_that_the_pool_holds_is_given_back_before_a_batch_is_refused(recorded, monkeypatch):
+    """Graphs keep memory that PyTorch counts as free: a batch that needs it gets it."""
+    model = dllm_fast.patch(make_llada(), impl="torch")
+    options = {"gen_length": 8, "block_length": 8}
+    dllm_fast.generate(model, torch.full((1, 9), 7), **options)
+    (engine,) = bound_pool(model)._engines.values()
+    monkeypatch.setattr("dllm_fast.memory.need", lambda *shape: 100)
+    monkeypatch.setattr("dllm_fast.memory.available", lambda device: 120)
+    engine.graphs.nbytes = 20
+    dllm_fast.generate(model, torch.full((2, 9), 7), **options)
+    assert len(bound_pool(model)) == 2, "it fits beside what is kept"
+    engine.graphs.nbytes = 21
+    dllm_fast.generate(model, torch.full((3, 9), 7), **options)
+    assert len(bound_pool(model)) == 1, "what was kept has made room"
+    monkeypatch.setattr("dllm_fast.memory.available", lambda device: 99)
+    dllm_fast.generate(model, torch.full((3, 9), 7), **options)  # its engine is there, and needs nothing
+    with pytest.raises(MemoryError, match="2 rows of"):
+        dllm_fast.generate(model, torch.full((2, 9), 7), **options)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_kept_engine_serves_calls_in_and_out_of_inference_mode(recorded, ids, first):
+    model = dllm_fast.patch(make_llada(), impl="torch")
+    options = {"gen_length": 16, "block_length": 8, "schedule": Uniform(4)}
+    with torch.inference_mode(first):
+        expected = dllm_fast.generate(model, ids, **options).sequences
+    kept = recorded()
+    with torch.inference_mode(not first):
+        assert torch.equal(dllm_fast.generate(model, ids, **options).sequences, expected)
+    assert recorded() == kept > 0 and len(bound_pool(model)) == 1
+
+
+def test_show_config_tells_of_recordings(recorded, ids, capsys):
+    model = dllm_fast.patch(make_llada(), impl="torch")
+    for rows in (1, 2):
+        dllm_fast.generate(model, ids[:rows], gen_length=8, block_length=8)
+    dllm_fast.show_config(model)
+    assert "keeps the CUDA graphs of 2 shapes of batches" in capsys.readouterr().out
+    bound_pool(model).failure = "ValueError: no such kernel"
+    dllm_fast.show_config(model)
+    assert "without CUDA graphs where recording failed, last by ValueError: no such kernel" in capsys.readouterr().out
+
+
+def test_an_engine_that_is_kept_needs_no_memory_of_its_own(recorded, ids, monkeypatch):
+    """What is free beside it would not hold another: it is used again, and no other is let go for it."""
+    model = dllm_fast.patch(make_llada(), impl="torch")
+    options = {"gen_length": 16, "block_length": 8}
+    expected = dllm_fast.generate(model, ids, **options).sequences
+    kept = recorded()
+    monkeypatch.setattr("dllm_fast.memory.available", lambda device: 1 << 10)
+    assert torch.equal(dllm_fast.generate(model, ids, **options).sequences, expected) and recorded() == kept
+    with pytest.raises(MemoryError, match="1 rows of 64 positions"):
+        dllm_fast.generate(model, ids[:1], **options)
+    assert len(bound_pool(model)) == 0, "what was kept was given back before"
+
+
+def test_a_timed_run_that_records_is_timed_again(monkeypatch):
+    monkeypatch.setattr(Graphs, "recordings", 0)
+    runs = []
+
+    def run():
+        runs.append(1)
+        Graphs.recordings += len(runs) < 3
+
+    times = interleave({"run": run}, 2, torch.device("cpu"))
+    assert len(runs) == 4 and len(times["run"].seconds) == 2
+
+    def forgetful():
+        Graphs.recordings += 1
+
+    with pytest.raises(RuntimeError, match="recorded a CUDA graph anew"):
+        interleave({"run": forgetful}, 1, torch.device("cpu"))
