@@ -28,7 +28,10 @@ from dllm_fast import (
 )  # fmt: skip
 from dllm_fast.graphs import Graphs
 
-pytestmark = needs_triton
+pytestmark = [
+    needs_triton,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's own recordings are tried there"),
+]
 SMALL = {
     "llada": lambda: make_llada(n_layers=2, d_model=32, n_heads=2, n_kv_heads=1, mlp_hidden_size=32),
     "modernbert": lambda: make_modernbert(num_hidden_layers=2, hidden_size=32, intermediate_size=32),
