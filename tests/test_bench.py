@@ -340,3 +340,11 @@ def test_without_a_gpu_the_round_says_so(monkeypatch, capsys):
     assert gpu.main() == 2 and "no CUDA device" in capsys.readouterr().err
     monkeypatch.setattr(sys, "argv", ["sanitize.py"])
     assert sanitize.main() == 0 and "skipped" in capsys.readouterr().out
+
+
+def test_pieces_of_the_gpu_round_fit_into_slices_of_eight_minutes():
+    """And name files that are there."""
+    for name, (limit, command) in gpu.PIECES.items():
+        assert limit <= 480, name
+        for path in (word for word in command.split() if word.endswith(".py")):
+            assert (gpu.ROOT / path).exists(), name
