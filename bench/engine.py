@@ -178,9 +178,8 @@ def measure(options, model, rounded, batch: int, device: torch.device) -> dict:
     before = Graphs.recordings
     times = interleave(runs, options.rounds, device)
     recordings = Graphs.recordings - before
-    print(f"CUDA graphs: {before} recorded beforehand, {recordings} in the timed rounds")
+    print(f"CUDA graphs: {before} recorded beforehand, {recordings} in runs that were timed again for it")
     print_runs(times, found, batch * job.gen_length)
-    print("graphs recorded in the timed runs: 0 (a run that records one is timed again)")
     for name in BARE:
         print(f"ours dual takes {spread(times['ours dual'].over(times[name]))} times {name}")
     print_duals(times, [peer.name for peer in peers if peer.cache == "dual"])
