@@ -67,7 +67,8 @@ def _report(model: torch.nn.Module | None) -> Iterator[str]:
 def _versions() -> Iterator[str]:
     for name in PACKAGES:
         try:
-            version = importlib.metadata.version(name)
+            # A wheel's file may leave out of torch's version what it was built for (+cpu, +cu130).
+            version = torch.__version__ if name == "torch" else importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             version = "not installed"
         yield f"{name} {version}"

@@ -10,8 +10,6 @@ from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from dllm_fast import ops
-from dllm_fast.bypass import departure
-from dllm_fast.families import LLaDA, ModernBert
 from dllm_fast.families.rows import valid_spans
 
 STATE = "_dllm_fast"  # the attribute of a patched model that holds its `patch._Patch`
@@ -61,12 +59,6 @@ def like(own: Callable) -> Callable:
     return forward
 
 
-@torch.compiler.assume_constant_result
-def _departed(model: nn.Module, family: LLaDA | ModernBert) -> bool:
-    """Whether the model's own forward must answer. Compiled, what is attached later is not seen, as PyTorch has it."""
-    return departure(model, family.calls, family.known, modes=True) is not None
-
-
 def _config_asks_more(config, output: type) -> bool:
     """Whether the config asks for what an argument of the forward may ask for: hidden states, a tuple, a cache."""
     wanted = ["output_hidden_states", "output_attentions", "torchscript"]
@@ -79,7 +71,7 @@ def _fast(self, input_ids=None, attention_mask=None, **kwargs):
     state = self.__dict__[STATE]
     family = state.family
     plain = (
-        not _departed(self, family)
+        not state.departed()
         and getattr(state.forward, "__func__", None) is type(self).forward
         and isinstance(input_ids, torch.Tensor)
         and not torch.is_autocast_enabled(input_ids.device.type)

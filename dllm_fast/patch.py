@@ -12,7 +12,13 @@ from transformers import GenerationConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast, MaskedLMOutput
 
 from dllm_fast import ops
-from dllm_fast.bypass import require_no_learned_prompt, require_nothing_left_out, require_one_device, unwrapped
+from dllm_fast.bypass import (
+    departure,
+    require_no_learned_prompt,
+    require_nothing_left_out,
+    require_one_device,
+    unwrapped,
+)
 from dllm_fast.families import FAMILIES, LLaDA, ModernBert
 from dllm_fast.families.modernbert import fresh_rotary
 from dllm_fast.forward import STATE, like, patch_of
@@ -40,6 +46,14 @@ class _Patch:
     fused: dict[int, Fused] = field(default_factory=dict)  # by the number of the group, to be moved back
     pool: Pool = field(default_factory=Pool)
     replaced: dict[str, object] | None = None  # by `lend_generate`; None where nothing was lent
+
+    @torch.compiler.assume_constant_result
+    def departed(self) -> bool:
+        """Whether the model's own forward must answer. Compiled, what is attached later is not seen, as PyTorch has it.
+
+        Asked without arguments: PyTorch 2.11 takes no module for one of a call whose result is held constant.
+        """
+        return departure(self.model, self.family.calls, self.family.known, modes=True) is not None
 
     def __deepcopy__(self, memo: dict) -> "_Patch":
         """A deep copy of a patched model is patched; `_plain_attributes`, which it is made of, lack the forward."""
