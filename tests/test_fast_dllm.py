@@ -1,8 +1,10 @@
 """`generate` with a cache against Fast-dLLM's algorithms written out plainly: same tokens, same evaluations."""
 
+from functools import cache, partial
+
 import pytest
 import torch
-from tiny import EOS, MAKERS, MASK
+from tiny import EOS, MASK, make_llada, make_modernbert
 
 import dllm_fast
 from dllm_fast import Factor, Threshold, Uniform
@@ -24,11 +26,38 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@torch.no_grad()
+SHAPES = {"llada": make_llada, "llada-gqa": partial(make_llada, n_kv_heads=2), "modernbert": make_modernbert}
+
+
 def lively(name, device):
-    """A tiny model that looks about and is sure of itself. As they are initialised, all positions see nearly the same
-    average, most predict one token, and a stale cache changes nothing: such a model could not tell the caches apart."""
-    model = MAKERS[name]().to(device)
+    """A tiny model that looks about and is sure of itself, and its plain twin: the first that tells the caches apart.
+
+    As they are initialised, all positions see nearly the same average, most predict one token, and a stale cache
+    changes nothing."""
+    return sharp(name, device, first_that_tells_the_caches_apart(name, device))
+
+
+@cache
+def first_that_tells_the_caches_apart(name, device):
+    """The seed of a model that without a cache, with the prefix's and with the dual one leaves different tokens, and
+    many different ones."""
+    for seed in range(20):
+        model, _ = sharp(name, device, seed)
+        dllm_fast.patch(model)
+        options = {"gen_length": 32, "block_length": 8, "schedule": Uniform(32)}
+        found = [
+            dllm_fast.generate(model, prompts(24, device), cache=kind, **options).sequences[:, 24:]
+            for kind in ("none", "prefix", "dual")
+        ]
+        apart = all(((found[a] != found[b]).sum(1) >= 8).all() for a, b in ((0, 1), (0, 2), (1, 2)))
+        if apart and all(len(row.unique()) >= 8 for tokens in found for row in tokens):
+            return seed
+    raise AssertionError(f"none of 20 models of the shape {name} tells the caches apart")
+
+
+@torch.no_grad()
+def sharp(name, device, seed):
+    model = SHAPES[name](seed).to(device)
     if hasattr(model, "decoder"):
         for layer in model.model.layers:
             layer.attn.Wqkv.weight[: 2 * model.config.hidden_size] *= 4
@@ -64,28 +93,14 @@ def test_tokens_and_evaluations(name, prompt, gen, block, rule, cache, device):
         assert (out.nfe_full, out.nfe_block) == (whole, cached)
 
 
-@pytest.mark.parametrize("name", ["llada", "modernbert"])
-def test_these_models_tell_the_caches_apart(name, device):
-    """No cache, the prefix's and the dual one leave different tokens, and many different ones."""
-    model, _ = lively(name, device)
-    dllm_fast.patch(model)
-    found = [
-        dllm_fast.generate(
-            model, prompts(24, device), gen_length=32, block_length=8, schedule=Uniform(32), cache=cache
-        ).sequences[:, 24:]
-        for cache in ("none", "prefix", "dual")
-    ]
-    for a, b in ((0, 1), (0, 2), (1, 2)):
-        assert ((found[a] != found[b]).sum(1) >= 8).all()
-    assert all(len(row.unique()) >= 8 for tokens in found for row in tokens)
-
-
 @pytest.mark.parametrize("name", ["llada", "llada-gqa", "modernbert"])
 @torch.no_grad()
 def test_the_plain_models_are_the_models(name, device):
-    """Logits in fp64 against the model's own (rotary tables are fp32 in both), and against a cache of the same ids."""
-    model, plain = lively(name, device)
-    model.double()
+    """Logits in fp64 against the model's own (both rotate in fp32), and against a cache of the same ids.
+
+    Not of a `lively` model, whose sharp attention makes of one rounding what a wrong angle makes of it here."""
+    model = SHAPES[name]().to(device).double()
+    plain = (PlainModernBert if hasattr(model, "decoder") else PlainLLaDA)(model)
     ids, at = prompts(40, device)[0], torch.arange(40, device=device)
     logits, cache = plain(ids, at)
     own = model(ids[None]).logits[0]

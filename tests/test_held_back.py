@@ -1,9 +1,11 @@
 """Tokens that may not be chosen, and tokens whose confidence counts as -inf: LLaDA's evaluation options."""
 
+import itertools
+
 import pytest
 import torch
 from needs import needs_triton
-from tiny import EOS, MASK, VOCAB, make_llada
+from tiny import EOS, MASK, VOCAB, make_llada, make_modernbert
 
 import dllm_fast
 from dllm_fast import P2, Factor, Pyramid, ReMDM, Threshold, Uniform, Verify, ops
@@ -27,7 +29,11 @@ def published(model, ids, mask=None, **options):
 
 def favourites(model, ids, **options) -> list[int]:
     """Ids that a plain run chooses, the most frequent first."""
-    answer = published(model, ids, **{"steps": 32, **GEN, **options})[:, 24:]
+    return by_frequency(published(model, ids, **{"steps": 32, **GEN, **options}))
+
+
+def by_frequency(sequences) -> list[int]:
+    answer = sequences[:, 24:]
     return torch.bincount(answer.flatten(), minlength=VOCAB).argsort(descending=True, stable=True).tolist()
 
 
@@ -35,23 +41,33 @@ def sets_of(best: list[int]) -> list[dict]:
     return [
         {"suppress_tokens": best[:2]},
         {"defer_tokens": best[:2]},
-        {"suppress_tokens": best[1:2], "defer_tokens": [best[0], best[2]]},
+        {"suppress_tokens": best[1:2], "defer_tokens": best[:3:2]},
     ]
 
 
 @pytest.mark.parametrize("cfg_scale", [0.0, 1.5], ids="cfg-{}".format)
-def test_the_published_tokens(either, ids, left, cfg_scale):
-    best = favourites(either, ids, cfg_scale=cfg_scale)
-    plain = published(either, ids, left, steps=8, cfg_scale=cfg_scale, **GEN)
-    for chosen in sets_of(best):
-        options = {**GEN, "cfg_scale": cfg_scale, **chosen}
-        expected = published(either, ids, left, steps=8, **options)
-        assert not torch.equal(expected, plain)
-        for impl in ("torch", "auto"):
-            with dllm_fast.patched(either, impl=impl):
-                out = dllm_fast.generate(either, ids, left, schedule=Uniform(8), cache="none", **options)
-            assert torch.equal(out.sequences, expected)
-            assert not torch.isin(out.sequences[:, 24:], torch.tensor(chosen.get("suppress_tokens", []))).any()
+@pytest.mark.parametrize("make", [make_llada, make_modernbert], ids=["llada", "modernbert"])
+def test_the_published_tokens(make, ids, left, cfg_scale):
+    plain_options = {**GEN, "steps": 8, "cfg_scale": cfg_scale}
+    compared = set()
+    for seed in range(20):  # models until each way has changed something: where all is deferred, nothing does
+        model = make(seed)
+        plain = published(model, ids, left, **plain_options)
+        for chosen in sets_of(by_frequency(plain)):
+            if tuple(chosen) in compared:
+                continue
+            expected = published(model, ids, left, **plain_options, **chosen)
+            for impl in ("torch", "auto"):
+                with dllm_fast.patched(model, impl=impl):
+                    options = {**GEN, "schedule": Uniform(8), "cache": "none", "cfg_scale": cfg_scale, **chosen}
+                    out = dllm_fast.generate(model, ids, left, **options)
+                assert torch.equal(out.sequences, expected)
+                assert not torch.isin(out.sequences[:, 24:], torch.tensor(chosen.get("suppress_tokens", []))).any()
+            if not torch.equal(expected, plain):
+                compared.add(tuple(chosen))
+        if len(compared) == len(sets_of([])):
+            break
+    assert len(compared) == len(sets_of([])), f"only these changed anything: {compared}"
 
 
 @pytest.mark.parametrize("rule", [{"pyramid": 2}, {"threshold": 0.05}], ids=str)
@@ -118,16 +134,38 @@ class Drafts:
 
 def test_an_end_of_text_that_is_held_back_comes_last(llada, ids):
     """What the options are for: a model that would end at once writes on first."""
-    with torch.no_grad():
-        llada.model.transformer.ff_out.weight[EOS] = 0
-        llada.model.transformer.ff_out.weight[EOS] += 40 * llada.model.transformer.ff_out.weight[3]
     dllm_fast.patch(llada)
-    options = {"gen_length": 16, "block_length": 16, "schedule": Uniform(16), "cache": "none"}
-    plain, held, without = (
-        dllm_fast.generate(llada, ids, **options, **more).sequences[:, 24:]
-        for more in ({}, {"defer_tokens": [EOS]}, {"suppress_tokens": [EOS]})
-    )
-    assert (plain == EOS).any() and (held == EOS).sum() < (plain == EOS).sum() and not (without == EOS).any()
+    early = 0
+    for word, prompt in itertools.product(range(3, 13), ids.split(1)):
+        with torch.no_grad():  # an end of text wherever this word would have been likely
+            llada.model.transformer.ff_out.weight[EOS] = 40 * llada.model.transformer.ff_out.weight[word]
+        plain, held, without = (
+            ends_that_came_early(llada, prompt, **more)
+            for more in ({}, {"defer_tokens": [EOS]}, {"suppress_tokens": [EOS]})
+        )
+        early += plain[1]
+        assert held[1] == 0 and without[0] == 0
+        if early:
+            break
+    assert early > 0
+
+
+@torch.no_grad()
+def ends_that_came_early(model, prompt, **more) -> tuple[int, int]:
+    """Ends of text written, and how many of them while the model would have written something else elsewhere."""
+    drafts = [torch.full((8,), MASK)]
+    options = {"gen_length": 8, "block_length": 8, "schedule": Uniform(8), "cache": "none", "streamer": Drafts(drafts)}
+    dllm_fast.generate(model, prompt, **options, **more)
+    written = early = 0
+    for before, after in itertools.pairwise(drafts):
+        logits = model(torch.cat((prompt[0], before))[None]).logits[0, 24:]
+        logits[:, MASK] = float("-inf")
+        (place,) = (before != after).nonzero()[:, 0].tolist()
+        others = logits.argmax(-1)[before == MASK] != EOS
+        written += int(after[place] == EOS)
+        early += int(after[place] == EOS and others.any())
+    assert len(drafts) == 9
+    return written, early
 
 
 @pytest.mark.parametrize("remask", [ReMDM(1.0), Verify(0.5), P2(1.0)], ids=lambda r: type(r).__name__)

@@ -88,17 +88,26 @@ def test_what_stood_on_the_instance_comes_back(modernbert):
     assert modernbert.generate is own and modernbert.generation_config is config
 
 
-def test_the_output_counts_each_row(llada, ids, padded):
+def prompts_that_end_early(model, mask, options):
+    """Prompts [3, 24], four [MASK]s in the middle one, and ends of text: some in the first block of row 0's answer,
+    none in row 1, which has two blocks more to fill."""
+    for draw in range(40):
+        ids = torch.randint(0, EOS, (3, 24), generator=torch.Generator().manual_seed(draw))
+        ids[1, 10:14] = MASK
+        free = model.generate(ids, attention_mask=mask, **options, **FREE)
+        assert isinstance(free, DiffusionOutput) and free.sequences.shape == (3, 40)
+        lasting = free.sequences[1, 10:].tolist()
+        ends = [t for t in free.sequences[[0, 2], 24:].flatten().tolist() if t not in lasting]
+        if set(ends) & set(free.sequences[0, 24:32].tolist()):
+            return ids, ends
+    raise AssertionError("row 1 writes what row 0 writes, whatever the prompts")
+
+
+def test_the_output_counts_each_row(llada, padded):
     """A row's forwards and tokens, those of its [MASK]s and of its text up to the end; sequences alone on request."""
     dllm_fast.patch(llada)
-    gaps = ids.clone()
-    gaps[1, 10:14] = MASK
     options = {"max_new_tokens": 16, "block_length": 8, "cache": "none", "schedule": Threshold(0.05)}
-    free = llada.generate(gaps, attention_mask=padded, **options, **FREE)
-    assert isinstance(free, DiffusionOutput) and free.sequences.shape == (3, 40)
-    lasting = free.sequences[1, 10:].tolist()  # row 1 has no end of text, and two blocks more than row 0
-    options["eos_token_id"] = [t for t in free.sequences[[0, 2], 24:].flatten().tolist() if t not in lasting]
-    assert set(options["eos_token_id"]) & set(free.sequences[0, 24:32].tolist())
+    gaps, options["eos_token_id"] = prompts_that_end_early(llada, padded, options)
     out = llada.generate(gaps, attention_mask=padded, pad_token_id=5, **options)
     for row in range(3):
         mine = slice(row, row + 1)
@@ -135,8 +144,8 @@ def test_a_prompts_masks_alone(llada, ids):
     gaps = ids.clone()
     gaps[:, 3:7] = MASK
     expected = plain(llada, gaps, gen_length=0, block_length=32)
-    assert torch.equal(llada.generate(gaps, max_length=24).sequences, expected)
-    assert torch.equal(llada.generate(gaps, gen_length=0).sequences, expected)
+    assert torch.equal(llada.generate(gaps, max_length=24, **FREE).sequences, expected)
+    assert torch.equal(llada.generate(gaps, gen_length=0, **FREE).sequences, expected)
 
 
 def test_lengths_that_do_not_agree_are_named(llada, ids):
