@@ -14,6 +14,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # `bench` is a folder of the checkout, not a package that is installed
 
+pytest.importorskip("triton", reason="the benches of kernels need Triton", exc_type=ImportError)
 from bench import floors, gpu, modernbert, noise, sanitize, timing, tune
 from bench.cases import attention, case, loss, predict, small
 from bench.report import row

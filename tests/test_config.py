@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from needs import needs_triton
 
 import dllm_fast
 from dllm_fast import compiled, config, ops
@@ -50,7 +51,13 @@ def test_an_extension_that_was_not_built_is_said_with_its_reason(capsys, monkeyp
     assert "cpu, bfloat16: PyTorch: there was no compiler" in out
 
 
-@pytest.mark.parametrize("name, capability, taken", [("Tesla T4", (7, 5), "PyTorch"), ("L4", (8, 9), "Triton kernels")])
+@pytest.mark.parametrize(
+    "name, capability, taken",
+    [
+        ("Tesla T4", (7, 5), "PyTorch"),
+        pytest.param("L4", (8, 9), "Triton kernels", marks=needs_triton),
+    ],
+)
 def test_a_gpus_implementation_comes_with_its_reason(capsys, monkeypatch, name, capability, taken):
     """A stand-in for the device."""
     major, minor = capability

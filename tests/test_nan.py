@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from needs import needs_triton
 from tiny import MASK, make_llada, make_modernbert
 
 import dllm_fast
@@ -28,7 +29,7 @@ BUILT = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 IMPLS = [
     ("torch", torch.float32),
     ("torch", torch.bfloat16),
-    ("triton", torch.float32),
+    pytest.param("triton", torch.float32, marks=needs_triton),
     pytest.param("cpp", torch.float32, marks=BUILT),
     pytest.param("cpp", torch.bfloat16, marks=BUILT),
 ]

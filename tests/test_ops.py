@@ -138,6 +138,7 @@ def test_predict_without_a_candidate_and_in_chunks(monkeypatch):
         torch.testing.assert_close(a, b)
 
 
+@needs_triton
 def test_an_implementation_that_cannot_be_had_raises(monkeypatch):
     with pytest.raises(ValueError, match=r"impl='cuda-graphs' is not one of"):
         ops.resolve("cuda-graphs", torch.device("cpu"), torch.float32)
@@ -154,6 +155,7 @@ def test_an_implementation_that_cannot_be_had_raises(monkeypatch):
     assert ops.resolve("triton", torch.device("cpu"), torch.float16) == "triton"
 
 
+@needs_triton
 def test_auto_is_triton_where_it_can_be_had(monkeypatch):
     """Of a device that is not here, too."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
@@ -219,6 +221,7 @@ CARDS = {"Tesla T4": (7, 5), "Tesla V100": (7, 0), "Orin": (8, 7), "A100": (8, 0
 CARDS |= {"H100": (9, 0), "B200": (10, 0), "Thor": (11, 0), "RTX 5090": (12, 0), "a later one": (13, 0)}
 
 
+@needs_triton
 @pytest.mark.parametrize("name", CARDS)
 def test_auto_is_triton_on_cards_that_the_kernels_are_compiled_for(name, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

@@ -67,3 +67,5 @@ if __name__ == "__main__":
         if code != (0 if stop is None else 130):
             sys.exit(f"{name}: exit code {code}")
     wrapped(Path(sys.argv[1]))
+    # Threads of a group that is still there as Python ends now and then abort the process.
+    torch.distributed.destroy_process_group()
