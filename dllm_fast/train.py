@@ -7,6 +7,7 @@ the masked-diffusion losses and the record of how weights came to be.
 import argparse
 import copy
 import csv
+import functools
 import hashlib
 import json
 import math
@@ -46,6 +47,7 @@ from dllm_fast.data import (
     save_tokenizer,
     train_tokenizer,
 )
+from dllm_fast.errors import exit_code
 from dllm_fast.llada import LLaDAConfig, LLaDAModelLM
 from dllm_fast.loading import from_pretrained, model_path
 from dllm_fast.patch import unpatch
@@ -360,20 +362,21 @@ def add_options(p: argparse.ArgumentParser, data: str, length: str) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
+    return exit_code(functools.partial(run, args))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, and print where the model is."""
     missing = [str(path) for path in (*args.data, *args.eval_data) if not path.is_file()]
     if missing:
-        print(f"error: no such file: {', '.join(missing)}", file=sys.stderr)
-        return 2
+        raise ValueError(f"no such file: {', '.join(missing)}")
     try:
         final = train(args)
-        if PartialState().is_main_process:
-            print(final)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
-        print(f"\nstopped; go on with --resume (checkpoints are in {args.out})", file=sys.stderr)
-        return 130
+        print(f"\ngo on with --resume (checkpoints are in {args.out})", file=sys.stderr)
+        raise
+    if PartialState().is_main_process:
+        print(final)
     return 0
 
 

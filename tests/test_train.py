@@ -18,6 +18,7 @@ from dllm_fast.data import (
     save_tokenizer,
     train_tokenizer,
 )  # fmt: skip
+from dllm_fast.errors import one_line
 
 TEXT = "\n\n".join(f"The {a} {b} sat on the {c} and looked at the sea." for a in ("old", "red", "sly", "big", "shy")
                    for b in ("fox", "cat", "hen", "dog", "owl") for c in ("mat", "log", "hill", "roof"))  # fmt: skip
@@ -279,3 +280,35 @@ def test_a_line_that_the_template_does_not_fit_is_one_line_of_error(tmp_path, li
     assert train.main(["pretrain", *options, *SMALL]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and err.startswith("error: --data: line ") and f"{path}" in err and template in err
+
+
+@pytest.mark.parametrize(
+    "error, code",
+    [
+        (OSError(28, "No space left on device", "checkpoint-4"), 2),
+        (torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB"), 2),
+        (MemoryError(), 2),
+        (BrokenPipeError(), 0),
+        (KeyboardInterrupt(), 130),
+    ],
+    ids=lambda x: type(x).__name__ if isinstance(x, BaseException) else str(x),
+)
+def test_errors_of_the_machine_are_a_line(tmp_path, text, capsys, monkeypatch, error, code):
+    def fail(args):
+        raise error
+
+    monkeypatch.setattr(train, "train", fail)
+    with (tmp_path / "printed").open("w") as printed:  # what a closed pipe redirects: not pytest's own output
+        monkeypatch.setattr("sys.stdout", printed)
+        assert train.main(["pretrain", "--data", str(text), "--out", str(tmp_path / "x"), *SMALL]) == code
+    printed = capsys.readouterr().err
+    assert "Traceback" not in printed
+    if code == 2:
+        assert printed == f"error: {one_line(error)}\n"
+    assert ("--resume" in printed and "stopped" in printed) == (code == 130)
+
+
+def test_an_error_of_the_program_keeps_its_traceback(tmp_path, text, monkeypatch):
+    monkeypatch.setattr(train, "train", lambda args: {}["x"])
+    with pytest.raises(KeyError):
+        train.main(["pretrain", "--data", str(text), "--out", str(tmp_path / "x"), *SMALL])
