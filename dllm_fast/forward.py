@@ -72,7 +72,6 @@ def _fast(self, input_ids=None, attention_mask=None, **kwargs):
     family = state.family
     plain = (
         not state.departed()
-        and getattr(state.forward, "__func__", None) is type(self).forward
         and isinstance(input_ids, torch.Tensor)
         and not torch.is_autocast_enabled(input_ids.device.type)
         and input_ids.dim() == 2

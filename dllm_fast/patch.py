@@ -51,9 +51,11 @@ class _Patch:
     def departed(self) -> bool:
         """Whether the model's own forward must answer. Compiled, what is attached later is not seen, as PyTorch has it.
 
-        Asked without arguments: PyTorch 2.11 takes no module for one of a call whose result is held constant.
+        Asked without arguments: PyTorch 2.11 takes no module for one of a call whose result is held constant. It also
+        sees no method's ``__func__`` as what it is, so that this too is asked here.
         """
-        return departure(self.model, self.family.calls, self.family.known, modes=True) is not None
+        of_the_class = getattr(self.forward, "__func__", None) is type(self.model).forward
+        return not of_the_class or departure(self.model, self.family.calls, self.family.known, modes=True) is not None
 
     def __deepcopy__(self, memo: dict) -> "_Patch":
         """A deep copy of a patched model is patched; `_plain_attributes`, which it is made of, lack the forward."""
