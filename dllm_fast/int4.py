@@ -50,8 +50,10 @@ class Int4:
             return y
         parts, chunk = [], len(self.matrix) if impl == "triton" else CHUNK
         for first in range(0, len(self.matrix), chunk):
-            part = self.take(first, chunk)
-            weight = ops.widen_int4(part.matrix, part.scale, part.zero, self.width, x.dtype, impl)
+            rows = slice(first, first + chunk)
+            weight = ops.widen_int4(
+                self.matrix[rows], self.scale[:, rows], self.zero[:, rows], self.width, x.dtype, impl
+            )
             parts.append(ops.linear(x, weight, impl=impl))
         y = torch.cat(parts, -1) if len(parts) > 1 else parts[0]
         return ops.swiglu(*y.chunk(2, -1), impl=impl) if gated else y
