@@ -28,7 +28,20 @@ def check(kind: str, model: nn.Module, groups: Iterable[tuple[nn.Module, ...]], 
     names = {module: name for name, module in model.named_modules()}
     for linear in (linear for linears in groups for linear in linears):
         if not isinstance(linear, RoundedLinear) and not plain(linear):
-            raise ValueError(f"weights={kind!r}: {names[linear]} is a {class_name(linear)}, not a plain nn.Linear")
+            raise ValueError(f"weights={kind!r}: {names[linear]} {_more(linear)}")
+
+
+def _more(linear: nn.Module) -> str:
+    """What a module of the layers is or has beyond a plain ``nn.Linear``, whose weight alone would be read."""
+    if type(linear) is not nn.Linear:
+        return f"is a {class_name(linear)}, not a plain nn.Linear"
+    hooks = [*linear._forward_pre_hooks.values(), *linear._forward_hooks.values()]
+    if hooks:
+        named = ", ".join(getattr(hook, "__qualname__", class_name(hook)) for hook in hooks)
+        return f"has a hook that rounded weights would pass by: {named}; remove it first"
+    if "forward" in linear.__dict__:
+        return "has a forward of its own (an Accelerate hook, say) that rounded weights would pass by; remove it first"
+    return f"has a {class_name(linear._parameters.get('weight'))} for a weight, not a plain parameter"
 
 
 def require_kind(kind: str, device: torch.device) -> None:
@@ -152,9 +165,7 @@ class Copies:
         found = []
         for linear in linears:
             if not plain(linear):
-                raise ValueError(
-                    f"weights={self.kind!r}: needs plain nn.Linear modules in the layers, not a {class_name(linear)}"
-                )
+                raise ValueError(f"weights={self.kind!r}: a linear of the layers {_more(linear)}")
             weight = linear._parameters["weight"]
             found.append((0 if weight.is_inference() else weight._version, weight.data_ptr(), weight.dtype))
         return found

@@ -319,6 +319,26 @@ def test_rounding_comes_and_goes_with_patching(either, kind, ids):
     assert torch.equal(dllm_fast.unpatch(either)(ids).logits, own)
 
 
+def test_what_is_attached_to_a_linear_is_named(llada, kind):
+    """A linear's weight alone is read: what is called with it would be passed by."""
+
+    def count_calls(*args):
+        pass
+
+    linear = llada.model.transformer.blocks[1].up_proj
+    for attach in (linear.register_forward_hook, linear.register_forward_pre_hook):
+        handle = attach(count_calls)
+        with pytest.raises(ValueError, match=rf"'{kind}': model.transformer.blocks.1.up_proj has a hook .*count_calls"):
+            dllm_fast.patch(llada, weights=kind)
+        handle.remove()
+    linear.forward = lambda x: x
+    with pytest.raises(ValueError, match=r"blocks.1.up_proj has a forward of its own"):
+        dllm_fast.patch(llada, weights=kind)
+    del linear.forward
+    assert "_dllm_fast" not in llada.__dict__
+    dllm_fast.patch(llada, weights=kind)
+
+
 def test_what_cannot_be_had_is_refused_by_name(llada, kind, monkeypatch, device):
     with pytest.raises(ValueError, match="weights='int3' is not one of None, 'fp8', 'int4'"):
         dllm_fast.patch(llada, weights="int3")
@@ -333,7 +353,7 @@ def test_what_cannot_be_had_is_refused_by_name(llada, kind, monkeypatch, device)
     block.up_proj = own
     dllm_fast.patch(llada, weights=kind)
     block.up_proj = nn.Sequential(own)
-    with torch.no_grad(), pytest.raises(ValueError, match=rf"weights='{kind}': needs plain .* not a Sequential"):
+    with torch.no_grad(), pytest.raises(ValueError, match=rf"weights='{kind}': a linear of .* is a Sequential"):
         llada(torch.zeros(1, 4, dtype=torch.int64, device=device))
     block.up_proj = own
     dllm_fast.unpatch(llada)
