@@ -82,7 +82,7 @@ def patch(model: nn.Module, impl: str = "auto", weights: str | None = None) -> n
             are rounded to e4m3, with a scale an output channel (`dllm_fast.fp8`), or to four bits, with a scale and a
             zero point a group of 128 inputs (`dllm_fast.int4`). The parameters stay beside them: of bf16's bytes, a
             half or a quarter more. Norms, embeddings and the LM head are as they were. Any dtype of the model; bf16 and
-            fp16 have kernels on Hopper, elsewhere it is right and slow. The cost in accuracy: ``bench/rounded.py``.
+            fp16 have kernels on a GPU (e4m3 on Hopper), else it is right and slow. What it costs: ``bench/rounded.py``.
 
     ``model(input_ids, attention_mask=...)`` then goes through `dllm_fast.ops` whenever no gradient is wanted; any
     other call (labels, ``position_ids``, a mask with holes, training) is answered by the model's own forward. So is

@@ -319,6 +319,7 @@ def fits(x: torch.Tensor, weight: torch.Tensor) -> bool:
         and weight.shape[0] % TILE == 0
         and weight.shape[1] % TILE == 0
         and weight.is_contiguous()
+        and weight.storage_offset() * weight.element_size() % 4 == 0  # e4m3 is read in words of four
         and x.stride(-1) == 1
     )
 

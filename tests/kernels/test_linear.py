@@ -134,6 +134,9 @@ def test_what_does_not_fit(rows, n, k, device):
 def test_what_fits(device):
     x, weight = inputs("one-row", BF16, device)
     assert fits(x, rounded(weight)[0]) == kernel._measured(x.device)
+    copy = rounded(weight)[0]
+    shifted = torch.cat((copy.view(torch.uint8).flatten()[:1], copy.view(torch.uint8).flatten()))[1:]
+    assert not fits(x, shifted.view(copy.dtype).view(copy.shape))  # its words of four bytes would begin in between
     assert not fits(x, weight)  # cuBLAS is ahead
     assert not fits(x.float(), rounded(weight)[0])
     with pytest.raises(ValueError, match=r"weight is torch.float32"):
