@@ -21,6 +21,17 @@ TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 
 @triton.jit
+def _load_row(x_ptr, x_stride, d, CHAINED: tl.constexpr, BD: tl.constexpr):
+    """This program's row, its columns [BD], and what is there [BD] fp32."""
+    if CHAINED:
+        start_next()
+        wait_for_inputs()
+    row = tl.program_id(0).to(tl.int64)
+    col = tl.arange(0, BD)
+    return row, col, tl.load(x_ptr + row * x_stride + col, mask=col < d, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _round_rows_kernel(
     x_ptr,  # [rows, d], rows x_stride apart
     out_ptr,  # [rows, d] e4m3
@@ -30,12 +41,7 @@ def _round_rows_kernel(
     CHAINED: tl.constexpr,
     BD: tl.constexpr,
 ):
-    if CHAINED:
-        start_next()
-        wait_for_inputs()
-    row = tl.program_id(0).to(tl.int64)
-    col = tl.arange(0, BD)  # [BD]
-    x = tl.load(x_ptr + row * x_stride + col, mask=col < d, other=0.0).to(tl.float32)  # [BD]
+    row, col, x = _load_row(x_ptr, x_stride, d, CHAINED, BD)
     scale = tl.maximum(tl.div_rn(tl.max(tl.abs(x), 0), 448.0), TINY)
     tl.store(scale_ptr + row, scale)
     # Exact division: two units in the last place would move numbers across a tie.
@@ -52,12 +58,7 @@ def _split_rows_kernel(
     CHAINED: tl.constexpr,
     BD: tl.constexpr,
 ):
-    if CHAINED:
-        start_next()
-        wait_for_inputs()
-    row = tl.program_id(0).to(tl.int64)
-    col = tl.arange(0, BD)  # [BD]
-    x = tl.load(x_ptr + row * x_stride + col, mask=col < d, other=0.0).to(tl.float32)  # [BD]
+    row, col, x = _load_row(x_ptr, x_stride, d, CHAINED, BD)
     # An exponent of 254 less the scale's is the exponent of its inverse: both are normal numbers.
     exponent = tl.maximum((tl.max(tl.abs(x), 0).to(tl.int32, bitcast=True) >> 23) - 7, 1)
     tl.store(scale_ptr + row, (exponent << 23).to(tl.float32, bitcast=True))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from truth import assert_as_exact
+from truth import LINEARS, assert_as_exact, linear_inputs
 
 from dllm_fast.kernels import linear as kernel
 from dllm_fast.kernels import reference
@@ -10,21 +10,10 @@ from dllm_fast.kernels.linear import counters, fits, linear
 from dllm_fast.kernels.reference import round_rows
 
 BF16, FP16 = torch.bfloat16, torch.float16
-# Rows, output and input channels. The interpreter has 4 programs: tiles of one program, of two, of all.
-SHAPES = {
-    "one-row": (1, 128, 256),
-    "a-tile-for-all": (5, 128, 1024),
-    "a-tile-a-program": (32, 512, 128),
-    "tiles-cut-anywhere": (17, 384, 640),
-    "most-rows": (64, 256, 256),
-}
 
 
-def inputs(name, dtype, device, seed=0):
-    rows, n, k = SHAPES[name]
-    make = torch.Generator().manual_seed(seed)
-    x, weight = torch.randn(rows, k, generator=make), torch.randn(n, k, generator=make) * k**-0.5
-    return x.to(dtype).to(device), weight.to(dtype).to(device)
+def inputs(name, dtype, device):
+    return [part.to(dtype).to(device) for part in linear_inputs(name)]
 
 
 def rounded(weight):
@@ -35,7 +24,7 @@ def rounded(weight):
 
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", LINEARS)
 def test_reference(name, dtype, gated, device):
     x, weight = inputs(name, dtype, device)
     truth = reference.linear(x.double(), weight.double(), gated=gated)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from tiny import make_llada
-from truth import assert_as_exact
+from truth import LINEARS, assert_as_exact, linear_inputs
 
 import dllm_fast
 from dllm_fast import ops
@@ -12,26 +12,17 @@ from dllm_fast.kernels.linear import counters
 from dllm_fast.kernels.linear_int4 import fits_int4, linear_int4, widen_int4
 
 BF16, FP16 = torch.bfloat16, torch.float16
-# Rows, output and input channels. The interpreter has 4 programs: tiles of one program, of two, of all.
-SHAPES = {
-    "one-row": (1, 128, 256),
-    "a-tile-for-all": (5, 128, 1024),
-    "tiles-cut-anywhere": (17, 384, 640),
-    "most-rows": (64, 256, 256),
-}
 
 
-def inputs(name, dtype, device, seed=0):
-    rows, n, k = SHAPES[name]
-    make = torch.Generator().manual_seed(seed)
-    x, weight = torch.randn(rows, k, generator=make), torch.randn(n, k, generator=make) * k**-0.5
+def inputs(name, dtype, device):
+    x, weight = linear_inputs(name)
     weight[0], weight[1], weight[2] = 0, weight[1].abs(), 1000 * weight[2]  # all q alike; zero points of 0
     return x.to(dtype).to(device), [part.to(device) for part in reference_int4.round_int4(weight)]
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", LINEARS)
 def test_reference(name, dtype, gated, device):
     """Nothing but the weights is rounded: the truth is that of the rounded weights."""
     x, four_bits = inputs(name, dtype, device)

@@ -3,6 +3,23 @@
 import numpy as np
 import torch
 
+# Of few-row matmuls: rows, output and input channels. The interpreter has 4 programs: tiles of one program, of two, of
+# all.
+LINEARS = {
+    "one-row": (1, 128, 256),
+    "a-tile-for-all": (5, 128, 1024),
+    "a-tile-a-program": (32, 512, 128),
+    "tiles-cut-anywhere": (17, 384, 640),
+    "most-rows": (64, 256, 256),
+}
+
+
+def linear_inputs(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [rows, K] and a weight [N, K], fp32, of one of `LINEARS`."""
+    rows, n, k = LINEARS[name]
+    make = torch.Generator().manual_seed(0)
+    return torch.randn(rows, k, generator=make), torch.randn(n, k, generator=make) * k**-0.5
+
 
 def assert_as_exact(
     out: torch.Tensor,
