@@ -90,5 +90,5 @@ def _fast(self, input_ids=None, attention_mask=None, **kwargs):
     weight, bias = family.head()
     # Triton launches on the current GPU, whatever holds the tensors.
     with torch.cuda.device(weight.device) if weight.is_cuda else nullcontext():
-        hidden = family.hidden(input_ids, *span)
+        hidden = family.hidden(input_ids, *span, padding_counts=True)
         return state.output(logits=ops.linear(hidden, weight, bias, impl=family.impl))

@@ -56,6 +56,7 @@ class LLaDA:
         rows: torch.Tensor | None = None,  # see `rows.take`
         first: int = 0,
         kept: torch.Tensor | None = None,  # [B] bool: rows whose keys and values are written; None: all
+        padding_counts: bool = False,  # positions are slots, as in the models' own forwards; else padding has none
     ) -> torch.Tensor:
         """What the LM head multiplies, [B, T, d] or the chosen rows of it.
 
@@ -67,7 +68,7 @@ class LLaDA:
         transformer, impl, products = self.transformer, self.impl, self.products
         slots = input_ids.shape[1] if cache is None else cache[0][0].shape[1]
         seen = ops.visible(input_ids, slots, start, end, slot, impl=impl)
-        position = slot if start is None else (slot if slot is not None else 0) - start
+        position = slot if start is None or padding_counts else (slot if slot is not None else 0) - start
         to = slot if kept is None else slot.where(kept, slots)  # behind the buffers, which is nowhere
         cos, sin = self._tables(self.theta, input_ids.device)
         x = transformer.wte(input_ids) if first == 0 else cache.states[first][:, : input_ids.shape[1]].clone()

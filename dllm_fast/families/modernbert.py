@@ -56,12 +56,13 @@ class ModernBert:
         rows: torch.Tensor | None = None,  # see `rows.take`
         first: int = 0,
         kept: torch.Tensor | None = None,  # [B] bool: rows whose keys and values are written; None: all
+        padding_counts: bool = False,  # positions are slots, as in the models' own forwards; else padding has none
     ) -> torch.Tensor:
         """What the decoder multiplies, [B, T, d] or the chosen rows of it; arguments as in `LLaDA.hidden`."""
         backbone, impl, products = self.model.model, self.impl, self.products
         slots = input_ids.shape[1] if cache is None else cache[0][0].shape[1]
         seen = {w: ops.visible(input_ids, slots, start, end, slot, w, impl=impl) for w in set(self.windows)}
-        position = slot if start is None else (slot if slot is not None else 0) - start
+        position = slot if start is None or padding_counts else (slot if slot is not None else 0) - start
         to = slot if kept is None else slot.where(kept, slots)  # behind the buffers, which is nowhere
         if first == 0:
             x = self._norm(backbone.embeddings.tok_embeddings(input_ids), None, backbone.embeddings.norm)[0]
