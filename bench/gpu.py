@@ -46,6 +46,7 @@ PIECES = {
     "modernbert-large": (400, "-m bench.modernbert --size large"),
     "predict": (300, f"{BENCH} predict"),
     "crossover": (240, "-m bench.tune crossover"),
+    "whole-attention": (120, "-m bench.tune whole-attention"),
     "small": (420, f"{BENCH} 'norm or rope or glu'"),
     "loop": (480, f"{PARALLEL} tests/test_generate.py tests/test_patch.py tests/test_loop_kernels.py"),
     "loop-options": (480, f"{PARALLEL} tests/test_refresh.py tests/test_remask.py tests/test_engine.py"),

@@ -3,8 +3,9 @@
 Each knob is a value that a kernel's file pins; its candidates take its place for as long as they are timed, all in
 turns, on the shapes that the knob decides about. Printed are every candidate's times, and for each knob the geometric
 mean over its shapes relative to what is pinned. ``crossover`` times predict's two paths by rows, beside the compiled
-cuBLAS and softmax. Nothing is written: pin what is printed by hand, after the tests have run with it. Ends with one
-JSON line.
+cuBLAS and softmax; ``whole-attention`` our attention of whole sequences and PyTorch's, and what of that
+`dllm_fast.attentions` should say. Nothing is written: pin what is printed by hand, after the tests have run with it.
+Ends with one JSON line.
 """
 
 import argparse
@@ -33,6 +34,7 @@ from dllm_fast.kernels import predict as predict_kernel
 from dllm_fast.kernels import rope as rope_kernel
 
 PINNED = "pinned"
+AHEAD = 0.95  # of our time: PyTorch's attention is ahead where it takes less
 
 
 @dataclasses.dataclass
@@ -192,6 +194,32 @@ def crossover(device: str, quick: bool) -> dict:
     return found
 
 
+def whole_attention(device: str, quick: bool) -> dict:
+    """From how many queries on PyTorch's attention of whole sequences is ahead of ours, at all that are tried."""
+    found = {}
+    for model in TINY[:1] if quick else (LLADA, BASE):
+        print(f"\nattention of whole sequences, heads of {model.head_dim}: {'queries':>9} {'ours':>10} {'SDPA':>10}")
+        ahead = {}
+        for queries in (12, 24) if quick else (256, 512, 768, 1024, 2048, 4096, 8192):
+            case = attention.one(model, None, f"full{queries}", 1, queries, queries, device)
+            results = measure(candidate_case(case, {"ours": case.run["ours"], "SDPA": pytorchs}), device, quick)
+            said = "".join(f" {result.error or duration(result.median):>10}" for result in results.values())
+            print(f"{queries:>55}{said}", flush=True)
+            ahead[queries] = results["SDPA"].median < AHEAD * results["ours"].median
+        behind = max((queries for queries, is_ahead in ahead.items() if not is_ahead), default=0)
+        first = min((queries for queries in ahead if queries > behind), default=None)
+        dtype = str(dtype_of(device)).removeprefix("torch.")
+        table = "never" if first is None else f"{dtype}:{model.head_dim}:{first}"
+        print(f"DLLM_FAST_ATTENTION={table}")
+        found[model.name] = table
+    return found
+
+
+def pytorchs(q, keys, values, *_):
+    q, keys, values = (x.transpose(1, 2) for x in (q, keys, values))
+    return torch.nn.functional.scaled_dot_product_attention(q, keys, values).transpose(1, 2)
+
+
 KNOBS = {
     "attention-llada": functools.partial(attention_knobs, LLADA),
     "attention-base": functools.partial(attention_knobs, BASE),
@@ -199,21 +227,22 @@ KNOBS = {
     "small": small_knobs,
     "loss": loss_knobs,
 }
+TABLES = {"crossover": crossover, "whole-attention": whole_attention}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("pieces", nargs="*", default=["crossover", *KNOBS], help=", ".join(("crossover", *KNOBS)))
+    parser.add_argument("pieces", nargs="*", default=[*TABLES, *KNOBS], help=", ".join((*TABLES, *KNOBS)))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="tiny shapes: a dry run")
     options = parser.parse_args()
-    unknown = set(options.pieces) - {"crossover", *KNOBS}
+    unknown = set(options.pieces) - {*TABLES, *KNOBS}
     if unknown:
-        parser.error(f"no piece {', '.join(sorted(unknown))}; there are crossover, {', '.join(KNOBS)}")
+        parser.error(f"no piece {', '.join(sorted(unknown))}; there are {', '.join((*TABLES, *KNOBS))}")
     found: dict = {"knobs": []}
     for piece in options.pieces:
-        if piece == "crossover":
-            found["crossover"] = crossover(options.device, options.quick)
+        if piece in TABLES:
+            found[piece] = TABLES[piece](options.device, options.quick)
         else:
             for knob in KNOBS[piece](options.device, options.quick):
                 found["knobs"].append(tune(knob, options.device, options.quick))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from dllm_fast import compiled, matmuls, ops
+from dllm_fast import attentions, compiled, matmuls, ops
 from dllm_fast.forward import patch_of
 from dllm_fast.kernels.checks import FLOATS
 from dllm_fast.memory import available
@@ -26,7 +26,7 @@ SERVED = {
     "int4_linear": {"triton": "few rows of 16 bits"},
     "widen_int4": {"triton": ""},
     "round_rows": {"triton": ""},
-    "attention": {"triton": "", "cpp": ""},
+    "attention": {"triton": "but whole sequences as below", "cpp": ""},
     "rope": {"triton": "", "cpp": ""},
     "rms_norm": {"triton": "", "cpp": ""},
     "layer_norm": {"triton": ""},
@@ -146,6 +146,22 @@ def _ops() -> Iterator[str]:
         yield f"with {NAMES[impl]}, its own: {', '.join(named)}"
         other = [op for op in SERVED if op not in own]
         yield f"with {NAMES[impl]}, PyTorch's: {', '.join(other) or 'none'}"
+    for device in _gpus():
+        yield _whole_attention(device)
+
+
+def _whole_attention(device: torch.device) -> str:
+    try:
+        table = attentions.table(device)
+    except ValueError as error:
+        return str(error)
+    why = "set" if os.environ.get("DLLM_FAST_ATTENTION") else "measured"
+    if table == attentions.NEVER and why == "measured":
+        why = "not measured on this card"
+    return (
+        f"{device}, attention of whole sequences is PyTorch's for a dtype, a head dim and from so many queries on, "
+        f"else Triton's ({why}): DLLM_FAST_ATTENTION={table}"
+    )
 
 
 def _settings() -> Iterator[str]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dllm_fast import ops
+from dllm_fast import attentions, ops
 from dllm_fast.cache import BlockCache
 from dllm_fast.device import download, upload
 from dllm_fast.graphs import Graphs, records
@@ -96,6 +96,7 @@ class Engine:
         self.offsets = torch.arange(self.live, device=device)
         # Without padding there is no range to pass, and attention takes its unmasked path.
         self.start = self.pad if padded else None
+        self.whole = False  # no row is padded, and PyTorch's attention serves that: full steps then pass no range
         # Rows at different slots are evaluated to a common length; what overruns lands in the spare slots.
         self.end = torch.full_like(self.pad, slots) if spare else None
         self.cache = None
@@ -123,6 +124,9 @@ class Engine:
         self.open.copy_(upload(open_, self.device))
         self.lengths = [len(row.ids) for row in rows]
         self.idle = [row.done for row in rows]
+        shape = self.family.heads, self.family.kv_heads, self.family.head_dim, self.slots
+        self.whole = self.end is None and min(self.lengths) == self.slots
+        self.whole = self.whole and attentions.serves(self.device, self.weight.dtype, *shape)
         self.pad.copy_(upload(on_host([self.slots - length for length in self.lengths]), self.device))
         self.row.copy_(upload(on_host([row.noise for row in rows]), self.device))
         self.bad.fill_(GOOD)
@@ -195,7 +199,7 @@ class Engine:
             self._mixed(going, begins, fresh, tail)
 
     def _run(self, kind: str, tail: int, going: torch.Tensor) -> None:
-        self.graphs.run((kind, tail), functools.partial(self._step, kind, tail))
+        self.graphs.run((kind, tail, self.whole and kind == "full"), functools.partial(self._step, kind, tail))
         self._tally(kind, going.nonzero()[:, 0].tolist())
 
     def _tally(self, kind: str, rows: list[int], share: float = 1.0) -> None:
@@ -307,7 +311,8 @@ class Engine:
         the rows ``kept``, by default all. Guidance's second half sees the prompt masked. From layer ``first`` on: from
         the cache's hidden states of that layer.
         """
-        canvas, slot, start, end = self.canvas, self.slot, self.start, self.end
+        canvas, slot, end = self.canvas, self.slot, self.end
+        start = None if self.whole and kind == "full" else self.start
         begin, length = (torch.zeros_like(slot), self.slots) if kind == "full" else self._begin(kind, tail)
         if self.passes == 2:
             canvas = torch.cat((canvas, canvas.masked_fill(~self.open, self.options.mask_id)))

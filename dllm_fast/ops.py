@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch.torch_version import TorchVersion
 
-from dllm_fast import compiled, compiled_elementwise, matmuls
+from dllm_fast import attentions, compiled, compiled_elementwise, matmuls
 from dllm_fast.kernels import reference, reference_int4
 from dllm_fast.kernels.checks import FLOATS
 
@@ -47,7 +47,7 @@ def resolve(impl: str, device: torch.device, dtype: torch.dtype) -> str:
 
     Raises:
         ValueError: ``impl`` is none of `IMPLS`, or is ``"triton"`` or ``"cpp"`` and cannot be had; it says why.
-            DLLM_FAST_MATMUL is not of its form (`matmuls`).
+            DLLM_FAST_MATMUL or DLLM_FAST_ATTENTION is not of its form (`matmuls`, `attentions`).
     """
     if impl not in IMPLS:
         raise ValueError(f"impl={impl!r} is not one of {', '.join(map(repr, IMPLS))}")
@@ -57,6 +57,8 @@ def resolve(impl: str, device: torch.device, dtype: torch.dtype) -> str:
         raise ValueError(f"impl={impl!r}: {obstacle}")
     if impl == "cpp":
         matmuls.settle(dtype)  # not at the first product: `torch.compile` could not trace a measurement
+    if impl == "triton":
+        attentions.settle(device)
     return impl
 
 
@@ -254,7 +256,8 @@ def visible(like, slots, start=None, end=None, slot=None, window=None, impl="tor
     ``like`` [B, T, ...] has the queries' batch, number and device. ``start`` and ``slot`` [B] default to 0, ``end`` to
     ``slots``; all as in `reference.attention`.
 
-    For PyTorch that is (near, mask, blind): the slots [B, W] that a window can reach, None for all of them, so that a
+    For Triton it ends with whether the queries are all slots and see them all, so that PyTorch's attention may serve.
+    For PyTorch it is (near, mask, blind): the slots [B, W] that a window can reach, None for all of them, so that a
     few queries do not read the whole buffer; who sees which of those, [B, T or 1, W or S]; and who sees none.
     """
     if impl == "cpp":
@@ -262,10 +265,11 @@ def visible(like, slots, start=None, end=None, slot=None, window=None, impl="tor
     batch, queries = like.shape[:2]
     if impl == "torch" and start is None and end is None and window is None:
         return None, None, None
+    whole = start is None and end is None and window is None and queries == slots
     zero = torch.zeros(batch, dtype=torch.int64, device=like.device)
     start, end, slot = (zero if x is None else x for x in (start, zero + slots if end is None else end, slot))
     if impl == "triton":
-        return start, end, slot, window
+        return start, end, slot, window, whole
     near = None
     if window is None:
         queries = 1  # all see the same
@@ -279,9 +283,15 @@ def visible(like, slots, start=None, end=None, slot=None, window=None, impl="tor
 
 
 def attention(q, keys, values, seen, impl="torch"):
-    """`reference.attention`; ``seen`` is what `visible` made of its ranges with the same ``impl``."""
+    """`reference.attention`; ``seen`` is what `visible` made of its ranges with the same ``impl``.
+
+    Of whole sequences, `attentions` says from how many queries on PyTorch's serves where ``impl`` is Triton.
+    """
     if impl == "triton":
-        return _triton().attention(q, keys, values, *seen)
+        *ranges, whole = seen
+        if not (whole and attentions.serves(q.device, q.dtype, q.shape[2], keys.shape[2], q.shape[3], q.shape[1])):
+            return _triton().attention(q, keys, values, *ranges)
+        seen = None, None, None
     if impl == "cpp":
         return compiled.attention(q, keys, values, *seen)
     near, mask, blind = seen

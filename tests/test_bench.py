@@ -241,6 +241,19 @@ def test_candidates_replace_what_is_pinned_and_crossovers_are_found(capsys, monk
     assert "fused is ahead up to 1 rows; streamed from 5" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("taken", "table"), [
+    ({12: 0.5, 24: 0.5}, "float32:32:12"), ({12: 1.0, 24: 0.5}, "float32:32:24"), ({12: 0.5, 24: 0.96}, "never"),
+])  # fmt: skip
+def test_whole_attention_is_pytorchs_from_where_it_is_always_ahead(monkeypatch, capsys, taken, table):
+    def measured(case, device, quick):
+        queries = int(case.name.split("full")[1].split("-")[0])
+        return {"ours": timing.Result([1.0]), "SDPA": timing.Result([taken[queries]])}
+
+    monkeypatch.setattr(tune, "measure", measured)
+    assert tune.whole_attention("cpu", True) == {"tiny-llada": table}
+    assert f"DLLM_FAST_ATTENTION={table}\n" in capsys.readouterr().out
+
+
 def test_every_knob_names_what_its_kernel_pins():
     for knobs in tune.KNOBS.values():
         for knob in knobs("cpu", False):

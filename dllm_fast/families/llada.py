@@ -33,7 +33,7 @@ class LLaDA:
         self._impl, self.products = Impl(impl, self.head()[0]), products
         self.positions = config.max_sequence_length
         self.head_dim = config.d_model // config.n_heads
-        self.kv_heads = kv_heads(config)
+        self.heads, self.kv_heads = config.n_heads, kv_heads(config)
         self.layers = config.n_layers
         self.ffn_width = config.mlp_hidden_size or config.mlp_ratio * config.d_model
         self.theta, self.eps = config.rope_theta, config.rms_norm_eps
