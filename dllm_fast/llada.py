@@ -20,9 +20,8 @@ from transformers import (
 )
 from transformers.modeling_outputs import MaskedLMOutput
 
-from dllm_fast.generation_config import DiffusionGenerationConfig
 from dllm_fast.kernels.reference import rope_table
-from dllm_fast.mixin import DiffusionGenerationMixin
+from dllm_fast.mixin import DiffusionGenerationMixin, generation_config_of
 
 TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
 
@@ -243,7 +242,7 @@ class LLaDAModelLM(PreTrainedModel, DiffusionGenerationMixin):
         if config.weight_tying:
             head, embedding = "model.transformer.ff_out.weight", "model.transformer.wte.weight"
             self._tied_weights_keys = {head: embedding} if TRANSFORMERS_5 else [head]
-        self.generation_config = DiffusionGenerationConfig.of(self.generation_config)
+        self.generation_config = generation_config_of(self)
         self.model = LLaDAModel(config)
         self.post_init()
 

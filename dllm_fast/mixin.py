@@ -6,8 +6,6 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, GenerationMixin
 
-from dllm_fast.generation_config import DiffusionGenerationConfig
-
 
 class DiffusionGenerationMixin:
     """Generation for masked-diffusion models, of the shape of transformers' mixin for DiffusionGemma.
@@ -52,7 +50,7 @@ class DiffusionGenerationMixin:
             ValueError: an argument or a field that does not fit or cannot be honoured, by name, before any work.
             MemoryError: as `dllm_fast.generate`.
         """
-        from dllm_fast import hf  # it stands on `patch`, which hands out this method
+        from dllm_fast import hf  # what users call stands above the models, which only lend it their name
 
         if custom_generate is None or hf.is_ours(custom_generate):
             run = hf.diffusion_generate if custom_generate is None else custom_generate
@@ -78,7 +76,7 @@ class DiffusionGenerationMixin:
     def adjust_generation_fn(self, *args, **kwargs) -> None:
         """What transformers 5 calls after loading: read ``generation_config.json``."""
         GenerationMixin.adjust_generation_fn(self, *args, **kwargs)
-        self.generation_config = DiffusionGenerationConfig.of(self.generation_config)
+        self.generation_config = generation_config_of(self)
 
 
 def _can_generate() -> bool:
@@ -98,7 +96,10 @@ def would_replace(model: nn.Module) -> dict[str, object] | None:
     return {name: model.__dict__[name] for name in LENT if name in model.__dict__}
 
 
-def generation_config_of(model: nn.Module) -> DiffusionGenerationConfig:
+def generation_config_of(model: nn.Module) -> GenerationConfig:
+    """The model's own as a `DiffusionGenerationConfig`, or one made from its config."""
+    from dllm_fast.generation_config import DiffusionGenerationConfig
+
     config = getattr(model, "generation_config", None)
     if config is None:
         return DiffusionGenerationConfig.from_model_config(model.config)
