@@ -10,6 +10,7 @@ from dllm_fast.patch import patch, patched, unpatch
 from dllm_fast.refresh import Drift, Every, Window
 from dllm_fast.remask import P2, ReMDM, Verify
 from dllm_fast.schedules import Ancestral, EntropyBound, Factor, FirstHitting, Pyramid, Threshold, Uniform
+from dllm_fast.warmup import warmup
 
 __all__ = [
     "P2",
@@ -41,4 +42,5 @@ __all__ = [
     "shipped",
     "show_config",
     "unpatch",
+    "warmup",
 ]

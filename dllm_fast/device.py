@@ -23,6 +23,11 @@ def as_written(device: torch.device) -> Iterator[None]:
         yield
 
 
+def on_host(values: list, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+    """A tensor on the host, whatever default device a script has set."""
+    return torch.tensor(values, dtype=dtype, device="cpu")
+
+
 def upload(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     """What the host's ``values`` are on ``device``, without waiting for it: ordinary memory would have to be copied
     before the call returns, which a GPU does when it has done all that was launched before."""

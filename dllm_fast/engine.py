@@ -20,7 +20,7 @@ import torch
 
 from dllm_fast import attentions, ops
 from dllm_fast.cache import BlockCache
-from dllm_fast.device import download, upload
+from dllm_fast.device import download, on_host, upload
 from dllm_fast.graphs import Graphs, records
 from dllm_fast.refresh import Drift, Refresh
 from dllm_fast.remask import STAYS, Committed, Remask, ranks
@@ -28,11 +28,6 @@ from dllm_fast.schedules import Schedule
 
 ARRIVALS = 4096  # tiles of 128 output channels: as wide as a layer's linears get
 GOOD = 1 << 62  # in `Engine.bad`: no step of any block
-
-
-def on_host(values: list, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-    """A tensor on the host, whatever default device a script has set."""
-    return torch.tensor(values, dtype=dtype, device="cpu")
 
 
 @dataclass(frozen=True)
@@ -154,11 +149,7 @@ class Engine:
         self.counts = [Counts() for _ in range(self.rows)]
         # A row shorter than a block has its block begin in the padding.
         self.firsts = [max(0, s - self.slots + n) for s, n in zip(slot.tolist(), self.lengths, strict=True)]
-        self.slot.copy_(upload(slot, self.device))
-        self.number.copy_(upload(number, self.device))
-        self.budget.fill_(self.options.block_length)
-        self.then.zero_()
-        self.more.fill_(True)
+        self.prepare(slot, number)
         if planned is not None:
             plan = upload(torch.stack([count for _, count in planned]), self.device)  # [steps, B]
             steps = [step for step, _ in planned]
@@ -176,7 +167,7 @@ class Engine:
             begins = going & ~begun
             begun |= going
             if self.cache is None or not bool(begins.any()):
-                self._run("full" if self.cache is None else "block", tail, going)
+                self.take_step("full" if self.cache is None else "block", tail, going)
             else:
                 self._first(going, begins, fresh, tail)
             if draft is not None:
@@ -186,19 +177,27 @@ class Engine:
                 if not bool(going.any()):
                     break
 
+    def prepare(self, slot: torch.Tensor, number: torch.Tensor) -> None:
+        """Begin block ``number`` [B] of each row at its ``slot`` [B], both on the host."""
+        self.slot.copy_(upload(slot, self.device))
+        self.number.copy_(upload(number, self.device))
+        self.budget.fill_(self.options.block_length)
+        self.then.zero_()
+        self.more.fill_(True)
+
     # The kinds of step
 
     def _first(self, going: torch.Tensor, begins: torch.Tensor, fresh: torch.Tensor, tail: int) -> None:
         """A step at which rows begin a block, by a full forward where they are fresh, else by the refresh's window."""
         idle = on_host(self.idle, torch.bool)
         if bool((begins & fresh | idle).all()):
-            self._run("full", tail, going)
+            self.take_step("full", tail, going)
         elif bool((begins & ~fresh | idle).all()) and not isinstance(self.options.refresh, Drift):
-            self._run("window", tail, going)
+            self.take_step("window", tail, going)
         else:
-            self._mixed(going, begins, fresh, tail)
+            self.take_mixed_step(going, begins, fresh, tail)
 
-    def _run(self, kind: str, tail: int, going: torch.Tensor) -> None:
+    def take_step(self, kind: str, tail: int, going: torch.Tensor) -> None:
         self.graphs.run((kind, tail, self.whole and kind == "full"), functools.partial(self._step, kind, tail))
         self._tally(kind, going.nonzero()[:, 0].tolist())
 
@@ -242,7 +241,7 @@ class Engine:
             return None
         return self.more if self.options.schedule.rule else self.count > 0
 
-    def _mixed(self, going: torch.Tensor, begins: torch.Tensor, fresh: torch.Tensor, tail: int) -> None:
+    def take_mixed_step(self, going: torch.Tensor, begins: torch.Tensor, fresh: torch.Tensor, tail: int) -> None:
         """A step in which rows differ, [B] bool each: evaluated a group at a time, decided together."""
         rows, layers = self.rows, self.family.layers
         hidden = self.weight.new_zeros(rows * self.passes, self.live, self.weight.shape[1])

@@ -149,6 +149,8 @@ class Completion:
 
 # Of `generate`'s options.
 DEFAULTS = {name: p.default for name, p in inspect.signature(generate).parameters.items() if p.default is not p.empty}
+# Those that generate_many has.
+MANY = {name: x for name, x in DEFAULTS.items() if name not in ("attention_mask", "token_type_ids", "streamer")}
 
 
 def generate_many(
@@ -181,13 +183,11 @@ def generate_many(
         ValueError, MemoryError: as `generate`, when called, before the first prompt runs; for NaN logits, as it runs.
     """
     family, model = bound_family(model), unwrapped(model)
-    batch_wise = ("attention_mask", "token_type_ids", "streamer")
-    known = {name: value for name, value in DEFAULTS.items() if name not in batch_wise}
-    unknown = sorted(set(options) - set(known))
+    unknown = sorted(set(options) - set(MANY))
     require(not unknown, f"{', '.join(unknown)}: not an option of generate_many")
     good = isinstance(batch_size, int) and not isinstance(batch_size, bool) and batch_size >= 1
     require(good, f"batch_size={batch_size!r} is not a positive whole number")
-    request = Request(**{**known, **options}).check(model, family)
+    request = Request(**{**MANY, **options}).check(model, family)
     prompts = list(prompts)
     noise_rows = range(len(prompts)) if noise_rows is None else list(noise_rows)
     require(len(noise_rows) == len(prompts), f"noise_rows: {len(noise_rows)} for {len(prompts)} prompts")

@@ -6,13 +6,14 @@ of text may be in it or a streamer waits for it. Between other blocks of a sched
 device never waits for the host.
 """
 
+import contextlib
 import functools
 from collections.abc import Iterator
 
 import torch
 
-from dllm_fast.device import as_written
-from dllm_fast.engine import Engine, on_host
+from dllm_fast.device import as_written, on_host
+from dllm_fast.engine import Engine
 from dllm_fast.graphs import records
 from dllm_fast.kernels import reference
 from dllm_fast.memory import fits, require_memory
@@ -23,6 +24,11 @@ from dllm_fast.weights import stamp
 STEP = 64  # slots are a multiple of it where steps are recorded, so that prompts of many lengths share a recording
 SHRINK = 0.75  # an engine gives way to a smaller one when the rows fit in this share of its slots
 PLAN_STEP = (1 << 32) - 1  # the step number under which a schedule's own draws are made; no step of a block has it
+
+
+def rounded_up(slots: int) -> int:
+    """The slots of an engine whose steps are recorded, for rows that need ``slots``."""
+    return -(-slots // STEP) * STEP
 
 
 class Server:
@@ -57,6 +63,14 @@ class Server:
         if self.stream is not None:
             self.stream.end()
 
+    @contextlib.contextmanager
+    def seated_engine(self) -> Iterator[Engine]:
+        """The engine that `serve` would begin with, its rows in it, to be kept for a call that needs one like it."""
+        with torch.inference_mode(False), torch.no_grad(), as_written(self.device), self.pool.lock:
+            self._seat()
+            yield self.engine
+            self.pool.give(self.key, self.engine)
+
     def _plan(self, rows: list[Row], seats: int) -> tuple[int, int, int, bool]:
         """(seats, slots, spare slots, padded) of an engine for ``rows``, of which ``seats`` sit at a time."""
         slots, spare, options = max(len(row.ids) for row in rows), 0, self.request.options
@@ -66,7 +80,7 @@ class Server:
             if seats > 1:
                 spare += max(firsts) - min(firsts)
         if self.recorded:
-            return seats, -(-slots // STEP) * STEP, -(-spare // STEP) * STEP, True
+            return seats, rounded_up(slots), rounded_up(spare), True
         return seats, slots, spare, any(len(row.ids) < slots for row in rows)
 
     def _key(self, plan: tuple[int, int, int, bool]) -> tuple:

@@ -179,7 +179,7 @@ def test_a_fault_half_way_leaves_the_model_usable(either, ids, monkeypatch, faul
     expected = dllm_fast.generate(either, ids, **options).sequences
     logits = either(ids).logits
     # Where no step is recorded it happens between the evaluation and what is kept of it; a replay has no such place.
-    name = "_run" if ids.is_cuda else "_decide"
+    name = "take_step" if ids.is_cuda else "_decide"
     whole, calls = getattr(Engine, name), itertools.count()
 
     def broken(self, *args):

@@ -1,0 +1,212 @@
+"""`warmup`: what the first calls of `generate` and `generate_many` would have to wait for, done beforehand."""
+
+import contextlib
+import dataclasses
+import sys
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+
+from dllm_fast.bypass import unwrapped
+from dllm_fast.compiling import kernels, side_by_side
+from dllm_fast.device import on_host
+from dllm_fast.engine import Engine
+from dllm_fast.generate import MANY
+from dllm_fast.graphs import records
+from dllm_fast.patch import bound_family, bound_pool
+from dllm_fast.refresh import Drift
+from dllm_fast.request import Request, Row, require
+from dllm_fast.server import Server, rounded_up
+
+Steps = dict[tuple[str, int], int]  # the kind of a step, and its tail: the number of a block that has such a step
+MIXED = "mixed"  # the kind of a step in which rows differ, which is never recorded
+Report = Callable[[str, int, int], None]
+
+
+def warmup(
+    model: torch.nn.Module,
+    prompt_lengths: int | Iterable[int],
+    batch_size: int = 1,
+    progress: bool | Report = True,
+    **options,
+) -> None:
+    """Compile and record what calls of these options need, so that the first of them is as fast as the others.
+
+    On a GPU: the kernels that Triton has not compiled yet, side by side in threads, then a CUDA graph of each kind of
+    step, for each length of prompts rounded up to 64 positions, and for ``batch_size`` rows and the halves of it that
+    are left when rows are done. A call of the same options and of prompts of these lengths then compiles and records
+    nothing. What is recorded is kept by the model within a share of the GPU's memory (`Pool.SHARE`): of more than that
+    holds, the longest prompts' are. On a CPU one step of each kind is taken, which makes what the first would make: the
+    table of `matmuls`, rotary tables, what libraries set up.
+
+    Nothing is generated, and no random number is drawn.
+
+    Args:
+        model: a patched LLaDA or ModernBERT.
+        prompt_lengths: tokens of the prompts to come, an int or several; without padding.
+        batch_size: rows of `generate`'s batches, or `generate_many`'s ``batch_size``.
+        progress: True shows a bar on stderr, rich's where rich is installed and the terminal is one, else a line; a
+            callable is given (what is being done, steps done, steps in all); False is silent.
+        options: those of `generate_many`: ``gen_length``, ``block_length``, ``schedule``, ``cache``, ``refresh``,
+            ``temperature`` and so on, as in the calls to come. ``seed``, ``eos_id`` and ``pad_id`` may differ there.
+
+    Raises:
+        ValueError: as `generate_many`, or ``prompt_lengths`` holds something other than numbers from 1 up.
+        MemoryError: a batch of these does not fit what memory the device has left.
+    """
+    family, model = bound_family(model), unwrapped(model)
+    unknown = sorted(set(options) - set(MANY))
+    require(not unknown, f"{', '.join(unknown)}: not an option of warmup")
+    require(_is_count(batch_size), f"batch_size={batch_size!r} is not a positive whole number")
+    lengths = _lengths(prompt_lengths)
+    request = Request(**{**MANY, **options, "seed": options.get("seed") or 0}).check(model, family)
+    require(request.gen_length > 0, f"gen_length={request.gen_length}: there is nothing to fill")
+    recorded = records(family.head()[0].device, family.impl)
+    batches = [
+        [_row(request, n, length, family) for n in range(seats)]
+        for length in (_representatives(lengths, request.gen_length) if recorded else lengths[-1:])
+        for seats in (_halves(batch_size) if recorded else [batch_size])
+    ]
+    steps = _steps(request, batches[0][0])
+    with _reporting(progress) as report:
+        for n, rows in enumerate(batches):
+            work = _Work(steps, report, n, len(batches))
+            with Server(model, family, bound_pool(model), request, rows, len(rows)).seated_engine() as engine:
+                work.compile(engine, rows)
+                work.take(engine, rows)
+
+
+def _is_count(number: object) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool) and number >= 1
+
+
+def _lengths(given: int | Iterable[int]) -> list[int]:
+    """Sorted, each once."""
+    lengths = [given] if isinstance(given, int) else list(given)
+    require(bool(lengths), "prompt_lengths: there are none")
+    for length in lengths:
+        require(_is_count(length), f"prompt_lengths: {length!r} is not a positive whole number")
+    return sorted(set(lengths))
+
+
+def _representatives(lengths: list[int], gen_length: int) -> list[int]:
+    """A length for each recording: of those that share an engine the longest, and where that fills the engine's slots,
+    so that attention may have no range to mind, another too."""
+    engines: dict[int, list[int]] = {}
+    for length in lengths:
+        engines.setdefault(rounded_up(length + gen_length), []).append(length)
+    found = []
+    for slots, shared in engines.items():
+        padded = len(shared) > 1 and shared[-1] + gen_length == slots
+        found += [shared[0], shared[-1]] if padded else shared[-1:]
+    return found
+
+
+def _halves(seats: int) -> list[int]:
+    """``seats`` and what `Server` makes of it as rows leave, the fewest first."""
+    found = [seats]
+    while found[-1] > 1:
+        found.append(found[-1] // 2)
+    return found[::-1]
+
+
+def _row(request: Request, n: int, length: int, family) -> Row:
+    word = int(request.mask_id == 0)
+    ids = torch.full((length,), word, dtype=torch.int64, device="cpu")
+    return request.row(n, ids, family, "prompt_lengths")
+
+
+def _steps(request: Request, row: Row) -> Steps:
+    """The kinds of steps that blocks of such a row can have. What is not recorded comes last."""
+    cache, refresh, found = request.cache, request.options.refresh, {}
+    for number, (first, _) in enumerate(row.blocks):
+        tail = len(row.ids) - max(0, first) if cache == "prefix" else 0
+        if cache == "none" or refresh.full(number):
+            found.setdefault(("full", tail), number)
+        elif not isinstance(refresh, Drift):
+            found.setdefault(("window", tail), number)
+        if cache != "none":
+            found.setdefault(("block", tail), number)
+    if cache != "none":
+        found[MIXED, 0] = len(row.blocks) - 1
+    return found
+
+
+@dataclasses.dataclass
+class _Work:
+    """The steps of one of ``batches`` engines, reported one by one."""
+
+    steps: Steps
+    report: Report
+    number: int
+    batches: int
+
+    def compile(self, engine: Engine, rows: list[Row]) -> None:
+        """Compile the kernels of every step side by side. Nothing else comes of it."""
+        self._say("compiling", engine, 0)
+        if not kernels():
+            return
+        recording, options = engine.graphs.enabled, engine.options
+        # A remask looks up words that are not there, as no kernel is launched; it launches none of its own.
+        engine.graphs.enabled, engine.options = False, dataclasses.replace(options, remask=None)
+        try:
+            with side_by_side():
+                for (kind, tail), number in self.steps.items():
+                    _take(engine, rows[0], kind, tail, number)
+        finally:
+            engine.graphs.enabled, engine.options = recording, options
+            engine.load(rows)
+
+    def take(self, engine: Engine, rows: list[Row]) -> None:
+        """Take every step: on a GPU twice, as the second time is recorded."""
+        for done, ((kind, tail), number) in enumerate(self.steps.items(), 1):
+            self._say(f"{'recording' if engine.graphs.enabled else 'taking'} {kind} steps", engine, done)
+            for _ in range(2 if engine.graphs.enabled and kind != MIXED else 1):
+                _take(engine, rows[0], kind, tail, number)
+
+    def _say(self, what: str, engine: Engine, done: int) -> None:
+        each = len(self.steps) + 1
+        self.report(f"{what}, {engine.rows} x {engine.slots}", self.number * each + done, self.batches * each)
+
+
+def _take(engine: Engine, row: Row, kind: str, tail: int, number: int) -> None:
+    """A step of block ``number`` of rows like ``row``, which counts for none of them."""
+    slot = max(0, row.blocks[number][0] + engine.slots - len(row.ids))
+    engine.prepare(on_host([slot] * engine.rows), on_host([number] * engine.rows))
+    engine.count.zero_()
+    engine.step.zero_()
+    nobody = on_host([False] * engine.rows, torch.bool)
+    if kind != MIXED:
+        engine.take_step(kind, tail, nobody)
+        return
+    tail = engine.slots - slot if engine.options.cache == "prefix" else 0
+    refresh, one = engine.options.refresh, nobody.clone()
+    one[0] = True
+    if engine.rows > 1:
+        engine.take_mixed_step(~nobody, one, ~nobody, tail)
+    if not refresh.full(1) and (engine.rows > 1 or isinstance(refresh, Drift)):
+        engine.take_mixed_step(~nobody, one, nobody, tail)
+
+
+@contextlib.contextmanager
+def _reporting(progress: bool | Report) -> Iterator[Report]:
+    if progress is not True:
+        yield progress or (lambda what, done, total: None)
+        return
+    try:
+        from rich.console import Console
+        from rich.progress import Progress
+    except ImportError:
+        rich = None
+    else:
+        rich = Console(stderr=True)
+    if rich is None or not rich.is_terminal:
+        yield _line
+        return
+    with Progress(console=rich, transient=True) as bar:
+        task = bar.add_task("warmup")
+        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
+
+
+def _line(what: str, done: int, total: int) -> None:
+    print(f"warmup {done}/{total}: {what}", file=sys.stderr, flush=True)
