@@ -26,6 +26,8 @@ PARALLEL = f"{PYTEST} -n 8" if importlib.util.find_spec("xdist") else PYTEST
 # Clones of other people's generators that lie in peers/, under the names of bench/peers.py, run beside ours.
 PEERS = "".join(f" --peer {path.name}={path}" for path in sorted((ROOT / "peers").glob("*")) if path.is_dir())
 ENGINE = "-m bench.engine --shape llada-8b --force"
+# 32 GB of weights: the tokens of a short job must equal those of each peer, or it exits with 1.
+FP32 = f"-m bench.engine --shape llada-8b-short --dtype float32 --rounds 1 --force{PEERS}"
 BENCH = f"{PYTEST} --import-mode=importlib bench/kernels.py -k"
 
 
@@ -41,6 +43,8 @@ PIECES = {
     "steps-fp8": (150, "-m bench.steps --fp8"),
     "floors": (60, "bench/floors.py"),
     "engine": (480, f"{ENGINE} --refresh window:32,0 --fp8{PEERS}"),
+    "fp32": (300, FP32),
+    "cold": (120, "-m bench.cold --shape llada-8b"),
     "attention-llada": (300, f"{BENCH} 'attention and llada'"),
     "modernbert-base": (300, "-m bench.modernbert"),
     "modernbert-large": (400, "-m bench.modernbert --size large"),

@@ -42,6 +42,8 @@ SHAPES = {
         prompt=768, gen_length=128, block_length=32, schedule="uniform:32",
     ),
     "llada-8b": Shape({}, prompt=768, gen_length=256, block_length=32, schedule="uniform:88"),
+    # For dtypes and generators that would take minutes over the usual job.
+    "llada-8b-short": Shape({}, prompt=64, gen_length=64, block_length=32, schedule="uniform:16"),
     "illada-8b": Shape(
         {
             "n_kv_heads": 8, "mlp_hidden_size": 14336, "vocab_size": 155136, "embedding_size": 155136,
