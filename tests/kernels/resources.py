@@ -22,6 +22,7 @@ MODULES = ("compile_cases_attention", "compile_cases_predict")  # every kernel t
 SHARED_LIMIT = {  # bytes a block may have, by architecture
     80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024,
 }  # fmt: skip
+INEXACT = r"\b[a-z0-9]+\.(?:approx|full)\.(?:ftz\.)?f32\b"
 BIG = (90, 100)  # launchers give these other tiles
 SMALL = tuple(arch for arch in SHARED_LIMIT if arch not in BIG)
 
@@ -46,6 +47,7 @@ class Resources:
     hgmma: int  # warp-group matrix instructions (sm_90)
     hmma: int  # warp matrix instructions
     tcgen05: int  # tensor-memory matrix instructions (sm_100)
+    inexact: list[str]  # the PTX instructions that approximate an fp32 function, ".ftz" left out
 
     def matrix(self, arch: int) -> int:
         """The matrix instructions that a kernel should use on ``arch``."""
@@ -88,6 +90,7 @@ def measure(case: Case, arch: int) -> Resources:
         hgmma=len(re.findall(r"\b[HQ]GMMA\b", listing)),
         hmma=len(re.findall(r"\bHMMA\b", listing)),
         tcgen05=len(re.findall(r"\bUTC[A-Z]*MMA\b", listing)),
+        inexact=sorted({name.replace(".ftz", "") for name in re.findall(INEXACT, compiled.asm["ptx"])}),
     )
 
 

@@ -1,9 +1,11 @@
-"""Every kernel, compiled for chips that are not here: no spills, no more shared memory than there is, matrix units."""
+"""Every kernel, compiled for chips that are not here: no spills, no more shared memory than there is, matrix units,
+and no approximate instruction whose error the tests' bounds leave out."""
 
 import importlib
 
 import pytest
 from resources import BIG, MODULES, SHARED_LIMIT, measured
+from truth import INSTRUCTIONS
 
 from dllm_fast import ops
 
@@ -42,4 +44,6 @@ def check(module, arch, share):
             complaints.append(f"{name}: {used.shared} bytes of shared memory")
         if cases[name].matrix and (arch not in BIG or rows >= 64) and not instructions:
             complaints.append(f"{name}: no matrix instructions")
+        if unknown := set(used.inexact) - set(INSTRUCTIONS):
+            complaints.append(f"{name}: {', '.join(unknown)} of an error that truth.INSTRUCTIONS does not state")
     assert not complaints, "\n".join([f"sm_{arch}", *complaints])

@@ -3,6 +3,40 @@
 import numpy as np
 import torch
 
+# The largest relative errors of the approximate fp32 instructions in the kernels' PTX, from the PTX ISA manual, section
+# "Floating Point Instructions". A unit in the last place is at most 2^-23 of a number. `test_resources.py` compiles
+# every kernel and finds no other such instruction. Logarithms and erf are polynomials of libdevice, sine and cosine
+# PyTorch's own tables; lg2, sin and cos, whose errors are absolute, are in no kernel.
+INSTRUCTIONS = {
+    "div.rn.f32": 2**-24,  # correctly rounded
+    "div.full.f32": 2 * 2**-23,  # 2 units
+    "ex2.approx.f32": 2.5 * 2**-23,  # 2 units from the correctly rounded result
+    "rsqrt.approx.f32": 2**-22.9,
+}
+ROUNDED = 2**-24  # relative error of one fp32 addition, multiplication or fused pair of them
+
+
+def exp_error(x: float | torch.Tensor) -> float | torch.Tensor:
+    """Relative error of ``tl.exp(x)``: ex2.approx of x log2(e), a rounded product with a rounded constant.
+
+    An exponent that is off by a fraction of x makes a result that is off by as much.
+    """
+    return INSTRUCTIONS["ex2.approx.f32"] + 2 * ROUNDED * abs(x)
+
+
+def assert_within(out: torch.Tensor, truth: torch.Tensor, bound: torch.Tensor) -> None:
+    """Every element of ``out`` is within ``bound`` of ``truth`` (both fp64) and out's own rounding to its dtype."""
+    assert out.shape == truth.shape == bound.shape
+    limits = torch.finfo(out.dtype)
+    allowed = bound + limits.eps / 2 * (truth.abs() + bound) + limits.smallest_normal * limits.eps / 2
+    error = (out.double() - truth).abs()
+    worst = (error - allowed).argmax()
+    assert (error <= allowed).all(), (
+        f"element {worst.item()}: {out.flatten()[worst].item():.9g}, exactly {truth.flatten()[worst].item():.9g}; "
+        f"{error.flatten()[worst].item():.3g} apart, {allowed.flatten()[worst].item():.3g} allowed"
+    )
+
+
 # Of few-row matmuls: rows, output and input channels. The interpreter has 4 programs: tiles of one program, of two, of
 # all.
 LINEARS = {
