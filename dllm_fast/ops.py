@@ -21,7 +21,8 @@ from dllm_fast.kernels.checks import FLOATS
 
 IMPLS = ("auto", "triton", "cpp", "torch")
 KERNELS = {
-    "linear": ("linear", "fits", "counters"),
+    "tiles": ("counters",),
+    "linear": ("linear", "fits"),
     "linear_int4": ("linear_int4", "widen_int4", "fits_int4"),
     "round_rows": ("round_rows",),
     "attention": ("attention",),
@@ -175,7 +176,7 @@ def round_rows(x, impl="torch"):
 
 
 def counting(arrivals: torch.Tensor | None):
-    """Within it, Triton's `linear` counts in ``arrivals`` (`kernels.linear.counters`); None: in zeros of its own."""
+    """Within it, Triton's kernels count in ``arrivals`` (`kernels.tiles.counters`); None: in zeros of its own."""
     return contextlib.nullcontext() if arrivals is None else _triton().counters(arrivals)
 
 

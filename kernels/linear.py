@@ -13,9 +13,7 @@ Where the launch is chained (programmatic dependent launch, `chain.py`), a progr
 waits for the kernel that makes x.
 """
 
-import contextlib
 import functools
-import threading
 
 import torch
 import triton
@@ -24,6 +22,7 @@ import triton.language as tl
 from dllm_fast.kernels.chain import chained, prefetch, start_next, wait_for_inputs
 from dllm_fast.kernels.checks import check_tensors, one_device
 from dllm_fast.kernels.round_rows import split_rows
+from dllm_fast.kernels.tiles import end_tile, multiprocessors, source_rows, sum_parts, zero_counts
 
 HALVES = (torch.bfloat16, torch.float16)
 ROWS = 64  # above, cuBLAS is ahead
@@ -106,79 +105,11 @@ def _packed_dot(
     return tl.dot(w3, tl.trans(x3), acc)
 
 
-@triton.jit
-def _store(
-    acc,  # [BN, BM] fp32
-    out_ptr,  # [M, N], or [M, N / 2] with GATED
-    scale_ptr,  # [N] fp32, with SCALED
-    x_scale_ptr,  # [M] fp32, with SPLIT
-    source,  # [BN] int64: the tile's rows of W
-    tile,
-    rows,
-    N,
-    GATED: tl.constexpr,
-    SCALED: tl.constexpr,
-    SPLIT: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-):
-    kind = out_ptr.dtype.element_ty
-    m = tl.arange(0, BM).to(tl.int64)  # [BM]
-    if SCALED:
-        acc *= tl.load(scale_ptr + source)[:, None]
-    if SPLIT:
-        acc *= tl.load(x_scale_ptr + tl.minimum(m, rows - 1))[None, :]
-    if GATED:
-        gate, up = tl.split(tl.permute(tl.reshape(acc, [BN // 2, 2, BM]), (0, 2, 1)))  # [BN / 2, BM]
-        gate, up = gate.to(kind).to(tl.float32), up.to(kind).to(tl.float32)
-        n = tile * (BN // 2) + tl.arange(0, BN // 2)
-        y = gate / (1 + tl.exp(-gate)) * up
-        tl.store(out_ptr + m[None, :] * (N // 2) + n[:, None], y.to(kind), mask=(m < rows)[None, :])
-    else:
-        n = tile * BN + tl.arange(0, BN)
-        tl.store(out_ptr + m[None, :] * N + n[:, None], acc.to(kind), mask=(m < rows)[None, :])
-
-
-@triton.jit
-def _sum(
-    part_ptr,  # [programs, 2, BN, BM] fp32
-    count_ptr,  # [N / BN] int32
-    out_ptr,
-    scale_ptr,
-    x_scale_ptr,
-    source,  # [BN] int64: the tile's rows of W
-    tile,
-    steps,  # of a tile
-    total,  # steps of all tiles
-    rows,
-    N,
-    GATED: tl.constexpr,
-    SCALED: tl.constexpr,
-    SPLIT: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-):
-    """Say that this program's part of a tile is there; the last program to say so sums the parts, in order."""
-    programs, begin = tl.num_programs(0), tile * steps
-    lowest = ((begin + 1) * programs - 1) // total
-    highest = ((begin + steps) * programs - 1) // total
-    if tl.atomic_add(count_ptr + tile, 1, sem="acq_rel") == highest - lowest:
-        tl.debug_barrier()
-        place = tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]  # [BN, BM]
-        y = tl.zeros([BN, BM], tl.float32)
-        for program in range(lowest, highest + 1):
-            part = program * 2 + (program * total // programs < begin).to(tl.int32)
-            # .cg: not from this multiprocessor's own cache, which may hold what was there before.
-            y += tl.load(part_ptr + tl.cast(part, tl.int64) * (BN * BM) + place, cache_modifier=".cg")
-        tl.store(count_ptr + tile, 0)
-        _store(y, out_ptr, scale_ptr, x_scale_ptr, source, tile, rows, N, GATED, SCALED, SPLIT, BM, BN)
-
-
 @triton.jit(do_not_specialize=["rows"])
 def _linear_kernel(
     x_ptr,  # [M, K], rows x_stride apart, or with SPLIT [M, 2, K] e4m3
     weight_ptr,  # [N, K], or with PACKED [N, K / 4] int32
-    scale_ptr,  # [N] fp32, with SCALED
+    scale_ptr,  # [N] fp32, or None
     x_scale_ptr,  # [M] fp32, with SPLIT
     out_ptr,  # [M, N], or [M, N / 2] with GATED
     part_ptr,  # [programs, 2, BN, BM] fp32: what a program leaves of its first tile, and of its last
@@ -188,7 +119,6 @@ def _linear_kernel(
     N,
     K,
     GATED: tl.constexpr,
-    SCALED: tl.constexpr,
     SPLIT: tl.constexpr,  # x is in two parts
     PACKED: tl.constexpr,  # four e4m3 weights a word
     CHAINED: tl.constexpr,
@@ -203,16 +133,9 @@ def _linear_kernel(
     first = program * total // programs
     last = (program + 1) * total // programs
 
-    n = tl.arange(0, BN)  # [BN]
     k = tl.arange(0, BK)  # [BK]
-    m = tl.arange(0, BM)  # [BM]
-    if GATED:
-        source = (n % 2) * (N // 2) + n // 2
-        tile_rows = BN // 2
-    else:
-        source = n
-        tile_rows = BN
-    source = source.to(tl.int64)
+    source = source_rows(N, GATED, BN)  # [BN]
+    tile_rows = BN // 2 if GATED else BN
     PER: tl.constexpr = 4 if PACKED else 1  # weights of an element of W
     w_at = weight_ptr + source[:, None] * (K // PER) + tl.arange(0, BK // PER)[None, :]  # [BN, BK / PER]
     COLUMNS: tl.constexpr = 2 * BM if SPLIT else BM
@@ -241,66 +164,18 @@ def _linear_kernel(
         else:
             acc = tl.dot(w.to(x.dtype), tl.trans(x), acc)
         if (at + BK == K) | (i + 1 == last):
-            begin = tile * steps
             if SPLIT:
                 high, low = tl.split(tl.reshape(acc, [BN, BM, 2]))  # [BN, BM]
                 y = high + low * (1 / 16)
             else:
                 y = acc
-            if (first <= begin) & (at + BK == K):
-                _store(
-                    y, out_ptr, scale_ptr, x_scale_ptr, source + tile * tile_rows, tile, rows, N,
-                    GATED, SCALED, SPLIT, BM, BN,
-                )  # fmt: skip
-            else:
-                part = program * 2 + (first < begin).to(tl.int32)
-                tl.store(part_ptr + tl.cast(part, tl.int64) * (BN * BM) + n[:, None] * BM + m[None, :], y)
+            end_tile(
+                y, part_ptr, out_ptr, scale_ptr, x_scale_ptr, tile, first, i + 1, steps, rows, N, GATED, BM, BN
+            )  # fmt: skip
             acc = tl.zeros([BN, COLUMNS], tl.float32)
-
-    # The sums come after the loop: Triton pipelines innermost loops alone. Every thread's part must have been written
-    # before one of them says so.
-    tl.debug_barrier()
-    tile = first // steps
-    if (first > tile * steps) | (last < (tile + 1) * steps):
-        _sum(
-            part_ptr, count_ptr, out_ptr, scale_ptr, x_scale_ptr, source + tile * tile_rows, tile, steps, total, rows,
-            N, GATED, SCALED, SPLIT, BM, BN,
-        )  # fmt: skip
-    final = (last - 1) // steps
-    if (final > tile) & (last < (final + 1) * steps):
-        _sum(
-            part_ptr, count_ptr, out_ptr, scale_ptr, x_scale_ptr, source + final * tile_rows, final, steps, total,
-            rows, N, GATED, SCALED, SPLIT, BM, BN,
-        )  # fmt: skip
-
-
-_counters = threading.local()
-
-
-@contextlib.contextmanager
-def counters(kept: torch.Tensor):
-    """Within it, launches of this thread count arrivals in ``kept``, int32 zeros of one stream's use alone.
-
-    Otherwise each launch gets zeros of its own, which costs a launch more and breaks the chain.
-    """
-    before = getattr(_counters, "kept", None)
-    _counters.kept = kept
-    try:
-        yield
-    finally:
-        _counters.kept = before
-
-
-def _count(tiles: int, device: torch.device) -> torch.Tensor:
-    kept = getattr(_counters, "kept", None)
-    if kept is not None and kept.device == device and len(kept) >= tiles:
-        return kept
-    return torch.zeros(tiles, dtype=torch.int32, device=device)
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    sum_parts(
+        part_ptr, count_ptr, out_ptr, scale_ptr, x_scale_ptr, first, last, steps, total, rows, N, GATED, BM, BN
+    )  # fmt: skip
 
 
 @functools.cache
@@ -345,17 +220,15 @@ def linear(
         )
     out = torch.empty(*x.shape[:-1], n // 2 if gated else n, dtype=x.dtype, device=x.device)
     config = configs[next(size for size in configs if rows <= size)]
-    programs = min(
-        PROGRAMS[weight.element_size()] * _multiprocessors(x.device), n // config["BN"] * (k // config["BK"])
-    )
+    programs = min(PROGRAMS[weight.element_size()] * multiprocessors(x.device), n // config["BN"] * (k // config["BK"]))
     part = torch.empty(programs, 2, config["BN"], config["BM"], dtype=torch.float32, device=x.device)
     x, x_scale = split_rows(x.reshape(rows, k)) if split else (x.reshape(rows, k), None)
     packed = not split and scale is not None and x.dtype == torch.bfloat16 and x.is_cuda
     with torch.cuda.device_of(x):
         _linear_kernel[(programs,)](
             x, weight.view(torch.int32) if packed else weight, scale, x_scale, out, part,
-            _count(n // config["BN"], x.device), k if split else x.stride(0), rows, n, k,
-            GATED=gated, SCALED=scale is not None, SPLIT=split, PACKED=packed, **config, **chained(x.device, programs),
+            zero_counts(n // config["BN"], x.device), k if split else x.stride(0), rows, n, k,
+            GATED=gated, SPLIT=split, PACKED=packed, **config, **chained(x.device, programs),
         )  # fmt: skip
     return out
 

@@ -13,7 +13,8 @@ import triton.language as tl
 
 from dllm_fast.kernels.chain import chained, start_next, wait_for_inputs
 from dllm_fast.kernels.checks import FLOATS, check_tensors, one_device
-from dllm_fast.kernels.linear import HALVES, ROWS, TILE, _count, _multiprocessors, _store, _sum
+from dllm_fast.kernels.linear import HALVES, ROWS, TILE
+from dllm_fast.kernels.tiles import end_tile, multiprocessors, source_rows, sum_parts, zero_counts
 
 GROUP = 128  # inputs that share a scale
 # By rows of x, padded. Not measured: what compiles without spills on every GPU that the kernels are for. Of 64 rows
@@ -105,16 +106,10 @@ def _linear_int4_kernel(
     first = program * total // programs
     last = (program + 1) * total // programs
 
-    n = tl.arange(0, BN)  # [BN]
     c = tl.arange(0, 16)  # [16]
     m = tl.arange(0, BM)  # [BM]
-    if GATED:
-        source = (n % 2) * (N // 2) + n // 2
-        tile_rows = BN // 2
-    else:
-        source = n
-        tile_rows = BN
-    source = source.to(tl.int64)
+    source = source_rows(N, GATED, BN)  # [BN]
+    tile_rows = BN // 2 if GATED else BN
     kind = x_ptr.dtype.element_ty
     w_at = weight_ptr + source[:, None] * (K // 8) + c[None, :]  # [BN, 16]
     x_at = x_ptr + tl.minimum(m, rows - 1).to(tl.int64)[:, None] * x_stride + c[None, :]  # [BM, 16]
@@ -149,31 +144,9 @@ def _linear_int4_kernel(
         y = tl.dot(w7, tl.trans(tl.load(x_at + at + 112)), y)
         acc += y * scale[:, None]
         if (group + 1 == steps) | (i + 1 == last):
-            begin = tile * steps
-            if (first <= begin) & (group + 1 == steps):
-                _store(
-                    acc, out_ptr, out_ptr, out_ptr, source + tile * tile_rows, tile, rows, N,
-                    GATED, False, False, BM, BN,
-                )  # fmt: skip
-            else:
-                part = program * 2 + (first < begin).to(tl.int32)
-                tl.store(part_ptr + tl.cast(part, tl.int64) * (BN * BM) + n[:, None] * BM + m[None, :], acc)
+            end_tile(acc, part_ptr, out_ptr, None, None, tile, first, i + 1, steps, rows, N, GATED, BM, BN)
             acc = tl.zeros([BN, BM], tl.float32)
-
-    # As in `linear.py`: after the loop, and once every thread's part has been written.
-    tl.debug_barrier()
-    tile = first // steps
-    if (first > tile * steps) | (last < (tile + 1) * steps):
-        _sum(
-            part_ptr, count_ptr, out_ptr, out_ptr, out_ptr, source + tile * tile_rows, tile, steps, total, rows, N,
-            GATED, False, False, BM, BN,
-        )  # fmt: skip
-    final = (last - 1) // steps
-    if (final > tile) & (last < (final + 1) * steps):
-        _sum(
-            part_ptr, count_ptr, out_ptr, out_ptr, out_ptr, source + final * tile_rows, final, steps, total, rows, N,
-            GATED, False, False, BM, BN,
-        )  # fmt: skip
+    sum_parts(part_ptr, count_ptr, out_ptr, None, None, first, last, steps, total, rows, N, GATED, BM, BN)
 
 
 @triton.jit
@@ -238,12 +211,12 @@ def linear_int4(
     out = torch.empty(*x.shape[:-1], n // 2 if gated else n, dtype=x.dtype, device=x.device)
     config = CONFIGS[next(size for size in CONFIGS if rows <= size)]
     tiles = n // config["BN"]
-    programs = min(PROGRAMS * _multiprocessors(x.device), tiles * (k // GROUP))
+    programs = min(PROGRAMS * multiprocessors(x.device), tiles * (k // GROUP))
     part = torch.empty(programs, 2, config["BN"], config["BM"], dtype=torch.float32, device=x.device)
     x = x.reshape(rows, k)
     with torch.cuda.device_of(x):
         _linear_int4_kernel[(programs,)](
-            x, packed.view(torch.int32), scale, zero, out, part, _count(tiles, x.device), x.stride(0), rows, n, k,
+            x, packed.view(torch.int32), scale, zero, out, part, zero_counts(tiles, x.device), x.stride(0), rows, n, k,
             GATED=gated, PACKED=x.dtype == torch.bfloat16 and x.is_cuda, **config, **chained(x.device, programs),
         )  # fmt: skip
     return out

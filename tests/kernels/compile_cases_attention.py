@@ -90,7 +90,7 @@ def _linear():
             warps, stages = constexprs.pop("num_warps"), constexprs.pop("num_stages")
             for gated in (False, True):
                 scaled = size == 1
-                constexprs |= {"GATED": gated, "SCALED": scaled, "SPLIT": False, "PACKED": scaled, "x_scale_ptr": None}
+                constexprs |= {"GATED": gated, "SPLIT": False, "PACKED": scaled, "x_scale_ptr": None}
                 weight = {"weight_ptr": "*i32", "scale_ptr": "*fp32"} if scaled else {"weight_ptr": "*bf16"}
                 none = {} if scaled else {"scale_ptr": None}
                 name = f"linear {'e4m3' if scaled else 'bf16'} {rows}" + " gated" * gated
@@ -103,7 +103,7 @@ def _linear():
         constexprs = dict(config)
         warps, stages = constexprs.pop("num_warps"), constexprs.pop("num_stages")
         for gated in (False, True):
-            constexprs |= {"GATED": gated, "SCALED": True, "SPLIT": True, "PACKED": False}
+            constexprs |= {"GATED": gated, "SPLIT": True, "PACKED": False}
             name = f"linear e4m3 in two parts {rows}" + " gated" * gated
             yield Case(
                 name, linear._linear_kernel, signature, dict(constexprs), warps, stages, matrix=True, archs=(90,)

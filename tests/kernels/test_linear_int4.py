@@ -8,8 +8,8 @@ from truth import LINEARS, assert_as_exact, linear_inputs
 import dllm_fast
 from dllm_fast import ops
 from dllm_fast.kernels import reference, reference_int4
-from dllm_fast.kernels.linear import counters
 from dllm_fast.kernels.linear_int4 import fits_int4, linear_int4, widen_int4
+from dllm_fast.kernels.tiles import counters
 
 BF16, FP16 = torch.bfloat16, torch.float16
 
