@@ -190,7 +190,8 @@ def _model(model: torch.nn.Module) -> Iterator[str]:
         weights = "its own weights" if state.weights is None else f"{state.weights} copies of its weights"
         if (kind := loaded_kind(state.model)) is not None:
             weights = f"{kind} weights, which it was loaded with"
-        yield f"{inside}patched with impl={state.impl!r}, here {NAMES[state.family.impl]}; multiplies {weights}"
+        head = "" if state.head is None else f", and an {state.head} copy of its LM head's"
+        yield f"{inside}patched with impl={state.impl!r}, here {NAMES[state.family.impl]}; multiplies {weights}{head}"
         if state.pool.failure is not None:
             yield f"its steps go on without CUDA graphs where recording failed, last by {state.pool.failure}"
         elif len(state.pool):

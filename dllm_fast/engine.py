@@ -346,7 +346,7 @@ class Engine:
         candidate = (block == o.mask_id) & live
         token, score, lse = ops.predict(
             hidden,
-            *family.head(),
+            *family.head_operands(),
             candidate=(candidate if o.remask is None else live).flatten(),
             mask_id=o.mask_id,
             confidence=o.schedule.confidence or o.confidence,
@@ -371,8 +371,8 @@ class Engine:
         if o.remask is not None:
             current = torch.where(candidate, token, block)
             now = ops.token_probability(
-                hidden, *family.head(), token=current.flatten(), lse=lse, uncond=uncond, cfg_scale=o.cfg_scale,
-                deferred=[i for i in o.defer_tokens if i not in o.suppress_tokens],
+                hidden, *family.head_operands(), token=current.flatten(), lse=lse, uncond=uncond,
+                cfg_scale=o.cfg_scale, deferred=[i for i in o.defer_tokens if i not in o.suppress_tokens],
             ).view_as(at)  # fmt: skip
             if o.defer_tokens:  # a prediction that is held back takes no committed token's place
                 now = now.masked_fill(candidate & (score == float("-inf")), 0.0)

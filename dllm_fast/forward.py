@@ -87,8 +87,8 @@ def _fast(self, input_ids=None, attention_mask=None, **kwargs):
         span = _span(attention_mask) if fits else None
     if not plain or span is None:
         return state.forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
-    weight, bias = family.head()
+    head = family.head_operands()
     # Triton launches on the current GPU, whatever holds the tensors.
-    with torch.cuda.device(weight.device) if weight.is_cuda else nullcontext():
+    with torch.cuda.device(head[0].device) if head[0].is_cuda else nullcontext():
         hidden = family.hidden(input_ids, *span, padding_counts=True)
-        return state.output(logits=ops.linear(hidden, weight, bias, impl=family.impl))
+        return state.output(logits=ops.logits(hidden, *head, impl=family.impl))

@@ -205,7 +205,7 @@ class _Scorer:
             return sums.tolist()
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        logits = ops.linear(hidden, *self.family.head(), impl=self.family.impl)
+        logits = ops.logits(hidden, *self.family.head_operands(), impl=self.family.impl)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def _most_confident(self, pairs, masks) -> list[tuple[int, int]]:
@@ -213,7 +213,7 @@ class _Scorer:
         with torch.no_grad(), as_written(self.device), self.lock:
             _, open_, hidden, uncond = self._hidden(pairs, masks)
             options = {"mask_id": self.mask_id, "uncond": uncond, "cfg_scale": self.cfg_scale}
-            token, confidence, lse = ops.predict(hidden, *self.family.head(), **options, impl=self.family.impl)
+            token, confidence, lse = ops.predict(hidden, *self.family.head_operands(), **options, impl=self.family.impl)
             grid = torch.full(open_.shape, float("-inf"), dtype=confidence.dtype, device=self.device)
             grid[open_] = confidence
             tokens = torch.zeros(open_.shape, dtype=torch.int64, device=self.device)

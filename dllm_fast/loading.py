@@ -40,6 +40,7 @@ def from_pretrained(
     impl: str = "auto",
     trust_remote_code: bool = False,
     weights: str | None = None,
+    head: str | None = None,
     **kwargs,
 ) -> PreTrainedModel:
     """Load a LLaDA or a ModernBERT and `patch` it; returned in evaluation mode.
@@ -55,14 +56,15 @@ def from_pretrained(
             rounded as it is read, on ``device``, and let go: the layers never lie there in ``dtype``. Such a model
             gives the logits of one that was patched with ``weights``. It cannot be unpatched, trained or saved, each of
             which raises a ValueError.
+        head: see `patch`. The head is loaded in ``dtype`` as well, and its copy lies beside it.
         kwargs: for transformers' ``from_pretrained`` (revision, token, local_files_only, ...).
 
     Raises:
         ValueError: the model type is unknown, or a local folder is not there or incomplete: a file is missing or cut
             short, or the weights lack a parameter or hold one that the config has no place for. It names the file. Or
-            `patch` refuses: ``weights``, before anything is read, or ``impl``.
+            `patch` refuses: ``weights`` or ``head``, before anything is read, or ``impl``.
     """
-    require_known(weights)
+    require_known(weights=weights, head=head)
     require_device(device)
     name = model_path(str(name))
     if Path(name).is_dir():
@@ -97,7 +99,7 @@ def from_pretrained(
             f"{name}: the weights hold {len(unexpected)} tensors that config.json has no place for, the first of them "
             f"{unexpected[0]}"
         )
-    patch(model.eval() if device is None else model.eval().to(device), impl, weights)
+    patch(model.eval() if device is None else model.eval().to(device), impl, weights, head)
     if not cls.can_generate():  # then transformers has not read the file
         with suppress(OSError):  # there is none
             model.generation_config = DiffusionGenerationConfig.from_pretrained(name, **kwargs)

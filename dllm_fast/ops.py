@@ -36,6 +36,7 @@ KERNELS = {
 # NVIDIA GPUs for which the tests compile every kernel and find that it fits (tests/kernels/test_resources.py). On 7.5
 # attention takes more shared memory than a block may have, half the kernels spill, and bf16 is emulated.
 CAPABILITIES = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
+WIDENED = 4096  # rows of an e4m3 LM head that are wide at once
 CHUNK = 256  # rows of logits held at once: 256 x 126,464 fp32 is 130 MB
 
 
@@ -153,6 +154,15 @@ def widen_int4(packed, scale, zero, width, dtype, impl="torch"):
     if impl == "triton":
         return _triton().widen_int4(packed, scale, zero, width, dtype)
     return reference_int4.widen_int4(packed, scale, zero, width).to(dtype)
+
+
+def logits(hidden, weight, bias=None, scale=None, impl="torch"):
+    """``hidden W^T + b``, [..., V], of an LM head; with ``scale`` [V] its e4m3 rows are widened some at a time."""
+    if scale is None:
+        return linear(hidden, weight, bias, impl)
+    parts = zip(weight.split(WIDENED), scale.split(WIDENED), strict=True)
+    y = torch.cat([linear(hidden, (part.float() * by[:, None]).to(hidden.dtype), impl=impl) for part, by in parts], -1)
+    return y if bias is None else y + bias
 
 
 def swiglu_linear(x, weight, impl="torch"):
@@ -313,19 +323,18 @@ def attention(q, keys, values, seen, impl="torch"):
     return out if blind is None else out.masked_fill(blind[..., None, None], 0.0)
 
 
-def predict(hidden, weight, bias=None, *, candidate=None, uncond=None, cfg_scale=0.0, impl="torch", **options):
+def predict(
+    hidden, weight, bias=None, scale=None, *, candidate=None, uncond=None, cfg_scale=0.0, impl="torch", **options
+):
     """`reference.predict`, with logits from the model's dtype and everything after them in fp32.
 
     On a CPU only the candidates' rows are multiplied; elsewhere that would need a host sync, so all are.
     """
+    given = {"candidate": candidate, "uncond": uncond, "cfg_scale": cfg_scale}
     if impl == "triton":
-        return _triton().predict(
-            hidden, weight, bias, candidate=candidate, uncond=uncond, cfg_scale=cfg_scale, **options
-        )
-    if impl == "cpp":
-        return compiled.predict(
-            hidden, weight, bias, candidate=candidate, uncond=uncond, cfg_scale=cfg_scale, **options
-        )
+        return _triton().predict(hidden, weight, bias, scale, **given, **options)
+    if impl == "cpp" and scale is None:
+        return compiled.predict(hidden, weight, bias, **given, **options)
     rows = slice(None)
     if candidate is not None and not candidate.is_cuda:
         rows = candidate.nonzero()[:, 0]
@@ -333,12 +342,12 @@ def predict(hidden, weight, bias=None, *, candidate=None, uncond=None, cfg_scale
     parts = []
     for i in range(0, max(1, hidden[rows].shape[0]), CHUNK):
         part = slice(i, i + CHUNK)
-        logits = F.linear(hidden[rows][part], weight, bias).float()
+        z = logits(hidden[rows][part], weight, bias, scale, impl).float()
         if uncond is not None:
             # Combining the hidden states would save this product, but in bf16 it more than doubles the logits' error.
-            base = F.linear(uncond[rows][part], weight, bias).float()
-            logits = base + (cfg_scale + 1) * (logits - base)
-        parts.append(reference.select(logits, **options, **{name: x[part] for name, x in per_row.items()}))
+            base = logits(uncond[rows][part], weight, bias, scale, impl).float()
+            z = base + (cfg_scale + 1) * (z - base)
+        parts.append(reference.select(z, **options, **{name: x[part] for name, x in per_row.items()}))
     token, confidence, lse = (torch.cat(columns) for columns in zip(*parts, strict=True))
     if candidate is None:
         return token, confidence, lse
@@ -352,14 +361,14 @@ def predict(hidden, weight, bias=None, *, candidate=None, uncond=None, cfg_scale
     return tuple(nothing.index_copy(0, rows, x) for x, nothing in zip((token, confidence, lse), full))
 
 
-def token_probability(hidden, weight, bias=None, *, token, lse, uncond=None, cfg_scale=0.0, deferred=()):
+def token_probability(hidden, weight, bias=None, scale=None, *, token, lse, uncond=None, cfg_scale=0.0, deferred=()):
     """Probability [N] fp32 of ``token`` [N] after hidden [N, d], from `predict`'s log-sum-exp [N].
 
     That leaves out the ids of ``deferred``; here they count, as the token may be one of them.
     """
 
     def logit_of(ids):  # [N], or one for all -> [N]
-        row = weight[ids].float()  # [N, d], or [d]
+        row = weight[ids].float() if scale is None else weight[ids].float() * scale[ids, None]  # [N, d], or [d]
         logit = (hidden.float() * row).sum(-1)
         if uncond is not None:
             base = (uncond.float() * row).sum(-1)

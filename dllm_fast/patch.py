@@ -25,17 +25,18 @@ from dllm_fast.forward import STATE, like, patch_of
 from dllm_fast.llada import LLaDAModelLM
 from dllm_fast.mixin import generation_config_of, lend_generate, take_back, would_replace
 from dllm_fast.pool import Pool
-from dllm_fast.rounded import KINDS, Copies, loaded_kind
+from dllm_fast.rounded import KINDS, Copies, RoundedHead, loaded_kind, require_kind
 from dllm_fast.rounded import check as check_rounded
 from dllm_fast.weights import Fused, fuse, products
 
-WEIGHTS = (None, *KINDS)
+CHOICES = {"weights": (None, *KINDS), "head": (None, "fp8")}
 
 
 @dataclass
 class _Patch:
     impl: str  # as it was asked for
     weights: str | None
+    head: str | None
     family: LLaDA | ModernBert
     forward: types.MethodType  # the model's own
     own_forward: object | None  # what the instance's __dict__ held under "forward", e.g. an Accelerate hook
@@ -71,7 +72,7 @@ class _Patch:
         return type(None), ()
 
 
-def patch(model: nn.Module, impl: str = "auto", weights: str | None = None) -> nn.Module:
+def patch(model: nn.Module, impl: str = "auto", weights: str | None = None, head: str | None = None) -> nn.Module:
     """Make ``model`` fast, in place, this instance alone; returns it.
 
     Args:
@@ -83,6 +84,9 @@ def patch(model: nn.Module, impl: str = "auto", weights: str | None = None) -> n
             zero point a group of 128 inputs (`dllm_fast.int4`). The parameters stay beside them: of bf16's bytes, a
             half or a quarter more. Norms, embeddings and the LM head are as they were. Any dtype of the model; bf16 and
             fp16 have kernels on a GPU (e4m3 on Hopper), else it is right and slow. What it costs: ``bench/rounded.py``.
+        head: None, or ``"fp8"`` to make logits from a copy of the LM head's weight that is rounded to e4m3, with a
+            scale a vocabulary entry; what it multiplies is not rounded. The parameter stays beside it, and a tied
+            embedding as it is. bf16 has a kernel for a block's rows on a GPU; else the copy is widened at each call.
 
     ``model(input_ids, attention_mask=...)`` then goes through `dllm_fast.ops` whenever no gradient is wanted; any
     other call (labels, ``position_ids``, a mask with holes, training) is answered by the model's own forward. So is
@@ -99,30 +103,33 @@ def patch(model: nn.Module, impl: str = "auto", weights: str | None = None) -> n
 
     Raises:
         ValueError: the model is of an unknown type or architecture, on the meta device or holds NaN or infinite
-            weights, an adapter stands for its head or a norm, or ``impl`` or ``weights`` cannot be had. The model is
-            then as it was, as after any other error (memory for a group of weights, say).
+            weights, an adapter stands for its head or a norm, or ``impl``, ``weights`` or ``head`` cannot be had. The
+            model is then as it was, as after any other error (memory for a group of weights, say).
     """
     wrapper, model = model, unwrapped(model)
     require_one_device(model)
     family_class, output = _recognise(model)
     parameter = _first_parameter(model)
     resolved = ops.resolve(impl, parameter.device, parameter.dtype)
-    require_known(weights)
+    require_known(weights=weights, head=head)
     if (kind := loaded_kind(model)) not in (None, weights):
         raise ValueError(f"weights={weights!r}: this model was loaded with weights={kind!r} and has no others")
     state = patch_of(model)
-    if state is not None and (state.family.impl, state.weights) == (resolved, weights):
+    if state is not None and (state.family.impl, state.weights, state.head) == (resolved, weights, head):
         with state.pool.lock:
             _prepare(state)
         return wrapper
     _check_weights(model)
     with state.pool.lock if state is not None else nullcontext():
-        family = family_class(model, impl, products if weights is None else Copies(weights))
+        copies = products if weights is None else Copies(weights)
+        family = family_class(model, impl, copies, None if head is None else RoundedHead())
         if weights is not None:
             check_rounded(weights, model, family.groups(), parameter.device)
+        if head is not None:
+            require_kind(head, parameter.device, "head")
         own = model.forward if state is None else state.forward
         own_forward = model.__dict__.get("forward") if state is None else state.own_forward
-        fresh = _Patch(impl, weights, family, own, own_forward, output, model)
+        fresh = _Patch(impl, weights, head, family, own, own_forward, output, model)
         if state is not None:
             fresh.fused, fresh.pool.lock = state.fused, state.pool.lock
             fresh.bound, fresh.replaced = state.bound, state.replaced
@@ -160,10 +167,11 @@ def _plain_attributes(model: nn.Module) -> dict:
     return {**attributes, STATE: state}
 
 
-def require_known(weights: str | None) -> None:
-    """Raise ValueError if ``weights`` is none of `patch`'s."""
-    if weights not in WEIGHTS:
-        raise ValueError(f"weights={weights!r} is not one of {', '.join(map(repr, WEIGHTS))}")
+def require_known(**options: str | None) -> None:
+    """Raise ValueError if ``weights`` or ``head`` is none of `patch`'s."""
+    for name, value in options.items():
+        if value not in CHOICES[name]:
+            raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, CHOICES[name]))}")
 
 
 def unpatch(model: nn.Module) -> nn.Module:
@@ -211,6 +219,8 @@ def _prepare(state: _Patch) -> None:
         state.family.products.refresh(state.family.groups())
     else:
         _fuse(state)
+    if state.head is not None:
+        state.family.rounded_head.refresh(state.family.head()[0])
 
 
 def _fuse(state: _Patch) -> None:
@@ -234,16 +244,18 @@ def _fuse(state: _Patch) -> None:
 
 
 @contextmanager
-def patched(model: nn.Module, impl: str = "auto", weights: str | None = None) -> Iterator[nn.Module]:
+def patched(
+    model: nn.Module, impl: str = "auto", weights: str | None = None, head: str | None = None
+) -> Iterator[nn.Module]:
     """`patch` within a ``with`` block. A model that was patched before it is patched after it, as it was."""
     before = patch_of(unwrapped(model))
     try:
-        yield patch(model, impl, weights)
+        yield patch(model, impl, weights, head)
     finally:
         if before is None:
             unpatch(model)
         elif patch_of(unwrapped(model)) is not before:
-            patch(model, before.impl, before.weights)
+            patch(model, before.impl, before.weights, before.head)
 
 
 def bound_family(model: nn.Module) -> LLaDA | ModernBert:
@@ -286,7 +298,7 @@ def _state(model: nn.Module) -> _Patch:
     state = patch_of(model)
     if state is None and isinstance(model, nn.Module) and model.__dict__.get(STATE) is not None:
         original = model.__dict__[STATE]
-        state = patch_of(patch(model, original.impl, original.weights))
+        state = patch_of(patch(model, original.impl, original.weights, original.head))
     if state is None:
         raise ValueError(f"model: this {type(model).__name__} is not patched; call dllm_fast.patch(model) first")
     return state

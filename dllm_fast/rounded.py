@@ -1,8 +1,8 @@
 """Rounded weights of the layers' linear products, in e4m3 (`fp8`) or four bits (`int4`).
 
 Of a model that `patch` rounds they are copies: its parameters stay beside them, for its own forward and for training.
-Of one that was loaded rounded (`shards`) they are all there is. The LM head is left alone: rounding it as well doubles
-the error of the shipped models' logits (``bench/rounded.py``).
+Of one that was loaded rounded (`shards`) they are all there is. The LM head's weight is rounded where that is asked for
+by itself, always beside the parameter, which a tied model's embedding reads.
 """
 
 import itertools
@@ -44,8 +44,11 @@ def _more(linear: nn.Module) -> str:
     return f"has a {class_name(linear._parameters.get('weight'))} for a weight, not a plain parameter"
 
 
-def require_kind(kind: str, device: torch.device) -> None:
-    """Raise ValueError where ``device`` cannot round and multiply such weights, by trying it on a small one."""
+def require_kind(kind: str, device: torch.device, argument: str = "weights") -> None:
+    """Raise ValueError, naming `patch`'s ``argument``, where ``device`` cannot round and multiply such weights.
+
+    It is tried on a small one.
+    """
     try:
         matrix = KINDS[kind](1, 16, device)
         ones = torch.ones(1, 16, dtype=torch.float32, device=device)
@@ -53,7 +56,7 @@ def require_kind(kind: str, device: torch.device) -> None:
         matrix.product(ones, False, "torch")
     except (AttributeError, RuntimeError, TypeError) as error:
         lacks = {"fp8": "has no float8_e4m3fn", "int4": "cannot round to four bits"}[kind]
-        raise ValueError(f"weights={kind!r}: PyTorch {torch.__version__} {lacks} on {device}") from error
+        raise ValueError(f"{argument}={kind!r}: PyTorch {torch.__version__} {lacks} on {device}") from error
 
 
 @dataclass
@@ -167,22 +170,50 @@ class Copies:
             if not plain(linear):
                 raise ValueError(f"weights={self.kind!r}: a linear of the layers {_more(linear)}")
             weight = linear._parameters["weight"]
-            found.append((0 if weight.is_inference() else weight._version, weight.data_ptr(), weight.dtype))
+            found.append(_stamp(weight))
         return found
 
     def _copied(self, linears: tuple[nn.Module, ...]) -> _Copy:
         """A copy of the linears' weights, where the old one lies if that can be: a CUDA graph goes on reading there."""
-        old, stamps = self.copies.get(linears[0]), self._stamps(linears)
-        weights = [linear.weight for linear in linears]
-        shape = sum(weight.shape[0] for weight in weights), weights[0].shape[1]
-        # What is made in inference mode could not be written again outside it.
-        with torch.inference_mode(False), torch.no_grad():
-            if old is not None and old.matrix.fits(*shape, weights[0].device):
-                matrix = old.matrix
-            else:
-                matrix = KINDS[self.kind](*shape, weights[0].device)
-            first = 0
-            for weight in weights:
-                matrix.write(first, weight)
-                first += len(weight)
-        return _Copy(weights, stamps, matrix)
+        stamps, weights = self._stamps(linears), [linear.weight for linear in linears]
+        return _copied(self.kind, weights, stamps, self.copies.get(linears[0]))
+
+
+class RoundedHead:
+    """An LM head's weight in e4m3, made anew when the weight it was made from has changed, as `Copies` are."""
+
+    def __init__(self):
+        self.copy: _Copy | None = None
+
+    def refresh(self, weight: nn.Parameter) -> None:
+        """Copy the head's weight [V, d] anew."""
+        self.copy = _copied("fp8", [weight], [_stamp(weight)], self.copy)
+
+    def __call__(
+        self, weight: nn.Parameter, bias: nn.Parameter | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """The weight in e4m3 [V, d], the bias as it is, and the scale [V]."""
+        if not torch.compiler.is_compiling() and (self.copy is None or self.copy.stamps != [_stamp(weight)]):
+            self.refresh(weight)
+        rounded = self.copy.matrix
+        return rounded.matrix, bias, rounded.scale[:, 0]
+
+
+def _stamp(weight: nn.Parameter) -> tuple:
+    return 0 if weight.is_inference() else weight._version, weight.data_ptr(), weight.dtype
+
+
+def _copied(kind: str, weights: list[nn.Parameter], stamps: list[tuple], old: _Copy | None) -> _Copy:
+    """A copy of weights [n, K] one below the other, in the memory of the ``old`` one if that can be."""
+    shape = sum(weight.shape[0] for weight in weights), weights[0].shape[1]
+    # What is made in inference mode could not be written again outside it.
+    with torch.inference_mode(False), torch.no_grad():
+        if old is not None and old.matrix.fits(*shape, weights[0].device):
+            matrix = old.matrix
+        else:
+            matrix = KINDS[kind](*shape, weights[0].device)
+        first = 0
+        for weight in weights:
+            matrix.write(first, weight)
+            first += len(weight)
+    return _Copy(weights, stamps, matrix)

@@ -16,6 +16,10 @@
 Guidance keeps two accumulators. Combining the hidden states first needs one product, but in bf16 it rounds the
 combination at the size that guidance has amplified it to; two fp32 logits are exact, and the weights, which are the
 cost, are still read once.
+
+A weight in e4m3 has a scale a vocabulary entry, by which the sum over D is multiplied: z = scale (h W8^T). Fused, its
+words are widened to bf16 in registers, so that half as many bytes are read; streamed, a chunk of it is widened first.
+Neither rounds anything more.
 """
 
 import torch
@@ -23,6 +27,7 @@ import triton
 import triton.language as tl
 
 from dllm_fast.kernels.checks import FLOATS, INTEGERS, as_scalar, check_choice, check_tensors, one_device
+from dllm_fast.kernels.linear import _packed_dot
 from dllm_fast.kernels.select import FIELDS, SELECT, combine, reduce_tile, select
 
 # Rows above which cuBLAS and a reduction replace the fused kernel, by bytes of an element. To be set by measurement:
@@ -43,6 +48,16 @@ GUIDED = {
     32: {"BN": 32, "BV": 128, "BK": 64, "num_warps": 8, "num_stages": 4},
     # Half the depth: with 64 a thread's registers do not suffice on sm_80 in Triton 3.7.
     64: {"BN": 64, "BV": 128, "BK": 32, "num_warps": 8, "num_stages": 4},
+}
+# Of e4m3 weights twice as many inputs a stage, which are as many bytes.
+BYTE = {
+    16: {"BN": 16, "BV": 128, "BK": 128, "num_warps": 4, "num_stages": 4},
+    32: {"BN": 32, "BV": 128, "BK": 128, "num_warps": 4, "num_stages": 4},
+    64: {"BN": 64, "BV": 128, "BK": 128, "num_warps": 8, "num_stages": 3},
+}
+BYTE_GUIDED = {  # of 64 rows Triton 3.7 makes nothing on sm_100, and spills on sm_120
+    16: {"BN": 16, "BV": 128, "BK": 128, "num_warps": 8, "num_stages": 4},  # with four warps it spills on sm_100
+    32: {"BN": 32, "BV": 128, "BK": 128, "num_warps": 8, "num_stages": 3},
 }
 PLAIN_ROWS = 64  # a larger group has no registers left for noise, margin or entropy: it spills on sm_100
 FLOAT32 = {16: {"BN": 16, "BV": 64, "BK": 32, "num_warps": 4, "num_stages": 3}}
@@ -69,7 +84,8 @@ def _compact_kernel(
 def _predict_kernel(
     hidden_ptr,  # [N, D]
     uncond_ptr,  # [N, D]
-    weight_ptr,  # [V, D]
+    weight_ptr,  # [V, D], or with SCALED [V, D / 4] int32: four e4m3 weights a word
+    scale_ptr,  # [V] fp32, with SCALED
     bias_ptr,  # [V]
     index_ptr,  # [N] int32, with GATHER
     count_ptr,  # [1] int32, with GATHER
@@ -93,6 +109,7 @@ def _predict_kernel(
     GATHER: tl.constexpr,
     GUIDED: tl.constexpr,
     BIAS: tl.constexpr,
+    SCALED: tl.constexpr,
     BN: tl.constexpr,
     BV: tl.constexpr,
     BK: tl.constexpr,
@@ -115,8 +132,10 @@ def _predict_kernel(
     # Rows past the vocabulary read its last one again, which is cheaper than a mask in the loop; they are dropped.
     source = tl.minimum(column, V - 1).to(tl.int64)
 
+    PER: tl.constexpr = 4 if SCALED else 1  # weights of an element of W
     k = tl.arange(0, BK)
-    w_ptr = weight_ptr + source[:, None] * D + k[None, :]
+    word = tl.arange(0, BK // PER)
+    w_ptr = weight_ptr + source[:, None] * (D // PER) + word[None, :]
     h_ptr = hidden_ptr + n[:, None] * D + k[None, :]
     if GUIDED:
         u_ptr = uncond_ptr + n[:, None] * D + k[None, :]
@@ -124,17 +143,25 @@ def _predict_kernel(
     base = tl.zeros([BV, BN], tl.float32)
     for start in range(0, D, BK):
         inside = (start + k < D)[None, :]  # [1, BK]
-        w = tl.load(w_ptr, mask=inside, other=0.0)  # [BV, BK]
+        w = tl.load(w_ptr, mask=(start + PER * word < D)[None, :], other=0)  # [BV, BK / PER]
         h = tl.load(h_ptr, mask=inside, other=0.0)  # [BN, BK]
-        z = tl.dot(w, tl.trans(h), z, input_precision="ieee")
+        if SCALED:
+            z = _packed_dot(w, h, z, BN, BK)
+        else:
+            z = tl.dot(w, tl.trans(h), z, input_precision="ieee")
         if GUIDED:
             u = tl.load(u_ptr, mask=inside, other=0.0)  # [BN, BK]
-            base = tl.dot(w, tl.trans(u), base, input_precision="ieee")
+            if SCALED:
+                base = _packed_dot(w, u, base, BN, BK)
+            else:
+                base = tl.dot(w, tl.trans(u), base, input_precision="ieee")
             u_ptr += BK
-        w_ptr += BK
+        w_ptr += BK // PER
         h_ptr += BK
     if GUIDED:
         z = base + guidance * (z - base)
+    if SCALED:
+        z *= tl.load(scale_ptr + source)[:, None]
     if BIAS:
         z += tl.load(bias_ptr + source).to(tl.float32)[:, None]
     reduce_tile(
@@ -143,14 +170,23 @@ def _predict_kernel(
     )  # fmt: skip
 
 
-def _config(rows: int, dtype: torch.dtype, guided: bool, plain: bool) -> dict:
-    table = FLOAT32 if dtype == torch.float32 else GUIDED if guided else FUSED
+def _packs(hidden: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether the fused kernel takes e4m3 weights: bf16 rows, whole words, and a chip that widens them."""
+    return hidden.dtype == torch.bfloat16 and hidden.is_cuda and weight.shape[1] % 4 == weight.storage_offset() % 4 == 0
+
+
+def _config(rows: int, dtype: torch.dtype, guided: bool, plain: bool, scaled: bool) -> dict:
+    if scaled:
+        table = BYTE_GUIDED if guided else BYTE
+    else:
+        table = FLOAT32 if dtype == torch.float32 else GUIDED if guided else FUSED
     sizes = [size for size in table if plain or size <= PLAIN_ROWS]
     return table[next((size for size in sizes if rows <= size), sizes[-1])]
 
 
 def _logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """``hidden weight^T`` in fp32, not rounded to the inputs' dtype in between."""
+    """``hidden weight^T`` in fp32, never rounded to hidden's dtype. e4m3 is widened to that, which is exact."""
+    weight = weight.to(hidden.dtype)
     if hidden.dtype == torch.float32:
         return hidden @ weight.T
     if hidden.is_cuda:
@@ -165,6 +201,7 @@ def _predict(
     bias: torch.Tensor | None,
     candidate: torch.Tensor | None,
     uncond: torch.Tensor | None,
+    scale: torch.Tensor | None,
     seed: torch.Tensor | None,
     step: torch.Tensor | None,
     row: torch.Tensor | None,
@@ -183,10 +220,12 @@ def _predict(
     lse = torch.empty(rows, dtype=torch.float32, device=device)
     if rows == 0:
         return token, score, lse
+    scaled = scale is not None
     if path == "auto":
-        path = "streamed" if rows > CROSSOVER[hidden.element_size()] else "fused"
+        few = rows <= CROSSOVER[hidden.element_size()] and (not scaled or _packs(hidden, weight))
+        path = "fused" if few else "streamed"
     plain = temperature == 0 and confidence in ("probability", "random")
-    config = _config(rows, hidden.dtype, uncond is not None, plain) if path == "fused" else SELECT
+    config = _config(rows, hidden.dtype, uncond is not None, plain, scaled) if path == "fused" else SELECT
     splits = triton.cdiv(vocabulary, config["BV"])
     part = torch.empty(FIELDS, rows, splits, dtype=torch.float32, device=device)
     best = torch.empty(rows, splits, dtype=torch.int32, device=device)
@@ -210,15 +249,18 @@ def _predict(
                 count = torch.empty(1, dtype=torch.int32, device=device)
                 _compact_kernel[(1,)](index, count, candidate, rows, BN=1024, num_warps=4)
             _predict_kernel[(splits * triton.cdiv(rows, config["BN"]),)](
-                hidden, uncond, weight, bias, index, count, part, best, *keys,
-                guidance, temperature, rows, vocabulary, width, splits, **flags,
+                hidden, uncond, weight.view(torch.int32) if scaled else weight, scale, bias, index, count, part, best,
+                *keys, guidance, temperature, rows, vocabulary, width, splits, **flags, SCALED=scaled,
             )  # fmt: skip
         else:
             tiles = max(1, CHUNK_ELEMENTS // (rows * config["BV"]))  # of a chunk
             for first in range(0, splits, tiles):
-                part_of = weight[first * config["BV"] : (first + tiles) * config["BV"]]
-                logits = _logits(hidden, part_of)  # [N, C]
-                base = None if uncond is None else _logits(uncond, part_of)
+                columns = slice(first * config["BV"], (first + tiles) * config["BV"])
+                logits = _logits(hidden, weight[columns])  # [N, C]
+                base = None if uncond is None else _logits(uncond, weight[columns])
+                for z in (logits, base) if scaled else ():
+                    if z is not None:
+                        z.mul_(scale[columns])
                 select(logits, base, bias, candidate, part, best, keys, guidance, temperature, first, vocabulary, flags)
         combine(token, score, lse, part, best, candidate, keys, mask_id, vocabulary, deferred, confidence)
     return token, score, lse
@@ -234,8 +276,9 @@ def _(hidden, *args):
 
 def predict(
     hidden: torch.Tensor,  # [N, D]
-    weight: torch.Tensor,  # [V, D]
+    weight: torch.Tensor,  # [V, D], or e4m3 with scale
     bias: torch.Tensor | None = None,  # [V]
+    scale: torch.Tensor | None = None,  # [V] fp32
     *,
     mask_id: int,
     candidate: torch.Tensor | None = None,  # [N] bool
@@ -253,21 +296,26 @@ def predict(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`reference.predict` for fp32, bf16 and fp16: token [N] int64, confidence [N] fp32, log-sum-exp [N] fp32.
 
+    With e4m3 weights few rows of bf16 are fused on a GPU; other rows are streamed.
     ``banned`` and ``deferred`` are compiled into the kernel as ranges of ids: meant for sets that stay.
     """
     check_tensors(hidden.device, hidden=(hidden, [None, None], FLOATS))
-    check_tensors(hidden.device, weight=(weight, [None, hidden.shape[1]], (hidden.dtype,)))
+    kinds = (hidden.dtype,) if scale is None else (torch.float8_e4m3fn,)
+    check_tensors(hidden.device, weight=(weight, [None, hidden.shape[1]], kinds))
     (rows, width), vocabulary, device = hidden.shape, weight.shape[0], hidden.device
     check_tensors(
         device,
         uncond=(uncond, [rows, width], (hidden.dtype,)),
         bias=(bias, [vocabulary], FLOATS),
+        scale=(scale, [vocabulary], (torch.float32,)),
         candidate=(candidate, [rows], (torch.bool,)),
     )
     if vocabulary < 2 or vocabulary >= 1 << 30:
         raise ValueError(f"weight has {vocabulary} rows; expected 2 to 2^30 vocabulary ids")
     if _path not in ("auto", "fused", "streamed"):
         raise ValueError(f"_path={_path!r} is not one of 'auto', 'fused', 'streamed'")
+    if _path == "fused" and scale is not None and not _packs(hidden, weight):
+        raise ValueError(f"_path='fused' takes e4m3 weights in words of four and bf16 rows on a GPU: {hidden.dtype}")
     banned, deferred, noisy = check_choice(
         mask_id, banned, deferred, vocabulary, confidence, temperature, row, position
     )
@@ -277,6 +325,6 @@ def predict(
     else:
         seed = step = row = position = None
     return _predict(
-        hidden, weight, bias, candidate, uncond, seed, step, row, position, mask_id, banned, deferred,
+        hidden, weight, bias, candidate, uncond, scale, seed, step, row, position, mask_id, banned, deferred,
         confidence, float(temperature), cfg_scale + 1.0, _path,
     )  # fmt: skip

@@ -244,8 +244,9 @@ def uniform(seed: int, step: int | torch.Tensor, row: torch.Tensor, position: to
 
 def predict(
     hidden: torch.Tensor,  # [N, d]
-    weight: torch.Tensor,  # [V, d]
+    weight: torch.Tensor,  # [V, d], or e4m3 with scale
     bias: torch.Tensor | None = None,  # [V]
+    scale: torch.Tensor | None = None,  # [V]
     *,
     mask_id: int,
     candidate: torch.Tensor | None = None,  # [N] bool; None: all
@@ -262,17 +263,18 @@ def predict(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Token [N] int64, confidence [N] and log-sum-exp [N] (fp32, or fp64 for fp64 inputs) of each candidate.
 
-    ``z = hidden W^T + b``; with ``uncond``, ``z = z_u + (cfg_scale + 1) (z - z_u)`` (arXiv:2207.12598). The logits of
-    ``banned`` ids are -inf. The token is ``argmax(z + temperature * gumbel)`` over the vocabulary without ``mask_id``,
-    ties to the lowest id; then the logits of ``deferred`` ids are -inf as well (arXiv:2502.09992, appendix B.4). The
-    log-sum-exp and the confidence are those of what is left, without the noise, p = softmax(z): ``probability``
-    p[token]; ``margin`` p1 - p2, the two largest but for ``mask_id``; ``entropy`` sum p ln p; ``random`` a uniform
-    draw; and -inf where the token is a deferred one. Positions that are no candidates get token ``mask_id``,
-    confidence -inf and log-sum-exp 0.
+    ``z = hidden W^T + b``, each row of W times its ``scale``; with ``uncond``, ``z = z_u + (cfg_scale + 1) (z - z_u)``
+    (arXiv:2207.12598). The logits of ``banned`` ids are -inf. The token is ``argmax(z + temperature * gumbel)`` over
+    the vocabulary without ``mask_id``, ties to the lowest id; then the logits of ``deferred`` ids are -inf as well
+    (arXiv:2502.09992, appendix B.4). The log-sum-exp and the confidence are those of what is left, without the noise,
+    p = softmax(z): ``probability`` p[token]; ``margin`` p1 - p2, the two largest but for ``mask_id``; ``entropy`` sum p
+    ln p; ``random`` a uniform draw; and -inf where the token is a deferred one. Positions that are no candidates get
+    token ``mask_id``, confidence -inf and log-sum-exp 0.
     """
-    logits = _wide(hidden) @ _wide(weight).T
+    wide = _wide(weight) if scale is None else weight.to(scale.dtype) * scale[:, None]
+    logits = _wide(hidden) @ wide.T
     if uncond is not None:
-        base = _wide(uncond) @ _wide(weight).T
+        base = _wide(uncond) @ wide.T
         logits = base + (cfg_scale + 1) * (logits - base)
     if bias is not None:
         logits = logits + bias

@@ -207,15 +207,12 @@ def _kind(name: str, value, function, kept):
 def launchers_of_pytorch(monkeypatch, recorder: Recorder) -> None:
     """``impl="triton"`` with the definitions in place of the kernels: the engine's own code at the speed of a CPU."""
 
-    def predict(hidden, weight, bias=None, **options):
-        return reference.predict(hidden, weight, bias, **options)
-
     def attention(q, keys, values, start, end, slot, window):
         return reference.attention(q, keys, values, start, end, slot, window=window)
 
-    names = ("rms_norm", "layer_norm", "swiglu", "geglu", "rope", "commit")
+    names = ("rms_norm", "layer_norm", "swiglu", "geglu", "rope", "predict", "commit")
     launchers = {name: recorder.opaque(getattr(reference, name)) for name in names}
-    launchers |= {"predict": recorder.opaque(predict), "attention": recorder.opaque(attention)}
+    launchers["attention"] = recorder.opaque(attention)
     monkeypatch.setattr(
         ops,
         "_triton",

@@ -10,6 +10,7 @@ from dllm_fast.bypass import Calls, known_classes
 from dllm_fast.cache import BlockCache
 from dllm_fast.families.rows import Impl, RopeTables, is_span, take
 from dllm_fast.llada import LLaDAConfig, kv_heads
+from dllm_fast.rounded import RoundedHead
 from dllm_fast.weights import Products, products, require_weights
 
 CALLED = frozenset(("wte", "q_proj", "k_proj", "v_proj", "attn_out", "ff_proj", "up_proj", "ff_out"))
@@ -18,7 +19,9 @@ CALLED = frozenset(("wte", "q_proj", "k_proj", "v_proj", "attn_out", "ff_proj", 
 class LLaDA:
     """A LLaDA's forward over `ops`. Weights are read from the model's own modules at each call."""
 
-    def __init__(self, model: nn.Module, impl: str, products: Products = products):
+    def __init__(
+        self, model: nn.Module, impl: str, products: Products = products, rounded_head: RoundedHead | None = None
+    ):
         config = model.config
         self._check(config)
         self.transformer = model.model.transformer
@@ -30,7 +33,7 @@ class LLaDA:
         # The head of a tied model is an embedding whose weight is read.
         files = ("dllm_fast.llada", nn.Embedding.__module__)
         self.known = known_classes(model, self.calls, files) | {nn.Embedding}
-        self._impl, self.products = Impl(impl, self.head()[0]), products
+        self._impl, self.products, self.rounded_head = Impl(impl, self.head()[0]), products, rounded_head
         self.positions = config.max_sequence_length
         self.head_dim = config.d_model // config.n_heads
         self.heads, self.kv_heads = config.n_heads, kv_heads(config)
@@ -105,6 +108,10 @@ class LLaDA:
         """LM head weight [V, d] and bias."""
         head = self.transformer.ff_out
         return head.weight, head._parameters.get("bias")
+
+    def head_operands(self) -> tuple[torch.Tensor | None, ...]:
+        """What `ops.predict` and `ops.logits` multiply by: `head`, or its weight in e4m3, the bias and a scale [V]."""
+        return self.head() if self.rounded_head is None else self.rounded_head(*self.head())
 
     @property
     def vocab_size(self) -> int:

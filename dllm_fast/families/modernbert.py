@@ -11,6 +11,7 @@ from dllm_fast import ops
 from dllm_fast.bypass import Calls, known_classes
 from dllm_fast.cache import BlockCache
 from dllm_fast.families.rows import Impl, RopeTables, is_span, take
+from dllm_fast.rounded import RoundedHead
 from dllm_fast.weights import Products, products, require_weights
 
 FILES = (ModernBertForMaskedLM.__module__, "torch.nn.modules.normalization", "transformers.activations")
@@ -22,7 +23,9 @@ class ModernBert:
 
     calls = Calls(CALLED, None)
 
-    def __init__(self, model: nn.Module, impl: str, products: Products = products):
+    def __init__(
+        self, model: nn.Module, impl: str, products: Products = products, rounded_head: RoundedHead | None = None
+    ):
         config = model.config
         for name in ("hidden_activation", "classifier_activation"):
             if getattr(config, name) != "gelu":
@@ -32,7 +35,7 @@ class ModernBert:
             for name, module in model.named_modules()
             if (name.endswith("norm") and not isinstance(module, nn.Identity)) or name == "decoder"
         )
-        self.model, self.products = model, products
+        self.model, self.products, self.rounded_head = model, products, rounded_head
         self.known = known_classes(model, self.calls, FILES)
         self._impl = Impl(impl, self.head()[0])
         self.positions = config.max_position_embeddings
@@ -107,6 +110,10 @@ class ModernBert:
     def head(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Decoder weight [V, d] and bias [V]."""
         return self.model.decoder.weight, self.model.decoder.bias
+
+    def head_operands(self) -> tuple[torch.Tensor | None, ...]:
+        """What `ops.predict` and `ops.logits` multiply by: `head`, or its weight in e4m3, the bias and a scale [V]."""
+        return self.head() if self.rounded_head is None else self.rounded_head(*self.head())
 
     @property
     def vocab_size(self) -> int:

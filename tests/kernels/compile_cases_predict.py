@@ -22,18 +22,23 @@ def _keys(noise):
     return (KEYS, {}) if noise else ({}, NO_KEYS)
 
 
-def _predict(dtype, config, confidence, noise, guided, gather):
+def _predict(dtype, config, confidence, noise, guided, gather, scaled=False):
     keys, none = _keys(noise)
-    signature = {"hidden_ptr": f"*{dtype}", "weight_ptr": f"*{dtype}", **PARTS, **keys, **SCALE, "N": "i32"}
-    signature |= {"V": "i32:16", "D": "i32:16", "S": "i32"}
-    for present, names in ((guided, {"uncond_ptr": f"*{dtype}"}), (gather, {"index_ptr": "*i32", "count_ptr": "*i32"})):
+    signature = {"hidden_ptr": f"*{dtype}", "weight_ptr": "*i32" if scaled else f"*{dtype}", **PARTS, **keys, **SCALE}
+    signature |= {"N": "i32", "V": "i32:16", "D": "i32:16", "S": "i32"}
+    for present, names in (
+        (guided, {"uncond_ptr": f"*{dtype}"}),
+        (gather, {"index_ptr": "*i32", "count_ptr": "*i32"}),
+        (scaled, {"scale_ptr": "*fp32"}),
+    ):
         if present:
             signature |= names
         else:
             none = none | dict.fromkeys(names)
     constexprs = {**IDS, "CONFIDENCE": confidence, "NOISE": noise, "GATHER": gather, "GUIDED": guided}
-    constexprs |= {"BIAS": False, "bias_ptr": None, **none}
-    name = f"predict-{dtype}-{config['BN']}-{confidence}" + "-noise" * noise + "-guided" * guided + "-gather" * gather
+    constexprs |= {"BIAS": False, "bias_ptr": None, "SCALED": scaled, **none}
+    options = "-noise" * noise + "-guided" * guided + "-gather" * gather + "-e4m3" * scaled
+    name = f"predict-{dtype}-{config['BN']}-{confidence}{options}"
     return _case(name, predict._predict_kernel, signature, constexprs, config, matrix=dtype != "fp32")
 
 
@@ -116,6 +121,12 @@ CASES = [
     *(
         _predict("bf16", config, confidence, noise, True, True)
         for config in predict.GUIDED.values()
+        for confidence, noise in (("probability", False), ("margin", True))
+    ),
+    *(
+        _predict("bf16", config, confidence, noise, guided, True, scaled=True)
+        for guided, table in ((False, predict.BYTE), (True, predict.BYTE_GUIDED))
+        for config in table.values()
         for confidence, noise in (("probability", False), ("margin", True))
     ),
     _predict("fp16", predict.FUSED[32], "probability", True, False, True),

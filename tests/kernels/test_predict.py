@@ -312,6 +312,9 @@ def test_bad_arguments(device):
         "hidden is": ((hidden[0], weight), {}),
         "weight is torch.float32": ((hidden, weight.float()), {}),
         r"weight is torch.bfloat16 \[40, 7\]": ((hidden, weight[:, :7]), {}),
+        "weight is torch.float8_e4m3fn": ((hidden, weight.to(torch.float8_e4m3fn)), {}),
+        "weight is torch.bfloat16 .*expected torch.float8_e4m3fn": ((hidden, weight, None, bias.float()), {}),
+        r"scale is torch.bfloat16 \[40\]": ((hidden, weight.to(torch.float8_e4m3fn), None, bias), {}),
         "hidden is torch.bfloat16 .* strides": ((hidden.T.contiguous().T, weight), {}),
         "hidden is torch.float64": ((hidden.double(), weight.double()), {}),
         r"bias is torch.bfloat16 \[39\]": ((hidden, weight, bias[1:]), {}),
@@ -339,7 +342,22 @@ def test_custom_op(device):
     row = torch.arange(4, device=device)
     scalars = (torch.tensor([3], device=device), torch.tensor([1], device=device))
     for path, optional in (("fused", (bias, row < 2, hidden + 1)), ("streamed", (None, None, None))):
-        arguments = (hidden, weight, *optional, *scalars, row, row, MASK, [3, 5], [7, 8], "margin", 0.5, 2.0, path)
+        arguments = (
+            hidden,
+            weight,
+            *optional,
+            None,
+            *scalars,
+            row,
+            row,
+            MASK,
+            [3, 5],
+            [7, 8],
+            "margin",
+            0.5,
+            2.0,
+            path,
+        )
         torch.library.opcheck(kernel._predict, arguments)
 
     def step(hidden, number):
