@@ -30,7 +30,7 @@ def _load_confidence(confidence_ptr, mask):
     return tl.where(tl.abs(confidence) < float("inf"), confidence, float("-inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "sequence_stride"])
 def _commit_kernel(
     chosen_ptr,  # [B, T] bool
     sequence_ptr,  # [B, S] int64, rows sequence_stride apart

@@ -33,7 +33,7 @@ GRADIENT = {"BV": 2048, "num_warps": 8}
 CHUNK_ELEMENTS = 1 << 25  # of logits at once in the backward: 128 MB of fp32
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "S"])
 def _masked_loss_kernel(
     hidden_ptr,  # [N, D]
     weight_ptr,  # [V, D]
@@ -88,7 +88,7 @@ def _masked_loss_kernel(
     tl.store(logit_ptr + n, logit, mask=(n < N) & here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["V"])
 def _masked_loss_merge_kernel(
     nll_ptr,  # [N] fp32
     lse_ptr,  # [N] fp32

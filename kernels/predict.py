@@ -80,7 +80,7 @@ def _compact_kernel(
     tl.store(count_ptr, count)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "V", "S"])
 def _predict_kernel(
     hidden_ptr,  # [N, D]
     uncond_ptr,  # [N, D]

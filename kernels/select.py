@@ -92,7 +92,7 @@ def reduce_tile(
         tl.store(at + 5 * field, second, mask=valid)
 
 
-@triton.jit(do_not_specialize=["N", "first"])
+@triton.jit(do_not_specialize=["N", "S", "first"])
 def _select_kernel(
     logits_ptr,  # [N, C] fp32
     base_ptr,  # [N, C] fp32
@@ -142,7 +142,7 @@ def _select_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["mask_id"])
+@triton.jit(do_not_specialize=["mask_id", "V"])
 def _combine_kernel(
     token_ptr,  # [N] int64
     confidence_ptr,  # [N] fp32
@@ -243,6 +243,8 @@ def combine(
 ) -> None:
     """Merge every row's tiles into the results."""
     rows, splits = best.shape
+    if kind != "random":
+        keys = (None,) * len(keys)  # not read: one kernel serves with noise and without
     _combine_kernel[(rows,)](
         token, confidence, lse, part, best, candidate, *keys, mask_id, vocabulary, splits,
         DEFERRED=tuple(deferred), CONFIDENCE=kind, GATHER=candidate is not None, BS=triton.next_power_of_2(splits),

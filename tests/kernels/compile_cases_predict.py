@@ -25,7 +25,7 @@ def _keys(noise):
 def _predict(dtype, config, confidence, noise, guided, gather, scaled=False):
     keys, none = _keys(noise)
     signature = {"hidden_ptr": f"*{dtype}", "weight_ptr": "*i32" if scaled else f"*{dtype}", **PARTS, **keys, **SCALE}
-    signature |= {"N": "i32", "V": "i32:16", "D": "i32:16", "S": "i32"}
+    signature |= {"N": "i32", "V": "i32", "D": "i32:16", "S": "i32"}
     for present, names in (
         (guided, {"uncond_ptr": f"*{dtype}"}),
         (gather, {"index_ptr": "*i32", "count_ptr": "*i32"}),
@@ -58,7 +58,7 @@ def _select(confidence, noise, guided):
 def _combine(confidence):
     keys, none = _keys(confidence == "random")
     signature = {"token_ptr": "*i64", "confidence_ptr": "*fp32", "lse_ptr": "*fp32", **PARTS, "candidate_ptr": "*i1"}
-    signature |= {**keys, "mask_id": "i32", "V": "i32:16", "S": "i32"}
+    signature |= {**keys, "mask_id": "i32", "V": "i32", "S": "i32"}
     constexprs = {"DEFERRED": IDS["DEFERRED"], "CONFIDENCE": confidence, "GATHER": True, "BS": 1024, **none}
     return _case(f"combine-{confidence}", select._combine_kernel, signature, constexprs)
 
@@ -137,7 +137,7 @@ CASES = [
         "masked_loss-merge",
         masked_loss._masked_loss_merge_kernel,
         {"nll_ptr": "*fp32", "lse_ptr": "*fp32", "peak_ptr": "*fp32", "mass_ptr": "*fp32", "logit_ptr": "*fp32"}
-        | {"target_ptr": "*i64", "V": "i32:16", "S": "i32"},
+        | {"target_ptr": "*i64", "V": "i32", "S": "i32"},
         {"BS": 1024},
     ),
     _case(
