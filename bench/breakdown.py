@@ -32,11 +32,11 @@ SCOPES = {
 BOTH = "LM head, selection"  # of a kernel that also multiplies by the LM head
 # The first that matches.
 KERNELS = (
-    ("attention", ("flash", "fmha", "attention")),
-    (BOTH, ("predict", "select", "argmax", "logsumexp")),
+    ("attention", ("flash", "fmha", "attention", "_combine")),  # one _combine_kernel a step is the selection's
+    (BOTH, ("predict", "select", "_compact", "argmax", "logsumexp")),
     ("commit", ("commit",)),
-    ("norm, rope, gate", ("norm", "rope", "swiglu", "geglu")),
-    ("products", ("gemm", "nvjet", "cutlass", "cublas", "splitk")),
+    ("norm, rope, gate", ("norm", "rope", "_glu")),
+    ("products", ("gemm", "nvjet", "cutlass", "cublas", "splitk", "_linear", "_round_rows", "_widen")),
 )
 
 
@@ -53,7 +53,7 @@ def break_down(run: Callable[[], object], device: torch.device, seconds: float) 
     spent: Counter[str] = Counter()
     for event in profiler.events():
         if cuda and event.device_type == torch.autograd.DeviceType.CUDA:
-            spent[_kernel(event.name)] += event.self_device_time_total / 1e3
+            spent[kernel_group(event.name)] += event.self_device_time_total / 1e3
         elif not cuda:
             spent[_category(event)] += event.self_cpu_time_total / 1e3
     spent["host"] = max(0.0, 1e3 * (seconds if cuda else watched) - sum(spent.values()))
@@ -92,6 +92,7 @@ def _category(event) -> str:
     return "products" if product else "other"
 
 
-def _kernel(name: str) -> str:
+def kernel_group(name: str) -> str:
+    """What a kernel of that name in a CUDA profile belongs to."""
     name = name.lower()
     return next((category for category, parts in KERNELS if any(part in name for part in parts)), "other")

@@ -12,6 +12,7 @@ same algorithm differ in fp32; in half precision roundings may order two candida
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable
 
 import torch
@@ -20,6 +21,7 @@ import dllm_fast
 from bench import floors
 from bench.bare import Bare
 from bench.breakdown import break_down
+from bench.cost import Card, Cost, by_group, print_beside, step_kernels
 from bench.harness import (
     SHAPES,
     Job,
@@ -153,6 +155,19 @@ def print_shares(shares: dict[str, float]) -> None:
     print_table(["", "ms", "share"], rows, "where a run of ours dual goes")
 
 
+def predicted_shares(model, bare: Bare, output: dllm_fast.Output, card: Card) -> dict[str, float]:
+    """Milliseconds of a run of ours dual by `bench.cost`, without what the host and PyTorch's small kernels take."""
+    cost, found = Cost.of(model), Counter()
+    for steps, positions, masked in (
+        (output.nfe_full, bare.slots, bare.masked[0]),
+        (output.nfe_block, bare.live, sum(bare.masked[1:]) // max(1, len(bare.masked[1:]))),
+    ):
+        kernels = step_kernels(cost, card, bare.batch, bare.slots, positions, bare.live, masked)
+        for group, us in by_group(kernels, card).items():
+            found[group] += steps * us / 1e3
+    return found
+
+
 def measure(options, model, rounded, batch: int, device: torch.device) -> dict:
     """All of one batch size, printed; what the JSON line says of it. ``model`` is patched, and so is ``rounded``."""
     shape = SHAPES[options.shape]
@@ -191,6 +206,10 @@ def measure(options, model, rounded, batch: int, device: torch.device) -> dict:
     print_steps(taken)
     shares = break_down(runs["ours dual"], device, times["ours dual"].median)
     print_shares(shares)
+    if device.type == "cuda" and options.dtype == "bfloat16":
+        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+        card = Card(floor.copy_bandwidth, floor.matrix_rate, floors.launch_seconds(device.type), multiprocessors)
+        print_beside(shares, predicted_shares(model, bare, output, card), "ms")
     return {
         "batch": batch, "prompt": shape.prompt, "gen_length": job.gen_length, "schedule": str(job.schedule),
         "seconds": {name: timed.seconds for name, timed in times.items()}, "found": found, "not_run": lines + failed,

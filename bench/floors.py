@@ -120,6 +120,17 @@ def product_rate(device: str, n: int, dtype: torch.dtype) -> Rate:
     return max(rates, key=lambda rate: rate.median)
 
 
+def launch_seconds(device: str, launches: int = 200) -> float:
+    """What a kernel of a CUDA graph takes that has nothing to do and waits for the one before it."""
+    x = torch.zeros(1, device=device)
+    x.add_(1)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(launches):
+            x.add_(1)
+    return percentile(seconds(graph.replay, device, COPIES), 0.5) / launches
+
+
 def measure(device: str, quick: bool = False) -> Floors:
     """Measured here and now; ``quick`` is for dry runs and gives no meaningful rates."""
     cache = cache_bytes(device)

@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import statistics
 import sys
+from collections import Counter
 from unittest import mock
 
 import torch
@@ -18,6 +19,9 @@ import triton
 import triton.language as tl
 
 import dllm_fast
+from bench import floors
+from bench.breakdown import kernel_group
+from bench.cost import Card, Cost, by_group, print_beside, step_kernels
 from bench.harness import SHAPES, build_model, machine
 from dllm_fast import ops
 from dllm_fast.kernels import attention, glu, linear, norm, rope, round_rows
@@ -146,8 +150,8 @@ def floor(family, engine, fp8: bool, rate: float) -> float:
     return 1e3 * (layers * (1 if fp8 else 2) + 2 * head + kept) / rate
 
 
-def profile(graph, engine, mask_id: int, top: int = 16) -> None:
-    """Kernels of one replay by their time."""
+def profile(graph, engine, mask_id: int, predicted: dict[str, float], top: int = 16) -> None:
+    """Kernels of one replay by their time, and their groups beside ``predicted`` microseconds."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         replay(graph, engine, mask_id)
     spent: dict[str, list[float]] = {}
@@ -156,6 +160,16 @@ def profile(graph, engine, mask_id: int, top: int = 16) -> None:
             spent.setdefault(event.name, []).append(event.self_device_time_total)
     for name, times in sorted(spent.items(), key=lambda item: -sum(item[1]))[:top]:
         print(f"{sum(times) / 1e3:8.3f} ms {len(times):5d} x {statistics.median(times):7.1f} us  {name[:80]}")
+    measured: Counter = Counter()
+    for name, times in spent.items():
+        measured[kernel_group(name)] += sum(times)
+    print_beside(measured, predicted)
+
+
+def predict(model, engine, card: Card, positions: int, weights: str | None) -> dict[str, float]:
+    """Microseconds by group of a step in the way that is in force, see `bench.cost`."""
+    shape = engine.rows, engine.slots, positions, engine.live, engine.rows * engine.live
+    return by_group(step_kernels(Cost.of(model), card, *shape, weights), card)
 
 
 @torch.no_grad()
@@ -218,9 +232,14 @@ def main(arguments: list[str] | None = None) -> int:
         span = f"{min(values):.3f}-{max(values):.3f}"
         print(f"{middle:7.3f} ms ({span}) {middle / least:5.2f} x, hidden {apart:.1e}  {name}")
     best = min(times, key=lambda name: statistics.median(times[name]))
+    matrix, launch = floors.product_rate("cuda", 8192, torch.bfloat16).median, floors.launch_seconds("cuda")
+    card = Card(rate, matrix, launch, torch.cuda.get_device_properties(device).multi_processor_count)
     for name in ("before", best):
         print(f"\n{name}:")
-        profile(graphs[name], engine, mask_id)
+        tiles, chained, _ = ways[name]
+        with way(tiles, chained, rows, size):
+            predicted = predict(model, engine, card, engine.live, "fp8" if options.fp8 else None)
+        profile(graphs[name], engine, mask_id, predicted)
     if not options.quick:
         whole = {}
         for name, (tiles, chained) in (("before", (None, False)), ("chained", ({}, True))):
@@ -229,7 +248,8 @@ def main(arguments: list[str] | None = None) -> int:
         for name, graph in whole.items():
             values = [replay(graph, engine, mask_id) for _ in range(5)]
             print(f"whole step, {name}: {statistics.median(values):.2f} ms")
-        profile(whole["chained"], engine, mask_id)
+        predicted = predict(model, engine, card, engine.slots, "fp8" if options.fp8 else None)
+        profile(whole["chained"], engine, mask_id, predicted)
     return 0
 
 

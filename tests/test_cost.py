@@ -1,0 +1,140 @@
+"""The paper model of a step: its floors are those that were written down, its kernels those that a step launches."""
+
+import sys
+from collections import Counter
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from needs import needs_triton
+from tiny import EOS, make_llada, make_modernbert
+
+import dllm_fast
+from dllm_fast.engine import Engine
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # `bench` is a folder of the checkout
+
+from bench import cost as paper
+from bench.cost import Card, Cost, Kernel, by_group, floor, shape_cost, step_kernels
+
+H200 = Card(copy=4.19e12, matrix=779e12)  # as measured there, bench/results/nvidia-h200
+BLOCK, WHOLE = (1, 1024, 32, 32, 32), (1, 1024, 1024, 32, 32)  # batch, slots, positions, live, masked
+# Launches of a step on an H200 by kernel, from profiles of it: bench/results/nvidia-h200/steps.txt and steps-fp8.txt,
+# and a run of whole steps alone. Of cuBLAS's names those with splitK in them twice, for the sums. Not measured anew
+# since attention or the layers launch other kernels: then what they no longer launch is to be taken out here.
+PROFILES = {
+    ("block", None): {
+        "": 128, "splitKreduce": 64, "_attention_kernel": 32, "_norm_kernel": 65, "_combine_kernel": 33,
+        "_rope_kernel": 32, "_glu_kernel": 32, "_predict_kernel": 1,
+    },
+    ("block", "fp8"): {
+        "_linear_kernel": 128, "_attention_kernel": 32, "_norm_kernel": 65, "_combine_kernel": 33, "_rope_kernel": 32,
+        "_predict_kernel": 1, "_commit_kernel": 1,
+    },
+    ("whole", None): {
+        "": 128, "splitKreduce": 2, "_attention_kernel": 32, "_norm_kernel": 65, "_combine_kernel": 2,
+        "_rope_kernel": 32, "_glu_kernel": 32, "_predict_kernel": 1, "_commit_kernel": 1,
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def llada_8b():
+    return shape_cost("llada-8b")
+
+
+def launches(kernels: list[Kernel]) -> Counter:
+    found = Counter()
+    for kernel in kernels:
+        found[kernel.name] += kernel.launches
+    return found
+
+
+@needs_triton
+def test_floors_are_those_of_the_h200(llada_8b):
+    assert floor(llada_8b, H200, *BLOCK) / 1e3 == pytest.approx(3.71, abs=0.005)
+    assert floor(llada_8b, H200, *BLOCK, "fp8") / 1e3 == pytest.approx(2.04, abs=0.005)
+    # The whole step's 19.06 has every row through the last layer, and no LM head.
+    assert llada_8b.flops(1024, 1024, 0, 1024) / H200.matrix * 1e3 == pytest.approx(19.06, abs=0.01)
+    assert 18.6 < floor(llada_8b, H200, *WHOLE) / 1e3 < 19.06
+    assert 9 < floor(llada_8b, H200, *WHOLE, "fp8") / 1e3 < 11
+
+
+@needs_triton
+@pytest.mark.parametrize(("kind", "weights"), PROFILES, ids=str)
+def test_launches_are_those_of_the_h200(kind, weights, llada_8b):
+    found = launches(step_kernels(llada_8b, H200, *(BLOCK if kind == "block" else WHOLE), weights))
+    expected = PROFILES[kind, weights]
+    assert {name: found[name] for name in expected} == expected
+    # What is so short that a profile of the longest left it out.
+    assert found.keys() - expected.keys() <= {"_compact_kernel", "_commit_kernel"}
+
+
+@needs_triton
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counts launches of the interpreter")
+@pytest.mark.parametrize("weights", [None, "fp8", "int4"])
+def test_a_step_launches_these_kernels(weights, monkeypatch):
+    """In the interpreter: a kernel that a layer gains or loses must be in `bench.cost._layer`, too."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    model = make_llada(d_model=128, n_heads=2, n_layers=2, mlp_hidden_size=128).half()
+    monkeypatch.setattr("dllm_fast.weights.pays", lambda weight: True)  # as on a GPU
+    dllm_fast.patch(model, impl="triton", weights=weights)
+    found, steps, run, step = Counter(), {}, InterpretedFunction.run, Engine._step
+
+    def counted(self, *args, **options):
+        found[self.fn.__name__] += 1
+        return run(self, *args, **options)
+
+    def watched(self, kind, tail):
+        found.clear()
+        before = matmul.call_count
+        step(self, kind, tail)
+        steps[kind] = self, found + Counter({"": matmul.call_count - before})
+
+    monkeypatch.setattr(InterpretedFunction, "run", counted)
+    monkeypatch.setattr(Engine, "_step", watched)
+    ids = torch.randint(0, EOS, (1, 6), generator=torch.Generator().manual_seed(0))
+    with mock.patch.object(F, "linear", wraps=F.linear) as matmul:
+        dllm_fast.generate(model, ids, gen_length=4, block_length=4, schedule=dllm_fast.Uniform(2))
+    for kind, (engine, launched) in steps.items():
+        positions = engine.live if kind == "block" else engine.slots
+        shape = 1, engine.slots, positions, engine.live, engine.live
+        expected = launches(step_kernels(Cost.of(model), H200, *shape, weights))
+        del expected["splitKreduce"]  # cuBLAS's own
+        assert launched == +expected
+    assert steps.keys() == {"full", "block"}
+
+
+@needs_triton
+def test_a_kernel_takes_its_bytes_or_its_flops_and_its_launches():
+    card = Card(copy=1e12, matrix=1e13, launch=2e-6)
+    assert Kernel("", "_norm_kernel", 3, 1e6).microseconds(card) == pytest.approx(1 + 3 * 2)
+    assert Kernel("", "", 1, 1e6, 1e8).microseconds(card) == pytest.approx(10 + 2)
+    assert Kernel("", "", 1, 1e6, 1e8, narrow=True).microseconds(card) == pytest.approx(5 + 2)
+    kernels = [Kernel("a", "_norm_kernel", 1, 1e6), Kernel("b", "_rope_kernel", 1, 1e6), Kernel("c", "", 1, 0)]
+    assert by_group(kernels, card) == pytest.approx({"norm, rope, gate": 6, "products": 2})
+
+
+@needs_triton
+def test_bytes_of_rounded_weights(llada_8b):
+    """A layer's weights at half and at a quarter, and 3 % more; the head in bf16."""
+    layers = 32 * (4 * 4096**2 + 3 * 4096 * 12288)
+    own, fp8, int4 = (sum(k.bytes for k in step_kernels(llada_8b, H200, *BLOCK, w)) for w in (None, "fp8", "int4"))
+    assert own - fp8 == pytest.approx(layers + 32 * 4 * 32 * 12288 * 2)  # and what the gate's own kernel moves
+    assert fp8 - int4 == pytest.approx(layers * (0.5 - 3 / 128))
+
+
+@needs_triton
+def test_it_prints_both_steps(capsys):
+    assert paper.main(["--copy", "4.19e12", "--matrix", "779e12", "--batch", "8", "--weights", "int4"]) == 0
+    out = capsys.readouterr().out
+    assert "a block step: 8 x 32 positions of 1024 slots, int4 weights" in " ".join(out.split())
+    assert out.count("floor ") == 2
+
+
+def test_modernbert_is_refused():
+    with pytest.raises(ValueError, match="ModernBERT"):
+        step_kernels(Cost.of(dllm_fast.patch(make_modernbert(), impl="torch")), H200, *BLOCK)
