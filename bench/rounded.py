@@ -3,10 +3,10 @@
 Of two shipped models and of a random LLaDA in bf16: the errors of the logits against fp64, the largest relative to the
 largest logit and the root mean square relative to the logits' own, of the bf16 model itself and with ``weights="fp8"``
 and ``"int4"``. Weights are rounded alone; or e4m3 ones with the rows they multiply, as whole forwards do on Hopper, in
-PyTorch's own product by rows; and then with the LM head's weight too, which `patch` leaves alone. Beside them at how
-many positions the most probable token changes, and how many tokens of a greedy generate. Then the share of chains of
-sums (`bench/task.py`) that ``llada-steps`` gets right, and how many of its tokens are those of the model as it is. Ends
-with one JSON line.
+PyTorch's own product by rows; and the LM head's weight with them or by itself (``head="fp8"``). Beside them at how many
+positions the most probable token changes, and how many tokens of a greedy generate. Then the share of chains of sums
+(`bench/task.py`) that ``llada-steps`` gets right, and how many of its tokens are those of the model as it is. Ends with
+one JSON line.
 """
 
 import datetime
@@ -20,24 +20,32 @@ import task
 import torch
 import transformers
 from patched import BLOCK, LENGTH, PROMPTS
-from torch.nn.functional import linear
 from transformers import AutoTokenizer
 
 import dllm_fast
 from dllm_fast import fp8
-from dllm_fast.families.rows import valid_spans
-from dllm_fast.kernels import reference
-from dllm_fast.patch import bound_family
-from dllm_fast.rounded import KINDS
 from dllm_fast.view import print_table
 
-# What is rounded: `patch`'s weights, whether e4m3 rows are too, whether the head is.
+# What is rounded: `patch`'s weights, its head, whether e4m3 weights' rows are too.
 WAYS = {
-    "nothing (bf16)": (None, False, False),
-    "4 bits: weights": ("int4", False, False),
-    "e4m3: weights": ("fp8", False, False),
-    "e4m3: weights, rows": ("fp8", True, False),
-    "e4m3: weights, rows, head": ("fp8", True, True),
+    "nothing (bf16)": (None, None, False),
+    "e4m3: head": (None, "fp8", False),
+    "4 bits: weights": ("int4", None, False),
+    "4 bits: weights; e4m3: head": ("int4", "fp8", False),
+    "e4m3: weights": ("fp8", None, False),
+    "e4m3: weights, head": ("fp8", "fp8", False),
+    "e4m3: weights, rows": ("fp8", None, True),
+    "e4m3: weights, rows, head": ("fp8", "fp8", True),
+}
+# On the task: the model's dtype, `patch`'s weights and head.
+SCORED = {
+    "float32": (torch.float32, None, None),
+    "bfloat16": (torch.bfloat16, None, None),
+    "head in fp8": (torch.float32, None, "fp8"),
+    "fp8": (torch.float32, "fp8", None),
+    "fp8, head too": (torch.float32, "fp8", "fp8"),
+    "int4": (torch.float32, "int4", None),
+    "int4, head in fp8": (torch.float32, "int4", "fp8"),
 }
 TASK = "llada-steps"
 PROBLEMS, BATCH = 300, 100
@@ -62,18 +70,6 @@ def cases() -> dict:
 
 
 @torch.no_grad()
-def logits_of(model, ids, mask, head: bool) -> torch.Tensor:
-    """[B, P, V] fp64, the head's weight rounded to e4m3 and back where ``head``."""
-    start, end, _ = valid_spans(mask.bool())
-    family = bound_family(model)
-    weight, bias = family.head()
-    if head:
-        rounded, scale = reference.round_rows(weight)
-        weight = (rounded.float() * scale).to(weight.dtype)
-    return linear(family.hidden(ids, start, end), weight, bias).double()
-
-
-@torch.no_grad()
 def measured(name: str, model, prompts, mask) -> list[dict]:
     mask_id, valid = model.config.mask_token_id, mask.bool()
     noise = torch.rand(prompts.shape, generator=torch.Generator().manual_seed(0))
@@ -82,24 +78,22 @@ def measured(name: str, model, prompts, mask) -> list[dict]:
     truth = wide(ids, attention_mask=mask).logits
     model = wide.bfloat16()  # exact: the weights were bf16
     rows = []
-    for way, (weights, by_rows, head) in WAYS.items():
+    for way, (weights, head, by_rows) in WAYS.items():
         with replaced.object(fp8, "native", lambda device, by_rows=by_rows: by_rows):
             dllm_fast.unpatch(model)
-            dllm_fast.patch(model, weights=weights)
-            logits = logits_of(model, ids, mask, head)
-            tokens = None
-            if not head:
-                tokens = dllm_fast.generate(
-                    model, prompts, mask, gen_length=LENGTH, block_length=BLOCK,
-                    schedule=dllm_fast.Uniform(LENGTH), cache="none",
-                ).sequences[:, prompts.shape[1] :]  # fmt: skip
-        if weights is None:
+            dllm_fast.patch(model, weights=weights, head=head)
+            logits = model(ids, attention_mask=mask).logits.double()
+            tokens = dllm_fast.generate(
+                model, prompts, mask, gen_length=LENGTH, block_length=BLOCK,
+                schedule=dllm_fast.Uniform(LENGTH), cache="none",
+            ).sequences[:, prompts.shape[1] :]  # fmt: skip
+        if way == next(iter(WAYS)):
             own, own_tokens = logits, tokens
         row = {"model": name, "way": way, "positions": int(valid.sum()), "tokens": own_tokens.numel()}
         row["largest"] = float((logits - truth)[valid].abs().max() / truth[valid].abs().max())
         row["rms"] = float((logits - truth)[valid].norm() / truth[valid].norm())
         row["argmax_changed"] = int((logits.argmax(-1) != own.argmax(-1))[valid].sum())
-        row["tokens_changed"] = None if tokens is None else int((tokens != own_tokens).sum())
+        row["tokens_changed"] = int((tokens != own_tokens).sum())
         rows.append(row)
     return rows
 
@@ -110,8 +104,8 @@ def task_scores() -> list[dict]:
     problems, rows = task.problems(PROBLEMS, 2, held_out=True), []
     for schedule, value in SCHEDULES.items():
         own = None
-        for dtype, weights in ((torch.float32, None), (torch.bfloat16, None), *((torch.float32, k) for k in KINDS)):
-            dllm_fast.patch(model.to(dtype), weights=weights)
+        for name, (dtype, weights, head) in SCORED.items():
+            dllm_fast.patch(model.to(dtype), weights=weights, head=head)
             found = []
             for at in range(0, PROBLEMS, BATCH):
                 prompts = [prompt for prompt, _ in problems[at : at + BATCH]]
@@ -124,7 +118,6 @@ def task_scores() -> list[dict]:
             own = tokens if own is None else own
             texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
             right = sum(mine == its for mine, (_, its) in zip(texts, problems, strict=True))
-            name = str(dtype).removeprefix("torch.") if weights is None else weights
             row = {"schedule": schedule, "weights": name, "right": right, "problems": PROBLEMS}
             rows.append(row | {"same": int((tokens == own).sum()), "tokens": own.numel()})
         model.float()
@@ -144,7 +137,7 @@ def main() -> None:
             f"{r['largest']:.1e}",
             f"{r['rms']:.1e}",
             f"{r['argmax_changed']} of {r['positions']}",
-            "" if r["tokens_changed"] is None else f"{r['tokens_changed']} of {r['tokens']}",
+            f"{r['tokens_changed']} of {r['tokens']}",
         ]
         for r in rows
     ]
