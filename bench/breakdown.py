@@ -83,13 +83,12 @@ def _category(event) -> str:
     if event.name == "dllm_fast::cpu_predict":
         return BOTH
     product = event.name.startswith(PRODUCTS)
-    parent = event
+    scope, parent = "products" if product else "other", event
     while parent is not None:
-        if parent.name.startswith("ops."):
+        if parent.name.startswith("ops."):  # the outermost counts: `predict` calls `linear`
             scope = SCOPES[parent.name.removeprefix("ops.")]
-            return "LM head" if product and scope == "selection" else scope
         parent = parent.cpu_parent
-    return "products" if product else "other"
+    return "LM head" if product and scope == "selection" else scope
 
 
 def kernel_group(name: str) -> str:

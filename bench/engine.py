@@ -1,7 +1,7 @@
 """The engine's speed against the bare operations it consists of, and against other generators on the same weights.
 
     python -m bench.engine --shape cpu-768 --peer fast-dllm=PATH --peer llada=PATH
-    python -m bench.engine --shape llada-8b --device cuda --refresh window:32,0 --fp8
+    python -m bench.engine --shape llada-8b --device cuda --refresh window:32,0 --weights fp8 int4
     python -m bench.engine --shape llada-8b --device cuda --batch 1 8 32 128
 
 Random weights (`harness.build_model`), random prompts, greedy. Everything is run once, unmeasured, and its tokens are
@@ -37,16 +37,17 @@ from bench.harness import (
 )
 from bench.peers import find_peers, twin
 from dllm_fast.graphs import Graphs
+from dllm_fast.rounded import KINDS
 from dllm_fast.view import print_table
 
 OURS = ("none", "prefix", "dual")
 WHOLE = "ours, whole steps only"  # one step a block: what a whole forward and its selection take
-FP8 = ", fp8"  # after the name of the same run on the model's own weights
+ROUNDED = tuple(f", {kind}" for kind in KINDS)  # after the name of the same run on the model's own weights
 BARE = {"bare, linear and SDPA": False, "bare, fastest forms": True}
 
 
-def our_runs(model, rounded, job: Job, refresh: str) -> dict[str, Callable[[], dllm_fast.Output]]:
-    """`generate` with each cache, and with the dual one at one step a block; with it on ``rounded`` too, or None."""
+def our_runs(model, rounded: dict, job: Job, refresh: str) -> dict[str, Callable[[], dllm_fast.Output]]:
+    """`generate` with each cache, and with the dual one at one step a block; with it on ``rounded``, by kind, too."""
 
     def runner(schedule, cache: str, policy, model=model) -> Callable[[], dllm_fast.Output]:
         return lambda: dllm_fast.generate(
@@ -59,8 +60,8 @@ def our_runs(model, rounded, job: Job, refresh: str) -> dict[str, Callable[[], d
     duals = {"ours dual": "block"} | ({f"ours dual, {refresh}": parse_refresh(refresh)} if refresh != "block" else {})
     for name, policy in duals.items():
         runs[name] = runner(job.schedule, "dual", policy)
-        if rounded is not None:
-            runs[name + FP8] = runner(job.schedule, "dual", policy, rounded)
+        for kind, other in rounded.items():
+            runs[f"{name}, {kind}"] = runner(job.schedule, "dual", policy, other)
     return {**runs, WHOLE: runner(whole, "dual", "block")}
 
 
@@ -89,8 +90,8 @@ def compare(returned: dict, caches: dict[str, str | None], job: Job) -> dict[str
     for name, value in returned.items():
         if isinstance(value, dllm_fast.Output):
             found[name] = {"nfe": value.nfe, "nfe_full": value.nfe_full, "nfe_block": value.nfe_block}
-            own = returned.get(name.removesuffix(FP8))
-            if name.endswith(FP8) and own is not None:
+            own = returned.get(name.rpartition(", ")[0])
+            if name.endswith(ROUNDED) and own is not None:
                 same = (value.sequences == own.sequences)[:, -job.gen_length :]
                 found[name] |= {"unrounded_tokens": int(same.sum()), "of": same.numel()}
         elif name in caches:
@@ -168,8 +169,8 @@ def predicted_shares(model, bare: Bare, output: dllm_fast.Output, card: Card) ->
     return found
 
 
-def measure(options, model, rounded, batch: int, device: torch.device) -> dict:
-    """All of one batch size, printed; what the JSON line says of it. ``model`` is patched, and so is ``rounded``."""
+def measure(options, model, rounded: dict, batch: int, device: torch.device) -> dict:
+    """All of one batch size, printed; what the JSON line says of it. ``model`` is patched, and so are ``rounded``."""
     shape = SHAPES[options.shape]
     job = make_job(shape, model, options.schedule or shape.schedule, batch)
     peers, lines = find_peers(options.peer, twin(model), job)
@@ -225,7 +226,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--schedule", help="uniform:32, threshold:0.9, factor:1, pyramid:2; default: the shape's")
     parser.add_argument("--refresh", default="block", help="block, every:2, window:32,32 or drift:0.2; ours alone")
-    parser.add_argument("--fp8", action="store_true", help="ours with the dual cache on e4m3 weights too")
+    parser.add_argument("--weights", choices=list(KINDS), nargs="+", default=[], help="ours dual on rounded ones too")
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=PATH", help="see bench/peers.py")
@@ -249,7 +250,7 @@ def main(arguments: list[str] | None = None) -> int:
     where = machine(device, dtype)
     print(where)
     model = dllm_fast.patch(build_model(SHAPES[options.shape], dtype, device))
-    rounded = dllm_fast.patch(twin(model), weights="fp8") if options.fp8 else None
+    rounded = {kind: dllm_fast.patch(twin(model), weights=kind) for kind in options.weights}
     results = [measure(options, model, rounded, batch, device) for batch in options.batch]
     facts = [fact for result in results for fact in result.get("found", {}).values() if "same_tokens" in fact]
     equal = all(fact["same_tokens"] == fact["of"] for fact in facts)

@@ -28,6 +28,7 @@ PEERS = "".join(f" --peer {path.name}={path}" for path in sorted((ROOT / "peers"
 ENGINE = "-m bench.engine --shape llada-8b --force"
 # 32 GB of weights: the tokens of a short job must equal those of each peer, or it exits with 1.
 FP32 = f"-m bench.engine --shape llada-8b-short --dtype float32 --rounds 1 --force{PEERS}"
+INT4 = "'ours dual, int4' 'ours dual, window:32,0' 'ours dual, window:32,0, int4'"
 BENCH = f"{PYTEST} --import-mode=importlib bench/kernels.py -k"
 
 
@@ -40,9 +41,12 @@ PIECES = {
     "correctness-attention": (480, tests("attention", "rope", "norm", "glu", "linear", "round_rows")),
     "correctness-predict": (480, tests("predict", "gumbel", "commit", "masked_loss", "end_to_end")),
     "steps": (150, "-m bench.steps"),
-    "steps-fp8": (150, "-m bench.steps --fp8"),
+    "steps-fp8": (150, "-m bench.steps --weights fp8"),
+    "steps-int4": (150, "-m bench.steps --weights int4"),
+    "steps-head": (150, "-m bench.steps --weights fp8 --head fp8 --quick"),
     "floors": (60, "bench/floors.py"),
-    "engine": (480, f"{ENGINE} --refresh window:32,0 --fp8{PEERS}"),
+    "engine": (480, f"{ENGINE} --refresh window:32,0 --weights fp8{PEERS}"),
+    "engine-int4": (240, f"{ENGINE} --refresh window:32,0 --weights int4 --only {INT4}"),
     "fp32": (300, FP32),
     "cold": (120, "-m bench.cold --shape llada-8b"),
     "attention-llada": (300, f"{BENCH} 'attention and llada'"),

@@ -1,7 +1,7 @@
 """A block step of LLaDA-8B's shape as a CUDA graph, in several ways: which matmuls, chained or not, which tiles,
 whether a matmul's first weights are brought into L2 by a stream beside it while the small kernels before it run.
 
-    python -m bench.steps [--layers 32] [--rows 32] [--fp8] [--quick]
+    python -m bench.steps [--layers 32] [--batch 1] [--weights fp8] [--head fp8] [--quick]
 
 Every way is recorded anew on the same buffers and replayed; milliseconds are medians, in turns. The floor is the
 weights, keys and values at the copy bandwidth measured in the same run.
@@ -24,18 +24,20 @@ from bench.breakdown import kernel_group
 from bench.cost import Card, Cost, by_group, print_beside, step_kernels
 from bench.harness import SHAPES, build_model, machine
 from dllm_fast import ops
-from dllm_fast.kernels import attention, glu, linear, norm, rope, round_rows
+from dllm_fast.kernels import attention, glu, linear, linear_int4, norm, rope, round_rows
 from dllm_fast.patch import bound_family, bound_pool
 
-CHAINS = (attention, glu, linear, norm, rope, round_rows)
-TILES = {  # by bytes of a weight; the first are those that ship
-    2: ({}, {"BK": 64, "num_stages": 5, "AHEAD": 4}, {"BN": 64, "BK": 256}),
-    1: (
+CHAINS = (attention, glu, linear, linear_int4, norm, rope, round_rows)
+TILES = {  # by `patch`'s weights; the first are those that ship
+    None: ({}, {"BK": 64, "num_stages": 5, "AHEAD": 4}, {"BN": 64, "BK": 256}),
+    "fp8": (
         {}, {"split": True}, {"split": True, "AHEAD": 0}, {"split": True, "num_warps": 8},
         {"split": True, "programs": 3, "num_stages": 3}, {"split": True, "programs": 1, "num_stages": 7},
         {"split": True, "BN": 64, "programs": 4}, {"split": True, "BK": 256, "programs": 1},
     ),
+    "int4": ({}, {"num_warps": 4}, {"num_stages": 3}, {"programs": 1}, {"BN": 64, "num_warps": 4, "programs": 4}),
 }  # fmt: skip
+SIZES = {None: 2, "fp8": 1, "int4": 0.5 + 3 / 128}  # bytes of a weight, int4's scale and zero point included
 BESIDE = (4, 8, 16, 32)  # MB of the next matmul's weights
 LINE = 4096  # bytes of a prefetch
 
@@ -45,15 +47,26 @@ def unchained(device, programs) -> dict:
 
 
 @contextlib.contextmanager
-def way(tiles: dict | None, chained: bool, rows: int, size: int):
-    """The matmul with ``tiles`` in place of those that ship; None: the one that served before."""
+def way(tiles: dict | None, chained: bool, rows: int, weights: str | None):
+    """The matmul with ``tiles`` in place of those that ship; None: the one that served before (of int4, widening)."""
     with contextlib.ExitStack() as stack:
         if not chained:
             for module in CHAINS:
                 stack.enter_context(mock.patch.object(module, "chained", unchained))
-        if tiles is None:
+        if weights == "int4":
+            if tiles is None:
+                stack.enter_context(mock.patch.object(linear_int4, "ROWS", 0))
+            else:
+                tiles = dict(tiles)
+                programs = tiles.pop("programs", linear_int4.PROGRAMS)
+                stack.enter_context(mock.patch.object(linear_int4, "PROGRAMS", programs))
+                configs = linear_int4.CONFIGS
+                key = next(n for n in configs if rows <= n)
+                stack.enter_context(mock.patch.dict(configs, {key: configs[key] | tiles}))
+        elif tiles is None:
             stack.enter_context(mock.patch.object(linear, "AHEAD", ()))
         else:
+            size = SIZES[weights]
             tiles = dict(tiles)
             stack.enter_context(mock.patch.object(linear, "AHEAD", (size,)))
             programs = {size: tiles.pop("programs", linear.PROGRAMS[size])}
@@ -81,7 +94,7 @@ def beside(megabytes: int):
     Yields what joins that stream again. The order is that of a step's matmuls as they were seen in an eager one.
     """
     order, side = [], torch.cuda.Stream()
-    names = ("linear", "scaled_linear", "swiglu_linear")
+    names = ("linear", "scaled_linear", "int4_linear", "swiglu_linear")
     real = {name: getattr(ops, name) for name in names}
     seen: dict[int, int] = {}
 
@@ -142,12 +155,12 @@ def copy_rate(device) -> float:
     return 2 * x.numel() / statistics.median(times)
 
 
-def floor(family, engine, fp8: bool, rate: float) -> float:
+def floor(family, engine, weights: str | None, head: str | None, rate: float) -> float:
     """Milliseconds of a block step's bytes: layers and head once, and keys and values."""
     layers = sum(linear.weight.numel() for group in family.groups() for linear in group)
-    head = family.head()[0].numel()
+    vocabulary = family.head()[0].numel() * SIZES[head]
     kept = engine.cache.buffers.nbytes
-    return 1e3 * (layers * (1 if fp8 else 2) + 2 * head + kept) / rate
+    return 1e3 * (layers * SIZES[weights] + vocabulary + kept) / rate
 
 
 def profile(graph, engine, mask_id: int, predicted: dict[str, float], top: int = 16) -> None:
@@ -177,7 +190,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--fp8", action="store_true")
+    parser.add_argument("--weights", choices=["fp8", "int4"], help="of the layers, as `patch` rounds them")
+    parser.add_argument("--head", choices=["fp8"], help="the LM head in e4m3 too")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--quick", action="store_true", help="the ways that ship, before and after, alone")
     options = parser.parse_args(arguments)
@@ -191,25 +205,26 @@ def main(arguments: list[str] | None = None) -> int:
         type(shape)({**shape.config, "n_layers": options.layers}, *list(vars(shape).values())[1:]),
         torch.bfloat16, device,
     )  # fmt: skip
-    dllm_fast.patch(model, weights="fp8" if options.fp8 else None)
+    weights = options.weights
+    dllm_fast.patch(model, weights=weights, head=options.head)
     mask_id = model.config.mask_token_id
     ids = torch.randint(0, 1000, (options.batch, 768), device=device)
-    with way(None, False, 32, 2):
+    with way(None, False, 32, weights):
         for _ in range(2):
             dllm_fast.generate(model, ids, gen_length=256, block_length=32, schedule=dllm_fast.Uniform(16))
     engine = next(iter(bound_pool(model)._engines.values()))
     engine.slot.fill_(engine.slots - 64)
     engine.count.fill_(2)
-    rows, size = 32 * options.batch, 1 if options.fp8 else 2
+    rows = 32 * options.batch
     ways = {"before": (None, False, 0), "before, chained": (None, True, 0)}
-    if not options.fp8:
+    if weights is None:
         ways |= {f"before, {megabytes} MB beside": (None, False, megabytes) for megabytes in BESIDE}
-    for tiles in TILES[size][: 2 if options.quick else None]:
+    for tiles in TILES[weights][: 2 if options.quick else None]:
         ways |= {f"ours, not chained {tiles}": (tiles, False, 0), f"ours, chained {tiles}": (tiles, True, 0)}
         ways |= {f"ours, chained {tiles}, 8 MB beside": (tiles, True, 8)}
     graphs, hidden = {}, {}
     for name, (tiles, chained, megabytes) in ways.items():
-        with way(tiles, chained, rows, size), contextlib.ExitStack() as stack:
+        with way(tiles, chained, rows, weights), contextlib.ExitStack() as stack:
             try:
                 join = stack.enter_context(beside(megabytes)) if megabytes else lambda: None
                 graphs[name] = record(engine, "block", join)
@@ -224,7 +239,7 @@ def main(arguments: list[str] | None = None) -> int:
         for name, graph in graphs.items():
             times[name].append(replay(graph, engine, mask_id))
     rate = copy_rate(device)
-    least = floor(bound_family(model), engine, options.fp8, rate)
+    least = floor(bound_family(model), engine, weights, options.head, rate)
     print(f"copy {rate / 1e12:.2f} TB/s; floor {least:.2f} ms")
     for name, values in times.items():
         middle = statistics.median(values)
@@ -243,7 +258,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not options.quick:
         whole = {}
         for name, (tiles, chained) in (("before", (None, False)), ("chained", ({}, True))):
-            with way(tiles, chained, rows, size):
+            with way(tiles, chained, rows, weights):
                 whole[name] = record(engine, "full")
         for name, graph in whole.items():
             values = [replay(graph, engine, mask_id) for _ in range(5)]

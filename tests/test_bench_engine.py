@@ -1,5 +1,6 @@
 """The engine's bench: its tokens, its bare operations, how it loads a clone, when it refuses to measure."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -37,15 +38,16 @@ def job(model):
 
 def test_quick_run_ends_with_a_json_line():
     """The whole bench on a tiny shape: in fp32 it exits with 1 unless ours without a cache has the published tokens."""
-    command = [sys.executable, "-m", "bench.engine", "--quick", "--refresh", "window:8,0", "--fp8"]
+    command = [sys.executable, "-m", "bench.engine", "--quick", "--refresh", "window:8,0"]
+    command += ["--weights", "fp8", "int4"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])["results"][0]
     assert result["found"]["published"] == {"nfe": 16, "same_tokens": 32, "of": 32}
     assert result["found"]["ours dual"] == {"nfe": 16, "nfe_full": 2, "nfe_block": 14}
     window = "ours dual, window:8,0"
-    for name in (window, "ours dual"):
-        own, rounded = result["found"][name], result["found"][f"{name}, fp8"]
+    for name, kind in itertools.product((window, "ours dual"), ("fp8", "int4")):
+        own, rounded = result["found"][name], result["found"][f"{name}, {kind}"]
         assert rounded == own | {"unrounded_tokens": rounded["unrounded_tokens"], "of": 32}
         assert 0 < rounded["unrounded_tokens"] < 32
     assert {"ours none", "ours prefix", "ours, whole steps only", "bare, fastest forms"} < result["seconds"].keys()

@@ -1,0 +1,72 @@
+"""What bench.steps replaces for a way of a block step, and the bytes that it holds a step to."""
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from needs import needs_triton
+from tiny import make_llada
+
+import dllm_fast
+from dllm_fast.patch import bound_family
+
+pytestmark = needs_triton
+sys.path.insert(0, str(Path(__file__).parent.parent))  # `bench` is a folder of the checkout, not a package
+
+
+@pytest.fixture
+def steps():
+    from bench import steps
+
+    return steps
+
+
+def served(weights):
+    """Whether a kernel of few rows serves 32 rows of bf16 against such weights."""
+    from dllm_fast.kernels import linear, linear_int4
+
+    x = torch.empty(32, 256, dtype=torch.bfloat16)
+    if weights == "int4":
+        return linear_int4.fits_int4(x, torch.empty(128, 128, dtype=torch.uint8))
+    return linear.fits(x, torch.empty(128, 256, dtype=torch.float8_e4m3fn if weights == "fp8" else torch.bfloat16))
+
+
+@pytest.mark.parametrize("weights", [None, "fp8", "int4"])
+def test_a_way_is_in_force_within_it_and_gone_after_it(steps, weights):
+    from dllm_fast.kernels import linear, linear_int4
+
+    module = linear_int4 if weights == "int4" else linear
+
+    def configs():
+        return module.CONFIGS if weights == "int4" else module.CONFIGS[steps.SIZES[weights]]
+
+    before = served(weights), dict(configs()), module.PROGRAMS, module.chained
+    with steps.way(None, False, 32, weights):
+        assert not served(weights) and module.chained is steps.unchained
+    for tiles in steps.TILES[weights]:
+        with steps.way(tiles, True, 32, weights):
+            assert served(weights) and module.chained is before[3]
+            own = {name: value for name, value in tiles.items() if name not in ("programs", "split")}
+            assert configs()[32] == before[1][32] | own and configs()[64] == before[1][64]
+            programs = module.PROGRAMS if weights == "int4" else module.PROGRAMS[steps.SIZES[weights]]
+            assert programs == tiles.get("programs", programs)
+    assert (served(weights), configs(), module.PROGRAMS, module.chained) == before
+
+
+@pytest.mark.parametrize("head", [None, "fp8"])
+@pytest.mark.parametrize("weights", [None, "fp8", "int4"])
+def test_the_floor_is_the_bytes_that_are_held(steps, weights, head):
+    """Of bf16 weights, of what rounded ones are held in but for a scale a row of e4m3, and of keys and values."""
+    model = make_llada(d_model=128, mlp_hidden_size=256).bfloat16()
+    family = bound_family(dllm_fast.patch(model, weights=weights, head=head))
+    if weights is None:
+        held = sum(linear.weight.nbytes for group in family.groups() for linear in group)
+    else:
+        matrices = [vars(kept.matrix) for kept in family.products.copies.values()]
+        held = sum(x.nbytes for matrix in matrices for name, x in matrix.items()
+                   if isinstance(x, torch.Tensor) and (weights, name) != ("fp8", "scale"))  # fmt: skip
+    held += family.head_operands()[0].nbytes
+    engine = SimpleNamespace(cache=SimpleNamespace(buffers=torch.empty(1000, dtype=torch.uint8)))
+    assert steps.floor(family, engine, weights, head, rate=1e3) == held + 1000
