@@ -21,7 +21,7 @@ import triton.language as tl
 import dllm_fast
 from bench import floors
 from bench.breakdown import kernel_group
-from bench.cost import Card, Cost, by_group, print_beside, step_kernels
+from bench.cost import BYTES, Card, Cost, by_group, print_beside, step_kernels
 from bench.harness import SHAPES, build_model, machine
 from dllm_fast import ops
 from dllm_fast.kernels import attention, glu, linear, linear_int4, norm, rope, round_rows
@@ -37,7 +37,7 @@ TILES = {  # by `patch`'s weights; the first are those that ship
     ),
     "int4": ({}, {"num_warps": 4}, {"num_stages": 3}, {"programs": 1}, {"BN": 64, "num_warps": 4, "programs": 4}),
 }  # fmt: skip
-SIZES = {None: 2, "fp8": 1, "int4": 0.5 + 3 / 128}  # bytes of a weight, int4's scale and zero point included
+SIZES = {None: 2, **BYTES}  # bytes of a weight
 BESIDE = (4, 8, 16, 32)  # MB of the next matmul's weights
 LINE = 4096  # bytes of a prefetch
 
@@ -252,8 +252,8 @@ def main(arguments: list[str] | None = None) -> int:
     for name in ("before", best):
         print(f"\n{name}:")
         tiles, chained, _ = ways[name]
-        with way(tiles, chained, rows, size):
-            predicted = predict(model, engine, card, engine.live, "fp8" if options.fp8 else None)
+        with way(tiles, chained, rows, weights):
+            predicted = predict(model, engine, card, engine.live, weights)
         profile(graphs[name], engine, mask_id, predicted)
     if not options.quick:
         whole = {}
@@ -263,7 +263,7 @@ def main(arguments: list[str] | None = None) -> int:
         for name, graph in whole.items():
             values = [replay(graph, engine, mask_id) for _ in range(5)]
             print(f"whole step, {name}: {statistics.median(values):.2f} ms")
-        predicted = predict(model, engine, card, engine.slots, "fp8" if options.fp8 else None)
+        predicted = predict(model, engine, card, engine.slots, weights)
         profile(whole["chained"], engine, mask_id, predicted)
     return 0
 
