@@ -1,5 +1,13 @@
 """Masked-diffusion language models, fast: `patch` a LLaDA or a ModernBERT in place, `generate` from it."""
 
+import os
+
+if os.path.isfile(os.path.join(os.path.dirname(__file__), "kernels")):
+    raise ImportError(
+        "dllm_fast/kernels is a text file where a symbolic link to kernels/ should be, as git leaves it on Windows: "
+        "git config core.symlinks true && git checkout -- dllm_fast/kernels; or install the package: pip install ."
+    )
+
 from dllm_fast.config import show_config
 from dllm_fast.generate import Completion, Output, generate, generate_many
 from dllm_fast.generation_config import DiffusionGenerationConfig
@@ -11,6 +19,8 @@ from dllm_fast.refresh import Drift, Every, Window
 from dllm_fast.remask import P2, ReMDM, Verify
 from dllm_fast.schedules import Ancestral, EntropyBound, Factor, FirstHitting, Pyramid, Threshold, Uniform
 from dllm_fast.warmup import warmup
+
+__version__ = "0.1.0"
 
 __all__ = [
     "P2",

@@ -97,6 +97,16 @@ def test_kernels_is_a_plain_folder_behind_a_relative_link():
     assert (ROOT / "dllm_fast" / "py.typed").exists()
 
 
+def test_a_checkout_without_symbolic_links_says_what_to_do(tmp_path):
+    """git makes a text file of a link where the file system, or the user, has none."""
+    ignored = shutil.ignore_patterns("kernels", "models", "*.so", "__pycache__")
+    shutil.copytree(ROOT / "dllm_fast", tmp_path / "dllm_fast", ignore=ignored)
+    (tmp_path / "dllm_fast" / "kernels").write_text("../kernels")
+    command = [sys.executable, "-c", "import dllm_fast"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert done.returncode == 1 and "git config core.symlinks true" in done.stderr
+
+
 def test_no_file_is_over_400_lines():
     long = {}
     for folder in ("dllm_fast", "kernels", "tests", "bench", "csrc"):
