@@ -32,8 +32,8 @@ SCOPES = {
 BOTH = "LM head, selection"  # of a kernel that also multiplies by the LM head
 # The first that matches.
 KERNELS = (
-    ("attention", ("flash", "fmha", "attention", "_combine")),  # one _combine_kernel a step is the selection's
-    (BOTH, ("predict", "select", "_compact", "argmax", "logsumexp")),
+    ("attention", ("flash", "fmha", "attention")),
+    (BOTH, ("predict", "select", "_compact", "_combine", "argmax", "logsumexp")),
     ("commit", ("commit",)),
     ("norm, rope, gate", ("norm", "rope", "_glu")),
     ("products", ("gemm", "nvjet", "cutlass", "cublas", "splitk", "_linear", "_round_rows", "_widen")),

@@ -163,9 +163,8 @@ def _layer(cost, card, batch, slots, positions, queries, weights) -> Iterator[Ke
     group = cost.heads // cost.kv_heads
     splits = _plan(batch, queries, cost.kv_heads, group, cost.head_dim, slots, None, cost.item, True)[2]
     seen, results = 2 * batch * slots * pairs * cost.item, rows * inner
-    yield Kernel("attention", "_attention_kernel", 1, seen + 2 * results * cost.item, 4 * results * slots)
-    if splits > 1:
-        yield Kernel("merge of attention", "_combine_kernel", 1, results * (splits * FP32 + cost.item))
+    parts = results * splits * FP32 if splits > 1 else 0
+    yield Kernel("attention", "_attention_kernel", 1, seen + 2 * results * cost.item + parts, 4 * results * slots)
     yield from _product("attention's output", cost, card, rows, width, inner, weights)
     yield _norm(cost, rows)
     yield from _product("gate, up", cost, card, rows, 2 * ffn, width, weights, gated=True)

@@ -164,13 +164,14 @@ def floor(family, engine, weights: str | None, head: str | None, rate: float) ->
 
 
 def profile(graph, engine, mask_id: int, predicted: dict[str, float], top: int = 16) -> None:
-    """Kernels of one replay by their time, and their groups beside ``predicted`` microseconds."""
+    """Launches of one replay, its kernels by their time, and their groups beside ``predicted`` microseconds."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         replay(graph, engine, mask_id)
     spent: dict[str, list[float]] = {}
     for event in profiler.events():
         if event.device_type == torch.autograd.DeviceType.CUDA:
             spent.setdefault(event.name, []).append(event.self_device_time_total)
+    print(f"{sum(map(len, spent.values()))} launches")
     for name, times in sorted(spent.items(), key=lambda item: -sum(item[1]))[:top]:
         print(f"{sum(times) / 1e3:8.3f} ms {len(times):5d} x {statistics.median(times):7.1f} us  {name[:80]}")
     measured: Counter = Counter()

@@ -13,7 +13,8 @@ replays with other ranges. It starts at the first visible slot, hence without a 
 
 The H/G query heads that share a K/V head are rows of one tile, (t, head) in that order, so a slot is read once for
 all of them. Few rows cannot fill a GPU: then the visible slots are shared out between ``splits`` programs, each
-leaves out_s and L_s = m + log2 l, and a second kernel computes sum_s 2^L_s out_s / sum_s 2^L_s.
+leaves out_s and L_s = m + log2 l, and the last of them to arrive computes sum_s 2^L_s out_s / sum_s 2^L_s, in the order
+of s, so that replays give the same bits.
 """
 
 import math
@@ -24,6 +25,7 @@ import triton.language as tl
 
 from dllm_fast.kernels.chain import chained, start_next, wait_for_inputs
 from dllm_fast.kernels.checks import FLOATS, INTEGERS, check_tensors, one_device
+from dllm_fast.kernels.tiles import is_last, zero_counts
 
 # (BM query rows, BN slots, warps, stages, masks in every tile) of a program with few rows or a window, and of one with
 # many rows. By (bytes an element, padded head dim, whether a block may have 227 KB of shared memory). Compiled without
@@ -41,9 +43,9 @@ CONFIGS = {
     (2, 256, False): ((64, 32, 8, 2, True), (64, 32, 8, 2, True)),
     **{(4, d, big): ((16, 32, 8, 1, True),) * 2 for d in (64, 128, 256) for big in (True, False)},
 }
-COMBINE_WARPS = 2
 FEW_QUERIES = 64
 THREADS = 132 * 256  # fills 132 multiprocessors; fewer are split over the slots
+MERGED = tl.constexpr(32)  # query rows of which parts are added up at once: a block's, in half the registers of a tile
 SPLIT_SLOTS = 128  # a program with fewer slots spends its time on starting and on leaving its part
 
 
@@ -102,6 +104,43 @@ def _absorb(
     return acc, total, new_peak
 
 
+@triton.jit
+def _merge_rows(
+    part_ptr,  # [splits, B T H, D] fp32
+    lse_ptr,  # [splits, B T H] fp32
+    out_ptr,  # [B T H, D]
+    first,  # row 0 of this batch row and head, of B T H
+    m,  # [BR] int32: query rows of those
+    queries,
+    heads,
+    splits,
+    rows,  # B T H
+    D: tl.constexpr,
+    GROUP: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """``out = sum_s 2^L_s out_s / sum_s 2^L_s`` of some rows, in the order of s."""
+    d = tl.arange(0, BD)  # [BD]
+    row = first + (m // GROUP).to(tl.int64) * heads + m % GROUP  # [BR]
+    real = m // GROUP < queries  # [BR]
+    here = real[:, None] & (d < D)[None, :]  # [BR, BD]
+    acc = tl.zeros(here.shape, tl.float32)
+    total = tl.zeros(row.shape, tl.float32)
+    peak = tl.full(row.shape, float("-inf"), tl.float32)
+    for s in tl.range(0, splits, num_stages=3):  # a stage: the next parts are on their way while one is added
+        at = row + s * tl.cast(rows, tl.int64)
+        lse = tl.load(lse_ptr + at, mask=real, other=float("-inf"), cache_modifier=".cg")  # [BR]
+        part = tl.load(part_ptr + at[:, None] * D + d[None, :], mask=here, other=0.0, cache_modifier=".cg")
+        new_peak = tl.maximum(peak, lse)
+        base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        shrink, weight = tl.exp2(peak - base), tl.exp2(lse - base)
+        acc = acc * shrink[:, None] + part * weight[:, None]
+        total = total * shrink + weight
+        peak = new_peak
+    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    tl.store(out_ptr + row[:, None] * D + d[None, :], acc.to(out_ptr.dtype.element_ty), mask=here)
+
+
 @triton.jit(do_not_specialize=["queries", "slots", "kv_heads", "splits", "rows", "window"])
 def _attention_kernel(
     q_ptr,  # [B, T, H, D]
@@ -110,8 +149,10 @@ def _attention_kernel(
     start_ptr,  # [B] int
     end_ptr,  # [B] int
     slot_ptr,  # [B] int
-    out_ptr,  # [B, T, H, D], or with SPLIT [splits, B, T, H, D] fp32
+    out_ptr,  # [B, T, H, D]
+    part_ptr,  # [splits, B, T, H, D] fp32, with SPLIT
     lse_ptr,  # [splits, B, T, H] fp32, with SPLIT
+    count_ptr,  # [B G ceil(T H / G / BM)] int32, with SPLIT: 0 before and after
     q_stride_b,
     q_stride_t,
     q_stride_h,
@@ -210,35 +251,18 @@ def _attention_kernel(
         row += split * tl.cast(rows, tl.int64)
         lse = tl.where(total == 0.0, float("-inf"), peak + tl.log2(tl.where(total == 0.0, 1.0, total)))
         tl.store(lse_ptr + row, lse, mask=t < queries)
-    tl.store(out_ptr + row[:, None] * D + d[None, :], acc.to(out_ptr.dtype.element_ty), mask=real)
-
-
-@triton.jit(do_not_specialize=["splits", "rows"])
-def _combine_kernel(
-    part_ptr,  # [splits, B T H, D] fp32
-    lse_ptr,  # [splits, B T H] fp32
-    out_ptr,  # [B T H, D]
-    splits,
-    rows,  # B T H
-    D: tl.constexpr,
-    CHAINED: tl.constexpr,
-    BS: tl.constexpr,
-    BD: tl.constexpr,
-):
-    if CHAINED:
-        start_next()
-        wait_for_inputs()
-    row = tl.program_id(0).to(tl.int64)
-    s = tl.arange(0, BS).to(tl.int64)  # [BS]
-    d = tl.arange(0, BD)  # [BD]
-    lse = tl.load(lse_ptr + s * rows + row, mask=s < splits, other=float("-inf"))  # [BS]
-    peak = tl.max(lse, 0)
-    weight = tl.exp2(lse - tl.where(peak == float("-inf"), 0.0, peak))  # [BS]
-    total = tl.sum(weight, 0)
-    at = (s * rows + row)[:, None] * D + d[None, :]
-    part = tl.load(part_ptr + at, mask=(s < splits)[:, None] & (d < D)[None, :], other=0.0)  # [BS, BD]
-    out = tl.sum(part * weight[:, None], 0) / tl.where(total == 0.0, 1.0, total)
-    tl.store(out_ptr + row * D + d, out.to(out_ptr.dtype.element_ty), mask=d < D)
+        tl.store(part_ptr + row[:, None] * D + d[None, :], acc, mask=real)
+        if is_last(count_ptr + (b * kv_heads + head) * tiles + tile, splits):
+            heads = kv_heads * GROUP
+            first_row = b * queries * heads + head * GROUP
+            BR: tl.constexpr = min(BM, MERGED)
+            for begin in range(tile * BM, tl.minimum(tile * BM + BM, queries * GROUP), BR):
+                _merge_rows(
+                    part_ptr, lse_ptr, out_ptr, first_row, begin + tl.arange(0, BR), queries, heads, splits, rows,
+                    D, GROUP, BD,
+                )  # fmt: skip
+    else:
+        tl.store(out_ptr + row[:, None] * D + d[None, :], acc.to(out_ptr.dtype.element_ty), mask=real)
 
 
 def _plan(batch, queries, kv_heads, group, head_dim, slots, window, itemsize, big):
@@ -274,34 +298,22 @@ def attention(
     big = not q.is_cuda or torch.cuda.get_device_capability(q.device)[0] in (9, 10)
     config, padded, splits = _plan(batch, queries, kv_heads, group, head_dim, slots, window, q.element_size(), big)
     bm, bn, warps, stages, masked = config
-    part, lse = out, out
+    tiles = triton.cdiv(queries * group, bm) * kv_heads * batch
+    part = lse = count = None
     if splits > 1:
         part = torch.empty((splits, *q.shape), dtype=torch.float32, device=q.device)
         lse = torch.empty((splits, rows), dtype=torch.float32, device=q.device)
-    grid = (triton.cdiv(queries * group, bm) * splits * kv_heads * batch,)
+        count = zero_counts(tiles, q.device)
+    grid = (tiles * splits,)
     with torch.cuda.device_of(q):
         _attention_kernel[grid](
-            q, keys, values, start, end, slot, part, lse,
+            q, keys, values, start, end, slot, out, part, lse, count,
             *q.stride()[:3], *keys.stride()[:3], *values.stride()[:3],
             queries, slots, kv_heads, splits, rows, min(window or 0, 1 << 30),
             (head_dim**-0.5 if scale is None else scale) * math.log2(math.e),
             D=head_dim, GROUP=group, WINDOW=window is not None, MASKED=masked,
             SPLIT=splits > 1, BM=bm, BN=bn, BD=padded, num_warps=warps, num_stages=stages, **chained(q.device, grid[0]),
         )  # fmt: skip
-        if splits > 1:
-            bs = triton.next_power_of_2(splits)
-            _combine_kernel[(rows,)](
-                part,
-                lse,
-                out,
-                splits,
-                rows,
-                D=head_dim,
-                BS=bs,
-                BD=padded,
-                num_warps=COMBINE_WARPS,
-                **chained(q.device, rows),
-            )
     return out
 
 

@@ -16,16 +16,20 @@ def _strides(**axes):
 def attention_case(config, itemsize, dim, group=1, window=False, split=False, archs=tuple(SHARED_LIMIT)) -> Case:
     bm, bn, warps, stages, masked = config
     bd = max(16, triton.next_power_of_2(dim))
-    kind, out = TYPES[itemsize], "*fp32" if split else TYPES[itemsize]
-    signature = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), kind)
-    signature |= dict.fromkeys(("start_ptr", "end_ptr", "slot_ptr"), "*i64") | {"out_ptr": out, "lse_ptr": out}
+    kind = TYPES[itemsize]
+    signature = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), kind)
+    signature |= dict.fromkeys(("start_ptr", "end_ptr", "slot_ptr"), "*i64")
+    shared = {"part_ptr": "*fp32", "lse_ptr": "*fp32", "count_ptr": "*i32"}
+    signature |= shared if split else {}
     signature |= _strides(q="bth", k="bsg", v="bsg")
     signature |= dict.fromkeys(("queries", "slots", "kv_heads", "splits", "rows", "window"), "i32")
+    constexprs = {"D": dim, "GROUP": group, "WINDOW": window, "MASKED": masked, "SPLIT": split}
+    constexprs |= {} if split else dict.fromkeys(shared)
     return Case(
         f"attention {kind[1:]} D={dim} {bm}x{bn}" + " window" * window + " split" * split + f" group={group}",
         attention._attention_kernel,
         signature | {"scale": "fp32"},
-        {"D": dim, "GROUP": group, "WINDOW": window, "MASKED": masked, "SPLIT": split, "BM": bm, "BN": bn, "BD": bd},
+        constexprs | {"BM": bm, "BN": bn, "BD": bd},
         warps,
         stages,
         matrix=itemsize == 2,
@@ -46,11 +50,9 @@ def _attention():
         yield attention_case(many, 2, 128, archs=archs)
         yield attention_case(many, 2, 96, split=True, archs=archs)
         yield attention_case(attention.CONFIGS[2, 256, big][0], 2, 256, window=True, archs=archs)
+        yield attention_case(attention.CONFIGS[2, 256, big][0], 2, 256, split=True, archs=archs)
         for dim in (64, 128, 256):
             yield attention_case(attention.CONFIGS[4, dim, big][0], 4, dim, split=True, archs=archs)
-    signature = {"part_ptr": "*fp32", "lse_ptr": "*fp32", "out_ptr": "*bf16", "splits": "i32", "rows": "i32"}
-    constexprs = {"D": 128, "BS": 8, "BD": 128}
-    yield Case("combine", attention._combine_kernel, signature, constexprs, attention.COMBINE_WARPS)
 
 
 def _rope():

@@ -7,6 +7,7 @@ from truth import assert_as_exact, far_apart
 import dllm_fast.kernels.attention as module
 from dllm_fast.kernels import reference
 from dllm_fast.kernels.attention import attention
+from dllm_fast.kernels.tiles import counters
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -98,12 +99,40 @@ def test_tiles_of_smaller_chips(name, device, monkeypatch):
     ],
 )
 def test_split_over_slots(name, splits, dtype, device, monkeypatch):
-    plan = module._plan
-    monkeypatch.setattr(module, "_plan", lambda *shape: (*plan(*shape)[:2], splits))
+    split_over(splits, monkeypatch)
     split = check(SHAPES[name], dtype, device)
-    monkeypatch.setattr(module, "_plan", lambda *shape: (*plan(*shape)[:2], 1))
+    split_over(1, monkeypatch)
     whole = check(SHAPES[name], dtype, device)
     torch.testing.assert_close(split, whole, rtol=0, atol=4 * torch.finfo(dtype).eps * whole.abs().max().item())
+
+
+def split_over(splits, monkeypatch):
+    plan = module._plan
+    monkeypatch.setattr(module, "_plan", lambda *shape: (*plan(*shape)[:2], splits))
+
+
+def test_parts_are_added_up_in_one_order(device, monkeypatch):
+    """Whichever program is last; the interpreter shuffles them."""
+    split_over(5, monkeypatch)
+    arguments, _ = inputs(SHAPES["block-right-padded"], FP32, device)
+    first = attention(*arguments)
+    for _ in range(6):
+        assert torch.equal(attention(*arguments), first)
+
+
+def test_counts_are_left_as_they_were_found(device, monkeypatch):
+    """Also of rows that see nothing, and where one range is shorter than its splits."""
+    split_over(4, monkeypatch)
+    shape = (3, 17, 8, 2, 16, 90, [0, 30, 5], [90, 30, 7], [30, 0, 0], None)
+    arguments, _ = inputs(shape, BF16, device)
+    expected, kept = attention(*arguments), torch.zeros(3 * 2 * 2, dtype=torch.int32, device=device)
+    with counters(kept):
+        for _ in range(3):
+            assert torch.equal(attention(*arguments), expected)
+            assert not kept.any()
+    for few in (kept[:11], kept.new_zeros(0)):
+        with counters(few):
+            assert torch.equal(attention(*arguments), expected), "zeros of its own, where those kept are too few"
 
 
 def test_plan_fills_the_machine_from_shapes():
@@ -122,8 +151,7 @@ def test_plan_fills_the_machine_from_shapes():
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("window", [None, 4])
 def test_queries_that_see_nothing_get_zero(window, splits, device, monkeypatch):
-    plan = module._plan
-    monkeypatch.setattr(module, "_plan", lambda *shape: (*plan(*shape)[:2], splits))
+    split_over(splits, monkeypatch)
     # Empty at 0, empty inside, reversed, and a full row between them.
     shape = (4, 6, 2, 1, 32, 70, [0, 30, 0, 50], [0, 30, 70, 20], [0, 28, 8, 30], window)
     out = check(shape, BF16, device)
