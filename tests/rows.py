@@ -117,13 +117,13 @@ def seated(model, request: Request, seats: int) -> list[Result]:
 
 
 @torch.no_grad()
-def is_level(model, request: Request, row: int, found: Result) -> bool:
-    """Whether the row by itself gets what was ``found`` when each weight is moved by about a rounding of fp32."""
+def is_level(model, request: Request, row: int, found: Result, rounding: float = 2.0**-22) -> bool:
+    """Whether the row by itself gets what was ``found`` when each weight is moved by about ``rounding`` of itself."""
     for seed in range(40):
         moved = copy.deepcopy(model)
         torch.manual_seed(seed)
         for weight in moved.parameters():
-            weight.mul_(1 + 2.0**-22 * torch.randn_like(weight))
+            weight.mul_(1 + rounding * torch.randn_like(weight))
         (done,) = dllm_fast.generate_many(moved, [request.prompts[row]], noise_rows=[row], **request.options)
         if (done.sequence.tolist(), done.nfe) == found:
             return True
