@@ -7,14 +7,18 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+from dllm_fast import ops
+
 THREADS = 16  # more than a step has kernels to compile at a time
 
 
 def kernels() -> list:
-    """Every function that Triton compiles of those modules of `dllm_fast.kernels` that are imported: what a launcher
-    launches is. None in Triton's interpreter, which compiles nothing."""
+    """Every function of `dllm_fast.kernels` that Triton compiles; none in its interpreter, which compiles nothing.
+
+    Raises ImportError where Triton does not work."""
     from triton.runtime.jit import JITFunction
 
+    ops._triton()  # imports them
     modules = [module for name, module in sys.modules.items() if name.startswith("dllm_fast.kernels.")]
     found = {id(x): x for module in modules for x in vars(module).values() if isinstance(x, JITFunction)}
     return list(found.values())

@@ -44,7 +44,7 @@ def warmup(
     Args:
         model: a patched LLaDA or ModernBERT.
         prompt_lengths: tokens of the prompts to come, an int or several; without padding.
-        batch_size: rows of `generate`'s batches, or `generate_many`'s ``batch_size``.
+        batch_size: rows of `generate`'s batches; or `generate_many`'s ``batch_size``, or its prompts if they are fewer.
         progress: True shows a bar on stderr, rich's where rich is installed and the terminal is one, else a line; a
             callable is given (what is being done, steps done, steps in all); False is silent.
         options: those of `generate_many`: ``gen_length``, ``block_length``, ``schedule``, ``cache``, ``refresh``,
@@ -67,10 +67,12 @@ def warmup(
         for length in (_representatives(lengths, request.gen_length) if recorded else lengths[-1:])
         for seats in (_halves(batch_size) if recorded else [batch_size])
     ]
-    steps = _steps(request, batches[0][0])
+    plans = [_steps(request, rows) for rows in batches]
+    total, before = sum(len(steps) + 1 for steps in plans), 0
     with _reporting(progress) as report:
-        for n, rows in enumerate(batches):
-            work = _Work(steps, report, n, len(batches))
+        for rows, steps in zip(batches, plans, strict=True):
+            work = _Work(steps, report, before, total)
+            before += len(steps) + 1
             with Server(model, family, bound_pool(model), request, rows, len(rows)).seated_engine() as engine:
                 work.compile(engine, rows)
                 work.take(engine, rows)
@@ -116,9 +118,9 @@ def _row(request: Request, n: int, length: int, family) -> Row:
     return request.row(n, ids, family, "prompt_lengths")
 
 
-def _steps(request: Request, row: Row) -> Steps:
-    """The kinds of steps that blocks of such a row can have. What is not recorded comes last."""
-    cache, refresh, found = request.cache, request.options.refresh, {}
+def _steps(request: Request, rows: list[Row]) -> Steps:
+    """The kinds of steps that blocks of these rows, all alike, can have. What is not recorded comes last."""
+    cache, refresh, row, found = request.cache, request.options.refresh, rows[0], {}
     for number, (first, _) in enumerate(row.blocks):
         tail = len(row.ids) - max(0, first) if cache == "prefix" else 0
         if cache == "none" or refresh.full(number):
@@ -127,24 +129,24 @@ def _steps(request: Request, row: Row) -> Steps:
             found.setdefault(("window", tail), number)
         if cache != "none":
             found.setdefault(("block", tail), number)
-    if cache != "none":
+    if cache != "none" and (len(rows) > 1 or isinstance(refresh, Drift)):
         found[MIXED, 0] = len(row.blocks) - 1
     return found
 
 
 @dataclasses.dataclass
 class _Work:
-    """The steps of one of ``batches`` engines, reported one by one."""
+    """The steps of one engine, reported one by one after those ``before`` it."""
 
     steps: Steps
     report: Report
-    number: int
-    batches: int
+    before: int
+    total: int
 
     def compile(self, engine: Engine, rows: list[Row]) -> None:
         """Compile the kernels of every step side by side. Nothing else comes of it."""
         self._say("compiling", engine, 0)
-        if not kernels():
+        if engine.family.impl != "triton" or not kernels():
             return
         recording, options = engine.graphs.enabled, engine.options
         # A remask looks up words that are not there, as no kernel is launched; it launches none of its own.
@@ -165,8 +167,7 @@ class _Work:
                 _take(engine, rows[0], kind, tail, number)
 
     def _say(self, what: str, engine: Engine, done: int) -> None:
-        each = len(self.steps) + 1
-        self.report(f"{what}, {engine.rows} x {engine.slots}", self.number * each + done, self.batches * each)
+        self.report(f"{what}, {engine.rows} x {engine.slots}", self.before + done, self.total)
 
 
 def _take(engine: Engine, row: Row, kind: str, tail: int, number: int) -> None:
@@ -184,7 +185,7 @@ def _take(engine: Engine, row: Row, kind: str, tail: int, number: int) -> None:
     one[0] = True
     if engine.rows > 1:
         engine.take_mixed_step(~nobody, one, ~nobody, tail)
-    if not refresh.full(1) and (engine.rows > 1 or isinstance(refresh, Drift)):
+    if not refresh.full(1):
         engine.take_mixed_step(~nobody, one, nobody, tail)
 
 

@@ -118,10 +118,19 @@ def test_progress_goes_to_stderr_and_can_be_silent(llada, capsys):
     warmup(llada, 5, gen_length=8, block_length=4)
     shown = capsys.readouterr()
     assert shown.out == ""
-    assert shown.err.splitlines()[0] == "warmup 0/4: compiling, 1 x 13"
-    assert len(shown.err.splitlines()) == 4
+    said = ["0/3: compiling", "1/3: taking full steps", "2/3: taking block steps"]
+    assert shown.err.splitlines() == [f"warmup {what}, 1 x 13" for what in said]
     warmup(llada, 5, progress=False, gen_length=8, block_length=4)
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_terminal_shows_richs_bar(llada, capsys, monkeypatch):
+    pytest.importorskip("rich")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    dllm_fast.patch(llada)
+    warmup(llada, 5, gen_length=8, block_length=4)
+    shown = capsys.readouterr()
+    assert shown.out == "" and "taking block steps" in shown.err and "warmup 0/3" not in shown.err
 
 
 @pytest.mark.parametrize(
@@ -189,6 +198,59 @@ def test_kernels_are_compiled_side_by_side_and_not_launched(tmp_path, monkeypatc
     done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=root, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["_glu_kernel 90 True", "_norm_kernel 90 True"]
+
+
+STEPS = """
+import sys
+from unittest import mock
+sys.path[:0] = [".", "tests"]
+from bench.compilations import Card, driver
+import torch
+from triton.runtime.jit import JITFunction
+import dllm_fast
+from dllm_fast import Drift, P2, Uniform, ops
+from dllm_fast.patch import bound_family, bound_pool
+from dllm_fast.request import Request
+from dllm_fast.server import Server
+from test_recording import SMALL
+warmup = sys.modules["dllm_fast.warmup"]
+
+found, launched = set(), []
+
+def compile_nothing(self, key, signature, device, constexprs, options, attrs, warmup):
+    found.add(self.fn.__name__)
+    launched.append(not warmup)
+    kernel = self.device_caches[device][0][key] = object()
+    return kernel
+
+driver.set_active(Card())
+ops._obstacle = lambda *_: None
+for name, options in (("llada", {"remask": P2(1.0), "refresh": Drift(0.3)}), ("modernbert", {"cache": "prefix"})):
+    model = dllm_fast.patch(SMALL[name]().to(torch.bfloat16), impl="triton")
+    family = bound_family(model)
+    given = {"gen_length": 16, "block_length": 8, "schedule": Uniform(8), "seed": 0, **options}
+    request = Request(**{**warmup.MANY, **given}).check(model, family)
+    rows = [warmup._row(request, n, 9, family) for n in range(2)]
+    work = warmup._Work(warmup._steps(request, rows), lambda *_: None, 0, 1)
+    with Server(model, family, bound_pool(model), request, rows, 2).seated_engine() as engine:
+        canvas, before = engine.canvas.clone(), engine.options
+        with mock.patch.object(JITFunction, "_do_compile", compile_nothing):
+            work.compile(engine, rows)
+        assert torch.equal(engine.canvas, canvas) and engine.options is before
+assert launched and not any(launched)
+print(*sorted(found))
+"""
+
+
+@needs_triton
+def test_every_kernel_of_the_steps_is_compiled_beforehand(monkeypatch):
+    """Without a launch: what kernels would have written is not there, and no step minds."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", STEPS], cwd=root, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    wanted = "_attention_kernel _commit_kernel _compact_kernel _glu_kernel _norm_kernel _predict_kernel _rope_kernel"
+    assert set(done.stdout.split()) >= set(wanted.split())
 
 
 @needs_triton
