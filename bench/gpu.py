@@ -29,6 +29,7 @@ ENGINE = "-m bench.engine --shape llada-8b --force"
 # 32 GB of weights: the tokens of a short job must equal those of each peer, or it exits with 1.
 FP32 = f"-m bench.engine --shape llada-8b-short --dtype float32 --rounds 1 --force{PEERS}"
 INT4 = "'ours dual, int4' 'ours dual, window:32,0' 'ours dual, window:32,0, int4'"
+PREDICT = ("predict", "predict_e4m3", "batch_invariance")
 BENCH = f"{PYTEST} --import-mode=importlib bench/kernels.py -k"
 
 
@@ -39,7 +40,7 @@ def tests(*names: str) -> str:
 # Limit in seconds and command, the most telling first: are the kernels right there, and how fast? A piece is a line.
 PIECES = {
     "correctness-attention": (480, tests("attention", "rope", "norm", "glu", "linear", "round_rows")),
-    "correctness-predict": (480, tests("predict", "gumbel", "commit", "masked_loss", "end_to_end")),
+    "correctness-predict": (480, tests(*PREDICT, "gumbel", "commit", "masked_loss", "end_to_end")),
     "steps": (150, "-m bench.steps"),
     "steps-fp8": (150, "-m bench.steps --weights fp8"),
     "steps-int4": (150, "-m bench.steps --weights int4"),
