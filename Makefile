@@ -20,14 +20,14 @@ test-all: .venv/.dev
 
 # The CPU round, within ten minutes on two idle cores; the first step looks whether they are, ARGS=--force measures anyway.
 bench: .venv/.dev
-	$(BIN)/python bench/nfe.py --model llada-steps --task steps --few --problems 40 --out runs/bench --peer published $(ARGS)
-	$(BIN)/python bench/nfe.py --model cpu-768 --schedule uniform=16 --rounds 2 --out runs/bench --force
-	$(BIN)/python -m bench.engine --quick
-	$(BIN)/python bench/readme.py --check
+	$(BIN)/python -m bench.generation.nfe --model llada-steps --task steps --few --problems 40 --out runs/bench --peer published $(ARGS)
+	$(BIN)/python -m bench.generation.nfe --model cpu-768 --schedule uniform=16 --rounds 2 --out runs/bench --force
+	$(BIN)/python -m bench.generation.engine --quick
+	$(BIN)/python -m bench.report.readme --check
 
 # On a machine with a GPU, with the Python that has torch there; installs nothing. In slices: make gpu ARGS="--minutes 9".
 gpu:
-	PYTHONPATH=. $(PYTHON) bench/gpu.py $(ARGS)
+	$(PYTHON) -m bench.gpu $(ARGS)
 
 lint: .venv/.dev
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .

@@ -10,6 +10,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
+ROOMS = ("cli", "cpu", "decoding", "evaluate", "families", "train")
 SOURCES = "csrc/cpu"
 OPTIONS = ["-std=c++17", "-O3", "-g0", "-pthread", "-fvisibility=hidden", "-ffp-contract=fast"]
 OPTIONS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # GCC 12 warns of its own intrinsics
@@ -43,7 +44,7 @@ class Build(build_ext):
 
 files = sorted(map(str, Path(SOURCES).iterdir()))
 setup(
-    packages=["dllm_fast", "dllm_fast.families", "dllm_fast.kernels"],
+    packages=["dllm_fast", *(f"dllm_fast.{room}" for room in ROOMS), "dllm_fast.kernels"],
     package_dir={"dllm_fast.kernels": "kernels"},
     include_package_data=False,  # or MANIFEST.in's files count as data, and a folder of them as a package left out
     package_data={"dllm_fast": ["py.typed", "models/*/*", "hub/custom_generate/*"]},

@@ -1,4 +1,4 @@
-"""What the machine can do: ``python bench/floors.py [--device cuda|cpu]``.
+"""What the machine can do: ``python -m bench.floors [--device cuda|cpu]``.
 
 Copy bandwidth, bytes read plus bytes written, of a buffer that no cache holds; matrix rate of a square product of
 random data (zeros run faster and would flatter the machine). Each is the median of several runs, with the 10th and the
@@ -12,7 +12,7 @@ import time
 
 import torch
 
-from dllm_fast import compiled
+from dllm_fast.cpu import compiled
 
 COPIES, PRODUCTS = 20, 10
 

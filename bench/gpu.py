@@ -1,4 +1,4 @@
-"""The whole GPU round, in pieces: ``make gpu``, or ``python bench/gpu.py [--minutes 9] [piece ...]``.
+"""The whole GPU round, in pieces: ``make gpu``, or ``python -m bench.gpu [--minutes 9] [piece ...]``.
 
 Runs each piece with the Python that has torch and CUDA, the checkout uninstalled, each under its time limit, and writes
 what it prints as it comes, whole, to ``bench/results/<device>/<piece>.txt`` (or under ``--out``). A piece
@@ -25,12 +25,12 @@ PYTEST = "-m pytest -q -p no:cacheprovider"
 PARALLEL = f"{PYTEST} -n 8" if importlib.util.find_spec("xdist") else PYTEST
 # Clones of other people's generators that lie in peers/, under the names of bench/peers.py, run beside ours.
 PEERS = "".join(f" --peer {path.name}={path}" for path in sorted((ROOT / "peers").glob("*")) if path.is_dir())
-ENGINE = "-m bench.engine --shape llada-8b --force"
+ENGINE = "-m bench.generation.engine --shape llada-8b --force"
 # 32 GB of weights: the tokens of a short job must equal those of each peer, or it exits with 1.
-FP32 = f"-m bench.engine --shape llada-8b-short --dtype float32 --rounds 1 --force{PEERS}"
+FP32 = f"-m bench.generation.engine --shape llada-8b-short --dtype float32 --rounds 1 --force{PEERS}"
 INT4 = "'ours dual, int4' 'ours dual, window:32,0' 'ours dual, window:32,0, int4'"
 PREDICT = ("predict", "predict_e4m3", "batch_invariance")
-BENCH = f"{PYTEST} --import-mode=importlib bench/kernels.py -k"
+BENCH = f"{PYTEST} --import-mode=importlib bench/ops/kernels.py -k"
 
 
 def tests(*names: str) -> str:
@@ -41,37 +41,40 @@ def tests(*names: str) -> str:
 PIECES = {
     "correctness-attention": (480, tests("attention", "rope", "norm", "glu", "linear", "round_rows")),
     "correctness-predict": (480, tests(*PREDICT, "gumbel", "commit", "masked_loss", "end_to_end")),
-    "steps": (150, "-m bench.steps"),
-    "steps-fp8": (150, "-m bench.steps --weights fp8"),
-    "steps-int4": (150, "-m bench.steps --weights int4"),
-    "steps-head": (150, "-m bench.steps --weights fp8 --head fp8 --quick"),
-    "floors": (60, "bench/floors.py"),
+    "steps": (150, "-m bench.generation.steps"),
+    "steps-fp8": (150, "-m bench.generation.steps --weights fp8"),
+    "steps-int4": (150, "-m bench.generation.steps --weights int4"),
+    "steps-head": (150, "-m bench.generation.steps --weights fp8 --head fp8 --quick"),
+    "floors": (60, "-m bench.floors"),
     "engine": (480, f"{ENGINE} --refresh window:32,0 --weights fp8{PEERS}"),
     "engine-int4": (240, f"{ENGINE} --refresh window:32,0 --weights int4 --only {INT4}"),
     "fp32": (300, FP32),
-    "cold": (120, "-m bench.cold --shape llada-8b"),
+    "cold": (120, "-m bench.generation.cold --shape llada-8b"),
     "attention-llada": (300, f"{BENCH} 'attention and llada'"),
-    "modernbert-base": (300, "-m bench.modernbert"),
-    "modernbert-large": (400, "-m bench.modernbert --size large"),
+    "modernbert-base": (300, "-m bench.generation.modernbert"),
+    "modernbert-large": (400, "-m bench.generation.modernbert --size large"),
     "predict": (300, f"{BENCH} predict"),
-    "crossover": (240, "-m bench.tune crossover"),
-    "whole-attention": (120, "-m bench.tune whole-attention"),
+    "crossover": (240, "-m bench.ops.tune crossover"),
+    "whole-attention": (120, "-m bench.ops.tune whole-attention"),
     "small": (420, f"{BENCH} 'norm or rope or glu'"),
     "loop": (480, f"{PARALLEL} tests/test_generate.py tests/test_patch.py tests/test_loop_kernels.py"),
     "loop-options": (480, f"{PARALLEL} tests/test_refresh.py tests/test_remask.py tests/test_engine.py"),
     "loop-rounded": (480, f"{PARALLEL} tests/test_rounded.py tests/test_rows.py tests/test_fast_dllm.py"),
-    "nfe-8b": (480, "bench/nfe.py --model llada-8b --schedule uniform=88 uniform=32 --batch 1 8 --rounds 2 --force"),
+    "nfe-8b": (
+        480,
+        "-m bench.generation.nfe --model llada-8b --schedule uniform=88 uniform=32 --batch 1 8 --rounds 2 --force",
+    ),
     "attention-base": (480, f"{BENCH} 'attention and base'"),
-    "noise": (240, "bench/noise.py"),
-    "tune-llada": (420, "-m bench.tune attention-llada"),
-    "tune-base": (480, "-m bench.tune attention-base"),
-    "tune-predict": (420, "-m bench.tune predict"),
-    "tune-small": (400, "-m bench.tune small loss"),
+    "noise": (240, "-m bench.ops.noise"),
+    "tune-llada": (420, "-m bench.ops.tune attention-llada"),
+    "tune-base": (480, "-m bench.ops.tune attention-base"),
+    "tune-predict": (420, "-m bench.ops.tune predict"),
+    "tune-small": (400, "-m bench.ops.tune small loss"),
     "engine-batches": (480, f"{ENGINE} --batch 8 32 128 --rounds 2 --only 'ours dual'"),
     "attention-large": (480, f"{BENCH} 'attention and large'"),
     "others": (240, f"{BENCH} 'loss or gumbel or commit'"),
     "compile": (480, tests("resources")),
-    "sanitizer": (480, "-m bench.sanitize"),
+    "sanitizer": (480, "-m bench.ops.sanitize"),
 }
 
 

@@ -25,9 +25,9 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel
 
-from bench.harness import Job
+from bench.common import Job
 from dllm_fast import Factor, LLaDAModelLM, Pyramid, Threshold, Uniform
-from dllm_fast.published import published_generate
+from dllm_fast.decoding.published import published_generate
 
 Answer = tuple[torch.Tensor, int | None]  # new tokens [B, gen_length], model evaluations where they are told
 

@@ -1,4 +1,4 @@
-"""A task with one right answer, for accuracy against NFE. ``python bench/task.py train --out runs/llada-steps``
+"""A task with one right answer, for accuracy against NFE. ``python -m bench.task train --out runs/llada-steps``
 
 A problem is nine sums and products, each but the first of which starts from the last digit of the result just before
 (p) or of the one before that (q). The answer writes every step out:

@@ -9,15 +9,15 @@ if os.path.isfile(os.path.join(os.path.dirname(__file__), "kernels")):
     )
 
 from dllm_fast.config import show_config
+from dllm_fast.decoding.refresh import Drift, Every, Window
+from dllm_fast.decoding.remask import P2, ReMDM, Verify
+from dllm_fast.decoding.schedules import Ancestral, EntropyBound, Factor, FirstHitting, Pyramid, Threshold, Uniform
+from dllm_fast.families.native import LLaDAConfig, LLaDAModelLM
 from dllm_fast.generate import Completion, Output, generate, generate_many
 from dllm_fast.generation_config import DiffusionGenerationConfig
 from dllm_fast.hf import DiffusionOutput, custom_generate
-from dllm_fast.llada import LLaDAConfig, LLaDAModelLM
 from dllm_fast.loading import from_pretrained, model_path, shipped
 from dllm_fast.patch import patch, patched, unpatch
-from dllm_fast.refresh import Drift, Every, Window
-from dllm_fast.remask import P2, ReMDM, Verify
-from dllm_fast.schedules import Ancestral, EntropyBound, Factor, FirstHitting, Pyramid, Threshold, Uniform
 from dllm_fast.warmup import warmup
 
 __version__ = "0.1.0"

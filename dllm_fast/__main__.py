@@ -2,6 +2,6 @@
 
 import sys
 
-from dllm_fast.cli import main
+from dllm_fast.cli.main import main
 
 sys.exit(main(sys.argv[1:] or ["config"]))

@@ -14,7 +14,7 @@ import torch
 from dllm_fast.kernels.checks import FLOATS
 
 # By the card's name: the dtype, the head dim, and the number of queries from which PyTorch's was ahead at all that were
-# tried, each head with keys of its own. `python -m bench.tune whole-attention` measures an entry.
+# tried, each head with keys of its own. `python -m bench.ops.tune whole-attention` measures an entry.
 MEASURED: dict[str, dict[tuple[torch.dtype, int], int]] = {
     "NVIDIA H200": {(torch.bfloat16, 128): 1024},  # at 1,024, 4,096 and 16,384 queries; fewer were not tried
 }

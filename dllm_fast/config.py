@@ -9,11 +9,12 @@ from pathlib import Path
 
 import torch
 
-from dllm_fast import attentions, compiled, matmuls, ops
-from dllm_fast.forward import patch_of
+from dllm_fast import attentions, ops
+from dllm_fast.cpu import compiled, matmuls
+from dllm_fast.decoding.memory import available
+from dllm_fast.families.forward import patch_of
+from dllm_fast.families.rounded import loaded_kind
 from dllm_fast.kernels.checks import FLOATS
-from dllm_fast.memory import available
-from dllm_fast.rounded import loaded_kind
 
 PACKAGES = ("dllm_fast", "torch", "triton", "transformers", "numpy")
 NAMES = {"triton": "Triton kernels", "cpp": "the compiled extension", "torch": "PyTorch"}

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
-from dllm_fast.bypass import unwrapped
+from dllm_fast.decoding.refresh import Refresh
+from dllm_fast.decoding.remask import Remask
+from dllm_fast.decoding.request import Request, check_batch, check_token_types, require
+from dllm_fast.decoding.schedules import Schedule, Threshold
+from dllm_fast.decoding.server import Server
+from dllm_fast.families.bypass import unwrapped
 from dllm_fast.patch import bound_family, bound_pool
-from dllm_fast.refresh import Refresh
-from dllm_fast.remask import Remask
-from dllm_fast.request import Request, check_batch, check_token_types, require
-from dllm_fast.schedules import Schedule, Threshold
-from dllm_fast.server import Server
 
 
 @dataclass

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PretrainedConfig
 
-from dllm_fast.request import CACHES, CONFIDENCES, as_ids, require
-from dllm_fast.spelling import SPELLED, policy_of, spell
-from dllm_fast.values import is_whole
+from dllm_fast.decoding.request import CACHES, CONFIDENCES, as_ids, require
+from dllm_fast.decoding.spelling import SPELLED, policy_of, spell
+from dllm_fast.decoding.values import is_whole
 
 # `dllm_fast.generate`'s arguments that transformers has no field for.
 DIFFUSION = (

@@ -9,7 +9,8 @@ import torch
 from transformers import EosTokenCriteria, GenerationConfig, MaxLengthCriteria, TemperatureLogitsWarper
 from transformers.utils import ModelOutput
 
-from dllm_fast.bypass import unwrapped
+from dllm_fast.decoding.request import Request, before_end, check_token_types, require
+from dllm_fast.families.bypass import unwrapped
 from dllm_fast.generate import DEFAULTS, fill, generate
 from dllm_fast.generation_config import (
     ALIASES,
@@ -21,7 +22,6 @@ from dllm_fast.generation_config import (
     options,
 )  # fmt: skip
 from dllm_fast.patch import family_and_pool
-from dllm_fast.request import Request, before_end, check_token_types, require
 
 _DEFAULTS = {name: value for name, value in DEFAULTS.items() if name in inspect.signature(Request).parameters}
 NONE_COUNTS = ("eos_token_id", "pad_token_id", "eos_id", "pad_id")  # given as None, they take back what a config says

@@ -14,10 +14,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from dllm_fast.families.native import TRANSFORMERS_5, LLaDAModelLM, register
+from dllm_fast.families.shards import load_rounded
 from dllm_fast.generation_config import DiffusionGenerationConfig
-from dllm_fast.llada import TRANSFORMERS_5, LLaDAModelLM, register
 from dllm_fast.patch import bound_family, patch, require_known
-from dllm_fast.shards import load_rounded
 
 CLASSES = {"llada": LLaDAModelLM, "modernbert": ModernBertForMaskedLM}
 MODELS = Path(__file__).with_name("models")

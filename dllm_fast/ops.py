@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch.torch_version import TorchVersion
 
-from dllm_fast import attentions, compiled, compiled_elementwise, matmuls
+from dllm_fast import attentions
+from dllm_fast.cpu import compiled, elementwise, matmuls
 from dllm_fast.kernels import reference, reference_int4
 from dllm_fast.kernels.checks import FLOATS
 
@@ -195,7 +196,7 @@ def rms_norm(x, weight, eps, residual=None, impl="torch"):
     if impl == "triton":
         return _triton().rms_norm(x, weight, eps, residual)
     if impl == "cpp":
-        return compiled_elementwise.rms_norm(x, weight, eps, residual)
+        return elementwise.rms_norm(x, weight, eps, residual)
     return reference.rms_norm(x, weight, eps, residual)
 
 
@@ -212,7 +213,7 @@ def swiglu(gate, up, impl="torch"):
     if impl == "triton":
         return _triton().swiglu(gate, up)
     if impl == "cpp":
-        return compiled_elementwise.swiglu(gate, up)
+        return elementwise.swiglu(gate, up)
     return F.silu(gate) * up
 
 
@@ -236,7 +237,7 @@ def rope(q, k, v, cos, sin, position=None, slot=None, keys=None, values=None, ou
         position, slot = (zero if x is None else x for x in (position, slot))
         return _triton().rope(q, k, v, cos, sin, position, slot, keys, values), keys, values
     if impl == "cpp":
-        return compiled_elementwise.rope(q, k, v, cos, sin, position, slot, keys, values)
+        return elementwise.rope(q, k, v, cos, sin, position, slot, keys, values)
     if position is None:
         c, s = cos[: q.shape[1], None], sin[: q.shape[1], None]
     else:

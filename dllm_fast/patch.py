@@ -12,22 +12,22 @@ from transformers import GenerationConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast, MaskedLMOutput
 
 from dllm_fast import ops
-from dllm_fast.bypass import (
+from dllm_fast.decoding.pool import Pool
+from dllm_fast.families import FAMILIES, LLaDA, ModernBert
+from dllm_fast.families.bypass import (
     departure,
     require_no_learned_prompt,
     require_nothing_left_out,
     require_one_device,
     unwrapped,
 )
-from dllm_fast.families import FAMILIES, LLaDA, ModernBert
+from dllm_fast.families.forward import STATE, like, patch_of
+from dllm_fast.families.linears import Fused, fuse, products
+from dllm_fast.families.mixin import generation_config_of, lend_generate, take_back, would_replace
 from dllm_fast.families.modernbert import fresh_rotary
-from dllm_fast.forward import STATE, like, patch_of
-from dllm_fast.llada import LLaDAModelLM
-from dllm_fast.mixin import generation_config_of, lend_generate, take_back, would_replace
-from dllm_fast.pool import Pool
-from dllm_fast.rounded import KINDS, Copies, RoundedHead, loaded_kind, require_kind
-from dllm_fast.rounded import check as check_rounded
-from dllm_fast.weights import Fused, fuse, products
+from dllm_fast.families.native import LLaDAModelLM
+from dllm_fast.families.rounded import KINDS, Copies, RoundedHead, loaded_kind, require_kind
+from dllm_fast.families.rounded import check as check_rounded
 
 CHOICES = {"weights": (None, *KINDS), "head": (None, "fp8")}
 
@@ -80,10 +80,10 @@ def patch(model: nn.Module, impl: str = "auto", weights: str | None = None, head
             PEFT, torch.compile or a data-parallel wrapper made of one: the model inside is patched.
         impl: ``"auto"``, ``"triton"``, ``"cpp"`` or ``"torch"``, see `ops.resolve`. What cannot be had raises.
         weights: None for the model's own. ``"fp8"`` and ``"int4"`` multiply copies of the layers' linear weights that
-            are rounded to e4m3, with a scale an output channel (`dllm_fast.fp8`), or to four bits, with a scale and a
-            zero point a group of 128 inputs (`dllm_fast.int4`). The parameters stay beside them: of bf16's bytes, a
+            are rounded to e4m3, with a scale an output channel (`families.fp8`), or to four bits, with a scale and a
+            zero point a group of 128 inputs (`families.int4`). The parameters stay beside them: of bf16's bytes, a
             half or a quarter more. Norms, embeddings and the LM head are as they were. Any dtype of the model; bf16 and
-            fp16 have kernels on a GPU (e4m3 on Hopper), else it is right and slow. What it costs: ``bench/rounded.py``.
+            fp16 have kernels on a GPU (e4m3 on Hopper), else it is right and slow. The cost: ``bench/quality/rounded.py``.
         head: None, or ``"fp8"`` to make logits from a copy of the LM head's weight that is rounded to e4m3, with a
             scale a vocabulary entry; what it multiplies is not rounded. The parameter stays beside it, and a tied
             embedding as it is. bf16 has a kernel for a block's rows on a GPU; else the copy is widened at each call.
@@ -93,7 +93,7 @@ def patch(model: nn.Module, impl: str = "auto", weights: str | None = None, head
     any while a hook, an adapter or another module stands where the patched forward would pass it by (`bypass`);
     `generate` raises a ValueError that names the module.
     ``model.generate(...)`` is `DiffusionGenerationMixin.generate`, of whatever class the model is.
-    Weights are not changed; those that multiply the same input come to lie in one storage (`dllm_fast.weights`), one
+    Weights are not changed; those that multiply the same input come to lie in one storage (`families.linears`), one
     group at a time, which leaves every Parameter object and its values what they were. A second call with the same
     arguments does nothing but fuse again what ``.to()`` and its like moved apart, as `dllm_fast.generate` does too, and
     round weights again.

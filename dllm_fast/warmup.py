@@ -7,16 +7,16 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
-from dllm_fast.bypass import unwrapped
-from dllm_fast.compiling import kernels, side_by_side
-from dllm_fast.device import on_host
-from dllm_fast.engine import Engine
+from dllm_fast.decoding.compiling import kernels, side_by_side
+from dllm_fast.decoding.device import on_host
+from dllm_fast.decoding.engine import Engine
+from dllm_fast.decoding.graphs import records
+from dllm_fast.decoding.refresh import Drift
+from dllm_fast.decoding.request import Request, Row, require
+from dllm_fast.decoding.server import Server, rounded_up
+from dllm_fast.families.bypass import unwrapped
 from dllm_fast.generate import MANY
-from dllm_fast.graphs import records
 from dllm_fast.patch import bound_family, bound_pool
-from dllm_fast.refresh import Drift
-from dllm_fast.request import Request, Row, require
-from dllm_fast.server import Server, rounded_up
 
 Steps = dict[tuple[str, int], int]  # the kind of a step, and its tail: the number of a block that has such a step
 MIXED = "mixed"  # the kind of a step in which rows differ, which is never recorded

@@ -81,7 +81,7 @@ def pieces() -> dict[str, Piece]:
 def compiled_levels() -> tuple[str, ...]:
     """The extension's levels that this processor has, the best one last; none where it is not built."""
     sys.path.insert(0, str(ROOT))
-    from dllm_fast import compiled
+    from dllm_fast.cpu import compiled
 
     return () if compiled.missing() else tuple(compiled.levels())
 
@@ -94,7 +94,9 @@ def _levels() -> list[Piece]:
         daily = level in here[:-1]
         every.append(Piece(f"level-{level}", SUITE, 45, _held(level), lacks))
         every.append(Piece(f"cpu-{level}", CPU_TESTS, 4, _held(level), lacks, daily))
-        every.append(Piece(f"bench-{level}", ("-m", "bench.engine", "--quick"), 1, _held(level), lacks, daily))
+        every.append(
+            Piece(f"bench-{level}", ("-m", "bench.generation.engine", "--quick"), 1, _held(level), lacks, daily)
+        )
     return every
 
 

@@ -25,7 +25,7 @@ from dllm_fast import (
     Verify,
     Window,
 )
-from dllm_fast.request import plan_blocks
+from dllm_fast.decoding.request import plan_blocks
 
 BLOCKS = (4, 8, 16)
 Result = tuple[list[int], int]  # tokens, and model evaluations

@@ -8,8 +8,8 @@ from tiny import make_llada, make_modernbert
 from torch import nn
 
 import dllm_fast
-from dllm_fast.forward import patch_of
-from dllm_fast.likelihood import log_likelihood
+from dllm_fast.evaluate.likelihood import log_likelihood
+from dllm_fast.families.forward import patch_of
 from dllm_fast.patch import bound_family
 
 MAKERS = {"llada": make_llada, "tied": lambda: make_llada(weight_tying=True), "modernbert": make_modernbert}

@@ -180,7 +180,7 @@ def test_recorded_steps_of_prompts_that_fill_their_slots_and_of_others(monkeypat
     """An engine records full steps with a range and without; a prefix cache of two rows has slots that none may see."""
     recorder = Recorder(monkeypatch)
     launchers_of_pytorch(monkeypatch, recorder)
-    monkeypatch.setattr("dllm_fast.server.records", lambda device, impl: True)
+    monkeypatch.setattr("dllm_fast.decoding.server.records", lambda device, impl: True)
     ids = torch.randint(0, 99, (2, 40), generator=torch.Generator().manual_seed(1))
     ragged = torch.ones_like(ids)
     ragged[1, :5] = 0

@@ -15,9 +15,11 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # `bench` is a folder of the checkout, not a package that is installed
 
 pytest.importorskip("triton", reason="the benches of kernels need Triton", exc_type=ImportError)
-from bench import floors, gpu, modernbert, noise, sanitize, timing, tune
-from bench.cases import attention, case, loss, predict, small
-from bench.report import row
+from bench import floors, gpu
+from bench.generation import modernbert
+from bench.ops import noise, sanitize, timing, tune
+from bench.ops.cases import attention, case, loss, predict, small
+from bench.report.tables import row
 from dllm_fast.kernels import gumbel as gumbel_kernel
 from dllm_fast.kernels import reference
 
@@ -203,7 +205,7 @@ def test_turns_are_taken_and_long_ones_are_fewer():
 def test_pytest_benchmark_gets_the_times(tmp_path):
     pytest.importorskip("pytest_benchmark")
     saved = tmp_path / "saved.json"
-    command = "-m pytest -q -p no:cacheprovider --import-mode=importlib bench/kernels.py --quick --device cpu -k"
+    command = "-m pytest -q -p no:cacheprovider --import-mode=importlib bench/ops/kernels.py --quick --device cpu -k"
     # Not as one of xdist's workers, in which pytest-benchmark does nothing.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     done = subprocess.run(

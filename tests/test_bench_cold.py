@@ -9,7 +9,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # `bench` is a folder of the checkout, not a package that is installed
 
-from bench import cold, engine, gpu, harness  # noqa: E402
+from bench import common, gpu  # noqa: E402
+from bench.generation import cold, engine  # noqa: E402
 
 
 def test_phases_follow_one_another_in_a_process_of_its_own(capsys, monkeypatch):
@@ -40,7 +41,7 @@ def test_kernels_are_counted_by_what_triton_keeps_of_each(tmp_path, monkeypatch)
 
 def test_the_fp32_piece_asks_for_a_short_job_at_the_real_size():
     options = engine.parse(gpu.FP32.split()[2:])
-    short, usual = harness.SHAPES[options.shape], harness.SHAPES["llada-8b"]
+    short, usual = common.SHAPES[options.shape], common.SHAPES["llada-8b"]
     assert options.dtype == "float32" and options.rounds == 1
     assert short.config == usual.config and short.gen_length < usual.gen_length
-    assert harness.parse_schedule(short.schedule).steps % (short.gen_length // short.block_length) == 0
+    assert common.parse_schedule(short.schedule).steps % (short.gen_length // short.block_length) == 0

@@ -11,34 +11,35 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import dllm_fast
-from dllm_fast import compiled
+from dllm_fast.cpu import compiled
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # `bench` is a folder of the checkout, not a package that is installed
 
-from bench import bare, breakdown, engine, harness, peers  # noqa: E402
+from bench import common, peers  # noqa: E402
+from bench.generation import bare, breakdown, engine  # noqa: E402
 
 CPU = torch.device("cpu")
 # PyTorch's counter knows the flash attention of GPUs alone.
 FLASH = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, **_: sdpa_flop_count(q, k, v),
 }
-QUICK = harness.SHAPES["quick"]
+QUICK = common.SHAPES["quick"]
 
 
 @pytest.fixture
 def model():
-    return harness.build_model(QUICK, torch.float32, CPU)
+    return common.build_model(QUICK, torch.float32, CPU)
 
 
 @pytest.fixture
 def job(model):
-    return harness.make_job(QUICK, model, QUICK.schedule, 1)
+    return common.make_job(QUICK, model, QUICK.schedule, 1)
 
 
 def test_quick_run_ends_with_a_json_line():
     """The whole bench on a tiny shape: in fp32 it exits with 1 unless ours without a cache has the published tokens."""
-    command = [sys.executable, "-m", "bench.engine", "--quick", "--refresh", "window:8,0"]
+    command = [sys.executable, "-m", "bench.generation.engine", "--quick", "--refresh", "window:8,0"]
     command += ["--weights", "fp8", "int4"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
@@ -58,7 +59,7 @@ def test_quick_run_ends_with_a_json_line():
 
 def test_other_dual_caches_are_held_against_each_of_ours(capsys):
     seconds = {"ours none": 9.0, "ours dual": 4.0, "ours dual, window:8,0, fp8": 1.0, "a dual": 8.0, "another": 2.0}
-    engine.print_duals({name: harness.Timed([s, 2 * s]) for name, s in seconds.items()}, ["a dual", "one that failed"])
+    engine.print_duals({name: common.Timed([s, 2 * s]) for name, s in seconds.items()}, ["a dual", "one that failed"])
     assert capsys.readouterr().out.splitlines() == [
         "a dual takes 2.00 (2.00-2.00) times ours dual",
         "a dual takes 8.00 (8.00-8.00) times ours dual, window:8,0, fp8",
@@ -169,7 +170,7 @@ def test_a_clone_is_loaded_by_path_and_leaves_nothing_behind(model, job, clone, 
 
 
 def test_a_peer_that_cannot_run_says_why(model, clone):
-    job = harness.make_job(QUICK, model, "threshold:0.9", 1)
+    job = common.make_job(QUICK, model, "threshold:0.9", 1)
     found, lines = peers.find_peers([f"llada={clone}", f"dinfer={clone}"], model, job)
     assert [peer.name for peer in found] == ["published"]
     assert lines[0] == "llada: not run: this revision's generate takes no threshold"
@@ -201,28 +202,28 @@ def test_a_busy_machine_is_not_measured(monkeypatch, capsys):
     monkeypatch.setattr("os.cpu_count", lambda: 8)
     monkeypatch.setattr("os.getloadavg", lambda: (2.5, 0.0, 0.0))
     with pytest.raises(SystemExit, match=r"busy: a load average of 2\.50 where 2\.00 would do on 8 cores"):
-        harness.require_idle(force=False)
-    assert harness.require_idle(force=True) == 2.5
+        common.require_idle(force=False)
+    assert common.require_idle(force=True) == 2.5
     monkeypatch.setattr("os.getloadavg", lambda: (1.5, 9.0, 9.0))
-    assert harness.require_idle(force=False) == 1.5
+    assert common.require_idle(force=False) == 1.5
     assert "load average 1.50 on 8 cores" in capsys.readouterr().out
 
 
 def test_rounds_begin_with_another_run_each():
     order = []
-    times = harness.interleave({name: lambda name=name: order.append(name) for name in "abc"}, 4, CPU)
+    times = common.interleave({name: lambda name=name: order.append(name) for name in "abc"}, 4, CPU)
     assert "".join(order) == "abcbcacababc" and all(len(timed.seconds) == 4 for timed in times.values())
-    fast, slow = harness.Timed([1.0, 2.0, 4.0]), harness.Timed([2.0, 3.0, 16.0])
+    fast, slow = common.Timed([1.0, 2.0, 4.0]), common.Timed([2.0, 3.0, 16.0])
     assert slow.over(fast) == [2.0, 1.5, 4.0] and slow.median == 3.0
-    assert harness.spread(slow.over(fast)) == "2.00 (1.50-4.00)"
+    assert common.spread(slow.over(fast)) == "2.00 (1.50-4.00)"
 
 
 def test_options_of_the_command_line_name_what_is_wrong():
-    assert harness.parse_schedule("threshold:0.8") == dllm_fast.Threshold(0.8)
-    assert harness.parse_refresh("window:32,16") == dllm_fast.Window(32, 16)
+    assert common.parse_schedule("threshold:0.8") == dllm_fast.Threshold(0.8)
+    assert common.parse_refresh("window:32,16") == dllm_fast.Window(32, 16)
     for text in ("uniform", "uniform:x", "best:1"):
         with pytest.raises(ValueError, match=f"--schedule: '{text}'"):
-            harness.parse_schedule(text)
+            common.parse_schedule(text)
     for text in ("never", "every:x", "window:1,2,3"):
         with pytest.raises(ValueError, match=f"--refresh: '{text}'"):
-            harness.parse_refresh(text)
+            common.parse_refresh(text)

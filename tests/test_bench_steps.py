@@ -1,4 +1,4 @@
-"""What bench.steps replaces for a way of a block step, and the bytes that it holds a step to."""
+"""What bench.generation.steps replaces for a way of a block step, and the bytes that it holds a step to."""
 
 import sys
 from pathlib import Path
@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # `bench` is a folder of 
 
 @pytest.fixture
 def steps():
-    from bench import steps
+    from bench.generation import steps
 
     return steps
 

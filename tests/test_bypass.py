@@ -11,9 +11,9 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.nn.utils import parametrize, prune
 
 import dllm_fast
-from dllm_fast import compiled, compiled_elementwise
+from dllm_fast.cpu import compiled, elementwise
+from dllm_fast.decoding.published import published_generate
 from dllm_fast.patch import bound_family
-from dllm_fast.published import published_generate
 
 MAKERS = {"llada": make_llada, "tied": lambda: make_llada(weight_tying=True), "modernbert": make_modernbert}
 IMPLS = ["torch", pytest.param("cpp", marks=pytest.mark.skipif(compiled.missing() is not None, reason="not built"))]
@@ -283,9 +283,9 @@ def test_a_compiled_op_does_not_take_its_fake_for_an_answer():
     cases = [
         (compiled.linear, (x, torch.randn(5, 8), torch.randn(5))),
         (compiled.attention, (head, buffer, buffer, at, at + 3, at)),
-        (compiled_elementwise.rms_norm, (x, weight, 1e-5, x)),
-        (compiled_elementwise.swiglu, (x, x)),
-        (compiled_elementwise.rope, (head, head, head, cos, cos, at, at, buffer, buffer)),
+        (elementwise.rms_norm, (x, weight, 1e-5, x)),
+        (elementwise.swiglu, (x, x)),
+        (elementwise.rope, (head, head, head, cos, cos, at, at, buffer, buffer)),
         (lambda *args: compiled.predict(*args, mask_id=0), (x[0], torch.randn(5, 8), torch.randn(5))),
     ]
     for op, arguments in cases:

@@ -11,18 +11,19 @@ import torch
 from tiny import EOS, VOCAB
 
 import dllm_fast
-from dllm_fast import cli, view
+from dllm_fast.cli import main as cli
+from dllm_fast.cli import view
+from dllm_fast.decoding.refresh import Drift, Every, Window
+from dllm_fast.decoding.remask import P2, ReMDM
+from dllm_fast.decoding.schedules import Ancestral, EntropyBound, Factor, FirstHitting, Pyramid, Threshold, Uniform
+from dllm_fast.decoding.spelling import refresh_of, remask_of, schedule_of, spell
 from dllm_fast.loading import end_of_text
-from dllm_fast.refresh import Drift, Every, Window
-from dllm_fast.remask import P2, ReMDM
-from dllm_fast.schedules import Ancestral, EntropyBound, Factor, FirstHitting, Pyramid, Threshold, Uniform
-from dllm_fast.spelling import refresh_of, remask_of, schedule_of, spell
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def call(*arguments, **options):
-    command = [sys.executable, "-m", "dllm_fast.cli", *arguments]
+    command = [sys.executable, "-m", "dllm_fast.cli.main", *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120, **options)
 
 

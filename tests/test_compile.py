@@ -10,7 +10,7 @@ import torch
 from tiny import make_llada, make_modernbert
 
 import dllm_fast
-from dllm_fast import compiled as compiled_ops
+from dllm_fast.cpu import compiled as compiled_ops
 from dllm_fast.patch import bound_family
 
 MAKERS = {

@@ -11,7 +11,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dllm_fast import compiled, ops
+from dllm_fast import ops
+from dllm_fast.cpu import compiled
 from dllm_fast.kernels import reference
 
 ROOT = Path(__file__).parent.parent
@@ -272,7 +273,7 @@ def test_compiles_whole():
 
 FORKED = """
 import os, torch
-from dllm_fast import compiled
+from dllm_fast.cpu import compiled
 
 torch.set_num_threads(2)
 q = torch.randn(1, 64, 4, 32)

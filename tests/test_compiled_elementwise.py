@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from tiny import make_llada
 
 import dllm_fast
-from dllm_fast import compiled, ops
-from dllm_fast import compiled_elementwise as elementwise
+from dllm_fast import ops
+from dllm_fast.cpu import compiled
+from dllm_fast.cpu import elementwise as elementwise
 from dllm_fast.kernels import reference
 
 BF16, FP32 = torch.bfloat16, torch.float32

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dllm_fast import compiled, ops
+from dllm_fast import ops
+from dllm_fast.cpu import compiled
 from dllm_fast.kernels import reference
 
 BF16, FP32 = torch.bfloat16, torch.float32

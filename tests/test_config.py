@@ -12,7 +12,8 @@ import torch
 from needs import needs_triton
 
 import dllm_fast
-from dllm_fast import compiled, config, ops
+from dllm_fast import config, ops
+from dllm_fast.cpu import compiled
 
 ROOT = Path(__file__).parent.parent
 
@@ -108,7 +109,7 @@ def test_the_command_prints_it():
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     for command in (
         ["-m", "dllm_fast"],
-        ["-c", "import sys; from dllm_fast.cli import main; sys.exit(main(['config']))"],
+        ["-c", "import sys; from dllm_fast.cli.main import main; sys.exit(main(['config']))"],
     ):
         done = subprocess.run(
             [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120

@@ -10,7 +10,7 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 
 import dllm_fast
-from dllm_fast.forward import patch_of
+from dllm_fast.families.forward import patch_of
 from dllm_fast.patch import bound_family
 
 

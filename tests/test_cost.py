@@ -12,12 +12,12 @@ from needs import needs_triton
 from tiny import EOS, make_llada, make_modernbert
 
 import dllm_fast
-from dllm_fast.engine import Engine
+from dllm_fast.decoding.engine import Engine
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # `bench` is a folder of the checkout
 
 from bench import cost as paper
-from bench.cost import Card, Cost, Kernel, by_group, floor, shape_cost, step_kernels
+from bench.generation.cost import Card, Cost, Kernel, by_group, floor, shape_cost, step_kernels
 
 H200 = Card(copy=4.19e12, matrix=779e12)  # as measured there, bench/results/nvidia-h200
 BLOCK, WHOLE = (1, 1024, 32, 32, 32), (1, 1024, 1024, 32, 32)  # batch, slots, positions, live, masked
@@ -77,11 +77,11 @@ def test_launches_are_those_of_the_h200(kind, weights, llada_8b):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts launches of the interpreter")
 @pytest.mark.parametrize("weights", [None, "fp8", "int4"])
 def test_a_step_launches_these_kernels(weights, monkeypatch):
-    """In the interpreter: a kernel that a layer gains or loses must be in `bench.cost._layer`, too."""
+    """In the interpreter: a kernel that a layer gains or loses must be in `bench.generation.cost._layer`, too."""
     from triton.runtime.interpreter import InterpretedFunction
 
     model = make_llada(d_model=128, n_heads=2, n_layers=2, mlp_hidden_size=128).half()
-    monkeypatch.setattr("dllm_fast.weights.pays", lambda weight: True)  # as on a GPU
+    monkeypatch.setattr("dllm_fast.families.linears.pays", lambda weight: True)  # as on a GPU
     dllm_fast.patch(model, impl="triton", weights=weights)
     found, steps, run, step = Counter(), {}, InterpretedFunction.run, Engine._step
 

@@ -15,7 +15,7 @@ from needs import needs_cpp, needs_triton
 from tiny import MASK, make_llada, make_modernbert
 
 import dllm_fast
-from dllm_fast import (  # fmt: skip
+from dllm_fast import (
     P2,
     Ancestral,
     Drift,
@@ -29,9 +29,9 @@ from dllm_fast import (  # fmt: skip
     Uniform,
     Verify,
     Window,
-    diffusion,
 )
-from dllm_fast.likelihood import are_greedy, log_likelihoods
+from dllm_fast.evaluate.likelihood import are_greedy, log_likelihoods
+from dllm_fast.train import losses
 
 MAKERS = {"llada": make_llada, "modernbert": make_modernbert}
 ROOT = Path(dllm_fast.__file__).parent
@@ -188,10 +188,10 @@ def test_triton_launchers_do_not_follow_the_default(name):
         assert torch.equal(dllm_fast.generate(model, ids, **options).sequences, expected)
 
 
-def losses(model):
+def training_losses(model):
     ids, _ = prompts()
     length = torch.tensor([3, 5], dtype=torch.int64, device="cpu")
-    loss, found = diffusion.DiffusionLoss(model, MASK), []
+    loss, found = losses.DiffusionLoss(model, MASK), []
     for prompt_length in (None, length):
         model.zero_grad()
         value = loss(ids, prompt_length)
@@ -203,9 +203,9 @@ def losses(model):
 @pytest.mark.parametrize("family", MAKERS)
 def test_losses_are_the_same_under_any_setting(family, setting):
     model = MAKERS[family]()
-    expected = losses(model)
+    expected = training_losses(model)
     with setting():
-        same(losses(model), expected)
+        same(training_losses(model), expected)
 
 
 @pytest.mark.parametrize("name", ["llada-gsm8k", "modernbert-kjv"])

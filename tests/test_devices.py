@@ -9,8 +9,8 @@ from test_defaults import FEW, MAKERS, plain_run, prompts, run, same
 from torch import nn
 
 import dllm_fast
-from dllm_fast.device import as_written
-from dllm_fast.likelihood import are_greedy, log_likelihoods
+from dllm_fast.decoding.device import as_written
+from dllm_fast.evaluate.likelihood import are_greedy, log_likelihoods
 from dllm_fast.patch import bound_family
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from dllm_fast import cli
-from dllm_fast.answers import spelled_options
+from dllm_fast.cli import main as cli
+from dllm_fast.evaluate.answers import spelled_options
 
 PAGE = Path(__file__).parents[1] / "docs" / "evaluations.md"
 COMMANDS = [
@@ -20,7 +20,7 @@ COMMANDS = [
 
 
 def test_there_are_commands_of_both_kinds():
-    assert sum("dllm_fast.harness" in command for command in COMMANDS) >= 20
+    assert sum("dllm_fast.evaluate" in command for command in COMMANDS) >= 20
     assert sum(command.startswith("dllm-fast verify") for command in COMMANDS) >= 2
 
 
@@ -30,9 +30,9 @@ def test_our_command_line_takes_it(command):
 
 
 def test_our_lm_eval_model_takes_their_arguments():
-    MaskedDiffusionLM = pytest.importorskip("dllm_fast.harness", exc_type=ImportError).MaskedDiffusionLM
+    MaskedDiffusionLM = pytest.importorskip("dllm_fast.evaluate.harness", exc_type=ImportError).MaskedDiffusionLM
     known = inspect.signature(MaskedDiffusionLM.__init__).parameters
-    harness = [shlex.split(c) for c in COMMANDS if "dllm_fast.harness" in c]
+    harness = [shlex.split(c) for c in COMMANDS if "dllm_fast.evaluate" in c]
     for words in harness:
         given = dict(pairwise(words))
         options = dict(item.split("=", 1) for item in given["--model_args"].split(","))
@@ -46,7 +46,7 @@ def test_our_lm_eval_model_takes_their_arguments():
 
 def test_lm_evals_command_line_takes_them(monkeypatch):
     lm_eval_cli = pytest.importorskip("lm_eval._cli", exc_type=ImportError)
-    for words in (shlex.split(c) for c in COMMANDS if "dllm_fast.harness" in c):
+    for words in (shlex.split(c) for c in COMMANDS if "dllm_fast.evaluate" in c):
         monkeypatch.setattr("sys.argv", words[2:])  # what follows `python -m`
         args = lm_eval_cli.HarnessCLI().parse_args()
         assert args.model == "dllm_fast" and args.tasks

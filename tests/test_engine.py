@@ -11,11 +11,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import dllm_fast
 from dllm_fast import Drift, Every, Threshold, Uniform, Window
-from dllm_fast.engine import Engine
-from dllm_fast.graphs import Graphs
+from dllm_fast.decoding.engine import Engine
+from dllm_fast.decoding.graphs import Graphs
+from dllm_fast.decoding.pool import Pool
 from dllm_fast.kernels import reference
 from dllm_fast.patch import bound_family, bound_pool
-from dllm_fast.pool import Pool
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def check_recorded(name, impl, options, monkeypatch, device):
     mask = torch.ones_like(ids)
     mask[1, :2] = 0
     expected = [dllm_fast.generate(model, ids, mask, **options, seed=seed) for seed in (3, 4, 5)]
-    monkeypatch.setattr("dllm_fast.engine.Graphs", Replays)
+    monkeypatch.setattr("dllm_fast.decoding.engine.Graphs", Replays)
     monkeypatch.setattr(Replays, "traced", 0)
     traced = []
     for seed, plain in zip((3, 4, 5), expected):
@@ -126,9 +126,9 @@ def test_engines_with_graphs_are_kept_for_the_next_call_of_their_shape(llada, id
         def release(self):
             released.append(self)
 
-    monkeypatch.setattr("dllm_fast.engine.Graphs", lambda enabled, device: Eager(True, device))
-    monkeypatch.setattr("dllm_fast.server.records", lambda device, impl: True)
-    monkeypatch.setattr("dllm_fast.pool.total_memory", lambda device: 3 * row / Pool.SHARE)
+    monkeypatch.setattr("dllm_fast.decoding.engine.Graphs", lambda enabled, device: Eager(True, device))
+    monkeypatch.setattr("dllm_fast.decoding.server.records", lambda device, impl: True)
+    monkeypatch.setattr("dllm_fast.decoding.pool.total_memory", lambda device: 3 * row / Pool.SHARE)
     dllm_fast.patch(llada)
     options = {"gen_length": 8, "block_length": 8}
     family = bound_family(llada)
@@ -215,7 +215,7 @@ def test_an_abandoned_generate_many_holds_nothing(llada, ids):
 def test_a_batch_that_does_not_fit_is_refused_with_the_sizes(llada, ids, monkeypatch):
     dllm_fast.patch(llada)
     monkeypatch.setattr(Engine, "__init__", lambda *a: pytest.fail("an engine was made"))
-    monkeypatch.setattr("dllm_fast.memory.available", lambda device: 1 << 20)
+    monkeypatch.setattr("dllm_fast.decoding.memory.available", lambda device: 1 << 20)
     with pytest.raises(
         MemoryError, match=r"3 rows of 280 positions need 0\.\d GiB on (cpu|cuda:\d) .* 0\.0 GiB are free; about \d"
     ):
@@ -225,8 +225,8 @@ def test_a_batch_that_does_not_fit_is_refused_with_the_sizes(llada, ids, monkeyp
 
 
 def test_the_memory_that_is_asked_for_is_what_the_cache_takes(llada):
-    from dllm_fast.memory import available, need
-    from dllm_fast.request import Request
+    from dllm_fast.decoding.memory import available, need
+    from dllm_fast.decoding.request import Request
 
     family = bound_family(dllm_fast.patch(llada))
     arguments = [32, 8, Threshold(), "probability", 0.0, 1.0, "dual", Drift(), None, None, None, 0]

@@ -10,7 +10,7 @@ import torch
 from tiny import make_llada
 
 import dllm_fast
-from dllm_fast import cli
+from dllm_fast.cli import main as cli
 from dllm_fast.errors import exit_code, one_line
 from dllm_fast.loading import load_tokenizer, require_device
 
@@ -136,7 +136,7 @@ def test_control_c_and_codes(capsys):
 
 
 def test_a_reader_that_leaves_is_no_error():
-    script = f"import sys; from dllm_fast.cli import main; sys.exit(main({[*QUICK, '--prompt', GAP]!r}))"
+    script = f"import sys; from dllm_fast.cli.main import main; sys.exit(main({[*QUICK, '--prompt', GAP]!r}))"
     read, write = os.pipe()
     os.close(read)
     done = subprocess.run([sys.executable, "-c", script], stdout=write, stderr=subprocess.PIPE, cwd=ROOT, timeout=120)
@@ -158,7 +158,7 @@ def test_live_view_on_such_a_terminal():
 
 
 def test_humaneval_ends_alike():
-    command = [sys.executable, "bench/humaneval.py", "--model", "llada-gsm8k", "--device", "nonsense"]
+    command = [sys.executable, "-m", "bench.quality.humaneval", "--model", "llada-gsm8k", "--device", "nonsense"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert done.returncode == 2 and done.stderr.startswith("error: device='nonsense' cannot be had"), done.stderr
 
@@ -167,7 +167,7 @@ def test_lm_evals_launcher_ends_alike():
     pytest.importorskip("lm_eval", reason="lm-eval is not installed")
     model = ["--model", "dllm_fast", "--model_args", "pretrained=/no/such/folder", "--tasks", "arc_easy"]
     done = subprocess.run(
-        [sys.executable, "-m", "dllm_fast.harness", *model],
+        [sys.executable, "-m", "dllm_fast.evaluate", *model],
         capture_output=True, text=True, cwd=ROOT, timeout=120, env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr

@@ -5,8 +5,8 @@ import torch
 from tiny import make_llada, make_modernbert
 
 from dllm_fast import LLaDAConfig, LLaDAModelLM
-from dllm_fast.cache import BlockCache
 from dllm_fast.families import FAMILIES
+from dllm_fast.families.cache import BlockCache
 
 PUBLISHED = (
     "model.transformer.blocks.{}.attn_norm.weight",

@@ -8,7 +8,7 @@ from tiny import EOS, MASK, make_llada, make_modernbert
 
 import dllm_fast
 from dllm_fast import Factor, Threshold, Uniform
-from dllm_fast.fast_dllm import PlainLLaDA, PlainModernBert, fast_dllm
+from dllm_fast.decoding.fast_dllm import PlainLLaDA, PlainModernBert, fast_dllm
 
 RULES = {
     "one-a-step": lambda gen, block: ({"steps": gen}, Uniform(gen)),

@@ -12,8 +12,8 @@ from tiny import EOS, MASK
 
 import dllm_fast
 from dllm_fast import Factor, Pyramid, Threshold, Uniform
-from dllm_fast.published import published_generate
-from dllm_fast.request import plan_blocks
+from dllm_fast.decoding.published import published_generate
+from dllm_fast.decoding.request import plan_blocks
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 
-from dllm_fast.graphs import Graphs
+from dllm_fast.decoding.graphs import Graphs
 
 
 class Recorder:

@@ -9,7 +9,7 @@ from tiny import EOS, MASK, VOCAB, make_llada, make_modernbert
 
 import dllm_fast
 from dllm_fast import P2, Factor, Pyramid, ReMDM, Threshold, Uniform, Verify, ops
-from dllm_fast.published import published_generate
+from dllm_fast.decoding.published import published_generate
 
 GEN = {"gen_length": 32, "block_length": 16}
 

@@ -8,8 +8,8 @@ from torch.utils._pytree import tree_leaves
 
 import dllm_fast
 from dllm_fast import Ancestral, Drift, Every, Factor, FirstHitting, Pyramid, ReMDM, Threshold, Uniform, Window
-from dllm_fast.device import upload
-from dllm_fast.engine import Engine
+from dllm_fast.decoding.device import upload
+from dllm_fast.decoding.engine import Engine
 from dllm_fast.kernels import reference
 
 READS = ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__", "nonzero", "unique")

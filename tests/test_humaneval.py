@@ -15,7 +15,7 @@ import dllm_fast
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # `bench` is a folder of the checkout, not a package that is installed
 
-from bench import humaneval  # noqa: E402
+from bench.quality import humaneval  # noqa: E402
 
 PROBLEM = {"task_id": "HumanEval/0", "prompt": 'def twice(x):\n    """Twice x."""\n'}
 

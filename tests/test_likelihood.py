@@ -11,10 +11,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoTokenizer
 
 import dllm_fast
-from dllm_fast import compiled, likelihood, ops
-from dllm_fast.likelihood import are_greedy, draw_masks, log_likelihood, log_likelihoods
+from dllm_fast import ops
+from dllm_fast.cpu import compiled
+from dllm_fast.decoding.published import published_generate
+from dllm_fast.evaluate import likelihood
+from dllm_fast.evaluate.likelihood import are_greedy, draw_masks, log_likelihood, log_likelihoods
 from dllm_fast.patch import bound_family
-from dllm_fast.published import published_generate
 
 
 def make_pairs(*sizes):

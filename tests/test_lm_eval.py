@@ -11,9 +11,9 @@ import torch
 from transformers import AutoTokenizer
 
 import dllm_fast
-from dllm_fast.answers import last_of, request_options, spelled_options, whole_blocks
-from dllm_fast.likelihood import log_likelihood
-from dllm_fast.text import answer_text, before_stop
+from dllm_fast.decoding.text import answer_text, before_stop
+from dllm_fast.evaluate.answers import last_of, request_options, spelled_options, whole_blocks
+from dllm_fast.evaluate.likelihood import log_likelihood
 
 ROOT = Path(__file__).parent.parent
 TASKS = ["dllm_fast_choice", "dllm_fast_words", "dllm_fast_rolling"]
@@ -77,7 +77,7 @@ def test_text_of_an_answer(tokenizer):
 @pytest.fixture(scope="module")
 def harness():
     pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install '.[eval]'")
-    from dllm_fast import harness
+    from dllm_fast.evaluate import harness
 
     yield harness
     from accelerate.state import AcceleratorState
@@ -162,7 +162,7 @@ def test_two_processes_find_what_one_does(evaluated, tmp_path):
     arguments = ",".join(f"{name}={value}" for name, value in MODEL.items())
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m",
-        "dllm_fast.harness", "--model", "dllm_fast", "--model_args", arguments, "--tasks", ",".join(TASKS),
+        "dllm_fast.evaluate", "--model", "dllm_fast", "--model_args", arguments, "--tasks", ",".join(TASKS),
         "--include_path", "tests/data/lm_eval", "--batch_size", "4", "--device", "cpu", "--log_samples",
         "--output_path", str(tmp_path / "out"),
     ]  # fmt: skip

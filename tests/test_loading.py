@@ -183,7 +183,7 @@ def test_shipped_models_know_english(name):
 REMOTE = """
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from dllm_fast.llada import LLaDAConfig as Native, LLaDAModel
+from dllm_fast.families.native import LLaDAConfig as Native, LLaDAModel
 
 class LLaDAConfig(PretrainedConfig):
     model_type = "llada"

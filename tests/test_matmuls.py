@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dllm_fast import compiled, matmuls, ops
+from dllm_fast import ops
+from dllm_fast.cpu import compiled, matmuls
 
 BF16, FP32 = torch.bfloat16, torch.float32
 CPU = torch.device("cpu")

@@ -9,9 +9,10 @@ from needs import needs_triton
 from tiny import MASK, make_llada, make_modernbert
 
 import dllm_fast
-from dllm_fast import P2, Drift, EntropyBound, FirstHitting, ReMDM, Threshold, Uniform, Verify, compiled, ops
+from dllm_fast import P2, Drift, EntropyBound, FirstHitting, ReMDM, Threshold, Uniform, Verify, ops
+from dllm_fast.cpu import compiled
+from dllm_fast.evaluate.likelihood import are_greedy, log_likelihoods
 from dllm_fast.kernels import reference
-from dllm_fast.likelihood import are_greedy, log_likelihoods
 
 NAN, INF = float("nan"), float("inf")
 # Arithmetic makes 0x7FC00000; memory that was never written, or filled with ones, holds the others.

@@ -164,7 +164,7 @@ class Published(PretrainedConfig):
 def taken():
     AutoConfig.register("llada", Published, exist_ok=True)
     yield
-    dllm_fast.llada.register()
+    dllm_fast.families.native.register()
 
 
 @pytest.mark.usefixtures("taken")
@@ -184,7 +184,7 @@ def test_a_native_load_is_native_whoever_has_the_name(tmp_path, llada, ids):
 
 def test_the_names_are_ours_after_a_remote_load(tmp_path, llada, taken):
     """`from_pretrained` gives them back; so does `register`."""
-    dllm_fast.llada.register()
+    dllm_fast.families.native.register()
     llada.save_pretrained(tmp_path)
     for auto in (AutoModel, AutoModelForMaskedLM):
         assert type(auto.from_pretrained(tmp_path)) is LLaDAModelLM

@@ -1,4 +1,4 @@
-"""bench/nfe.py: what it counts, what it refuses, what it writes; the claims' rules; README's table."""
+"""bench/generation/nfe.py: what it counts, what it refuses, what it writes; the claims' rules; README's table."""
 
 import csv
 import json
@@ -13,18 +13,21 @@ from tiny import make_llada, make_modernbert
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import dllm_fast
-from dllm_fast.request import Request
+from dllm_fast.decoding.request import Request
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # `bench` is a folder of the checkout, not a package that is installed
 
-from bench import accuracy, claims, nfe, readme, task  # noqa: E402
-from bench.bare import Bare  # noqa: E402
-from bench.cost import Cost  # noqa: E402
-from bench.harness import SHAPES, build_model, interleave, make_job, plain_ids  # noqa: E402
-from bench.settings import Setting, short_names, study, swept  # noqa: E402
-from bench.stack import PARTS, stacked  # noqa: E402
-from bench.watch import own_evaluations, watching  # noqa: E402
+from bench import task  # noqa: E402
+from bench.common import SHAPES, build_model, interleave, make_job, plain_ids  # noqa: E402
+from bench.generation import nfe  # noqa: E402
+from bench.generation.bare import Bare  # noqa: E402
+from bench.generation.cost import Cost  # noqa: E402
+from bench.generation.settings import Setting, short_names, study, swept  # noqa: E402
+from bench.generation.stack import PARTS, stacked  # noqa: E402
+from bench.generation.watch import own_evaluations, watching  # noqa: E402
+from bench.quality import accuracy, claims  # noqa: E402
+from bench.report import readme  # noqa: E402
 
 CPU = torch.device("cpu")
 # PyTorch's counter knows the flash attention of GPUs alone.

@@ -4,7 +4,8 @@ import pytest
 import torch
 from needs import needs_triton
 
-from dllm_fast import compiled, ops
+from dllm_fast import ops
+from dllm_fast.cpu import compiled
 from dllm_fast.kernels import reference
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dllm_fast import compiled
+from dllm_fast.cpu import compiled
 
 ROOT = Path(__file__).parent.parent
 
@@ -37,7 +37,8 @@ def test_the_package_works_without_triton():
 MISSING = """
 import warnings
 import torch
-from dllm_fast import compiled, ops
+from dllm_fast import ops
+from dllm_fast.cpu import compiled
 
 compiled._library = lambda: (_ for _ in ()).throw(ImportError("not built"))
 with warnings.catch_warnings(record=True) as seen:
@@ -61,7 +62,7 @@ def test_the_compiled_extension_is_built_where_there_is_a_compiler():
 
 LEVEL = """
 import torch
-from dllm_fast import compiled
+from dllm_fast.cpu import compiled
 
 try:
     print(*compiled.levels())

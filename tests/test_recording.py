@@ -11,7 +11,7 @@ from rows import draw_request, seated, together
 from tiny import make_llada, make_modernbert
 
 import dllm_fast
-from dllm_fast import (
+from dllm_fast import (  # fmt: skip
     P2,
     Ancestral,
     Drift,
@@ -25,8 +25,8 @@ from dllm_fast import (
     Uniform,
     Verify,
     Window,
-)  # fmt: skip
-from dllm_fast.graphs import Graphs
+)
+from dllm_fast.decoding.graphs import Graphs
 
 pytestmark = [
     needs_triton,

@@ -8,11 +8,11 @@ from rows import alone, draw_request, seated, together
 from tiny import EOS, MASK, make_llada, make_modernbert
 
 import dllm_fast
-from bench.harness import interleave
+from bench.common import interleave
 from dllm_fast import Drift, Threshold, Uniform, Window
-from dllm_fast import server as server_module
-from dllm_fast.engine import Engine
-from dllm_fast.graphs import Graphs
+from dllm_fast.decoding import server as server_module
+from dllm_fast.decoding.engine import Engine
+from dllm_fast.decoding.graphs import Graphs
 from dllm_fast.patch import bound_pool
 
 
@@ -34,7 +34,7 @@ class Counted(Graphs):
 @pytest.fixture
 def recorded(monkeypatch):
     """Engines are laid out and kept as on a GPU; how many steps were recorded, when called."""
-    monkeypatch.setattr("dllm_fast.engine.Graphs", Counted)
+    monkeypatch.setattr("dllm_fast.decoding.engine.Graphs", Counted)
     monkeypatch.setattr(server_module, "records", lambda device, impl: True)
     monkeypatch.setattr(Counted, "recorded", 0)
     return lambda: Counted.recorded
@@ -145,15 +145,15 @@ def test_memory_that_the_pool_holds_is_given_back_before_a_batch_is_refused(reco
     options = {"gen_length": 8, "block_length": 8}
     dllm_fast.generate(model, torch.full((1, 9), 7), **options)
     (engine,) = bound_pool(model)._engines.values()
-    monkeypatch.setattr("dllm_fast.memory.need", lambda *shape: 100)
-    monkeypatch.setattr("dllm_fast.memory.available", lambda device: 120)
+    monkeypatch.setattr("dllm_fast.decoding.memory.need", lambda *shape: 100)
+    monkeypatch.setattr("dllm_fast.decoding.memory.available", lambda device: 120)
     engine.graphs.nbytes = 20
     dllm_fast.generate(model, torch.full((2, 9), 7), **options)
     assert len(bound_pool(model)) == 2, "it fits beside what is kept"
     engine.graphs.nbytes = 21
     dllm_fast.generate(model, torch.full((3, 9), 7), **options)
     assert len(bound_pool(model)) == 1, "what was kept has made room"
-    monkeypatch.setattr("dllm_fast.memory.available", lambda device: 99)
+    monkeypatch.setattr("dllm_fast.decoding.memory.available", lambda device: 99)
     dllm_fast.generate(model, torch.full((3, 9), 7), **options)  # its engine is there, and needs nothing
     with pytest.raises(MemoryError, match="2 rows of"):
         dllm_fast.generate(model, torch.full((2, 9), 7), **options)
@@ -188,7 +188,7 @@ def test_an_engine_that_is_kept_needs_no_memory_of_its_own(recorded, ids, monkey
     options = {"gen_length": 16, "block_length": 8}
     expected = dllm_fast.generate(model, ids, **options).sequences
     kept = recorded()
-    monkeypatch.setattr("dllm_fast.memory.available", lambda device: 1 << 10)
+    monkeypatch.setattr("dllm_fast.decoding.memory.available", lambda device: 1 << 10)
     assert torch.equal(dllm_fast.generate(model, ids, **options).sequences, expected) and recorded() == kept
     with pytest.raises(MemoryError, match="1 rows of 64 positions"):
         dllm_fast.generate(model, ids[:1], **options)

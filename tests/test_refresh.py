@@ -67,7 +67,7 @@ def test_drift_computes_more_the_lower_its_bound(run):
 @torch.no_grad()
 def test_drift_recomputes_from_the_first_layer_that_moved(llada, ids):
     """Recomputing layer 1 on from kept hidden states, when nothing changed, gives what is there."""
-    from dllm_fast.cache import BlockCache
+    from dllm_fast.families.cache import BlockCache
     from dllm_fast.patch import bound_family
 
     family = bound_family(dllm_fast.patch(llada))

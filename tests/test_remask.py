@@ -24,7 +24,7 @@ from dllm_fast import (
     Verify,
     Window,
 )
-from dllm_fast.remask import Committed
+from dllm_fast.decoding.remask import Committed
 
 PLANNED = [Uniform(8), Pyramid(2), FirstHitting(), Ancestral(8, "cosine")]
 ADAPTIVE = [Threshold(0.3), Threshold(1.0), Factor(1.0), EntropyBound(4.0)]

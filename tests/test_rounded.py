@@ -8,10 +8,10 @@ from tiny import MAKERS
 from torch import nn
 
 import dllm_fast
-from dllm_fast import fp8, int4
+from dllm_fast.families import fp8, int4
+from dllm_fast.families.rounded import KINDS, Copies
 from dllm_fast.kernels import reference, reference_int4
 from dllm_fast.patch import bound_family
-from dllm_fast.rounded import KINDS, Copies
 
 E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
 VALUES = E4M3[E4M3.isfinite()].unique()  # every number that e4m3 has, sorted; those with an even last bit are even here

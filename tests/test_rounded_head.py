@@ -10,9 +10,9 @@ from tiny import MAKERS, make_llada, make_modernbert
 from torch import nn
 
 import dllm_fast
-from dllm_fast import compiled
+from dllm_fast.cpu import compiled
+from dllm_fast.evaluate.likelihood import log_likelihood
 from dllm_fast.kernels import reference
-from dllm_fast.likelihood import log_likelihood
 from dllm_fast.patch import bound_family
 
 IMPLS = [

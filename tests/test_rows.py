@@ -15,7 +15,7 @@ from tiny import EOS, MASK, make_llada, make_modernbert
 
 import dllm_fast
 from dllm_fast import Ancestral, Drift, Every, FirstHitting, Threshold, Uniform, Verify, Window
-from dllm_fast.engine import Engine
+from dllm_fast.decoding.engine import Engine
 
 FAMILIES = {
     "llada": make_llada,

@@ -14,9 +14,9 @@ from tiny import make_llada
 from torch._subclasses import FakeTensor
 
 import dllm_fast
-from dllm_fast import shards
+from dllm_fast.families import shards
+from dllm_fast.families.rounded import KINDS, RoundedLinear
 from dllm_fast.patch import bound_family
-from dllm_fast.rounded import KINDS, RoundedLinear
 
 ROOT = Path(__file__).parent.parent
 

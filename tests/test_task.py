@@ -72,7 +72,7 @@ def test_the_score_counts_whole_answers():
 
 
 def test_a_file_of_problems_is_what_sft_reads(tmp_path):
-    from dllm_fast.data import pairs
+    from dllm_fast.train.data import pairs
 
     found = task.problems(3, seed=0, held_out=False)
     task.write(tmp_path / "new" / "x.jsonl", found)

@@ -6,9 +6,9 @@ import pytest
 from transformers import AddedToken, AutoTokenizer
 
 import dllm_fast
-from dllm_fast import cli
-from dllm_fast.data import PackedText, PromptAnswers
-from dllm_fast.text import answer_text, encode, held_back, token_ids
+from dllm_fast.cli import main as cli
+from dllm_fast.decoding.text import answer_text, encode, held_back, token_ids
+from dllm_fast.train.data import PackedText, PromptAnswers
 
 SENTENCE = "Replace the token [MASK] in BERT"
 SHIPPED = ("llada-gsm8k", "modernbert-kjv")

@@ -7,8 +7,9 @@ import pytest
 import torch
 from tiny import EOS, MASK
 
-from dllm_fast import diffusion, train
-from dllm_fast.data import (
+from dllm_fast.errors import one_line
+from dllm_fast.train import losses, training
+from dllm_fast.train.data import (
     Corruption,
     PackedText,
     PromptAnswers,
@@ -18,7 +19,6 @@ from dllm_fast.data import (
     save_tokenizer,
     train_tokenizer,
 )  # fmt: skip
-from dllm_fast.errors import one_line
 
 TEXT = "\n\n".join(f"The {a} {b} sat on the {c} and looked at the sea." for a in ("old", "red", "sly", "big", "shy")
                    for b in ("fox", "cat", "hen", "dog", "owl") for c in ("mat", "log", "hill", "roof"))  # fmt: skip
@@ -44,7 +44,7 @@ def asked(tmp_path):
 
 
 def run(out, text, *more, command="pretrain"):
-    assert train.main([command, "--data", str(text), "--out", str(out), *SMALL, *more]) == 0
+    assert training.main([command, "--data", str(text), "--out", str(out), *SMALL, *more]) == 0
     return out / "final"
 
 
@@ -61,13 +61,13 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, text, asked, command, 
     text = asked if command == "sft" else text
     whole = run(tmp_path / "whole", text, *options, command=command)
 
-    class Stop(train.TrainerCallback):
+    class Stop(training.TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             if state.global_step == 5:
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "LossRecord", lambda: Stop())
-    assert train.main([command, "--data", str(text), "--out", str(tmp_path / "cut"), *SMALL, *options]) == 130
+    monkeypatch.setattr(training, "LossRecord", lambda: Stop())
+    assert training.main([command, "--data", str(text), "--out", str(tmp_path / "cut"), *SMALL, *options]) == 130
     monkeypatch.undo()
     torch.randn(17)  # another process would not share this one's generator
     resumed = run(tmp_path / "cut", text, *options, "--resume", command=command)
@@ -101,7 +101,7 @@ def test_training_lowers_the_loss_and_the_result_generates(tmp_path, text):
 
 def test_an_existing_run_is_not_overwritten(tmp_path, text, capsys):
     run(tmp_path / "run", text, "--steps", "2", "--save-every", "2")
-    assert train.main(["pretrain", "--data", str(text), "--out", str(tmp_path / "run"), *SMALL]) == 2
+    assert training.main(["pretrain", "--data", str(text), "--out", str(tmp_path / "run"), *SMALL]) == 2
     assert "already holds checkpoint-2; add --resume" in capsys.readouterr().err
 
 
@@ -109,10 +109,10 @@ def test_bad_data_is_named(tmp_path, text, capsys):
     empty = tmp_path / "empty.txt"
     empty.write_text("\n\n")
     for data, message in ((tmp_path / "gone.txt", "no such file"), (empty, "holds no text")):
-        assert train.main(["pretrain", "--data", str(data), "--out", str(tmp_path / "x"), *SMALL]) == 2
+        assert training.main(["pretrain", "--data", str(data), "--out", str(tmp_path / "x"), *SMALL]) == 2
         assert message in capsys.readouterr().err
     arguments = ["pretrain", "--data", str(text), "--out", str(tmp_path / "x"), *SMALL, "--length", "100000"]
-    assert train.main(arguments) == 2
+    assert training.main(arguments) == 2
     assert "do not fill one row of --length 100000" in capsys.readouterr().err
 
 
@@ -130,7 +130,7 @@ def test_a_saved_tokenizer_loads_in_transformers_4_too(tmp_path):
     save_tokenizer(tokenizer, tmp_path)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
-    again = train.AutoTokenizer.from_pretrained(tmp_path)
+    again = training.AutoTokenizer.from_pretrained(tmp_path)
     assert again("The fox.")["input_ids"] == tokenizer("The fox.")["input_ids"] and again.mask_token_id == 299
 
 
@@ -145,9 +145,9 @@ def test_packed_rows_hold_every_token_in_order():
 
 
 def test_mask_ratios_are_uniform_and_spread_over_the_batch():
-    ratios = torch.stack([diffusion.mask_ratios(0, step, range(8), 8) for step in range(2000)])
-    assert ratios.min() >= diffusion.EPS and ratios.max() <= 1
-    assert abs(float(ratios.mean()) - (1 + diffusion.EPS) / 2) < 0.005
+    ratios = torch.stack([losses.mask_ratios(0, step, range(8), 8) for step in range(2000)])
+    assert ratios.min() >= losses.EPS and ratios.max() <= 1
+    assert abs(float(ratios.mean()) - (1 + losses.EPS) / 2) < 0.005
     share = torch.histc(ratios, 10, 0, 1) / ratios.numel()
     assert (share - 0.1).abs().max() < 0.01
     for row in ratios[:50]:
@@ -157,20 +157,20 @@ def test_mask_ratios_are_uniform_and_spread_over_the_batch():
 def test_draws_are_of_the_row_and_not_of_its_micro_batch():
     ids, prompt = torch.randint(0, EOS, (8, 20)), torch.arange(8)
     for lengths in (None, prompt):
-        whole = diffusion.corrupt(ids, lengths, MASK, 3, 5, range(8), 8)
+        whole = losses.corrupt(ids, lengths, MASK, 3, 5, range(8), 8)
         for rows in ([0, 1, 2, 3], [6, 2]):
-            part = diffusion.corrupt(ids[rows], None if lengths is None else lengths[rows], MASK, 3, 5, rows, 8)
+            part = losses.corrupt(ids[rows], None if lengths is None else lengths[rows], MASK, 3, 5, rows, 8)
             assert all(torch.equal(a[rows], b) for a, b in zip(whole, part))
         for seed, step in ((4, 5), (3, 6)):
-            assert not torch.equal(whole[0], diffusion.corrupt(ids, lengths, MASK, seed, step, range(8), 8)[0])
+            assert not torch.equal(whole[0], losses.corrupt(ids, lengths, MASK, seed, step, range(8), 8)[0])
 
 
 def test_the_loss_is_the_published_one(either):
     """Against LLaDA's guideline code written out: mean over all tokens of CE / p at the masked ones."""
     ids = torch.randint(0, EOS, (4, 20))
-    got = diffusion.DiffusionLoss(either, MASK)(ids, seed=3, step=2)
-    ratio = diffusion.mask_ratios(3, 2, range(4), 4)
-    noisy, labels, _ = diffusion.corrupt(ids, None, MASK, 3, 2, range(4), 4)
+    got = losses.DiffusionLoss(either, MASK)(ids, seed=3, step=2)
+    ratio = losses.mask_ratios(3, 2, range(4), 4)
+    noisy, labels, _ = losses.corrupt(ids, None, MASK, 3, 2, range(4), 4)
     masked = labels == ids
     assert torch.equal(noisy[~masked], ids[~masked]) and (noisy[masked] == MASK).all() and (labels[~masked] < 0).all()
     loss = torch.nn.functional.cross_entropy(either(noisy).logits[masked], ids[masked], reduction="none")
@@ -181,13 +181,13 @@ def test_the_loss_is_the_published_one(either):
 
 
 def test_one_step_in_a_hundred_is_cut():
-    lengths = [diffusion.cut_length(0, step, 32) for step in range(2000)]
+    lengths = [losses.cut_length(0, step, 32) for step in range(2000)]
     cut = [length for length in lengths if length < 32]
     assert all(length >= 1 for length in cut) and len(set(cut)) > 5 and 8 <= len(cut) <= 36  # 20 expected, 3.6 sigma
     packed = PackedText([TEXT], train_tokenizer([TEXT], 300, 64), 32)
     for evaluation in (False, True):
         run = Run(packed, 2, 2000, 0, evaluation)
-        collated = Corruption(train.default_data_collator, 299, 0)
+        collated = Corruption(training.default_data_collator, 299, 0)
         for step in (0, lengths.index(min(lengths))):
             batch = collated([run[2 * step], run[2 * step + 1]]) if not evaluation else collated([run[0], run[1]])
             assert batch["input_ids"].shape[1] == (32 if evaluation else lengths[step])
@@ -221,10 +221,10 @@ def test_prompts_are_seen_and_answers_end():
 def test_the_fine_tuning_loss_is_the_published_one(llada):
     """Against LLaDA's guideline code written out: prompts unmasked, CE / p / answer length, mean over rows."""
     ids, prompt = torch.randint(0, EOS, (4, 20)), torch.tensor([0, 5, 12, 19])
-    loss = diffusion.DiffusionLoss(llada)
+    loss = losses.DiffusionLoss(llada)
     got = loss(ids, prompt, seed=3)
-    ratio = diffusion.mask_ratios(3, 0, range(4), 4)
-    noisy, _, _ = diffusion.corrupt(ids, None, MASK, 3, 0, range(4), 4)
+    ratio = losses.mask_ratios(3, 0, range(4), 4)
+    noisy, _, _ = losses.corrupt(ids, None, MASK, 3, 0, range(4), 4)
     expected = torch.zeros(())
     for row in range(4):
         noisy[row, : prompt[row]] = ids[row, : prompt[row]]
@@ -240,10 +240,10 @@ def test_the_fine_tuning_loss_is_the_published_one(llada):
 def test_a_line_without_prompt_and_answer_is_named(tmp_path, line, capsys):
     path = tmp_path / "bad.jsonl"
     path.write_text('{"prompt": "x", "answer": "y"}\n\n' + line + "\n")
-    assert train.main(["sft", "--data", str(path), "--out", str(tmp_path / "x"), *SMALL]) == 2
+    assert training.main(["sft", "--data", str(path), "--out", str(tmp_path / "x"), *SMALL]) == 2
     assert "line 3 of" in capsys.readouterr().err
     path.write_text("\n")
-    assert train.main(["sft", "--data", str(path), "--out", str(tmp_path / "x"), *SMALL]) == 2
+    assert training.main(["sft", "--data", str(path), "--out", str(tmp_path / "x"), *SMALL]) == 2
     assert "holds no text" in capsys.readouterr().err
 
 
@@ -252,7 +252,7 @@ def test_a_shipped_model_is_trained_on_and_an_unknown_one_is_named(tmp_path, tex
     final = run(tmp_path / "run", text, *options)
     recipe = json.loads((final / "recipe.json").read_text())
     assert recipe["steps"] == 1 and recipe["started_from"]["steps"] > 1
-    assert train.main(["pretrain", "--data", str(text), "--out", str(tmp_path / "x"), "--model", "./none"]) == 2
+    assert training.main(["pretrain", "--data", str(text), "--out", str(tmp_path / "x"), "--model", "./none"]) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: --model: ./none: ")
 
 
@@ -265,7 +265,7 @@ def test_a_binary_file_is_named(tmp_path, command, name, capsys):
         good = tmp_path / "good.jsonl"
         good.write_text('{"text": "x", "prompt": "x", "answer": "y"}\n')
         files = ["--data", str(good)] if option == "--eval-data" else []
-        assert train.main([command, *files, option, str(path), "--out", str(tmp_path / "x"), *SMALL]) == 2
+        assert training.main([command, *files, option, str(path), "--out", str(tmp_path / "x"), *SMALL]) == 2
         assert capsys.readouterr().err == f"error: {option}: {path} is not UTF-8 text (byte 4)\n"
 
 
@@ -277,7 +277,7 @@ def test_a_line_that_the_template_does_not_fit_is_one_line_of_error(tmp_path, li
     path = tmp_path / "x.jsonl"
     path.write_text('{"text": "a"}\n' * (template == "{text}") + line + "\n")
     options = ["--data", str(path), "--template", template, "--out", str(tmp_path / "x")]
-    assert train.main(["pretrain", *options, *SMALL]) == 2
+    assert training.main(["pretrain", *options, *SMALL]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and err.startswith("error: --data: line ") and f"{path}" in err and template in err
 
@@ -297,10 +297,10 @@ def test_errors_of_the_machine_are_a_line(tmp_path, text, capsys, monkeypatch, e
     def fail(args):
         raise error
 
-    monkeypatch.setattr(train, "train", fail)
+    monkeypatch.setattr(training, "train", fail)
     with (tmp_path / "printed").open("w") as printed:  # what a closed pipe redirects: not pytest's own output
         monkeypatch.setattr("sys.stdout", printed)
-        assert train.main(["pretrain", "--data", str(text), "--out", str(tmp_path / "x"), *SMALL]) == code
+        assert training.main(["pretrain", "--data", str(text), "--out", str(tmp_path / "x"), *SMALL]) == code
     printed = capsys.readouterr().err
     assert "Traceback" not in printed
     if code == 2:
@@ -309,6 +309,6 @@ def test_errors_of_the_machine_are_a_line(tmp_path, text, capsys, monkeypatch, e
 
 
 def test_an_error_of_the_program_keeps_its_traceback(tmp_path, text, monkeypatch):
-    monkeypatch.setattr(train, "train", lambda args: {}["x"])
+    monkeypatch.setattr(training, "train", lambda args: {}["x"])
     with pytest.raises(KeyError):
-        train.main(["pretrain", "--data", str(text), "--out", str(tmp_path / "x"), *SMALL])
+        training.main(["pretrain", "--data", str(text), "--out", str(tmp_path / "x"), *SMALL])

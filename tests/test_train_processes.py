@@ -12,7 +12,7 @@ from test_train import PAIRS, SMALL, TEXT, tensors
 from tiny import make_llada
 from train_processes import loop, run
 
-from dllm_fast.diffusion import DiffusionLoss
+from dllm_fast.train.losses import DiffusionLoss
 
 ROOT = Path(__file__).parent.parent
 STEPS = ["--steps", "20", "--save-every", "20", "--lr", "5e-3"]

@@ -7,7 +7,7 @@ import torch
 from tiny import EOS, MASK, make_llada, make_modernbert
 from transformers import TrainingArguments
 
-from dllm_fast.train import DiffusionTrainer
+from dllm_fast.train.training import DiffusionTrainer
 
 ROWS = [{"input_ids": row} for row in torch.randint(0, EOS, (16, 24), generator=torch.Generator().manual_seed(2))]
 

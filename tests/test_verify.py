@@ -6,7 +6,8 @@ import pytest
 import torch
 from tiny import MASK, make_llada
 
-from dllm_fast import cli, gsm8k, verify
+from dllm_fast.cli import main as cli
+from dllm_fast.evaluate import gsm8k, verify
 from dllm_fast.patch import patched
 
 PROMPTS = [torch.arange(5, 14), torch.arange(40, 45)]

@@ -12,7 +12,8 @@ from recording import Recorder, launchers_of_pytorch, watch_compilations
 from test_recording import SMALL
 
 import dllm_fast
-from dllm_fast import P2, Ancestral, Drift, Every, ReMDM, Threshold, Uniform, Window, attentions, compiling
+from dllm_fast import P2, Ancestral, Drift, Every, ReMDM, Threshold, Uniform, Window, attentions
+from dllm_fast.decoding import compiling
 from dllm_fast.patch import bound_pool
 from dllm_fast.warmup import _halves, _representatives, warmup
 
@@ -22,7 +23,7 @@ on_the_stand_in = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's 
 
 @pytest.fixture
 def recorder(monkeypatch):
-    monkeypatch.setattr("dllm_fast.server.records", lambda device, impl: True)
+    monkeypatch.setattr("dllm_fast.decoding.server.records", lambda device, impl: True)
     monkeypatch.setattr(sys.modules["dllm_fast.warmup"], "records", lambda device, impl: True)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="steps go on without CUDA graphs")
@@ -173,7 +174,7 @@ class Hopper:
     get_current_stream = lambda self, device=None: 0
 
 driver.set_active(Hopper())
-from dllm_fast.compiling import kernels, side_by_side
+from dllm_fast.decoding.compiling import kernels, side_by_side
 from dllm_fast.kernels import glu, norm, select
 
 x = torch.ones(4, 64, dtype=torch.bfloat16)
@@ -204,14 +205,14 @@ STEPS = """
 import sys
 from unittest import mock
 sys.path[:0] = [".", "tests"]
-from bench.compilations import Card, driver
+from bench.generation.compilations import Card, driver
 import torch
 from triton.runtime.jit import JITFunction
 import dllm_fast
 from dllm_fast import Drift, P2, Uniform, ops
 from dllm_fast.patch import bound_family, bound_pool
-from dllm_fast.request import Request
-from dllm_fast.server import Server
+from dllm_fast.decoding.request import Request
+from dllm_fast.decoding.server import Server
 from test_recording import SMALL
 warmup = sys.modules["dllm_fast.warmup"]
 

@@ -14,15 +14,14 @@ from torch import nn
 from torch.nn.utils import prune
 
 import dllm_fast
-from dllm_fast import weights
-from dllm_fast.families import FAMILIES
+from dllm_fast.families import FAMILIES, linears
 from dllm_fast.patch import bound_family, bound_pool
 
 
 @pytest.fixture(autouse=True)
 def always(monkeypatch):
     """Fuse in every dtype and on every device, so that fp32's tight tolerances hold the fused products."""
-    monkeypatch.setattr(weights, "pays", lambda weight: True)
+    monkeypatch.setattr(linears, "pays", lambda weight: True)
 
 
 def groups_of(model):
@@ -47,7 +46,7 @@ def same_values(model, values):
 def is_fused(model):
     """Of every group, in evaluation without gradients."""
     with torch.no_grad():
-        found = {weights.fused(group) is not None for group in groups_of(model)}
+        found = {linears.fused(group) is not None for group in groups_of(model)}
     assert len(found) == 1
     return found.pop()
 
@@ -65,20 +64,20 @@ def test_products_are_each_linears_product(dtype):
     linears = [nn.Linear(37, rows, bias=False, dtype=dtype) for rows in (5, 1, 23)]
     x = torch.randn(2, 7, 37).to(dtype)
     truth = [x.double() @ linear.weight.double().T for linear in linears]
-    apart = weights.products(x, *linears)
-    assert weights.fused(linears) is None
-    moved = weights.fuse(linears)
+    apart = linears.products(x, *linears)
+    assert linears.fused(linears) is None
+    moved = linears.fuse(linears)
     assert all(a is linear.weight for a, linear in zip(moved.weights, linears, strict=True))
-    together = weights.products(x, *linears)
+    together = linears.products(x, *linears)
     assert len({part.untyped_storage().data_ptr() for part in together}) == 1
     for one, other, exact in zip(apart, together, truth, strict=True):
         assert other.dtype == dtype and other.shape == exact.shape and other.stride(-1) == 1
         error = (other.double() - exact).abs().max()
         assert error <= 2 * (one.double() - exact).abs().max() + torch.finfo(dtype).eps
-    assert weights.fuse(linears) is None  # already together
+    assert linears.fuse(linears) is None  # already together
     moved.separate()
-    assert weights.fused(linears) is None
-    assert all(torch.equal(a, b) for a, b in zip(apart, weights.products(x, *linears), strict=True))
+    assert linears.fused(linears) is None
+    assert all(torch.equal(a, b) for a, b in zip(apart, linears.products(x, *linears), strict=True))
 
 
 @torch.no_grad()
@@ -90,7 +89,7 @@ def test_neighbouring_storages_are_not_taken_for_one():
         # A storage of its own over part of the same memory.
         linear.weight.data = torch.from_numpy(part.numpy())
     assert linears[1].weight.data_ptr() == linears[0].weight.data_ptr() + linears[0].weight.nbytes
-    assert weights.fused(linears) is None
+    assert linears.fused(linears) is None
 
 
 def adapter(linear):
@@ -147,7 +146,7 @@ def test_what_is_no_plain_linear_is_called(llada, ids, change, after):
     expected = own(ids).logits
     assert not torch.allclose(expected, plain, atol=1e-4)
     torch.testing.assert_close(llada(ids).logits, expected, atol=1e-5, rtol=1e-4)
-    fused = [weights.fused(group) is not None for group in groups_of(llada)]
+    fused = [linears.fused(group) is not None for group in groups_of(llada)]
     assert fused == [True, True, False, True, True, True]
 
 
@@ -199,7 +198,7 @@ def test_one_weight_that_was_moved_is_not_read_from_its_old_place(llada, ids):
     for number, name in enumerate(("q_proj", "k_proj", "v_proj")):
         weight = getattr(llada.model.transformer.blocks[number], name).weight
         weight.data = weight.data * 3
-    assert [weights.fused(group) is not None for group in groups_of(llada)] == [False, True] * 3
+    assert [linears.fused(group) is not None for group in groups_of(llada)] == [False, True] * 3
     torch.testing.assert_close(llada(ids).logits, own_logits(llada, ids), atol=1e-5, rtol=1e-4)
 
 
@@ -308,7 +307,7 @@ def test_a_failure_half_way_leaves_the_model_as_it_was(llada, ids, monkeypatch, 
         dllm_fast.patch(llada)
         llada.double()  # apart again
     values, before, attributes = values_of(llada), storages(llada), dict(llada.__dict__)
-    real, calls = weights.fuse, []
+    real, calls = linears.fuse, []
 
     def fuse(group):
         calls.append(group)
@@ -327,14 +326,14 @@ def test_a_failure_half_way_leaves_the_model_as_it_was(llada, ids, monkeypatch, 
 def test_shared_memory_and_shared_parameters_are_left_where_they_are():
     """Other processes read the one; of two layers that share a weight only one could have it beside its own."""
     shared = [nn.Linear(8, 4, bias=False).share_memory() for _ in range(2)]
-    assert weights.fuse(shared) is None
+    assert linears.fuse(shared) is None
     twice = [nn.Linear(8, 4, bias=False)] * 2
-    assert weights.fuse(twice) is None
+    assert linears.fuse(twice) is None
     mixed = [nn.Linear(8, 4, bias=False), nn.Linear(8, 4, bias=False, dtype=torch.float64)]
-    assert weights.fuse(mixed) is None
+    assert linears.fuse(mixed) is None
     with torch.inference_mode():
         untrainable = [nn.Linear(8, 4, bias=False) for _ in range(2)]
-    assert weights.fuse(untrainable) is None
+    assert linears.fuse(untrainable) is None
 
 
 @torch.no_grad()

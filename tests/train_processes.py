@@ -1,5 +1,5 @@
 """Runs of `dllm_fast.train` in this process, each rank's parameters kept: what torchrun starts for
-test_train_processes.py. ``OUT JSON``: a folder, and {name: (arguments of train.main, step to stop after or None)}.
+test_train_processes.py. ``OUT JSON``: a folder, and {name: (arguments of training.main, step to stop after or None)}.
 Then three steps of a loop without Trainer, its `DiffusionLoss` wrapped for data-parallel training and sharded."""
 
 import json
@@ -11,14 +11,14 @@ import torch
 from tiny import EOS, make_llada
 from torch import nn
 
-from dllm_fast import train
-from dllm_fast.diffusion import DiffusionLoss
+from dllm_fast.train import training
+from dllm_fast.train.losses import DiffusionLoss
 
 RANK = os.environ.get("RANK", "0")
 
 
 def run(out: Path, arguments: list[str], stop: int | None) -> int:
-    class Kept(train.LossRecord):
+    class Kept(training.LossRecord):
         def on_step_end(self, args, state, control, **kwargs):
             if state.global_step == stop:
                 raise KeyboardInterrupt
@@ -27,11 +27,11 @@ def run(out: Path, arguments: list[str], stop: int | None) -> int:
             torch.save(model.state_dict(), out / f"rank{RANK}.pt")
             (out / f"log{RANK}.json").write_text(json.dumps(state.log_history))
 
-    record, train.LossRecord = train.LossRecord, Kept
+    record, training.LossRecord = training.LossRecord, Kept
     try:
-        return train.main([*arguments, "--out", str(out)])
+        return training.main([*arguments, "--out", str(out)])
     finally:
-        train.LossRecord = record
+        training.LossRecord = record
 
 
 def loop(loss: nn.Module, rank: int = 0, processes: int = 1) -> dict[str, torch.Tensor]:

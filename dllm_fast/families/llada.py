@@ -6,12 +6,12 @@ import torch
 from torch import nn
 
 from dllm_fast import ops
-from dllm_fast.bypass import Calls, known_classes
-from dllm_fast.cache import BlockCache
+from dllm_fast.families.bypass import Calls, known_classes
+from dllm_fast.families.cache import BlockCache
+from dllm_fast.families.linears import Products, products, require_weights
+from dllm_fast.families.native import LLaDAConfig, kv_heads
+from dllm_fast.families.rounded import RoundedHead
 from dllm_fast.families.rows import Impl, RopeTables, is_span, take
-from dllm_fast.llada import LLaDAConfig, kv_heads
-from dllm_fast.rounded import RoundedHead
-from dllm_fast.weights import Products, products, require_weights
 
 CALLED = frozenset(("wte", "q_proj", "k_proj", "v_proj", "attn_out", "ff_proj", "up_proj", "ff_out"))
 
@@ -31,7 +31,7 @@ class LLaDA:
             if name.endswith(("attn_norm", "ff_norm", "ln_f")) or name == "ff_out"
         )
         # The head of a tied model is an embedding whose weight is read.
-        files = ("dllm_fast.llada", nn.Embedding.__module__)
+        files = ("dllm_fast.families.native", nn.Embedding.__module__)
         self.known = known_classes(model, self.calls, files) | {nn.Embedding}
         self._impl, self.products, self.rounded_head = Impl(impl, self.head()[0]), products, rounded_head
         self.positions = config.max_sequence_length

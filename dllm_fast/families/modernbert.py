@@ -8,11 +8,11 @@ from torch import nn
 from transformers import ModernBertForMaskedLM
 
 from dllm_fast import ops
-from dllm_fast.bypass import Calls, known_classes
-from dllm_fast.cache import BlockCache
+from dllm_fast.families.bypass import Calls, known_classes
+from dllm_fast.families.cache import BlockCache
+from dllm_fast.families.linears import Products, products, require_weights
+from dllm_fast.families.rounded import RoundedHead
 from dllm_fast.families.rows import Impl, RopeTables, is_span, take
-from dllm_fast.rounded import RoundedHead
-from dllm_fast.weights import Products, products, require_weights
 
 FILES = (ModernBertForMaskedLM.__module__, "torch.nn.modules.normalization", "transformers.activations")
 CALLED = frozenset(("tok_embeddings", "Wqkv", "Wo", "Wi", "dense"))

@@ -15,7 +15,7 @@ VARY = {"commit._commit_kernel T % 16", "predict._compact_kernel N % 16"}
 
 
 def test_what_a_run_is_asked_for_changes_few_compilations():
-    command = [sys.executable, "-m", "bench.compilations", "--quick"]
+    command = [sys.executable, "-m", "bench.generation.compilations", "--quick"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()

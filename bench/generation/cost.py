@@ -1,0 +1,306 @@
+"""What a step costs on paper, from a model's shapes alone: bytes, FLOPs, launches and microseconds.
+
+    python -m bench.generation.cost --shape llada-8b --copy 4.19e12 --matrix 779e12 [--weights fp8] [--batch 8]
+
+`Cost`: bytes and FLOPs at the least. Of a step over n positions: every matrix product of the layers on n rows,
+attention of n queries over the slots that they see, in the last layer what lies behind keys and values for the live
+positions alone, and the LM head on the positions that are masked. Bytes: the weights once, and against a cache the keys
+and values of all slots. Norms, rotations, gates and activations are taken to cost nothing. A multiplication and an
+addition count two.
+
+`step_kernels`: every kernel of LLaDA's step on an NVIDIA card, by the name that a profile gives it, each of which takes
+as long as its bytes at the copy rate or its FLOPs at the matrix rate, and what a launch costs. Here activations count,
+too: a whole step's pass through memory. A prediction, no measurement: `bench.generation.steps` prints it beside one.
+"""
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from bench.common import SHAPES
+from bench.generation.breakdown import kernel_group
+from dllm_fast import LLaDAConfig, LLaDAModelLM
+from dllm_fast.cli.view import print_table
+from dllm_fast.families.llada import LLaDA
+from dllm_fast.patch import bound_family
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A model's numbers. Weights are counted in elements."""
+
+    every: int  # of one layer, on all rows: keys and values
+    rest: int  # of one layer, on all rows but in the last layer
+    transform: int  # between the last layer and the head, on live rows
+    head: int
+    windows: tuple[int | None, ...]  # of each layer, how far a query sees to either side; None: everything
+    heads: int
+    kv_heads: int
+    head_dim: int
+    item: int  # bytes of an element
+
+    @classmethod
+    def of(cls, model) -> "Cost":
+        """Of a patched LLaDA or ModernBERT."""
+        return cls.of_family(bound_family(model))
+
+    @classmethod
+    def of_family(cls, family) -> "Cost":
+        head = family.head()[0]
+        width, ffn, key_width = head.shape[1], family.ffn_width, family.kv_heads * family.head_dim
+        bert = hasattr(family, "windows")
+        heads = width // family.head_dim
+        return cls(
+            every=2 * width * key_width, rest=2 * width * heads * family.head_dim + 3 * width * ffn,
+            transform=width * width if bert else 0, head=head.numel(),
+            windows=tuple(family.windows) if bert else (None,) * family.layers,
+            heads=heads, kv_heads=family.kv_heads, head_dim=family.head_dim, item=head.element_size(),
+        )  # fmt: skip
+
+    def flops(self, positions: float, live: int, masked: int, slots: int) -> float:
+        """Of a step over ``positions`` of all rows, ``live`` of them in blocks, in sequences of ``slots``."""
+        total = 2 * (self.head * masked + self.transform * live)
+        for layer, window in enumerate(self.windows):
+            queries = live if layer == len(self.windows) - 1 else positions
+            seen = slots if window is None else min(slots, 2 * window + 1)
+            total += 2 * (self.every * positions + self.rest * queries)
+            total += 4 * queries * seen * self.heads * self.head_dim
+        return total
+
+    def bytes(self, rows: int, slots: int, cached: bool) -> int:
+        """Weights; where ``cached``, the keys and values of every slot, which are written or read."""
+        weights = (self.every + self.rest) * len(self.windows) + self.transform + self.head
+        pairs = 2 * rows * slots * self.kv_heads * self.head_dim * len(self.windows) if cached else 0
+        return self.item * (weights + pairs)
+
+
+FP32 = 4  # bytes of an fp32 number
+# Bytes of a rounded weight, and its share of what is kept beside it: a scale in bf16 and a byte for 128 in int4.
+BYTES = {"fp8": 1.0, "int4": 0.5 + 3 / 128}
+
+
+@dataclass(frozen=True)
+class Card:
+    """What an NVIDIA card does in a second, and what it takes to launch a kernel of a recorded step."""
+
+    copy: float  # bytes read and written, `bench.floors`
+    matrix: float  # FLOPs in bf16, `bench.floors`
+    launch: float = 0.0  # seconds
+    multiprocessors: int = 132
+
+    @property
+    def narrow(self) -> float:
+        """FLOPs in e4m3: twice those in bf16, as every data sheet has it. Not measured."""
+        return 2 * self.matrix
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel of a step, or several launches that are alike."""
+
+    what: str
+    name: str  # a part of its name in a profile; "" for a matmul of cuBLAS's
+    launches: int
+    bytes: float  # of all launches, as are the FLOPs
+    flops: float = 0.0
+    narrow: bool = False  # multiplies e4m3 by e4m3
+
+    @property
+    def group(self) -> str:
+        """As `bench.generation.breakdown` sorts it."""
+        return kernel_group(self.name) if self.name else "products"
+
+    def microseconds(self, card: Card) -> float:
+        rate = card.narrow if self.narrow else card.matrix
+        return 1e6 * (max(self.bytes / card.copy, self.flops / rate) + self.launches * card.launch)
+
+
+def step_kernels(
+    cost: Cost, card: Card, batch: int, slots: int, positions: int, live: int, masked: int, weights: str | None = None
+) -> list[Kernel]:
+    """The kernels of one step: ``positions`` of each of ``batch`` sequences of ``slots``, ``live`` of them in a block.
+
+    ``masked`` rows go to the LM head, of all sequences together. ``weights``: None, "fp8" or "int4". Raises ValueError
+    for a model whose layers are not LLaDA's.
+    """
+    if cost.transform:
+        raise ValueError("cost: ModernBERT's layers are not modelled, only LLaDA's")
+    layers, found = len(cost.windows), []
+    for last, count in ((False, layers - 1), (True, 1)):
+        queries = live if last else positions
+        for kernel in _layer(cost, card, batch, slots, positions, queries, weights):
+            found.append(
+                Kernel(kernel.what, kernel.name, kernel.launches * count, kernel.bytes * count, kernel.flops * count,
+                       kernel.narrow)
+            )  # fmt: skip
+    merged: dict[tuple, Kernel] = {}
+    for kernel in [*found, _norm(cost, batch * live), *_head(cost, card, batch * live, masked)]:
+        key = kernel.what, kernel.name, kernel.narrow
+        one = merged.get(key, Kernel(*key[:2], 0, 0.0, 0.0, kernel.narrow))
+        merged[key] = Kernel(
+            *key[:2], one.launches + kernel.launches, one.bytes + kernel.bytes, one.flops + kernel.flops, kernel.narrow
+        )
+    return list(merged.values())
+
+
+def _layer(cost, card, batch, slots, positions, queries, weights) -> Iterator[Kernel]:
+    """A layer's kernels in order: change this where `families/llada.py` or the kernels behind it change.
+
+    ``queries`` of the ``positions`` of each sequence go beyond keys and values.
+    """
+    from dllm_fast.kernels.attention import _plan
+
+    width, inner, pairs = _width(cost), cost.heads * cost.head_dim, cost.kv_heads * cost.head_dim
+    ffn = (cost.rest - 2 * width * inner) // (3 * width)
+    every, rows = batch * positions, batch * queries
+    yield _norm(cost, every)
+    yield from _product("q, k, v", cost, card, every, inner + 2 * pairs, width, weights)
+    yield Kernel("rope", "_rope_kernel", 1, 2 * every * (inner + 2 * pairs) * cost.item)
+    group = cost.heads // cost.kv_heads
+    splits = _plan(batch, queries, cost.kv_heads, group, cost.head_dim, slots, None, cost.item, True)[2]
+    seen, results = 2 * batch * slots * pairs * cost.item, rows * inner
+    parts = results * splits * FP32 if splits > 1 else 0
+    yield Kernel("attention", "_attention_kernel", 1, seen + 2 * results * cost.item + parts, 4 * results * slots)
+    yield from _product("attention's output", cost, card, rows, width, inner, weights)
+    yield _norm(cost, rows)
+    yield from _product("gate, up", cost, card, rows, 2 * ffn, width, weights, gated=True)
+    if not _streams(cost, rows, weights):
+        yield Kernel("gate", "_glu_kernel", 1, 3 * rows * ffn * cost.item)
+    yield from _product("down", cost, card, rows, width, ffn, weights)
+
+
+def _width(cost: Cost) -> int:
+    return cost.every // (2 * cost.kv_heads * cost.head_dim)
+
+
+def _norm(cost: Cost, rows: int) -> Kernel:
+    return Kernel("norm", "_norm_kernel", 1, 4 * rows * _width(cost) * cost.item)  # x, residual, y and their sum
+
+
+def _streams(cost: Cost, rows: int, weights: str | None) -> bool:
+    """Whether a matmul of our own serves, which has the gate in its epilogue."""
+    from dllm_fast.kernels import linear
+
+    return rows <= linear.ROWS and (weights == "int4" or BYTES.get(weights, cost.item) in linear.AHEAD)
+
+
+def _product(
+    what: str, cost: Cost, card: Card, rows: int, n: int, k: int, weights: str | None, gated: bool = False
+) -> Iterator[Kernel]:
+    """``rows`` [rows, k] times a weight [n, k]; ``gated`` where a matmul of our own leaves half the channels."""
+    weight, activations, flops = n * k * BYTES.get(weights, cost.item), rows * (n + k) * cost.item, 2.0 * rows * n * k
+    if _streams(cost, rows, weights):
+        name = "_linear_int4_kernel" if weights == "int4" else "_linear_kernel"
+        written = rows * n // 2 * cost.item if gated else 0
+        yield Kernel(what, name, 1, weight + activations - written, flops)
+    elif weights == "fp8":
+        yield Kernel("rows to e4m3", "_round_rows_kernel", 1, rows * k * (cost.item + 1))
+        yield Kernel(what, "", 1, weight + rows * (k + n * cost.item), flops, narrow=True)
+    else:
+        if weights == "int4":
+            yield Kernel("weights from int4", "_widen_int4_kernel", 1, weight + n * k * cost.item)
+        yield Kernel(what, "", 1, n * k * cost.item + activations, flops)
+        if n / 64 * max(1, rows / 64) < card.multiprocessors:  # cuBLAS splits a sum whose tiles would leave some idle
+            yield Kernel("cuBLAS's sums over K", "splitKreduce", 1, 0)
+
+
+def _head(cost: Cost, card: Card, rows: int, masked: int) -> Iterator[Kernel]:
+    """LM head, selection and commit. Bytes of the canvas are none, and PyTorch's launches for it are not counted."""
+    from dllm_fast.kernels.predict import CHUNK_ELEMENTS, CROSSOVER, SELECT
+
+    width = _width(cost)
+    vocabulary, read = cost.head // width, (cost.head + rows * width) * cost.item
+    if rows <= CROSSOVER[cost.item]:
+        yield Kernel("masked rows", "_compact_kernel", 1, 0)
+        yield Kernel("LM head, selection", "_predict_kernel", 1, read, 2.0 * cost.head * masked)
+    else:
+        tiles = -(-vocabulary // SELECT["BV"])
+        chunks = -(-tiles // max(1, CHUNK_ELEMENTS // (rows * SELECT["BV"])))
+        logits = rows * vocabulary * FP32
+        yield Kernel("LM head", "", chunks, read + logits, 2.0 * cost.head * rows)
+        yield Kernel("selection", "_select_kernel", chunks, logits)
+    yield Kernel("merge of selection", "_combine_kernel", 1, 0)
+    yield Kernel("commit", "_commit_kernel", 1, 0)
+
+
+def floor(
+    cost: Cost, card: Card, batch: int, slots: int, positions: int, live: int, masked: int, weights=None
+) -> float:
+    """Microseconds at the least: weights, keys and values at the copy rate, or FLOPs at the matrix rate."""
+    layers = (cost.every + cost.rest) * len(cost.windows)
+    read = cost.bytes(batch, slots, True) + layers * (BYTES.get(weights, cost.item) - cost.item)
+    flops = cost.flops(batch * positions, batch * live, masked, slots)
+    kernels = step_kernels(cost, card, batch, slots, positions, live, masked, weights)
+    narrow = sum(kernel.flops for kernel in kernels if kernel.narrow)
+    return 1e6 * max(read / card.copy, (flops - narrow) / card.matrix + narrow / card.narrow)
+
+
+def by_group(kernels: Iterable[Kernel], card: Card) -> Counter:
+    """Predicted microseconds by the groups of `bench.generation.breakdown`."""
+    found: Counter = Counter()
+    for kernel in kernels:
+        found[kernel.group] += kernel.microseconds(card)
+    return found
+
+
+def print_beside(measured: dict[str, float], predicted: dict[str, float], unit: str = "us") -> None:
+    """Measured and predicted times of each group of kernels, and their sums."""
+    rows = []
+    for group in sorted({*measured, *predicted}, key=lambda name: -measured.get(name, 0.0)):
+        one, other = measured.get(group, 0.0), predicted.get(group, 0.0)
+        rows.append([group, f"{one:.1f}", f"{other:.1f}", f"{one / other:.2f}" if other else ""])
+    one, other = sum(measured.values()), sum(predicted.values())
+    rows.append(["sum", f"{one:.1f}", f"{other:.1f}", f"{one / other:.2f}" if other else ""])
+    print_table(["", f"measured, {unit}", f"predicted, {unit}", "ratio"], rows, "kernels beside the paper's")
+
+
+def print_kernels(kernels: list[Kernel], card: Card, least: float, title: str) -> None:
+    rows = []
+    for kernel in [*kernels, None]:
+        some = kernels if kernel is None else [kernel]
+        launches, bytes_, flops, us = (
+            sum(values)
+            for values in zip(*((k.launches, k.bytes, k.flops, k.microseconds(card)) for k in some), strict=True)
+        )
+        what, name = ("sum", "") if kernel is None else (kernel.what, kernel.name or "cuBLAS")
+        rows.append([what, name, str(launches), f"{bytes_ / 1e6:,.1f}", f"{flops / 1e9:,.1f}", f"{us:,.1f}"])
+    print_table(["", "kernel", "launches", "MB", "GFLOP", "us"], rows, title)
+    print(f"floor {least / 1e3:.2f} ms: weights, keys and values, or FLOPs")
+
+
+def shape_cost(name: str) -> Cost:
+    """Of a shape of `harness.SHAPES` in bf16; holds no weights."""
+    with torch.device("meta"):
+        model = LLaDAModelLM(LLaDAConfig(**SHAPES[name].config)).to(torch.bfloat16)
+    return Cost.of_family(LLaDA(model, "torch"))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=list(SHAPES), default="llada-8b")
+    parser.add_argument("--copy", type=float, required=True, help="bytes a second, see bench/floors.py")
+    parser.add_argument("--matrix", type=float, required=True, help="bf16 FLOPs a second, see bench/floors.py")
+    parser.add_argument("--launch", type=float, default=0.0, help="seconds that a launch costs beyond its work")
+    parser.add_argument("--multiprocessors", type=int, default=132)
+    parser.add_argument("--weights", choices=list(BYTES))
+    parser.add_argument("--batch", type=int, default=1)
+    options = parser.parse_args(arguments)
+    card = Card(options.copy, options.matrix, options.launch, options.multiprocessors)
+    shape, cost = SHAPES[options.shape], shape_cost(options.shape)
+    slots, live = shape.prompt + shape.gen_length, shape.block_length
+    for name, positions in (("block", live), ("whole", slots)):
+        step = options.batch, slots, positions, live, options.batch * live
+        title = f"{options.shape}, a {name} step: {options.batch} x {positions} positions of {slots} slots"
+        title += f", {options.weights or 'bf16'} weights, {1e6 * card.launch:g} us a launch"
+        print_kernels(
+            step_kernels(cost, card, *step, options.weights), card, floor(cost, card, *step, options.weights), title
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,273 @@
+"""A block step of LLaDA-8B's shape as a CUDA graph, in several ways: which matmuls, chained or not, which tiles,
+whether a matmul's first weights are brought into L2 by a stream beside it while the small kernels before it run.
+
+    python -m bench.generation.steps [--layers 32] [--batch 1] [--weights fp8] [--head fp8] [--quick]
+
+Every way is recorded anew on the same buffers and replayed; milliseconds are medians, in turns. The floor is the
+weights, keys and values at the copy bandwidth measured in the same run.
+"""
+
+import argparse
+import contextlib
+import statistics
+import sys
+from collections import Counter
+from unittest import mock
+
+import torch
+import triton
+import triton.language as tl
+
+import dllm_fast
+from bench import floors
+from bench.common import SHAPES, build_model, machine
+from bench.generation.breakdown import kernel_group
+from bench.generation.cost import BYTES, Card, Cost, by_group, print_beside, step_kernels
+from dllm_fast import ops
+from dllm_fast.kernels import attention, glu, linear, linear_int4, norm, rope, round_rows
+from dllm_fast.patch import bound_family, bound_pool
+
+CHAINS = (attention, glu, linear, linear_int4, norm, rope, round_rows)
+TILES = {  # by `patch`'s weights; the first are those that ship
+    None: ({}, {"BK": 64, "num_stages": 5, "AHEAD": 4}, {"BN": 64, "BK": 256}),
+    "fp8": (
+        {}, {"split": True}, {"split": True, "AHEAD": 0}, {"split": True, "num_warps": 8},
+        {"split": True, "programs": 3, "num_stages": 3}, {"split": True, "programs": 1, "num_stages": 7},
+        {"split": True, "BN": 64, "programs": 4}, {"split": True, "BK": 256, "programs": 1},
+    ),
+    "int4": ({}, {"num_warps": 4}, {"num_stages": 3}, {"programs": 1}, {"BN": 64, "num_warps": 4, "programs": 4}),
+}  # fmt: skip
+SIZES = {None: 2, **BYTES}  # bytes of a weight
+BESIDE = (4, 8, 16, 32)  # MB of the next matmul's weights
+LINE = 4096  # bytes of a prefetch
+
+
+def unchained(device, programs) -> dict:
+    return {"CHAINED": False}
+
+
+@contextlib.contextmanager
+def way(tiles: dict | None, chained: bool, rows: int, weights: str | None):
+    """The matmul with ``tiles`` in place of those that ship; None: the one that served before (of int4, widening)."""
+    with contextlib.ExitStack() as stack:
+        if not chained:
+            for module in CHAINS:
+                stack.enter_context(mock.patch.object(module, "chained", unchained))
+        if weights == "int4":
+            if tiles is None:
+                stack.enter_context(mock.patch.object(linear_int4, "ROWS", 0))
+            else:
+                tiles = dict(tiles)
+                programs = tiles.pop("programs", linear_int4.PROGRAMS)
+                stack.enter_context(mock.patch.object(linear_int4, "PROGRAMS", programs))
+                configs = linear_int4.CONFIGS
+                key = next(n for n in configs if rows <= n)
+                stack.enter_context(mock.patch.dict(configs, {key: configs[key] | tiles}))
+        elif tiles is None:
+            stack.enter_context(mock.patch.object(linear, "AHEAD", ()))
+        else:
+            size = SIZES[weights]
+            tiles = dict(tiles)
+            stack.enter_context(mock.patch.object(linear, "AHEAD", (size,)))
+            programs = {size: tiles.pop("programs", linear.PROGRAMS[size])}
+            stack.enter_context(mock.patch.dict(linear.PROGRAMS, programs))
+            stack.enter_context(mock.patch.object(linear, "SPLIT", tiles.pop("split", False)))
+            configs = linear.CONFIGS[size]
+            key = next(n for n in configs if rows <= n)
+            stack.enter_context(mock.patch.dict(configs, {key: configs[key] | tiles}))
+        yield
+
+
+@triton.jit
+def _prefetch_kernel(at_ptr, LINE: tl.constexpr, LINES: tl.constexpr):
+    at = at_ptr.to(tl.int64) + (tl.program_id(0) * LINES + tl.arange(0, LINES)).to(tl.int64) * LINE
+    tl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], 4096; mov.b32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False,
+        pack=1,
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def beside(megabytes: int):
+    """After each matmul of a layer, a second stream brings the first of the next one's weights into L2.
+
+    Yields what joins that stream again. The order is that of a step's matmuls as they were seen in an eager one.
+    """
+    order, side = [], torch.cuda.Stream()
+    names = ("linear", "scaled_linear", "int4_linear", "swiglu_linear")
+    real = {name: getattr(ops, name) for name in names}
+    seen: dict[int, int] = {}
+
+    def wrapped(name):
+        def call(x, weight, *rest, **options):
+            y = real[name](x, weight, *rest, **options)
+            if torch.cuda.is_current_stream_capturing():
+                following = order[(seen[weight.data_ptr()] + 1) % len(order)]
+                side.wait_stream(torch.cuda.current_stream())
+                lines = min(following.nbytes, megabytes << 20) // LINE // 128
+                with torch.cuda.stream(side):
+                    _prefetch_kernel[(lines,)](following.view(torch.uint8), LINE=LINE, LINES=128)
+            elif weight.data_ptr() not in seen:
+                seen[weight.data_ptr()] = len(order)
+                order.append(weight)
+            return y
+
+        return call
+
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            stack.enter_context(mock.patch.object(ops, name, wrapped(name)))
+        yield lambda: torch.cuda.current_stream().wait_stream(side)
+
+
+def record(engine, kind: str, join=lambda: None) -> torch.cuda.CUDAGraph:
+    engine._step(kind, 0)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        engine._step(kind, 0)
+        join()
+    return graph
+
+
+def replay(graph, engine, mask_id: int) -> float:
+    """Milliseconds of one replay, all of the block's positions masked again beforehand."""
+    at = engine.slot[:, None] + engine.offsets
+    engine.canvas.scatter_(1, at, torch.full_like(at, mask_id))
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    graph.replay()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)
+
+
+def copy_rate(device) -> float:
+    """Bytes a second, read and written."""
+    x = torch.empty(1 << 30, dtype=torch.uint8, device=device)
+    y, times = torch.empty_like(x), []
+    for _ in range(10):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        y.copy_(x)
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 1e3)
+    return 2 * x.numel() / statistics.median(times)
+
+
+def floor(family, engine, weights: str | None, head: str | None, rate: float) -> float:
+    """Milliseconds of a block step's bytes: layers and head once, and keys and values."""
+    layers = sum(linear.weight.numel() for group in family.groups() for linear in group)
+    vocabulary = family.head()[0].numel() * SIZES[head]
+    kept = engine.cache.buffers.nbytes
+    return 1e3 * (layers * SIZES[weights] + vocabulary + kept) / rate
+
+
+def profile(graph, engine, mask_id: int, predicted: dict[str, float], top: int = 16) -> None:
+    """Launches of one replay, its kernels by their time, and their groups beside ``predicted`` microseconds."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        replay(graph, engine, mask_id)
+    spent: dict[str, list[float]] = {}
+    for event in profiler.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            spent.setdefault(event.name, []).append(event.self_device_time_total)
+    print(f"{sum(map(len, spent.values()))} launches")
+    for name, times in sorted(spent.items(), key=lambda item: -sum(item[1]))[:top]:
+        print(f"{sum(times) / 1e3:8.3f} ms {len(times):5d} x {statistics.median(times):7.1f} us  {name[:80]}")
+    measured: Counter = Counter()
+    for name, times in spent.items():
+        measured[kernel_group(name)] += sum(times)
+    print_beside(measured, predicted)
+
+
+def predict(model, engine, card: Card, positions: int, weights: str | None) -> dict[str, float]:
+    """Microseconds by group of a step in the way that is in force, see `bench.generation.cost`."""
+    shape = engine.rows, engine.slots, positions, engine.live, engine.rows * engine.live
+    return by_group(step_kernels(Cost.of(model), card, *shape, weights), card)
+
+
+@torch.no_grad()
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--weights", choices=["fp8", "int4"], help="of the layers, as `patch` rounds them")
+    parser.add_argument("--head", choices=["fp8"], help="the LM head in e4m3 too")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--quick", action="store_true", help="the ways that ship, before and after, alone")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("no CUDA device: graphs are what is timed", file=sys.stderr)
+        return 2
+    device = torch.device("cuda")
+    print(machine(device, torch.bfloat16))
+    shape = SHAPES["llada-8b"]
+    model = build_model(
+        type(shape)({**shape.config, "n_layers": options.layers}, *list(vars(shape).values())[1:]),
+        torch.bfloat16, device,
+    )  # fmt: skip
+    weights = options.weights
+    dllm_fast.patch(model, weights=weights, head=options.head)
+    mask_id = model.config.mask_token_id
+    ids = torch.randint(0, 1000, (options.batch, 768), device=device)
+    with way(None, False, 32, weights):
+        for _ in range(2):
+            dllm_fast.generate(model, ids, gen_length=256, block_length=32, schedule=dllm_fast.Uniform(16))
+    engine = next(iter(bound_pool(model)._engines.values()))
+    engine.slot.fill_(engine.slots - 64)
+    engine.count.fill_(2)
+    rows = 32 * options.batch
+    ways = {"before": (None, False, 0), "before, chained": (None, True, 0)}
+    if weights is None:
+        ways |= {f"before, {megabytes} MB beside": (None, False, megabytes) for megabytes in BESIDE}
+    for tiles in TILES[weights][: 2 if options.quick else None]:
+        ways |= {f"ours, not chained {tiles}": (tiles, False, 0), f"ours, chained {tiles}": (tiles, True, 0)}
+        ways |= {f"ours, chained {tiles}, 8 MB beside": (tiles, True, 8)}
+    graphs, hidden = {}, {}
+    for name, (tiles, chained, megabytes) in ways.items():
+        with way(tiles, chained, rows, weights), contextlib.ExitStack() as stack:
+            try:
+                join = stack.enter_context(beside(megabytes)) if megabytes else lambda: None
+                graphs[name] = record(engine, "block", join)
+                at = engine.slot[:, None] + engine.offsets
+                engine.canvas.scatter_(1, at, torch.full_like(at, mask_id))
+                hidden[name] = engine._evaluate("block", 0).float()
+            except Exception as error:
+                print(f"{name}: {type(error).__name__}: {str(error)[:200]}")
+    own = hidden["before"]
+    times: dict[str, list[float]] = {name: [] for name in graphs}
+    for _ in range(options.rounds):
+        for name, graph in graphs.items():
+            times[name].append(replay(graph, engine, mask_id))
+    rate = copy_rate(device)
+    least = floor(bound_family(model), engine, weights, options.head, rate)
+    print(f"copy {rate / 1e12:.2f} TB/s; floor {least:.2f} ms")
+    for name, values in times.items():
+        middle = statistics.median(values)
+        apart = ((hidden[name] - own).norm() / own.norm()).item()
+        span = f"{min(values):.3f}-{max(values):.3f}"
+        print(f"{middle:7.3f} ms ({span}) {middle / least:5.2f} x, hidden {apart:.1e}  {name}")
+    best = min(times, key=lambda name: statistics.median(times[name]))
+    matrix, launch = floors.product_rate("cuda", 8192, torch.bfloat16).median, floors.launch_seconds("cuda")
+    card = Card(rate, matrix, launch, torch.cuda.get_device_properties(device).multi_processor_count)
+    for name in ("before", best):
+        print(f"\n{name}:")
+        tiles, chained, _ = ways[name]
+        with way(tiles, chained, rows, weights):
+            predicted = predict(model, engine, card, engine.live, weights)
+        profile(graphs[name], engine, mask_id, predicted)
+    if not options.quick:
+        whole = {}
+        for name, (tiles, chained) in (("before", (None, False)), ("chained", ({}, True))):
+            with way(tiles, chained, rows, weights):
+                whole[name] = record(engine, "full")
+        for name, graph in whole.items():
+            values = [replay(graph, engine, mask_id) for _ in range(5)]
+            print(f"whole step, {name}: {statistics.median(values):.2f} ms")
+        predicted = predict(model, engine, card, engine.slots, weights)
+        profile(whole["chained"], engine, mask_id, predicted)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

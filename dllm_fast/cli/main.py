@@ -1,0 +1,191 @@
+"""The command line: ``dllm-fast generate``, ``demo``, ``config`` and ``verify``."""
+
+import argparse
+import functools
+import re
+import sys
+import time
+from contextlib import nullcontext
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from dllm_fast.cli.view import watching
+from dllm_fast.config import show_config
+from dllm_fast.decoding.request import CACHES, CONFIDENCES, before_end
+from dllm_fast.decoding.schedules import Threshold
+from dllm_fast.decoding.spelling import SCHEDULES, refresh_of, remask_of, schedule_of
+from dllm_fast.decoding.text import encode as text_ids
+from dllm_fast.decoding.text import token_ids
+from dllm_fast.errors import exit_code, require_utf8
+from dllm_fast.families.rounded import KINDS
+from dllm_fast.generate import Output, generate
+from dllm_fast.loading import end_of_text, from_pretrained, load_tokenizer, shipped
+
+HELD_BACK = ("suppress_tokens", "defer_tokens")  # `generate`'s arguments that name tokens
+
+
+def add_model_options(add) -> None:
+    """Options of `load`, but for ``--model``."""
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--dtype", choices=("float32", "bfloat16", "float16"))
+    add("--impl", default="auto")
+    add("--weights", choices=tuple(KINDS), help="multiply rounded copies of the layers' weights; default: as they are")
+    add("--trust-remote-code", action="store_true")
+
+
+def add_held_back(add) -> None:
+    """Options of `HELD_BACK`."""
+    add("--suppress-tokens", metavar="IDS", help="never chosen: ids or special tokens, separated by commas")
+    add("--defer-tokens", metavar="IDS", help="chosen when nothing else is left, likewise: '126081,<|eot_id|>'")
+
+
+def load(args: argparse.Namespace):
+    dtype = "auto" if args.dtype is None else getattr(torch, args.dtype)
+    if args.model in shipped() and args.dtype is None and args.device == "cpu":
+        dtype = torch.float32  # the files are bf16, which most CPUs only emulate
+    model = from_pretrained(args.model, dtype, args.device, args.impl, args.trust_remote_code, args.weights)
+    return model, load_tokenizer(args.model, args.trust_remote_code)
+
+
+def encode(tokenizer, text: str, mask_id: int, chat: bool) -> torch.Tensor:
+    r"""Ids [1, P]. ``[MASK]`` in the text becomes the mask id, whatever the tokenizer calls it; ``\[MASK]`` is text."""
+    if chat:
+        message = [{"role": "user", "content": text}]
+        text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+    parts = [part.replace(r"\[MASK]", "[MASK]") for part in re.split(r"(?<!\\)\[MASK\]", text)]
+    ids: list[int] = []
+    for i, part in enumerate(text_ids(tokenizer, parts, mask_id)):
+        ids += [mask_id, *part] if i else part
+    if not ids:
+        raise ValueError("--prompt: an empty prompt")
+    return torch.tensor([ids], dtype=torch.int64, device="cpu")
+
+
+def mask_of(args: argparse.Namespace, model, tokenizer) -> int:
+    known = (args.mask_id, model.config.mask_token_id, tokenizer.mask_token_id)
+    mask_id = next((i for i in known if i is not None), None)
+    if mask_id is None:
+        raise ValueError("--mask-id: neither the model's config nor its tokenizer names one")
+    return mask_id
+
+
+def standard_input() -> str:
+    """What stands on standard input, without the line's end."""
+    try:
+        return require_utf8("standard input", sys.stdin.read()).rstrip("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"standard input is not text: {error}") from None
+
+
+def run_generate(args: argparse.Namespace) -> int:
+    prompts = [require_utf8("--prompt", prompt) for prompt in args.prompt or ()] or [standard_input()]
+    model, tokenizer = load(args)
+    mask_id = mask_of(args, model, tokenizer)
+    if args.chat and not tokenizer.chat_template:
+        raise ValueError("--chat: this model's tokenizer has no chat template")
+    eos_ids = end_of_text(model, tokenizer)
+    held = {name: token_ids(f"--{name.replace('_', '-')}", getattr(args, name), tokenizer) for name in HELD_BACK}
+    for prompt in prompts:
+        ids = encode(tokenizer, prompt, mask_id, args.chat).to(args.device)
+        watch = nullcontext() if args.quiet else watching(tokenizer, mask_id, args.plain, eos_ids=eos_ids)
+        began = time.perf_counter()
+        with watch as streamer:
+            out = generate(
+                model, ids, gen_length=args.gen_length, block_length=args.block_length, schedule=args.schedule,
+                confidence=args.confidence, temperature=args.temperature, cfg_scale=args.cfg_scale, cache=args.cache,
+                refresh=args.refresh, remask=args.remask,
+                mask_id=mask_id, eos_id=eos_ids, seed=args.seed, streamer=streamer, **held,
+            )  # fmt: skip
+        seconds = time.perf_counter() - began
+        print(tokenizer.decode(out.sequences[0], skip_special_tokens=True))
+        print(report(out, made(out.sequences[0], ids[0], mask_id, eos_ids), seconds), file=sys.stderr)
+    return 0
+
+
+def made(sequence: torch.Tensor, prompt: torch.Tensor, mask_id: int, eos_ids: list[int]) -> int:
+    """Tokens that were generated: the prompt's [MASK]s, and the answer up to its first end of text, that included."""
+    answer = sequence[len(prompt) :].tolist()
+    text = len(before_end(answer, eos_ids))
+    return int((prompt == mask_id).sum()) + min(text + 1, len(answer))
+
+
+def report(out: Output, filled: int, seconds: float) -> str:
+    return (
+        f"[{filled} tokens, {out.nfe} NFE ({out.nfe_full} full, {out.nfe_block} block), "
+        f"{filled / seconds:.1f} tokens/s, {filled / out.nfe:.2f} tokens/NFE]"
+    )
+
+
+def run_demo(args: argparse.Namespace) -> int:
+    from dllm_fast.cli.demo import demo
+
+    demo(args.plain)
+    return 0
+
+
+def run_config(args: argparse.Namespace) -> int:
+    show_config()
+    return 0
+
+
+def run_verify(args: argparse.Namespace) -> int:
+    from dllm_fast.evaluate.verify import verify
+
+    model, tokenizer = load(args)
+    mask_id = mask_of(args, model, tokenizer)
+    files = (args.gsm8k, args.gsm8k_examples)
+    return int(verify(model, tokenizer, args.model, mask_id, args.impl, *files, args.batch_size))
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="dllm-fast", description="Masked-diffusion language models, fast.")
+    commands = top.add_subparsers(dest="command", required=True)
+    p = commands.add_parser("generate", help="continue or fill in text with any LLaDA or ModernBERT")
+    p.set_defaults(run=run_generate)
+    add = p.add_argument
+    add("--model", required=True, help=f"a folder, a hub name, or one that comes along: {', '.join(shipped())}")
+    masks = r"[MASK]s in it are filled, \[MASK] is text"
+    add("--prompt", action="append", help=f"may be given again; {masks}; default: standard input")
+    add("--gen-length", type=int, default=64, help="tokens to add after the prompt; 0 fills its [MASK]s alone")
+    add("--block-length", type=int, default=32)
+    add("--schedule", type=schedule_of, default=Threshold(0.9), help=f"{', '.join(SCHEDULES)}; uniform=32, say")
+    add("--confidence", choices=CONFIDENCES, default="probability")
+    add("--temperature", type=float, default=0.0)
+    add("--cfg-scale", type=float, default=0.0)
+    add("--cache", choices=CACHES, default="dual")
+    add("--refresh", type=refresh_of, default="block", help="block, every=BLOCKS, window=BEFORE,AFTER or drift=TAU")
+    add("--remask", type=remask_of, help="remdm=ETA, verify=THRESHOLD or p2=ETA")
+    add_held_back(add)
+    add("--mask-id", type=int, help="default: the model's own")
+    add("--seed", type=int)
+    add("--chat", action="store_true", help="put the prompt through the tokenizer's chat template")
+    add_model_options(add)
+    add("--plain", action="store_true", help="no live view")
+    add("--quiet", action="store_true", help="the text alone")
+    p = commands.add_parser("demo", help="watch the shipped models work, and what patching does to their speed")
+    p.set_defaults(run=run_demo)
+    p.add_argument("--plain", action="store_true", help="no live view")
+    p = commands.add_parser("verify", help="whether a model's own weights give, patched, what the published code gives")
+    p.set_defaults(run=run_verify)
+    add = p.add_argument
+    add("--model", required=True, help="a folder or a hub name: LLaDA-8B-Instruct, say")
+    add("--gsm8k", metavar="FILE", help="JSONL with question and answer: the first 100 are asked; default: left out")
+    add("--gsm8k-examples", metavar="FILE", help="likewise: four worked examples to put before each question")
+    add("--batch-size", type=int, default=8, help="problems answered together")
+    add("--mask-id", type=int, help="default: the model's own")
+    add_model_options(add)
+    p = commands.add_parser("config", help="versions, devices, and which code runs on them: for a bug report")
+    p.set_defaults(run=run_config)
+    return top
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    return exit_code(functools.partial(args.run, args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

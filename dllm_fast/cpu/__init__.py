@@ -1,0 +1,1 @@
+"""The compiled extension for CPUs: loading it, its ops, and which matmul serves."""

@@ -1,0 +1,96 @@
+"""Which matmul serves a model's linears on a CPU: the compiled extension's, or PyTorch's from some number of rows on.
+
+Which of them is faster depends on the processor: on what MKL, oneDNN and the extension each know of it. So it is
+measured, once in a process and for each dtype, when a model is first patched there. The extension's serves unless
+PyTorch's is clearly faster, since there a row does not depend on how many there are. The environment variable
+DLLM_FAST_MATMUL fixes the table, so that every process computes alike: ``DLLM_FAST_MATMUL=float32:never,bfloat16:256``
+is PyTorch's from 256 rows on in bf16, and never in fp32. `table` gives it in that form.
+"""
+
+import os
+import time
+
+import torch
+import torch.nn.functional as F
+
+from dllm_fast.cpu import compiled
+
+NEVER = 1 << 62
+FASTER = 0.9  # PyTorch's serves where it takes less than this share of the extension's time
+ROWS = (1024, 512, 256, 128, 64, 32, 16)
+OUTPUTS, INPUTS = 1536, 768  # of the weight that is measured with
+ROUNDS = 3
+
+# Rows from which PyTorch's serves, by dtype; a dtype that was not measured is the extension's at any number.
+pytorch_from: dict[torch.dtype, int] = {}
+
+
+def settle(dtype: torch.dtype) -> None:
+    """Fix the table for ``dtype``, one of `compiled.FLOATS`: from the environment, else by measuring. Once.
+
+    Raises:
+        ValueError: DLLM_FAST_MATMUL is not of the form that the module describes.
+    """
+    if dtype in pytorch_from:
+        return
+    fixed = _fixed()
+    rows = fixed[dtype] if dtype in fixed else _measured(dtype)
+    pytorch_from.setdefault(dtype, rows)  # of two threads the first decides for both
+
+
+def table() -> str:
+    """The table as DLLM_FAST_MATMUL takes it. Settles every dtype; raises as `settle` does."""
+    for dtype in compiled.FLOATS:
+        settle(dtype)
+    rows = {_name(dtype): pytorch_from[dtype] for dtype in compiled.FLOATS}
+    return ",".join(f"{dtype}:{'never' if first == NEVER else first}" for dtype, first in rows.items())
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _fixed() -> dict[torch.dtype, int]:
+    text = os.environ.get("DLLM_FAST_MATMUL", "")
+    dtypes, fixed = {_name(dtype): dtype for dtype in compiled.FLOATS}, {}
+    for entry in text.split(",") if text else ():
+        name, _, rows = entry.strip().partition(":")
+        if name not in dtypes or not (rows == "never" or (rows.isascii() and rows.isdigit() and int(rows) > 0)):
+            raise ValueError(
+                f"DLLM_FAST_MATMUL={text!r} in the environment; expected DTYPE:ROWS,..., DTYPE one of "
+                f"{', '.join(dtypes)} and ROWS 'never' or a number above 0"
+            )
+        fixed[dtypes[name]] = NEVER if rows == "never" else int(rows)
+    return fixed
+
+
+def _measured(dtype: torch.dtype) -> int:
+    """The fewest of `ROWS` from which on PyTorch's is clearly faster at each of them, or `NEVER`."""
+    make = torch.Generator(device="cpu").manual_seed(0)  # the caller's random numbers stay as they are
+    first = NEVER
+    with torch.inference_mode(), torch.autocast("cpu", enabled=False):
+        weight = torch.randn(OUTPUTS, INPUTS, generator=make, dtype=torch.float32, device="cpu").to(dtype)
+        for rows in ROWS:
+            x = torch.randn(rows, INPUTS, generator=make, dtype=torch.float32, device="cpu").to(dtype)
+            ours, theirs = _times(lambda x=x: compiled.linear(x, weight), lambda x=x: F.linear(x, weight))
+            if theirs >= FASTER * ours:
+                break
+            first = rows
+    return first
+
+
+def _times(ours, theirs) -> tuple[float, float]:
+    """The least seconds of each in turns, after one round that warms up; that one alone where it differs fourfold."""
+    best = None
+    for _ in range(ROUNDS + 1):
+        taken = [_seconds(run) for run in (ours, theirs)]
+        if best is None and taken[1] > 4 * taken[0]:
+            return taken[0], taken[1]
+        best = taken if best is None else [min(pair) for pair in zip(best, taken, strict=True)]
+    return best[0], best[1]
+
+
+def _seconds(run) -> float:
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began

@@ -1,0 +1,1 @@
+"""From a prompt to tokens: requests, steps, schedules, caches' refreshes, remasking."""

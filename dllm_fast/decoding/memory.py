@@ -1,0 +1,59 @@
+"""Whether a batch fits, found out before it is begun."""
+
+import math
+from pathlib import Path
+
+import torch
+
+from dllm_fast.decoding.engine import Options
+from dllm_fast.decoding.refresh import Drift
+
+LOGITS = 256  # rows of fp32 logits that are held at once where there is no fused kernel
+
+
+def need(family, options: Options, rows: int, slots: int, spare: int) -> int:
+    """Bytes that generating takes beside the weights: the cache, a full forward's activations, a chunk of logits."""
+    vocabulary, width = family.head()[0].shape
+    size = family.head()[0].element_size()
+    rows *= 2 if options.cfg_scale > 0 else 1
+    cache = 0
+    if options.cache != "none":
+        cache = 2 * family.layers * rows * (slots + spare) * family.kv_heads * family.head_dim * size
+        if isinstance(options.refresh, Drift):
+            cache += family.layers * rows * slots * width * size
+    # At the widest point of a layer: the residual stream and its norm, gate and up, and their product.
+    activations = rows * slots * (2 * width + 3 * family.ffn_width) * size
+    return cache + activations + 3 * min(LOGITS, rows * options.block_length) * vocabulary * 4
+
+
+def available(device: torch.device) -> int | None:
+    """Bytes that can still be had on ``device``, PyTorch's own free blocks included; None if there is no telling."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if device.type == "cpu":
+        try:
+            lines = Path("/proc/meminfo").read_text().splitlines()
+        except OSError:
+            return None
+        found = [line.split()[1] for line in lines if line.startswith("MemAvailable")]
+        return int(found[0]) * 1024 if found else None
+    return None
+
+
+def fits(family, options: Options, rows: int, slots: int, spare: int, held: int) -> bool:
+    """Whether a batch of this shape fits into what is free, less ``held`` bytes, as far as there is any telling."""
+    there = available(family.head()[0].device)
+    return there is None or need(family, options, rows, slots, spare) <= there - held
+
+
+def require_memory(family, options: Options, rows: int, slots: int, spare: int) -> None:
+    """Raise MemoryError, with the size needed and the size there is, if a batch of this shape does not fit."""
+    device = family.head()[0].device
+    wanted, there = need(family, options, rows, slots, spare), available(device)
+    if there is not None and wanted > there:
+        fits = math.floor(rows * there / wanted)
+        raise MemoryError(
+            f"{rows} rows of {slots} positions need {wanted / 2**30:.1f} GiB on {device} beside the weights, and "
+            f"{there / 2**30:.1f} GiB are free; about {fits} rows would fit"
+        )

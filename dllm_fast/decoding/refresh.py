@@ -1,0 +1,74 @@
+"""When, and for which positions, stale keys and values are computed again.
+
+The question comes up at the first step of each block. A row's own first block is a full forward under every policy;
+the policies differ in the later ones. Whatever the policy, the block before the live one is computed again: its last
+tokens were written after its last evaluation, so its keys and values still stand for [MASK]s.
+"""
+
+from dataclasses import dataclass
+
+from dllm_fast.decoding.values import keep_number, keep_whole
+
+
+@dataclass(frozen=True)
+class Every:
+    """A full forward at every ``blocks``-th block; the others begin with the block before and their own.
+
+    ``Every(1)`` is ``"block"``.
+    """
+
+    blocks: int
+
+    def __post_init__(self) -> None:
+        keep_whole(self, "blocks", 1)
+
+    def full(self, block: int) -> bool:
+        return block % self.blocks == 0
+
+    def span(self, block_length: int) -> tuple[int, int]:
+        """Positions before and after the live block that its first step computes where it is no full forward."""
+        return block_length, 0
+
+
+@dataclass(frozen=True)
+class Window:
+    """A block begins with itself, ``before`` positions before it and ``after`` positions after it; the far prefix
+    and suffix stay as they were. ``before`` of a block length or more brings the block before up to date."""
+
+    before: int
+    after: int = 0
+
+    def __post_init__(self) -> None:
+        keep_whole(self, "before", 0)
+        keep_whole(self, "after", 0)
+
+    def full(self, block: int) -> bool:
+        return block == 0
+
+    def span(self, block_length: int) -> tuple[int, int]:
+        return self.before, self.after
+
+
+@dataclass(frozen=True)
+class Drift:
+    """A block begins with the block before and itself, and the change of their value vectors decides.
+
+    In each layer, ``d = mean_j ||v_j' - v_j|| / ||v_j||`` over those positions. From the first layer where d passes
+    ``tau`` on, every position is computed again, from the hidden states that entered that layer when it was last
+    computed; the layers below stay. (The layer-wise rule of Elastic-Cache, arXiv:2510.14973, with the values' drift
+    in place of attention's.) Keeps the hidden states: as much memory again as half a cache without grouped heads.
+    """
+
+    tau: float = 0.2
+
+    def __post_init__(self) -> None:
+        keep_number(self, "tau", "a number from 0 up", lambda number: number >= 0)
+
+    def full(self, block: int) -> bool:
+        return block == 0
+
+    def span(self, block_length: int) -> tuple[int, int]:
+        return block_length, 0
+
+
+Refresh = Every | Window | Drift

@@ -1,0 +1,93 @@
+"""Self-correction: which committed tokens of the live block a step opens again.
+
+After a step has kept what its schedule says, a policy looks at the committed tokens' probabilities as the step's
+evaluation sees them, and gives each an urgency; the engine opens the most urgent, within a bound:
+
+- a schedule with counts opens at most as many as the step leaves masked, and fills as many others in the same step,
+  so that the block ends after the steps it was planned to have, with nothing open;
+- under Threshold, Factor and EntropyBound a row opens at most ``block_length`` positions a block. Each step keeps at
+  least one, so a block of n positions ends within n + block_length steps.
+
+The evaluated token is in the model's view; nothing is masked to be verified.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from dllm_fast.decoding.values import keep_share
+
+STAYS = float("-inf")
+
+
+def ranks(score: torch.Tensor) -> torch.Tensor:
+    """Each position's place in its row, [B, T], from the highest score on; ties to the lowest position."""
+    return score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+
+
+@dataclass
+class Committed:
+    """What a policy sees of a block, after the step's tokens were kept; each [B, T] but the last."""
+
+    before: torch.Tensor  # bool: committed before this step
+    now: torch.Tensor  # fp32: probability of the position's token, for a masked position of the one predicted
+    then: torch.Tensor  # fp32: of a committed token, when it was committed
+    masked: torch.Tensor  # bool: masked at the step's beginning
+    kept: torch.Tensor  # [B] int64: how many of those the step kept
+
+
+@dataclass(frozen=True)
+class ReMDM:
+    """A share of the committed tokens, those whose probability fell most since they were committed
+    (ReMDM, arXiv:2503.00307, the rescaled schedule): ``round(eta sigma n)`` of n committed ones, with
+    ``sigma = min(1, (1 - alpha_s) / alpha_t)`` and alpha the share of the block that is filled before and after."""
+
+    eta: float = 0.1
+
+    def __post_init__(self) -> None:
+        keep_share(self, "eta")
+
+    def urgency(self, block: Committed) -> torch.Tensor:
+        filled = block.before.sum(1)  # [B]
+        left = block.masked.sum(1) - block.kept
+        share = self.eta * (left.float() / filled.clamp(min=1)).clamp(max=1) * filled
+        fell = (block.then - block.now).where(block.before, STAYS)  # [B, T]
+        rank = ranks(fell)
+        return fell.where((fell > 0) & (rank < (share + 0.5).floor()[:, None]), STAYS)
+
+
+@dataclass(frozen=True)
+class Verify:
+    """Every committed token whose probability is below ``threshold``: draft with a low `Threshold`, verify with a
+    higher one (WINO, arXiv:2507.18578, which evaluates a second, masked copy of the block instead)."""
+
+    threshold: float = 0.7
+
+    def __post_init__(self) -> None:
+        keep_share(self, "threshold")
+
+    def urgency(self, block: Committed) -> torch.Tensor:
+        return (-block.now).where(block.before & (block.now < self.threshold), STAYS)
+
+
+@dataclass(frozen=True)
+class P2:
+    """Path planning with the model as its own planner (P2, arXiv:2502.03540): of all positions of the block, as many
+    as are filled after the step stay, those with the highest score: the log-probability of a masked position's
+    prediction, and ``eta`` times that of a committed token. ``eta=0`` opens nothing."""
+
+    eta: float = 1.0
+
+    def __post_init__(self) -> None:
+        keep_share(self, "eta")
+
+    def urgency(self, block: Committed) -> torch.Tensor:
+        score = block.now.clamp(min=1e-30).log()  # [B, T]
+        score = torch.where(block.before, self.eta * score, score)
+        score = score.where(block.before | block.masked, STAYS)
+        rank = ranks(score)
+        stay = rank < (block.before.sum(1) + block.kept)[:, None]
+        return (-score).where(block.before & ~stay, STAYS)
+
+
+Remask = ReMDM | Verify | P2

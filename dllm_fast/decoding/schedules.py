@@ -1,0 +1,215 @@
+"""How many of a block's masked positions each step keeps.
+
+A schedule either knows beforehand what each step of a block keeps (`counts`) or leaves it to a rule on the step's
+confidences, one of `ops.commit`'s (`rule`). Which positions are kept is the confidence's business; a schedule that is
+defined by one names it (`confidence`), and then the caller's is not asked.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from dllm_fast.decoding.values import keep_number, keep_whole
+
+NOISES = ("linear", "cosine", "loglinear")
+FINEST = 2**20  # times of an ancestral grid in one block: 8 MB a row, and far more than any block has positions
+
+
+def _require(good: bool, message: str) -> None:
+    if not good:
+        raise ValueError(f"schedule: {message}")
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """A schedule whose `counts` say it all."""
+
+    confidence: ClassVar[str | None] = None
+    rule: ClassVar[dict] = {}
+
+    def check(self, blocks: int, masked: int) -> None:
+        """Raises ValueError if a row of ``blocks``, the fullest with ``masked`` positions to fill, cannot be planned.
+
+        What a schedule was made with was checked then.
+        """
+
+    def check_confidence(self, confidence: str) -> None:
+        """Raises ValueError if the schedule's values make no sense for this ``confidence``."""
+
+    def counts(
+        self,
+        masked: torch.Tensor,  # [B] int64, on the host: positions to fill in this block
+        blocks: torch.Tensor,  # [B] int64: blocks of each row's run
+        draw: Callable[[], torch.Tensor],  # [B, T] fp64: uniform noise of the block's positions, 2 where none is open
+    ) -> list[tuple[int, torch.Tensor]] | None:
+        """(step's number, positions kept [B]) of each step that keeps any; None: `rule` decides."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Uniform(_Planned):
+    """``steps`` in all, shared equally by the blocks; of a block's n masked positions and s steps each step keeps
+    ``n // s``, the first ``n % s`` steps one more (LLaDA, arXiv:2502.09992)."""
+
+    steps: int
+
+    def __post_init__(self) -> None:
+        keep_whole(self, "steps", 1)
+
+    def check(self, blocks: int, masked: int) -> None:
+        _require(self.steps % blocks == 0, f"Uniform: steps={self.steps} is not a multiple of the {blocks} blocks")
+        _require(
+            self.steps // blocks <= masked,
+            f"Uniform: steps={self.steps} over {blocks} blocks is more than the {masked} positions of a block",
+        )
+
+    def counts(self, masked, blocks, draw):
+        share = self.steps // blocks  # [B]
+        found = []
+        for step in range(int(torch.minimum(share, masked).max())):
+            found.append((step, (masked // share + (step < masked % share)) * (step < share)))
+        return found
+
+
+@dataclass(frozen=True)
+class Pyramid(_Planned):
+    """Step i of a block keeps ``i // factor + 1``, so few tokens while little is known and more as it fills: factor 1
+    takes 8 steps for 32 positions. As many steps as the block needs."""
+
+    factor: int = 1
+
+    def __post_init__(self) -> None:
+        keep_whole(self, "factor", 1)
+
+    def counts(self, masked, blocks, draw):
+        found, kept = [], 0
+        while kept < int(masked.max()):
+            step = len(found)
+            found.append((step, (masked - kept).clamp(0, step // self.factor + 1)))
+            kept += step // self.factor + 1
+        return found
+
+
+@dataclass(frozen=True)
+class FirstHitting(_Planned):
+    """One position at a time, at the times at which the reverse process hits them (arXiv:2409.02908).
+
+    The times order the positions uniformly at random and enter a time-agnostic model no further, so a step keeps one
+    masked position drawn at random. At temperature 1 that samples the masked-diffusion process exactly.
+    """
+
+    confidence: ClassVar[str | None] = "random"
+
+    def counts(self, masked, blocks, draw):
+        return [(step, (step < masked).long()) for step in range(int(masked.max()))]
+
+
+@dataclass(frozen=True)
+class Ancestral(_Planned):
+    """The reverse posterior on a grid (MDLM, arXiv:2406.07524): from time t to s every masked position is kept with
+    probability ``(alpha_s - alpha_t) / (1 - alpha_t)``, by itself; at temperature 1.
+
+    ``steps`` in all, shared equally by the blocks, each block's times going from 1 to 0. ``noise``: alpha is
+    ``1 - t`` ("linear"), ``cos(pi t / 2)`` ("cosine") or ``1 - (1 - 10^-3) t`` ("loglinear"). The draws do not depend
+    on the model, so they are made first, and grid steps that keep nothing in any row are not evaluated.
+    """
+
+    steps: int
+    noise: str = "linear"
+    confidence: ClassVar[str | None] = "random"
+
+    def __post_init__(self) -> None:
+        keep_whole(self, "steps", 1)
+        if not isinstance(self.noise, str) or self.noise not in NOISES:
+            raise ValueError(f"Ancestral: noise={self.noise!r} is not one of {', '.join(map(repr, NOISES))}")
+
+    def check(self, blocks: int, masked: int) -> None:
+        _require(self.steps % blocks == 0, f"Ancestral: steps={self.steps} is not a multiple of the {blocks} blocks")
+        _require(
+            self.steps // blocks <= FINEST,
+            f"Ancestral: steps={self.steps} over {blocks} blocks is more than {FINEST} in one block",
+        )
+
+    def _alpha(self, t: torch.Tensor) -> torch.Tensor:
+        if self.noise == "cosine":
+            return torch.cos(math.pi / 2 * t)
+        return 1 - t if self.noise == "linear" else 1 - (1 - 1e-3) * t
+
+    def counts(self, masked, blocks, draw):
+        share = (self.steps // blocks)[:, None]  # [B, 1]
+        grid = torch.arange(1, int(share.max()) + 1, dtype=torch.float64, device=share.device)
+        time = 1 - grid / share  # [B, n]: each step's end
+        begin = self._alpha(torch.ones((), dtype=torch.float64, device=share.device))
+        # The product of (1 - alpha_s) / (1 - alpha_t) over a position's steps telescopes into the share still masked.
+        reached = (self._alpha(time.clamp(min=0)) - begin) / (1 - begin)
+        reached[time <= 0] = 1.0  # cos(0) and the division leave it within rounding of 1
+        hit = torch.searchsorted(reached, draw())  # [B, T]: each position's step; a draw of 2 is in none
+        found = [(step, (hit == step).sum(1)) for step in range(reached.shape[1])]
+        return [(step, count) for step, count in found if bool(count.any())]
+
+
+@dataclass(frozen=True)
+class _Adaptive(_Planned):
+    def counts(self, masked, blocks, draw):
+        return None
+
+
+@dataclass(frozen=True)
+class Threshold(_Adaptive):
+    """Every position whose confidence reaches ``threshold``, and always the best (Fast-dLLM, arXiv:2505.22618).
+
+    At most 1, which no confidence exceeds, and not 0, which any reaches. Below 0 it is for ``confidence="entropy"``,
+    the negative entropy in nats: -0.5, say.
+    """
+
+    threshold: float = 0.9
+
+    def __post_init__(self) -> None:
+        wanted = "a number above 0 and up to 1, or for confidence='entropy' a finite one below 0"
+        keep_number(self, "threshold", wanted, lambda number: number <= 1 and number != 0 and math.isfinite(number))
+
+    def check_confidence(self, confidence: str) -> None:
+        _require(
+            self.threshold > 0 or confidence == "entropy",
+            f"Threshold: threshold={self.threshold} is below every confidence={confidence!r}, which begin at 0",
+        )
+
+    @property
+    def rule(self) -> dict:
+        return {"threshold": self.threshold}
+
+
+@dataclass(frozen=True)
+class Factor(_Adaptive):
+    """The largest k with ``(k + 1) (1 - c_k) < factor``, c sorted downwards, and always one (Fast-dLLM)."""
+
+    factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        keep_number(self, "factor", "a positive finite number", lambda number: 0 < number < math.inf)
+
+    @property
+    def rule(self) -> dict:
+        return {"factor": self.factor}
+
+
+@dataclass(frozen=True)
+class EntropyBound(_Adaptive):
+    """The most certain positions whose entropies, without the largest, sum to at most ``gamma`` nats
+    (EB-Sampler, arXiv:2505.24857): a bound on how far sampling them at once is from one after the other."""
+
+    gamma: float = 0.1
+    confidence: ClassVar[str | None] = "entropy"
+
+    def __post_init__(self) -> None:
+        keep_number(self, "gamma", "a finite number from 0 up", lambda number: 0 <= number < math.inf)
+
+    @property
+    def rule(self) -> dict:
+        return {"bound": self.gamma}
+
+
+Schedule = Uniform | Pyramid | FirstHitting | Ancestral | Threshold | Factor | EntropyBound

@@ -1,0 +1,203 @@
+"""Rows seated in an engine, block after block, until each is done.
+
+All rows of a batch begin a block together; rows that are done leave at its end, and prompts that wait take their seats.
+The host reads what the device has filled where it needs to know: when a row is done, and after every block where an end
+of text may be in it or a streamer waits for it. Between other blocks of a schedule with counts nothing is read, and the
+device never waits for the host.
+"""
+
+import contextlib
+import functools
+from collections.abc import Iterator
+
+import torch
+
+from dllm_fast.decoding.device import as_written, on_host
+from dllm_fast.decoding.engine import Engine
+from dllm_fast.decoding.graphs import records
+from dllm_fast.decoding.memory import fits, require_memory
+from dllm_fast.decoding.pool import Pool
+from dllm_fast.decoding.request import Request, Row
+from dllm_fast.families.linears import stamp
+from dllm_fast.kernels import reference
+
+STEP = 64  # slots are a multiple of it where steps are recorded, so that prompts of many lengths share a recording
+SHRINK = 0.75  # an engine gives way to a smaller one when the rows fit in this share of its slots
+PLAN_STEP = (1 << 32) - 1  # the step number under which a schedule's own draws are made; no step of a block has it
+
+
+def rounded_up(slots: int) -> int:
+    """The slots of an engine whose steps are recorded, for rows that need ``slots``."""
+    return -(-slots // STEP) * STEP
+
+
+class Server:
+    """Seats rows in an engine and runs it block by block."""
+
+    def __init__(self, model, family, pool: Pool, request: Request, rows: list[Row], seats: int, streamer=None):
+        self.family, self.pool, self.parameters = family, pool, list(model.parameters())
+        self.device, self.request = family.head()[0].device, request
+        self.finished = [row for row in rows if row.done]  # nothing to fill
+        self.waiting = sorted((row for row in rows if not row.done), key=lambda row: -len(row.ids))
+        self.seated: list[Row] = []
+        self.going: list[Row] = []  # those of them that are not done
+        self.engine = self.key = None
+        self.recorded = records(self.device, family.impl)
+        self.stream = None if streamer is None else _Stream(streamer, rows[0])
+        self.seats = min(seats, len(self.waiting))
+        if self.seats:
+            self._require_memory(self._plan(self.waiting, self.seats))
+
+    def serve(self) -> Iterator[Row]:
+        """Yield rows as they are done. Threads take turns, a block each; every run has buffers of its own."""
+        yield from self.finished
+        while self.waiting or not all(row.done for row in self.going):
+            # The buffers of an engine that is kept are ordinary tensors, whatever mode the call comes in.
+            with torch.inference_mode(False), torch.no_grad(), as_written(self.device), self.pool.lock:
+                if not self.going or any(row.done for row in self.going):
+                    self._seat()
+                self._block()
+            yield from (row for row in self.going if row.done)
+        if self.engine is not None:
+            self.pool.give(self.key, self.engine)
+        if self.stream is not None:
+            self.stream.end()
+
+    @contextlib.contextmanager
+    def seated_engine(self) -> Iterator[Engine]:
+        """The engine that `serve` would begin with, its rows in it, to be kept for a call that needs one like it."""
+        with torch.inference_mode(False), torch.no_grad(), as_written(self.device), self.pool.lock:
+            self._seat()
+            yield self.engine
+            self.pool.give(self.key, self.engine)
+
+    def _plan(self, rows: list[Row], seats: int) -> tuple[int, int, int, bool]:
+        """(seats, slots, spare slots, padded) of an engine for ``rows``, of which ``seats`` sit at a time."""
+        slots, spare, options = max(len(row.ids) for row in rows), 0, self.request.options
+        if options.cache == "prefix":
+            spare = 0 if options.refresh.full(1) else options.refresh.span(options.block_length)[0]
+            firsts = [slots - len(row.ids) + first for row in rows for first, _ in row.blocks]
+            if seats > 1:
+                spare += max(firsts) - min(firsts)
+        if self.recorded:
+            return seats, rounded_up(slots), rounded_up(spare), True
+        return seats, slots, spare, any(len(row.ids) < slots for row in rows)
+
+    def _key(self, plan: tuple[int, int, int, bool]) -> tuple:
+        """Of an engine in the pool. Graphs hold addresses: of weights, and of what was made from them."""
+        return self.request.options, plan, tuple(map(stamp, self.parameters))
+
+    def _require_memory(self, plan: tuple[int, int, int, bool]) -> None:
+        """Raise MemoryError if a new engine would not fit even without those that the pool keeps."""
+        if self._key(plan) in self.pool:
+            return
+        if not fits(self.family, self.request.options, *plan[:3], self.pool.recorded):
+            self.pool.clear()
+        require_memory(self.family, self.request.options, *plan[:3])
+
+    def _seat(self) -> None:
+        """Give the seats of rows that are done to rows that wait; where none waits, do without those seats."""
+        rows = list(self.seated) or [None] * self.seats
+        for seat, row in enumerate(rows):
+            if (row is None or row.done) and self.waiting:
+                rows[seat] = self.waiting.pop(0)
+        self.going = [row for row in rows if not row.done]
+        stayed = self._stay(rows)
+        # An idle seat goes along with the first row, and has nothing to fill.
+        ids = self.going[0].ids
+        idle = Row(-1, 0, ids, torch.zeros_like(ids, dtype=torch.bool), [], self.request.options.mask_id)
+        self.seated = [idle if rows[seat].done else rows[seat] for seat in stayed]
+        plan = self._plan(self.going + self.waiting, len(stayed))
+        old = self.engine
+        if old is None or len(stayed) < old.rows or plan[1] <= SHRINK * old.slots:
+            key = self._key(plan)
+            self.engine = self.pool.take(key) or Engine(self.family, self.request.options, *plan)
+            if old is not None:
+                self.engine.take_over(old, stayed)
+                self.pool.give(self.key, old)
+            self.key = key
+            self.engine.seed.fill_(self.request.seed)
+        self.engine.load(self.seated)
+
+    def _stay(self, rows: list[Row]) -> list[int]:
+        """Which seats stay: those that are taken; where steps are recorded others too, until half of all would do."""
+        taken = [seat for seat, row in enumerate(rows) if not row.done]
+        seats = len(rows) if self.recorded else len(taken)
+        while seats // 2 >= len(taken):
+            seats //= 2
+        idle = [seat for seat, row in enumerate(rows) if row.done]
+        return sorted(taken + idle[: seats - len(taken)])
+
+    def _block(self) -> None:
+        """Fill each seated row's next block."""
+        engine = self.engine
+        rows = [self.going[0] if row.done else row for row in self.seated]
+        slot = on_host([max(0, row.blocks[row.next][0] + engine.slots - len(row.ids)) for row in rows])
+        masked = on_host([0 if row.done else row.blocks[row.next][1] for row in self.seated])
+        blocks = on_host([len(row.blocks) for row in rows])
+        draw = functools.partial(self._draw, slot, masked)
+        plan = self.request.options.schedule.counts(masked, blocks, draw)
+        number = on_host([row.next for row in rows])
+        fresh = on_host([self.request.options.refresh.full(row.next) for row in rows], torch.bool)
+        draft = None
+        if self.stream is not None:
+            self.stream.flush()
+            draft = functools.partial(self.stream.draft, engine, int(slot[0]) + engine.live)
+        engine.block(slot, number, plan, fresh, draft)
+        for row, counts in zip(self.seated, engine.counts, strict=True):
+            if not row.done:
+                row.counts.add(counts)
+                row.next += 1
+        if self.request.eos_ids or self.stream is not None or any(row.done for row in self.going):
+            self._take_in()
+
+    def _draw(self, slot: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
+        """Uniform noise [B, T] of the positions that a block of each row has to fill, on the host; 2 elsewhere.
+
+        From its first slot [B] on; the last ``masked`` [B] of the open ones are its own.
+        """
+        pad = on_host([self.engine.slots - len(row.ids) for row in self.seated])
+        at = slot[:, None] + torch.arange(self.engine.live, device="cpu") - pad[:, None]  # [B, T] positions
+        noise = on_host([row.noise for row in self.seated])[:, None].expand_as(at)
+        drawn = reference.uniform(self.request.seed, PLAN_STEP, noise.flatten(), at.flatten()).view_as(at)
+        left = torch.stack([row.left()[own.clamp(min=0)] for row, own in zip(self.seated, at, strict=True)]) & (at >= 0)
+        # What earlier blocks filled is [MASK] here still, where it was not read.
+        left &= left.flip(1).cumsum(1).flip(1) <= masked[:, None]
+        return drawn.where(left, 2.0)
+
+    def _take_in(self) -> None:
+        """Read what the seated rows have become."""
+        engine = self.engine
+        canvas, bad = engine.read()
+        for row, ids, when in zip(self.seated, canvas, bad, strict=True):
+            if when is not None:
+                block, step = when
+                raise ValueError(
+                    f"model: logits are NaN or infinite at step {step} of block {block} of row {row.index}: "
+                    f"weights that are, or activations too large for {engine.weight.dtype}"
+                )
+            row.take(ids[engine.slots - len(row.ids) :], self.request.eos_ids, self.request.pad_id)
+        if self.stream is not None:
+            self.stream.flush()
+
+
+class _Stream:
+    """Hands a row to a transformers streamer: everything up to the first position still open."""
+
+    def __init__(self, streamer, row: Row):
+        self.streamer, self.row, self.shown = streamer, row, 0
+
+    def flush(self) -> None:
+        left = self.row.left().nonzero()[:, 0]
+        end = int(left[0]) if len(left) else len(self.row.ids)
+        if end > self.shown:
+            self.streamer.put(self.row.ids[self.shown : end].clone())
+            self.shown = end
+
+    def draft(self, engine: Engine, end: int) -> None:
+        if hasattr(self.streamer, "put_draft"):
+            sequence, pad = engine.canvas[0].to("cpu", copy=True), engine.slots - len(self.row.ids)
+            self.streamer.put_draft(sequence[pad:][self.shown : max(end - pad, self.shown)], sequence=sequence[pad:])
+
+    def end(self) -> None:
+        self.streamer.end()

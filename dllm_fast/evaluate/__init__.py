@@ -1,0 +1,1 @@
+"""Evaluation: lm-eval's model, likelihoods, checks against published figures."""

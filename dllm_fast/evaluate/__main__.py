@@ -1,0 +1,6 @@
+"""`python -m dllm_fast.evaluate`: lm-eval's command line, with the model `dllm_fast` registered."""
+
+from dllm_fast.evaluate.harness import main
+
+if __name__ == "__main__":
+    main()

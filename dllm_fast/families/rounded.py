@@ -1,0 +1,219 @@
+"""Rounded weights of the layers' linear products, in e4m3 (`fp8`) or four bits (`int4`).
+
+Of a model that `patch` rounds they are copies: its parameters stay beside them, for its own forward and for training.
+Of one that was loaded rounded (`shards`) they are all there is. The LM head's weight is rounded where that is asked for
+by itself, always beside the parameter, which a tied model's embedding reads.
+"""
+
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from dllm_fast import ops
+from dllm_fast.families.bypass import class_name
+from dllm_fast.families.fp8 import Fp8
+from dllm_fast.families.int4 import Int4
+from dllm_fast.families.linears import plain, wants_grad
+
+KINDS = {"fp8": Fp8, "int4": Int4}  # by what `patch` calls them
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+
+
+def check(kind: str, model: nn.Module, groups: Iterable[tuple[nn.Module, ...]], device: torch.device) -> None:
+    """Raise ValueError where PyTorch cannot hold such weights, or if a module of the layers is no ``nn.Linear``."""
+    require_kind(kind, device)
+    names = {module: name for name, module in model.named_modules()}
+    for linear in (linear for linears in groups for linear in linears):
+        if not isinstance(linear, RoundedLinear) and not plain(linear):
+            raise ValueError(f"weights={kind!r}: {names[linear]} {_more(linear)}")
+
+
+def _more(linear: nn.Module) -> str:
+    """What a module of the layers is or has beyond a plain ``nn.Linear``, whose weight alone would be read."""
+    if type(linear) is not nn.Linear:
+        return f"is a {class_name(linear)}, not a plain nn.Linear"
+    hooks = [*linear._forward_pre_hooks.values(), *linear._forward_hooks.values()]
+    if hooks:
+        named = ", ".join(getattr(hook, "__qualname__", class_name(hook)) for hook in hooks)
+        return f"has a hook that rounded weights would pass by: {named}; remove it first"
+    if "forward" in linear.__dict__:
+        return "has a forward of its own (an Accelerate hook, say) that rounded weights would pass by; remove it first"
+    return f"has a {class_name(linear._parameters.get('weight'))} for a weight, not a plain parameter"
+
+
+def require_kind(kind: str, device: torch.device, argument: str = "weights") -> None:
+    """Raise ValueError, naming `patch`'s ``argument``, where ``device`` cannot round and multiply such weights.
+
+    It is tried on a small one.
+    """
+    try:
+        matrix = KINDS[kind](1, 16, device)
+        ones = torch.ones(1, 16, dtype=torch.float32, device=device)
+        matrix.write(0, ones)
+        matrix.product(ones, False, "torch")
+    except (AttributeError, RuntimeError, TypeError) as error:
+        lacks = {"fp8": "has no float8_e4m3fn", "int4": "cannot round to four bits"}[kind]
+        raise ValueError(f"{argument}={kind!r}: PyTorch {torch.__version__} {lacks} on {device}") from error
+
+
+@dataclass
+class Held:
+    """The rounded weights of a group of linears, one below the other, that were loaded so."""
+
+    kind: str
+    rows: int = 0
+    matrix: Fp8 | Int4 | None = None  # None while it is being loaded
+
+
+class RoundedLinear(nn.Module):
+    """An ``nn.Linear`` whose weight is some rows of a rounded matrix, and no parameter: it cannot be trained or saved.
+
+    x [..., in] to [..., out], as the model's own forward calls it. Raises ValueError where a gradient is wanted.
+    """
+
+    def __init__(self, linear: nn.Linear, held: Held, first: int):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.bias = linear.bias
+        self.held, self.first = held, first
+        held.rows += linear.out_features
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training or wants_grad([x, *self.parameters()]):
+            raise ValueError(f"model: it was loaded with weights={self.held.kind!r}, which cannot be trained")
+        y = self.held.matrix.take(self.first, self.out_features).product(x, False, "torch")
+        return y if self.bias is None else y + self.bias
+
+    def _apply(self, fn, recurse: bool = True) -> "RoundedLinear":
+        """``.to()`` and its like move the weights as bits: what is not floating-point is not cast to another dtype."""
+        super()._apply(fn, recurse)
+        matrix = self.held.matrix
+        for name, x in vars(matrix).items() if matrix is not None else ():
+            if isinstance(x, torch.Tensor):
+                setattr(matrix, name, fn(x.view(BITS[x.element_size()])).view(x.dtype))
+        return self
+
+    def _save_to_state_dict(self, *args) -> None:
+        super()._save_to_state_dict(*args)
+        if self.held.matrix is not None:
+            raise ValueError(
+                f"model: it was loaded with weights={self.held.kind!r} and holds no weights that could be saved; save "
+                "what it was loaded from"
+            )
+
+    def _load_from_state_dict(self, *args) -> None:
+        if self.held.matrix is not None:
+            raise ValueError(f"model: it was loaded with weights={self.held.kind!r}, which no state dict replaces")
+        super()._load_from_state_dict(*args)
+
+
+def loaded_kind(model: nn.Module) -> str | None:
+    """What a model was loaded with as ``weights``, where it has no others; None where it has its own."""
+    return next((module.held.kind for module in model.modules() if isinstance(module, RoundedLinear)), None)
+
+
+@dataclass
+class _Copy:
+    sources: list[nn.Parameter]  # held, so that no other weight can come to lie where they do
+    stamps: list[tuple]  # of the sources, see `Copies._stamps`
+    matrix: Fp8 | Int4  # their rows, one weight below the other
+
+
+class Copies:
+    """`weights.products` from rounded copies, which are made anew when the weights they were made from have changed.
+
+    A change is seen by the parameter's version, which optimizers and ``load_state_dict`` raise, or by its place. What
+    writes through ``parameter.data`` raises nothing: patch again. Under ``torch.compile`` no change is seen.
+    """
+
+    def __init__(self, kind: str):
+        self.kind = kind
+        self.copies: dict[nn.Module, _Copy] = {}  # by a group's first linear
+
+    def refresh(self, groups: Iterable[tuple[nn.Module, ...]]) -> None:
+        """Copy every group anew."""
+        for linears in groups:
+            if not isinstance(linears[0], RoundedLinear):
+                self.copies[linears[0]] = self._copied(linears)
+
+    def __call__(
+        self, x: torch.Tensor, *linears: nn.Module, gated: bool = False, impl: str = "torch"
+    ) -> tuple[torch.Tensor, ...]:
+        """``linear(x)`` of each, [..., out], with rounded weights; without rounding where a gradient is wanted."""
+        parameters = (parameter for linear in linears for parameter in linear.parameters())
+        if wants_grad(itertools.chain([x], parameters)):
+            parts = tuple(linear(x) for linear in linears)
+            return (ops.swiglu(*parts, impl=impl),) if gated else parts
+        matrix, widths = self._matrix(linears), [linear.out_features for linear in linears]
+        if not any(linear.bias is not None for linear in linears):
+            y = matrix.product(x, gated, impl)
+            return (y,) if gated else y.split(widths, -1)
+        parts = zip(matrix.product(x, False, impl).split(widths, -1), linears, strict=True)
+        parts = tuple(part if linear.bias is None else part + linear.bias for part, linear in parts)
+        return (ops.swiglu(*parts, impl=impl),) if gated else parts
+
+    def _matrix(self, linears: tuple[nn.Module, ...]) -> Fp8 | Int4:
+        if isinstance(linears[0], RoundedLinear):
+            return linears[0].held.matrix
+        copy = self.copies.get(linears[0])
+        if not torch.compiler.is_compiling() and (copy is None or copy.stamps != self._stamps(linears)):
+            copy = self.copies[linears[0]] = self._copied(linears)
+        return copy.matrix
+
+    def _stamps(self, linears: tuple[nn.Module, ...]) -> list[tuple]:
+        """What changes when a weight does: how often it was written to, where it lies, its type."""
+        found = []
+        for linear in linears:
+            if not plain(linear):
+                raise ValueError(f"weights={self.kind!r}: a linear of the layers {_more(linear)}")
+            weight = linear._parameters["weight"]
+            found.append(_stamp(weight))
+        return found
+
+    def _copied(self, linears: tuple[nn.Module, ...]) -> _Copy:
+        """A copy of the linears' weights, where the old one lies if that can be: a CUDA graph goes on reading there."""
+        stamps, weights = self._stamps(linears), [linear.weight for linear in linears]
+        return _copied(self.kind, weights, stamps, self.copies.get(linears[0]))
+
+
+class RoundedHead:
+    """An LM head's weight in e4m3, made anew when the weight it was made from has changed, as `Copies` are."""
+
+    def __init__(self):
+        self.copy: _Copy | None = None
+
+    def refresh(self, weight: nn.Parameter) -> None:
+        """Copy the head's weight [V, d] anew."""
+        self.copy = _copied("fp8", [weight], [_stamp(weight)], self.copy)
+
+    def __call__(
+        self, weight: nn.Parameter, bias: nn.Parameter | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """The weight in e4m3 [V, d], the bias as it is, and the scale [V]."""
+        if not torch.compiler.is_compiling() and (self.copy is None or self.copy.stamps != [_stamp(weight)]):
+            self.refresh(weight)
+        rounded = self.copy.matrix
+        return rounded.matrix, bias, rounded.scale[:, 0]
+
+
+def _stamp(weight: nn.Parameter) -> tuple:
+    return 0 if weight.is_inference() else weight._version, weight.data_ptr(), weight.dtype
+
+
+def _copied(kind: str, weights: list[nn.Parameter], stamps: list[tuple], old: _Copy | None) -> _Copy:
+    """A copy of weights [n, K] one below the other, in the memory of the ``old`` one if that can be."""
+    shape = sum(weight.shape[0] for weight in weights), weights[0].shape[1]
+    # What is made in inference mode could not be written again outside it.
+    with torch.inference_mode(False), torch.no_grad():
+        if old is not None and old.matrix.fits(*shape, weights[0].device):
+            matrix = old.matrix
+        else:
+            matrix = KINDS[kind](*shape, weights[0].device)
+        first = 0
+        for weight in weights:
+            matrix.write(first, weight)
+            first += len(weight)
+    return _Copy(weights, stamps, matrix)

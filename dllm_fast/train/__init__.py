@@ -1,0 +1,1 @@
+"""Training: `python -m dllm_fast.train`."""
