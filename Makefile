@@ -23,11 +23,11 @@ bench: .venv/.dev
 	$(BIN)/python -m bench.generation.nfe --model llada-steps --task steps --few --problems 40 --out runs/bench --peer published $(ARGS)
 	$(BIN)/python -m bench.generation.nfe --model cpu-768 --schedule uniform=16 --rounds 2 --out runs/bench --force
 	$(BIN)/python -m bench.generation.engine --quick
-	$(BIN)/python -m bench.report.readme --check
+	$(BIN)/python -m bench.report.results --check
 
 # On a machine with a GPU, with the Python that has torch there; installs nothing. In slices: make gpu ARGS="--minutes 9".
 gpu:
-	$(PYTHON) -m bench.gpu $(ARGS)
+	PYTHONPATH=. $(PYTHON) -m bench.gpu $(ARGS)
 
 lint: .venv/.dev
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .

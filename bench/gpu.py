@@ -25,6 +25,7 @@ PYTEST = "-m pytest -q -p no:cacheprovider"
 PARALLEL = f"{PYTEST} -n 8" if importlib.util.find_spec("xdist") else PYTEST
 # Clones of other people's generators that lie in peers/, under the names of bench/peers.py, run beside ours.
 PEERS = "".join(f" --peer {path.name}={path}" for path in sorted((ROOT / "peers").glob("*")) if path.is_dir())
+NFE = "-m bench.generation.nfe --model llada-8b"
 ENGINE = "-m bench.generation.engine --shape llada-8b --force"
 # 32 GB of weights: the tokens of a short job must equal those of each peer, or it exits with 1.
 FP32 = f"-m bench.generation.engine --shape llada-8b-short --dtype float32 --rounds 1 --force{PEERS}"
@@ -60,10 +61,7 @@ PIECES = {
     "loop": (480, f"{PARALLEL} tests/test_generate.py tests/test_patch.py tests/test_loop_kernels.py"),
     "loop-options": (480, f"{PARALLEL} tests/test_refresh.py tests/test_remask.py tests/test_engine.py"),
     "loop-rounded": (480, f"{PARALLEL} tests/test_rounded.py tests/test_rows.py tests/test_fast_dllm.py"),
-    "nfe-8b": (
-        480,
-        "-m bench.generation.nfe --model llada-8b --schedule uniform=88 uniform=32 --batch 1 8 --rounds 2 --force",
-    ),
+    "nfe-8b": (480, f"{NFE} --schedule uniform=88 uniform=32 --batch 1 8 --rounds 2 --force"),
     "attention-base": (480, f"{BENCH} 'attention and base'"),
     "noise": (240, "-m bench.ops.noise"),
     "tune-llada": (420, "-m bench.ops.tune attention-llada"),

@@ -83,7 +83,7 @@ def patch(model: nn.Module, impl: str = "auto", weights: str | None = None, head
             are rounded to e4m3, with a scale an output channel (`families.fp8`), or to four bits, with a scale and a
             zero point a group of 128 inputs (`families.int4`). The parameters stay beside them: of bf16's bytes, a
             half or a quarter more. Norms, embeddings and the LM head are as they were. Any dtype of the model; bf16 and
-            fp16 have kernels on a GPU (e4m3 on Hopper), else it is right and slow. The cost: ``bench/quality/rounded.py``.
+            fp16 have kernels on a GPU (e4m3 on Hopper), else it is right and slow. Its cost: ``bench.quality.rounded``.
         head: None, or ``"fp8"`` to make logits from a copy of the LM head's weight that is rounded to e4m3, with a
             scale a vocabulary entry; what it multiplies is not rounded. The parameter stays beside it, and a tied
             embedding as it is. bf16 has a kernel for a block's rows on a GPU; else the copy is widened at each call.

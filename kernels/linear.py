@@ -36,12 +36,12 @@ CONFIGS = {
     1: {16: {"BM": 16, **BYTE}, 32: {"BM": 32, **BYTE}, 64: {"BM": 64, **BYTE, "num_warps": 8, "num_stages": 3}},
 }
 PROGRAMS = {2: 1, 1: 2}  # on a multiprocessor
-# Bytes of a weight for which it is ahead of cuBLAS, on Hopper (bench/generation/steps.py, H200, LLaDA-8B, 32 rows: a block step
-# with e4m3 weights takes 4.28 ms, with `torch._scaled_mm` 5.05; with bf16 weights 5.16, with cuBLAS 5.03).
+# Bytes of a weight for which it is ahead of cuBLAS, on Hopper (bench.generation.steps, H200, LLaDA-8B, 32 rows: a block
+# step with e4m3 weights takes 4.28 ms, with `torch._scaled_mm` 5.05; with bf16 weights 5.16, with cuBLAS 5.03).
 AHEAD = (1,)
 # How bf16 rows meet e4m3 weights. False: weights are widened to bf16 in registers. True: each row is split into two
 # rows of e4m3 (`round_rows.split_rows`), which the matrix units multiply as they are; sums of BK products are added up
-# in fp32, because the units themselves keep 14 bits of a sum. Not measured yet; bench/generation/steps.py compares them.
+# in fp32, because the units themselves keep 14 bits of a sum. Not measured yet: bench.generation.steps does.
 SPLIT = False
 
 

@@ -39,6 +39,7 @@ HELD = {
 SUITE = ("-m", "pytest", "-q", "-n", "2", "--dist", "loadfile")
 CPU_TESTS = ("-m", "pytest", "-q", "-n", "2", "tests/test_compiled.py", "tests/test_compiled_predict.py",
              "tests/test_compiled_elementwise.py")  # fmt: skip
+QUICK_BENCH = ("-m", "bench.generation.engine", "--quick")
 # 64-bit Arm, emulated, and what the compiler made of each level.
 ARM_TESTS = ("-m", "pytest", "-q", "-rs", "-m", "long", "tests/test_arm.py", "tests/test_instructions.py")
 # As if it were not installed: imports fail, and a search finds nothing.
@@ -94,9 +95,7 @@ def _levels() -> list[Piece]:
         daily = level in here[:-1]
         every.append(Piece(f"level-{level}", SUITE, 45, _held(level), lacks))
         every.append(Piece(f"cpu-{level}", CPU_TESTS, 4, _held(level), lacks, daily))
-        every.append(
-            Piece(f"bench-{level}", ("-m", "bench.generation.engine", "--quick"), 1, _held(level), lacks, daily)
-        )
+        every.append(Piece(f"bench-{level}", QUICK_BENCH, 1, _held(level), lacks, daily))
     return every
 
 

@@ -11,8 +11,7 @@ from dllm_fast.cpu import compiled
 from dllm_fast.kernels import reference
 
 BF16, FP32 = torch.bfloat16, torch.float32
-ULP = 2.0**-24
-MASK = 1
+ULP, MASK = 2.0**-24, 1
 
 pytestmark = [
     pytest.mark.skipif(bool(compiled.missing()), reason=str(compiled.missing())),

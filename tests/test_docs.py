@@ -1,4 +1,4 @@
-"""Commands in docs/ are ones that this package takes."""
+"""Commands in docs/ are ones that this package takes, links lead somewhere, and README's quickstart runs."""
 
 import inspect
 import re
@@ -50,3 +50,33 @@ def test_lm_evals_command_line_takes_them(monkeypatch):
         monkeypatch.setattr("sys.argv", words[2:])  # what follows `python -m`
         args = lm_eval_cli.HarnessCLI().parse_args()
         assert args.model == "dllm_fast" and args.tasks
+
+
+ROOT = PAGE.parents[1]
+PAGES = sorted(
+    [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("dllm_fast/models/*.md")]
+)
+
+
+def anchors(page: Path) -> set[str]:
+    """The names under which a page's headings can be linked to."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_what_is_there(page):
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, anchor = link.partition("#")
+        if not path.startswith(("http://", "https://")):
+            target = page.parent / path if path else page
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), link
+
+
+def test_readmes_quickstart_runs_offline(monkeypatch, capsys):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)[0]
+    exec(compile(code, "README.md", "exec"), {})
+    assert "Tom has 3 apples" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""bench/generation/nfe.py: what it counts, what it refuses, what it writes; the claims' rules; README's table."""
+"""bench/generation/nfe.py: what it counts, what it refuses, what it writes; the claims' rules; the page of results."""
 
 import csv
 import json
@@ -27,7 +27,7 @@ from bench.generation.settings import Setting, short_names, study, swept  # noqa
 from bench.generation.stack import PARTS, stacked  # noqa: E402
 from bench.generation.watch import own_evaluations, watching  # noqa: E402
 from bench.quality import accuracy, claims  # noqa: E402
-from bench.report import readme  # noqa: E402
+from bench.report import results as page_of_results  # noqa: E402
 
 CPU = torch.device("cpu")
 # PyTorch's counter knows the flash attention of GPUs alone.
@@ -41,7 +41,7 @@ FLASH = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k
 def run(tmp_path_factory):
     """A dry run of the few settings of the study, on two problems, with the published sampler beside."""
     out = tmp_path_factory.mktemp("nfe")
-    command = [sys.executable, str(ROOT / "bench" / "nfe.py"), "--device", "cpu", "--model", "llada-steps", "--few"]
+    command = [sys.executable, "-m", "bench.generation.nfe", "--device", "cpu", "--model", "llada-steps", "--few"]
     command += ["--task", "steps", "--quick", "--seeds", "2", "--problems", "2", "--peer", "published"]
     done = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
@@ -348,27 +348,29 @@ def test_factor_is_held_against_thresholds_curve():
     assert found.curve(["threshold=0.9 none", "threshold=0.5 none"], at)[0].tolist() == pytest.approx([0.5, 0.6, 0.9])
 
 
-# README
+# docs/results.md
 
 
-def test_readmes_speeds_are_those_of_the_results(capsys):
-    assert readme.main(["--check"]) == 0, capsys.readouterr().err
+def test_the_pages_speeds_are_those_of_the_results(capsys):
+    assert page_of_results.main(["--check"]) == 0, capsys.readouterr().err
 
 
-def test_a_readme_that_disagrees_is_found_and_mended(run, tmp_path):
+def test_a_page_that_disagrees_is_found_and_mended(run, tmp_path):
     _, out = run
     results = tmp_path / "bench" / "results" / "cpu-2-cores"
     results.mkdir(parents=True)
     path = results / "nfe-llada-steps.json"
     path.write_text((out / "nfe-llada-steps.json").read_text())
-    (tmp_path / "README.md").write_text(f"before\n{readme.BEGIN}outdated{readme.END}after\n")
-    assert readme.main(["--check"], tmp_path) == 1 and readme.main([], tmp_path) == 0
-    assert readme.main(["--check"], tmp_path) == 0
-    text = (tmp_path / "README.md").read_text()
+    page = tmp_path / page_of_results.PAGE
+    page.parent.mkdir()
+    page.write_text(f"before\n{page_of_results.BEGIN}outdated{page_of_results.END}after\n")
+    assert page_of_results.main(["--check"], tmp_path) == 1 and page_of_results.main([], tmp_path) == 0
+    assert page_of_results.main(["--check"], tmp_path) == 0
+    text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "outdated" not in text
-    assert "| uniform=64 | dual | 2 + 62 |" in text and "(bench/results/cpu-2-cores/nfe-llada-steps.csv)" in text
+    assert "| uniform=64 | dual | 2 + 62 |" in text and "(../bench/results/cpu-2-cores/nfe-llada-steps.csv)" in text
     path.write_text(path.read_text().replace('"trained": true', '"trained": false'))
-    assert readme.main(["--check"], tmp_path) == 1
-    (tmp_path / "README.md").write_text("no marks\n")
+    assert page_of_results.main(["--check"], tmp_path) == 1
+    page.write_text("no marks\n")
     with pytest.raises(ValueError, match="no lines <!-- speed"):
-        readme.main([], tmp_path)
+        page_of_results.main([], tmp_path)

@@ -1,7 +1,8 @@
-"""The package as files: importable without Triton, `kernels/` no top-level package, the tree as README says."""
+"""The package as files: importable without Triton, `kernels/` no top-level package, the pages' trees are true."""
 
 import importlib.metadata
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -118,18 +119,29 @@ def test_no_file_is_over_400_lines():
     assert not long
 
 
-def test_readmes_tree_is_true():
-    """Every file that the tree names exists, and every module of the package is named."""
-    tree = (ROOT / "README.md").read_text().split("```text\n")[1].split("```")[0]
-    named, folder = set(), Path()
-    for line in tree.splitlines():
-        name = line.split("  ")[0] if not line.startswith("  ") else line.strip().split("  ")[0]
+def entries(page: Path) -> set[str]:
+    """The files and folders that the tree of a page names."""
+    named, folder = set(), ""
+    for line in page.read_text().split("```text\n")[1].split("```")[0].splitlines():
+        names = line.strip().split("  ")[0].split(" ")
         if line.startswith("  "):
-            named.add(str(folder / name.strip()))
+            named |= {folder + name for name in names if name}
         else:
-            folder = Path(name.strip()) if name.strip().endswith("/") else Path()
-            named.add(name.strip())
-    missing = [name for name in named if not (ROOT / name).exists()]
-    assert not missing
-    modules = {str(p.relative_to(ROOT)) for f in ("dllm_fast", "kernels") for p in (ROOT / f).glob("*.py")}
-    assert modules - named == set()
+            folder = names[0]
+            named.add(folder)
+    return named
+
+
+def test_the_trees_are_true():
+    """README names the rooms, docs/architecture.md every module; all that they name exists."""
+    readme, pages = entries(ROOT / "README.md"), entries(ROOT / "docs" / "architecture.md")
+    assert not [name for name in readme | pages if not (ROOT / name).exists()]
+    rooms = {f"dllm_fast/{path.parent.name}/" for path in (ROOT / "dllm_fast").glob("*/__init__.py")}
+    assert rooms <= {re.sub(r"^(dllm_fast/\w+/).*", r"\1", name) for name in readme}
+    modules = {str(p.relative_to(ROOT)) for f in ("dllm_fast", "kernels", "bench") for p in (ROOT / f).rglob("*.py")}
+    linked = ("dllm_fast/kernels/", "dllm_fast/hub/")  # files that lie elsewhere too
+    assert not [m for m in modules - pages if not m.startswith(linked) and not m.endswith("/__init__.py")]
+
+
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_bytes()) <= 8192

@@ -1,4 +1,6 @@
-"""How many kernels Triton compiles over LLaDA's loop, without a GPU: ``python -m bench.generation.compilations [--quick]``.
+"""How many kernels Triton compiles over LLaDA's loop, without a GPU.
+
+    python -m bench.generation.compilations [--quick]
 
 A stand-in for an H100 is the device that Triton sees. Launchers run with tensors of the model's sizes, and Triton says
 what each launch would need compiled, by the same rules as on that card: dtypes, constants, alignments, integers of 1

@@ -157,7 +157,7 @@ def print_shares(shares: dict[str, float]) -> None:
 
 
 def predicted_shares(model, bare: Bare, output: dllm_fast.Output, card: Card) -> dict[str, float]:
-    """Milliseconds of a run of ours dual by `bench.generation.cost`, without what the host and PyTorch's small kernels take."""
+    """Milliseconds of a run of ours dual by `cost`, without what the host and PyTorch's small kernels take."""
     cost, found = Cost.of(model), Counter()
     for steps, positions, masked in (
         (output.nfe_full, bare.slots, bare.masked[0]),

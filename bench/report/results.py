@@ -1,7 +1,7 @@
-"""README's table of speeds and its pictures, from what bench/generation/nfe.py left under bench/results/.
+"""The tables of speeds and the pictures of docs/results.md, from what `nfe` left under bench/results/.
 
-python -m bench.report.readme            # writes the section anew
-python -m bench.report.readme --check    # exits with 1 if README says anything else
+python -m bench.report.results            # writes them anew
+python -m bench.report.results --check    # exits with 1 if the page says anything else
 """
 
 import json
@@ -10,8 +10,8 @@ from pathlib import Path
 
 from bench.common import spread
 
-ROOT = Path(__file__).parents[2]
-BEGIN, END = "<!-- speed: written by python -m bench.report.readme -->\n", "<!-- end of speed -->\n"
+ROOT, PAGE = Path(__file__).parents[2], Path("docs", "results.md")
+BEGIN, END = "<!-- speed: written by python -m bench.report.results -->\n", "<!-- end of speed -->\n"
 SHOWN, CACHES = ("pyramid=1", "threshold=0.9", "factor=1"), ("none", "dual")  # schedules beside Uniform; caches
 
 
@@ -19,7 +19,7 @@ def section(root: Path) -> str:
     """The text between the marks, from every results/MACHINE/nfe-MODEL.json."""
     parts = []
     for path in sorted((root / "bench" / "results").glob("*/nfe-*.json")):
-        parts += _result(json.loads(path.read_text()), path.relative_to(root))
+        parts += _result(json.loads(path.read_text()), Path("..") / path.relative_to(root))
     return "\n".join(parts) if parts else "Nothing has been measured yet.\n"
 
 
@@ -104,21 +104,21 @@ def _accuracy(result: dict, path: Path) -> str:
 
 
 def written(root: Path) -> str:
-    """README with the section as it should be. Raises ValueError where README has no place for it."""
-    text = (root / "README.md").read_text()
+    """The page with the section as it should be. Raises ValueError where it has no place for it."""
+    text = (root / PAGE).read_text()
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"README.md: no lines {BEGIN.strip()} and {END.strip()}")
+        raise ValueError(f"{PAGE}: no lines {BEGIN.strip()} and {END.strip()}")
     return f"{before}{BEGIN}\n{section(root)}\n{END}{after}"
 
 
 def main(arguments: list[str], root: Path = ROOT) -> int:
     new = written(root)
     if "--check" not in arguments:
-        (root / "README.md").write_text(new)
-    elif new != (root / "README.md").read_text():
-        print("README's speeds are not those under bench/results/: run python -m bench.report.readme", file=sys.stderr)
+        (root / PAGE).write_text(new)
+    elif new != (root / PAGE).read_text():
+        print(f"the speeds in {PAGE} are outdated: run python -m bench.report.results", file=sys.stderr)
         return 1
     return 0
 
