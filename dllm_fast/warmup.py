@@ -174,7 +174,7 @@ def _take(engine: Engine, row: Row, kind: str, tail: int, number: int) -> None:
     """A step of block ``number`` of rows like ``row``, which counts for none of them."""
     slot = max(0, row.blocks[number][0] + engine.slots - len(row.ids))
     engine.prepare(on_host([slot] * engine.rows), on_host([number] * engine.rows))
-    engine.count.zero_()
+    engine.quota.zero_()
     engine.step.zero_()
     nobody = on_host([False] * engine.rows, torch.bool)
     if kind != MIXED:

@@ -16,7 +16,7 @@ from dllm_fast.decoding.engine import Engine
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # `bench` is a folder of the checkout
 
-from bench import cost as paper
+from bench.generation import cost as paper
 from bench.generation.cost import Card, Cost, Kernel, by_group, floor, shape_cost, step_kernels
 
 H200 = Card(copy=4.19e12, matrix=779e12)  # as measured there, bench/results/nvidia-h200
@@ -101,8 +101,8 @@ def test_a_step_launches_these_kernels(weights, monkeypatch):
     with mock.patch.object(F, "linear", wraps=F.linear) as matmul:
         dllm_fast.generate(model, ids, gen_length=4, block_length=4, schedule=dllm_fast.Uniform(2))
     for kind, (engine, launched) in steps.items():
-        positions = engine.live if kind == "block" else engine.slots
-        shape = 1, engine.slots, positions, engine.live, engine.live
+        positions = engine.block_size if kind == "block" else engine.slots
+        shape = 1, engine.slots, positions, engine.block_size, engine.block_size
         expected = launches(step_kernels(Cost.of(model), H200, *shape, weights))
         del expected["splitKreduce"]  # cuBLAS's own
         assert launched == +expected

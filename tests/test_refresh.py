@@ -76,7 +76,7 @@ def test_drift_recomputes_from_the_first_layer_that_moved(llada, ids):
     whole = family.hidden(ids, cache=cache, slot=slot)
     before = cache.buffers.clone()
     cache.buffers[1:] = 0
-    again = family.hidden(ids, cache=cache, slot=slot, first=1)
+    again = family.hidden(ids, cache=cache, slot=slot, from_layer=1)
     assert torch.equal(whole, again) and torch.equal(cache.buffers, before)
 
 

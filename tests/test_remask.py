@@ -40,7 +40,7 @@ def committed(**changes):
     given = {
         "before": torch.tensor([[True, True, True, True, False, False]]),
         "now": torch.tensor([[0.9, 0.2, 0.5, 0.6, 0.8, 0.1]]),
-        "then": torch.tensor([[0.8, 0.9, 0.6, 0.7, 0.0, 0.0]]),
+        "committed_probability": torch.tensor([[0.8, 0.9, 0.6, 0.7, 0.0, 0.0]]),
         "masked": torch.tensor([[False, False, False, False, True, True]]),
         "kept": torch.tensor([1]),
     }
@@ -57,7 +57,7 @@ def test_what_each_policy_opens_most_urgent_first():
     # One position stays masked of six, four are filled: sigma 1/4, so round(4 eta / 4) are opened; 1 fell most.
     assert opened(ReMDM(1.0)) == [1] and opened(ReMDM(0.4)) == []
     assert opened(ReMDM(1.0), kept=torch.tensor([0])) == [1, 2]  # 2 and 3 fell alike; the lower position first
-    assert opened(ReMDM(1.0), then=torch.zeros(1, 6)) == []  # none fell
+    assert opened(ReMDM(1.0), committed_probability=torch.zeros(1, 6)) == []  # none fell
     # Five stay: the four committed and the masked 4 by probability, so that 1 is the lowest but one, 5 the lowest.
     assert opened(P2(1.0)) == [] and opened(P2(1.0), kept=torch.tensor([0])) == [1]
     assert opened(P2(0.0), kept=torch.tensor([0])) == []

@@ -182,7 +182,7 @@ def profile(graph, engine, mask_id: int, predicted: dict[str, float], top: int =
 
 def predict(model, engine, card: Card, positions: int, weights: str | None) -> dict[str, float]:
     """Microseconds by group of a step in the way that is in force, see `bench.generation.cost`."""
-    shape = engine.rows, engine.slots, positions, engine.live, engine.rows * engine.live
+    shape = engine.rows, engine.slots, positions, engine.block_size, engine.rows * engine.block_size
     return by_group(step_kernels(Cost.of(model), card, *shape, weights), card)
 
 
@@ -215,7 +215,7 @@ def main(arguments: list[str] | None = None) -> int:
             dllm_fast.generate(model, ids, gen_length=256, block_length=32, schedule=dllm_fast.Uniform(16))
     engine = next(iter(bound_pool(model)._engines.values()))
     engine.slot.fill_(engine.slots - 64)
-    engine.count.fill_(2)
+    engine.quota.fill_(2)
     rows = 32 * options.batch
     ways = {"before": (None, False, 0), "before, chained": (None, True, 0)}
     if weights is None:
@@ -254,7 +254,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"\n{name}:")
         tiles, chained, _ = ways[name]
         with way(tiles, chained, rows, weights):
-            predicted = predict(model, engine, card, engine.live, weights)
+            predicted = predict(model, engine, card, engine.block_size, weights)
         profile(graphs[name], engine, mask_id, predicted)
     if not options.quick:
         whole = {}

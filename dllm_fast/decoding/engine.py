@@ -14,55 +14,19 @@ its block is filled or it keeps nothing, its neighbours' evaluation computes it 
 """
 
 import functools
-from dataclasses import dataclass
 
 import torch
 
 from dllm_fast import attentions, ops
 from dllm_fast.decoding.device import download, on_host, upload
 from dllm_fast.decoding.graphs import Graphs, records
-from dllm_fast.decoding.refresh import Drift, Refresh
-from dllm_fast.decoding.remask import STAYS, Committed, Remask, ranks
-from dllm_fast.decoding.schedules import Schedule
+from dllm_fast.decoding.options import Counts, Options
+from dllm_fast.decoding.refresh import Drift
+from dllm_fast.decoding.remask import STAYS, Committed, ranks
 from dllm_fast.families.cache import BlockCache
 
 ARRIVALS = 4096  # tiles of 128 output channels: as wide as a layer's linears get
 GOOD = 1 << 62  # in `Engine.bad`: no step of any block
-
-
-@dataclass(frozen=True)
-class Options:
-    """What is fixed for an engine, and baked into its graphs."""
-
-    block_length: int
-    schedule: Schedule
-    confidence: str
-    temperature: float
-    cfg_scale: float
-    cache: str
-    refresh: Refresh
-    remask: Remask | None
-    mask_id: int
-    suppress_tokens: tuple[int, ...] = ()  # never chosen, no part of the softmax
-    defer_tokens: tuple[int, ...] = ()  # of confidence -inf
-
-
-@dataclass
-class Counts:
-    """A row's model evaluations: forwards over whole sequences, over parts against a cache, and positions in all."""
-
-    full: int = 0
-    block: int = 0
-    positions: float = 0.0  # one that passes through half the layers counts a half
-
-    @property
-    def nfe(self) -> int:
-        return self.full + self.block
-
-    def add(self, other: "Counts") -> None:
-        self.full += other.full
-        self.block += other.block
-        self.positions += other.positions
 
 
 class Engine:
@@ -72,7 +36,7 @@ class Engine:
         self.family, self.options, self.rows, self.slots = family, options, rows, slots
         self.weight = family.head()[0]
         device = self.device = self.weight.device
-        self.live = min(options.block_length, slots)
+        self.block_size = min(options.block_length, slots)
         self.passes = 2 if options.cfg_scale > 0 else 1
         self.counts = [Counts() for _ in range(rows)]  # of each row in the last block
         self.lengths = [slots] * rows  # of each row's sequence, which ends at the last slot
@@ -81,14 +45,18 @@ class Engine:
         long = functools.partial(torch.zeros, dtype=torch.int64, device=device)
         self.canvas = long((rows, slots))
         self.open = torch.zeros((rows, slots), dtype=torch.bool, device=device)  # to be filled, or filled by us
-        self.pad, self.row, self.slot, self.count = (long(rows) for _ in range(4))
+        self.pad, self.row, self.slot, self.quota = (long(rows) for _ in range(4))
         self.number = long(rows)  # of each row's live block, among its blocks
         self.budget = long(rows)  # positions that may still be opened again in this block
         self.step, self.seed = long(1), long(1)
-        self.more = torch.zeros(rows, dtype=torch.bool, device=device)  # has the row's block a position still open
+        self.any_masked = torch.zeros(
+            rows, dtype=torch.bool, device=device
+        )  # has the row's block a position still open
         self.bad = long(rows)  # number << 32 | step at which a candidate's logits first were NaN or infinite, or GOOD
-        self.then = torch.zeros((rows, self.live), dtype=torch.float32, device=device)  # probabilities at commitment
-        self.offsets = torch.arange(self.live, device=device)
+        self.committed_probability = torch.zeros(
+            (rows, self.block_size), dtype=torch.float32, device=device
+        )  # probabilities at commitment
+        self.offsets = torch.arange(self.block_size, device=device)
         # Without padding there is no range to pass, and attention takes its unmasked path.
         self.start = self.pad if padded else None
         self.whole = False  # no row is padded, and PyTorch's attention serves that: full steps then pass no range
@@ -142,7 +110,7 @@ class Engine:
         slot: torch.Tensor,  # [B] int64, on the host as all arguments are: the live block's first slot
         number: torch.Tensor,  # [B]: of the block, among the row's own
         planned: list[tuple[int, torch.Tensor]] | None,  # `Schedule.counts` of it
-        fresh: torch.Tensor,  # [B] bool: rows whose first step is a full forward
+        full_rows: torch.Tensor,  # [B] bool: rows whose first step is a full forward
         draft=None,  # called after each step
     ) -> None:
         """Fill one block of every row."""
@@ -154,26 +122,26 @@ class Engine:
             plan = upload(torch.stack([count for _, count in planned]), self.device)  # [steps, B]
             steps = [step for step, _ in planned]
         else:
-            steps = range(self.live + (self.options.block_length if self.options.remask else 0))
+            steps = range(self.block_size + (self.options.block_length if self.options.remask else 0))
         # How far the longest suffix goes, which is what a prefix cache's evaluations depend on, and others do not.
         tail = self.slots - int(slot.min()) if self.options.cache == "prefix" else 0
         going = ~on_host(self.idle, torch.bool)  # [B]
-        begun = torch.zeros_like(fresh)
+        begun = torch.zeros_like(full_rows)
         for n, step in enumerate(steps):
             self.step.fill_(step)
             if planned is not None:
-                self.count.copy_(plan[n])
+                self.quota.copy_(plan[n])
                 going = planned[n][1] > 0
             begins = going & ~begun
             begun |= going
             if self.cache is None or not bool(begins.any()):
                 self.take_step("full" if self.cache is None else "block", tail, going)
             else:
-                self._first(going, begins, fresh, tail)
+                self._first(going, begins, full_rows, tail)
             if draft is not None:
                 draft()
             if planned is None:
-                going = download(self.more)  # the step's one read of the device
+                going = download(self.any_masked)  # the step's one read of the device
                 if not bool(going.any()):
                     break
 
@@ -182,20 +150,20 @@ class Engine:
         self.slot.copy_(upload(slot, self.device))
         self.number.copy_(upload(number, self.device))
         self.budget.fill_(self.options.block_length)
-        self.then.zero_()
-        self.more.fill_(True)
+        self.committed_probability.zero_()
+        self.any_masked.fill_(True)
 
     # The kinds of step
 
-    def _first(self, going: torch.Tensor, begins: torch.Tensor, fresh: torch.Tensor, tail: int) -> None:
-        """A step at which rows begin a block, by a full forward where they are fresh, else by the refresh's window."""
+    def _first(self, going: torch.Tensor, begins: torch.Tensor, full_rows: torch.Tensor, tail: int) -> None:
+        """A step at which rows begin a block: ``full_rows`` by a full forward, others by the refresh's window."""
         idle = on_host(self.idle, torch.bool)
-        if bool((begins & fresh | idle).all()):
+        if bool((begins & full_rows | idle).all()):
             self.take_step("full", tail, going)
-        elif bool((begins & ~fresh | idle).all()) and not isinstance(self.options.refresh, Drift):
+        elif bool((begins & ~full_rows | idle).all()) and not isinstance(self.options.refresh, Drift):
             self.take_step("window", tail, going)
         else:
-            self.take_mixed_step(going, begins, fresh, tail)
+            self.take_mixed_step(going, begins, full_rows, tail)
 
     def take_step(self, kind: str, tail: int, going: torch.Tensor) -> None:
         self.graphs.run((kind, tail, self.whole and kind == "full"), functools.partial(self._step, kind, tail))
@@ -216,7 +184,7 @@ class Engine:
         length, first = self.lengths[row], self.firsts[row]
         if kind == "full":
             return length
-        live = min(self.live, length)
+        live = min(self.block_size, length)
         before, after = self.options.refresh.span(live) if kind == "window" else (0, 0)
         if self.options.cache == "prefix":
             return length - max(0, first - before)
@@ -224,11 +192,11 @@ class Engine:
 
     def _reach(self, kind: str, tail: int) -> tuple[int, int]:
         """How far before the block an evaluation against the cache begins, and over how many slots it goes."""
-        before, after = self.options.refresh.span(self.live) if kind == "window" else (0, 0)
-        before = min(before, self.slots - self.live)
+        before, after = self.options.refresh.span(self.block_size) if kind == "window" else (0, 0)
+        before = min(before, self.slots - self.block_size)
         if self.options.cache == "prefix":
             return before, before + tail
-        return before, min(before + self.live + after, self.slots)
+        return before, min(before + self.block_size + after, self.slots)
 
     def _step(self, kind: str, tail: int) -> None:
         """One evaluation of all rows, and what is kept of it."""
@@ -239,15 +207,15 @@ class Engine:
         """The rows that the step is one of, [B] bool; None: there is one row, which every step is one of."""
         if self.rows == 1:
             return None
-        return self.more if self.options.schedule.rule else self.count > 0
+        return self.any_masked if self.options.schedule.rule else self.quota > 0
 
-    def take_mixed_step(self, going: torch.Tensor, begins: torch.Tensor, fresh: torch.Tensor, tail: int) -> None:
+    def take_mixed_step(self, going: torch.Tensor, begins: torch.Tensor, full_rows: torch.Tensor, tail: int) -> None:
         """A step in which rows differ, [B] bool each: evaluated a group at a time, decided together."""
         rows, layers = self.rows, self.family.layers
-        hidden = self.weight.new_zeros(rows * self.passes, self.live, self.weight.shape[1])
+        hidden = self.weight.new_zeros(rows * self.passes, self.block_size, self.weight.shape[1])
         first = torch.full_like(begins, layers, dtype=torch.int64)  # from which layer on the whole row is computed
-        first[begins & fresh] = 0
-        for kind, group in (("block", going & ~begins), ("window", begins & ~fresh)):
+        first[begins & full_rows] = 0
+        for kind, group in (("block", going & ~begins), ("window", begins & ~full_rows)):
             if not bool(group.any()):
                 continue
             index = self._doubled(upload(group.nonzero()[:, 0], self.device))
@@ -275,9 +243,9 @@ class Engine:
         seen = (at < self.slots) & (at >= self.pad.repeat(self.passes)[index][:, None])  # [N, W]
         layers = []
         for layer in range(self.family.layers):
-            was = old.buffers[layer, 1][row, at].flatten(2).float()  # [N, W, G*D]
-            change = self.cache.buffers[layer, 1][index[:, None], at].flatten(2).float() - was
-            drift = change.norm(dim=2) / was.norm(dim=2).clamp(min=1e-12)
+            old_values = old.buffers[layer, 1][row, at].flatten(2).float()  # [N, W, G*D]
+            change = self.cache.buffers[layer, 1][index[:, None], at].flatten(2).float() - old_values
+            drift = change.norm(dim=2) / old_values.norm(dim=2).clamp(min=1e-12)
             layers.append((drift * seen).sum(1) / seen.sum(1))
         drift = torch.stack(layers).unflatten(1, (self.passes, -1)).amax(1)  # [L, rows]
         past = torch.cat((drift > self.options.refresh.tau, torch.ones_like(drift[:1], dtype=torch.bool)))
@@ -301,14 +269,14 @@ class Engine:
         kind: str,
         tail: int,
         index: torch.Tensor | None = None,
-        first: int = 0,
+        from_layer: int = 0,
         kept: torch.Tensor | None = None,  # [B] bool
     ) -> torch.Tensor:
         """What the LM head multiplies for the live block, [B*passes, T, d]; of the rows ``index`` alone, where given.
 
         A full evaluation goes over all slots; the others over `_reach` of them, against the cache, which takes in
-        the rows ``kept``, by default all. Guidance's second half sees the prompt masked. From layer ``first`` on: from
-        the cache's hidden states of that layer.
+        the rows ``kept``, by default all. Guidance's second half sees the prompt masked. From layer ``from_layer`` on:
+        from the cache's hidden states of that layer.
         """
         canvas, slot, end = self.canvas, self.slot, self.end
         start = None if self.whole and kind == "full" else self.start
@@ -325,29 +293,56 @@ class Engine:
             at = begin[:, None] + torch.arange(length, device=self.device)
             ids = canvas.gather(1, at.clamp(max=self.slots - 1))
         rows = None
-        if length != self.live:
+        if length != self.block_size:
             rows = (slot - begin)[:, None] + self.offsets
         with ops.counting(self.arrivals):
-            hidden = self.family.hidden(ids, start, end, cache, None if cache is None else begin, rows, first, kept)
+            hidden = self.family.hidden(
+                ids, start, end, cache, None if cache is None else begin, rows, from_layer, kept
+            )
         if index is not None:
             self.cache.put(index, cache)
         return hidden
 
+    # Decision
+
     def _decide(self, hidden: torch.Tensor) -> None:
-        """Candidates from hidden states, the schedule's choice of them, and what is opened again."""
-        o, family = self.options, self.family
-        uncond = None
-        if self.passes == 2:
-            hidden, uncond = (x.flatten(0, 1) for x in hidden.chunk(2))
-        else:
-            hidden = hidden.flatten(0, 1)
+        """Predict the block's candidates from hidden states, commit the schedule's choice of them, remask."""
+        mask_id, remask = self.options.mask_id, self.options.remask
+        hidden, uncond = hidden.chunk(2) if self.passes == 2 else (hidden, None)
+        heads = hidden.flatten(0, 1), None if uncond is None else uncond.flatten(0, 1)
         at = self.slot[:, None] + self.offsets  # [B, T]
-        block, live = self.canvas.gather(1, at), self.open.gather(1, at)
-        candidate = (block == o.mask_id) & live
+        block, ours = self.canvas.gather(1, at), self.open.gather(1, at)
+        candidate = (block == mask_id) & ours
+        token, score, lse = self._predict(heads, at, candidate if remask is None else ours)
+        chosen = self._commit(token, score, candidate, self.quota)
+        if remask is not None:
+            current = torch.where(candidate, token, block)
+            probability = self._probability(heads, current, lse)
+            if self.options.defer_tokens:  # a prediction that is held back takes no committed token's place
+                probability = probability.masked_fill(candidate & (score == float("-inf")), 0.0)
+            committed = ours & ~candidate
+            seen = Committed(committed, probability, self.committed_probability, candidate, chosen.sum(1))
+            masked_again = self._remask(seen, at)
+            if self._is_planned:  # as many others are committed instead
+                chosen = chosen | self._commit(token, score, candidate & ~chosen, masked_again)
+            self.committed_probability.copy_(torch.where(chosen, probability, self.committed_probability))
+        self.any_masked.copy_(((self.canvas.gather(1, at) == mask_id) & ours).any(1))
+
+    @property
+    def _is_planned(self) -> bool:
+        """Whether the schedule says beforehand how many positions a step commits."""
+        return not self.options.schedule.rule
+
+    def _predict(
+        self, heads: tuple[torch.Tensor, torch.Tensor | None], at: torch.Tensor, wanted: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Token and confidence [B, T] and log-sum-exp [B*T] of the positions ``wanted`` [B, T], which lie at slots
+        ``at``. Keeps in mind at which step logits first were NaN or infinite."""
+        o, (hidden, uncond) = self.options, heads
         token, score, lse = ops.predict(
             hidden,
-            *family.head_operands(),
-            candidate=(candidate if o.remask is None else live).flatten(),
+            *self.family.head_operands(),
+            candidate=wanted.flatten(),
             mask_id=o.mask_id,
             confidence=o.schedule.confidence or o.confidence,
             temperature=o.temperature,
@@ -359,39 +354,35 @@ class Engine:
             cfg_scale=o.cfg_scale,
             banned=o.suppress_tokens,
             deferred=o.defer_tokens,
-            impl=family.impl,
+            impl=self.family.impl,
         )
         # lse - lse is 0, or NaN where lse is NaN or infinite; a position that is no candidate has lse 0.
         fine = (lse - lse == 0).view_as(at).all(1)
         self.bad.copy_(torch.minimum(self.bad, torch.where(fine, GOOD, (self.number << 32) + self.step)))
-        token, score = token.view_as(at), score.view_as(at)
-        commit = functools.partial(ops.commit, self.canvas, token, score, impl=family.impl)
-        planned = not o.schedule.rule
-        chosen = commit(candidate, self.slot, **({"count": self.count} if planned else o.schedule.rule))
-        if o.remask is not None:
-            current = torch.where(candidate, token, block)
-            now = ops.token_probability(
-                hidden, *family.head_operands(), token=current.flatten(), lse=lse, uncond=uncond,
-                cfg_scale=o.cfg_scale, deferred=[i for i in o.defer_tokens if i not in o.suppress_tokens],
-            ).view_as(at)  # fmt: skip
-            if o.defer_tokens:  # a prediction that is held back takes no committed token's place
-                now = now.masked_fill(candidate & (score == float("-inf")), 0.0)
-            seen = Committed(live & ~candidate, now, self.then, candidate, chosen.sum(1))
-            opened = self._reopen(seen, at, planned)
-            if planned:
-                chosen = chosen | commit(candidate & ~chosen, self.slot, count=opened)
-            self.then.copy_(torch.where(chosen, now, self.then))
-        self.more.copy_(((self.canvas.gather(1, at) == o.mask_id) & live).any(1))
+        return token.view_as(at), score.view_as(at), lse
 
-    def _reopen(self, seen: Committed, at: torch.Tensor, planned: bool) -> torch.Tensor:
+    def _commit(self, token, score, candidate: torch.Tensor, quota: torch.Tensor) -> torch.Tensor:
+        """Write the schedule's choice of the candidates [B, T], of a plan ``quota`` [B] of them; which they were."""
+        rule = {"count": quota} if self._is_planned else self.options.schedule.rule
+        return ops.commit(self.canvas, token, score, candidate, self.slot, **rule, impl=self.family.impl)
+
+    def _probability(self, heads: tuple, token: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+        """The probabilities that the model now gives to ``token`` [B, T]."""
+        o, (hidden, uncond) = self.options, heads
+        return ops.token_probability(
+            hidden, *self.family.head_operands(), token=token.flatten(), lse=lse, uncond=uncond,
+            cfg_scale=o.cfg_scale, deferred=[i for i in o.defer_tokens if i not in o.suppress_tokens],
+        ).view_as(token)  # fmt: skip
+
+    def _remask(self, seen: Committed, at: torch.Tensor) -> torch.Tensor:
         """Mask the most urgent of the committed positions, within the bound that ends the block; how many, [B]."""
         urgency = self.options.remask.urgency(seen)  # [B, T]
-        bound = seen.masked.sum(1) - seen.kept if planned else self.budget
+        bound = seen.masked.sum(1) - seen.kept if self._is_planned else self.budget
         if (going := self._going()) is not None:
             bound = bound * going
         again = (urgency > STAYS) & (ranks(urgency) < bound[:, None])
         self.canvas.scatter_(1, at, self.canvas.gather(1, at).masked_fill(again, self.options.mask_id))
-        opened = again.sum(1)
-        if not planned:
-            self.budget.sub_(opened)
-        return opened
+        masked_again = again.sum(1)
+        if not self._is_planned:
+            self.budget.sub_(masked_again)
+        return masked_again

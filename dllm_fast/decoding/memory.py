@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from dllm_fast.decoding.engine import Options
+from dllm_fast.decoding.options import Options
 from dllm_fast.decoding.refresh import Drift
 
 LOGITS = 256  # rows of fp32 logits that are held at once where there is no fused kernel

@@ -31,7 +31,7 @@ class Committed:
 
     before: torch.Tensor  # bool: committed before this step
     now: torch.Tensor  # fp32: probability of the position's token, for a masked position of the one predicted
-    then: torch.Tensor  # fp32: of a committed token, when it was committed
+    committed_probability: torch.Tensor  # fp32: of a committed token, when it was committed
     masked: torch.Tensor  # bool: masked at the step's beginning
     kept: torch.Tensor  # [B] int64: how many of those the step kept
 
@@ -51,7 +51,7 @@ class ReMDM:
         filled = block.before.sum(1)  # [B]
         left = block.masked.sum(1) - block.kept
         share = self.eta * (left.float() / filled.clamp(min=1)).clamp(max=1) * filled
-        fell = (block.then - block.now).where(block.before, STAYS)  # [B, T]
+        fell = (block.committed_probability - block.now).where(block.before, STAYS)  # [B, T]
         rank = ranks(fell)
         return fell.where((fell > 0) & (rank < (share + 0.5).floor()[:, None]), STAYS)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from dllm_fast.decoding.engine import Counts, Options
+from dllm_fast.decoding.options import Counts, Options
 from dllm_fast.decoding.refresh import Every, Refresh
 from dllm_fast.decoding.remask import Remask
 from dllm_fast.decoding.schedules import Schedule

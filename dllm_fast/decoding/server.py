@@ -138,12 +138,12 @@ class Server:
         draw = functools.partial(self._draw, slot, masked)
         plan = self.request.options.schedule.counts(masked, blocks, draw)
         number = on_host([row.next for row in rows])
-        fresh = on_host([self.request.options.refresh.full(row.next) for row in rows], torch.bool)
+        full_rows = on_host([self.request.options.refresh.full(row.next) for row in rows], torch.bool)
         draft = None
         if self.stream is not None:
             self.stream.flush()
-            draft = functools.partial(self.stream.draft, engine, int(slot[0]) + engine.live)
-        engine.block(slot, number, plan, fresh, draft)
+            draft = functools.partial(self.stream.draft, engine, int(slot[0]) + engine.block_size)
+        engine.block(slot, number, plan, full_rows, draft)
         for row, counts in zip(self.seated, engine.counts, strict=True):
             if not row.done:
                 row.counts.add(counts)
@@ -157,7 +157,7 @@ class Server:
         From its first slot [B] on; the last ``masked`` [B] of the open ones are its own.
         """
         pad = on_host([self.engine.slots - len(row.ids) for row in self.seated])
-        at = slot[:, None] + torch.arange(self.engine.live, device="cpu") - pad[:, None]  # [B, T] positions
+        at = slot[:, None] + torch.arange(self.engine.block_size, device="cpu") - pad[:, None]  # [B, T] positions
         noise = on_host([row.noise for row in self.seated])[:, None].expand_as(at)
         drawn = reference.uniform(self.request.seed, PLAN_STEP, noise.flatten(), at.flatten()).view_as(at)
         left = torch.stack([row.left()[own.clamp(min=0)] for row, own in zip(self.seated, at, strict=True)]) & (at >= 0)

@@ -57,7 +57,7 @@ class LLaDA:
         cache: BlockCache | None = None,
         slot: torch.Tensor | None = None,  # [B] int: slot of each row's first id
         rows: torch.Tensor | None = None,  # see `rows.take`
-        first: int = 0,
+        from_layer: int = 0,
         kept: torch.Tensor | None = None,  # [B] bool: rows whose keys and values are written; None: all
         padding_counts: bool = False,  # positions are slots, as in the models' own forwards; else padding has none
     ) -> torch.Tensor:
@@ -65,8 +65,8 @@ class LLaDA:
 
         Without a cache the T ids are the whole sequence. With one they are slots ``slot`` to ``slot + T`` of it:
         their keys and values are written there, and every valid slot is attended to, however old. Rows that are not
-        ``kept`` leave the cache as it was, and what comes out of them is of no use. From layer ``first`` on, over all
-        slots: the ids are not read, but the hidden states that the cache has of that layer.
+        ``kept`` leave the cache as it was, and what comes out of them is of no use. From layer ``from_layer`` on, over
+        all slots: the ids are not read, but the hidden states that the cache has of that layer.
         """
         transformer, impl, products = self.transformer, self.impl, self.products
         slots = input_ids.shape[1] if cache is None else cache[0][0].shape[1]
@@ -74,9 +74,9 @@ class LLaDA:
         position = slot if start is None or padding_counts else (slot if slot is not None else 0) - start
         to = slot if kept is None else slot.where(kept, slots)  # behind the buffers, which is nowhere
         cos, sin = self._tables(self.theta, input_ids.device)
-        x = transformer.wte(input_ids) if first == 0 else cache.states[first][:, : input_ids.shape[1]].clone()
+        x = transformer.wte(input_ids) if from_layer == 0 else cache.states[from_layer][:, : input_ids.shape[1]].clone()
         delta = None
-        for layer, block in enumerate(transformer.blocks[first:], first):
+        for layer, block in enumerate(transformer.blocks[from_layer:], from_layer):
             y, x = self._norm(x, delta, block.attn_norm)
             if cache is not None:
                 cache.keep_state(layer, x, slot, kept)

@@ -57,7 +57,7 @@ class ModernBert:
         cache: BlockCache | None = None,
         slot: torch.Tensor | None = None,  # [B] int: slot of each row's first id
         rows: torch.Tensor | None = None,  # see `rows.take`
-        first: int = 0,
+        from_layer: int = 0,
         kept: torch.Tensor | None = None,  # [B] bool: rows whose keys and values are written; None: all
         padding_counts: bool = False,  # positions are slots, as in the models' own forwards; else padding has none
     ) -> torch.Tensor:
@@ -67,12 +67,12 @@ class ModernBert:
         seen = {w: ops.visible(input_ids, slots, start, end, slot, w, impl=impl) for w in set(self.windows)}
         position = slot if start is None or padding_counts else (slot if slot is not None else 0) - start
         to = slot if kept is None else slot.where(kept, slots)  # behind the buffers, which is nowhere
-        if first == 0:
+        if from_layer == 0:
             x = self._norm(backbone.embeddings.tok_embeddings(input_ids), None, backbone.embeddings.norm)[0]
         else:
-            x = cache.states[first][:, : input_ids.shape[1]].clone()
+            x = cache.states[from_layer][:, : input_ids.shape[1]].clone()
         delta = None
-        for layer, block in enumerate(backbone.layers[first:], first):
+        for layer, block in enumerate(backbone.layers[from_layer:], from_layer):
             y, x = self._norm(x, delta, block.attn_norm)
             if cache is not None:
                 cache.keep_state(layer, x, slot, kept)
