@@ -2,7 +2,7 @@
 
 Runs each piece with the Python that has torch and CUDA, the checkout uninstalled, each under its time limit, and writes
 what it prints as it comes, whole, to ``bench/results/<device>/<piece>.txt`` (or under ``--out``). A piece
-that has run on this commit is not run again unless it is named, so that a round can be had in slices: with
+that has run on this commit is not run again unless it is named, so that a round can be run in slices: with
 ``--minutes`` only pieces whose limit fits into what is left are started.
 """
 

@@ -6,8 +6,8 @@
     --peer dinfer=PATH        inclusionAI/dInfer: its block-wise engine with the dual cache; needs vLLM
 
 Each runs the code of its repository, unchanged, on a model of its own class whose parameters are ours: the same
-storage, no second copy. What a repository needs, einops for one, is the user's to install. What cannot be had says why
-in a line.
+storage, no second copy. What a repository needs, einops for one, is the user's to install. What is not available says
+why in a line.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from bench.common import Job
 from dllm_fast import Factor, LLaDAModelLM, Pyramid, Threshold, Uniform
 from dllm_fast.decoding.published import published_generate
 
-Answer = tuple[torch.Tensor, int | None]  # new tokens [B, gen_length], model evaluations where they are told
+Answer = tuple[torch.Tensor, int | None]  # new tokens [B, gen_length], NFE where it is told
 
 
 class Unavailable(Exception):
@@ -46,7 +46,7 @@ class Peer:
 
 
 def find_peers(specs: list[str], model: LLaDAModelLM, job: Job) -> tuple[list[Peer], list[str]]:
-    """The published sampler and those of ``specs``, each ``NAME=PATH``; and a line for each that cannot be had.
+    """The published sampler and those of ``specs``, each ``NAME=PATH``; and a line for each that is not available.
 
     ``model`` is not patched, and is left as it is. Raises ValueError for a name or a path that does not exist.
     """

@@ -1,4 +1,4 @@
-"""`generate` and `generate_many`: arguments checked, prompts made rows, and what `Server` makes of them handed back."""
+"""`generate` and `generate_many`: check the arguments, make rows of the prompts, run them in a `Server`."""
 
 import contextlib
 import inspect
@@ -21,11 +21,11 @@ class Output:
     """What `generate` returns.
 
     sequences: [B, P + gen_length] int64, the prompts as they were given, then the answers.
-    nfe: model evaluations of the row that takes most; guidance takes two a step.
+    nfe: forwards of the row that takes most; guidance takes two a step.
     nfe_full, nfe_block: that row's over the whole sequence, and over a part of it against a cache.
-    positions: token-positions evaluated, guidance's second pass included; what a refresh policy saves. Those of each
-        row are the ones that it takes alone: padding does not count, nor does a row that waits for its neighbours.
-    row_nfe: the evaluations of each row, [B]: those that it takes alone.
+    positions: token positions that the forwards went over, guidance's second pass included: what a refresh policy
+        saves. A row counts as if it were alone: no padding, and nothing while it waits for its neighbours.
+    row_nfe: the forwards of each row, [B]: those that it takes alone.
     """
 
     sequences: torch.Tensor
@@ -64,27 +64,28 @@ def generate(
     Args:
         model: a patched LLaDA or ModernBERT. Its mode, training or not, plays no part: there is no dropout here.
         input_ids: prompts; with ``gen_length=0`` only their own [MASK]s are filled.
-        attention_mask: 0 on padding; each row's ones lie together.
-        block_length: positions that are live together; divides ``gen_length``.
-        schedule: how many candidates a step keeps: `Uniform`, `Pyramid`, `Threshold`, `Factor`, `EntropyBound`,
+        attention_mask: 0 on padding; each row's ones are contiguous.
+        block_length: positions that are filled together; divides ``gen_length``.
+        schedule: how many candidates a step commits: `Uniform`, `Pyramid`, `Threshold`, `Factor`, `EntropyBound`,
             `FirstHitting`, `Ancestral`.
-        confidence: which are kept first: ``"probability"``, ``"margin"``, ``"entropy"`` (negative), ``"random"``. The
-            last three schedules are defined by one of their own.
+        confidence: which are committed first: ``"probability"``, ``"margin"``, ``"entropy"`` (negative), ``"random"``.
+            The last three schedules have one of their own.
         temperature: tokens are ``argmax(logits + temperature * Gumbel)``; 0 is greedy.
         cfg_scale: ``logits = uncond + (cfg_scale + 1) * (cond - uncond)``, uncond with its prompt masked.
-        cache: ``"none"``: every step evaluates the whole sequence. ``"dual"``: a block's first step does, and stores
-            all keys and values; the others evaluate the block against them. ``"prefix"``: the others evaluate the
-            block and all that follows it.
+        cache: ``"none"``: every step is a forward of the whole sequence. ``"dual"``: a block's first step is, and
+            stores all keys and values; the others run the block against them. ``"prefix"``: the others run the block
+            and all that follows it.
         refresh: when stale keys and values are computed again: ``"block"``, at each block's first step; or `Every`,
             `Window`, `Drift`.
-        remask: which committed tokens of the live block are opened again: `ReMDM`, `Verify`, `P2`; None: none.
+        remask: which committed tokens of the current block are masked again: `ReMDM`, `Verify`, `P2`; None: none.
         mask_id: default ``model.config.mask_token_id``.
-        eos_id: an id, or several: once a finished block holds one of them, the row is done, and what would be filled
-            after the first becomes ``pad_id``. None: every position is generated, as LLaDA's published sampler does.
+        eos_id: an id, or several: when a finished block holds one of them, the row is done, and every position
+            to be filled after the first becomes ``pad_id``. None: every position is generated, as LLaDA's
+            published sampler does.
         seed: of the noise, a pure function of (seed, step of the block, row, position, token id). None draws one from
             torch's global generator.
         streamer: a transformers ``TextStreamer`` (or anything with ``put`` and ``end``), batch 1: whole blocks, in
-            order. If it has ``put_draft``, it also gets the live block after each step.
+            order. If it has ``put_draft``, it also gets the current block after each step.
         pad_id: what stands after the end of the text; None: the id of ``eos_id`` that ended it, again.
         suppress_tokens: an id, or several, whose logits are -inf: never chosen, and no part of the softmax. LLaDA's
             ``logits_eos_inf`` is ``[126081]``.
@@ -139,7 +140,7 @@ class Completion:
 
     index: its number among the prompts, in the order they were handed in.
     sequence: prompt and answer, [L] int64 on the host.
-    nfe: model evaluations, guidance's two a step: those that `generate` takes for it alone.
+    nfe: the forwards that `generate` takes for it alone; guidance takes two a step.
     """
 
     index: int

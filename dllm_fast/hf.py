@@ -35,7 +35,7 @@ class DiffusionOutput(ModelOutput):
 
     sequences: [B, P + new] int64, the prompts as they were given, then the answers; ``num_return_sequences`` of each
         prompt next to each other.
-    nfe: [B] int64, model evaluations that each row went through; guidance takes two a step.
+    nfe: [B] int64, the forwards of each row; guidance takes two a step.
     tokens_per_forward: [B] fp32, tokens that were filled in a row, up to the end of its text and that included, over
         its ``nfe``; 0 where there was nothing to fill.
 

@@ -115,7 +115,7 @@ def require_device(device: str | torch.device | None) -> None:
     except (AssertionError, RuntimeError, NotImplementedError, TypeError) as error:
         # A CPU build of PyTorch asserts. What follows the first sentence is advice on debugging, or a list of backends.
         reason = str(error).strip().splitlines()[0].partition(". ")[0]
-        raise ValueError(f"device={str(device)!r} cannot be had: {reason}") from None
+        raise ValueError(f"device={str(device)!r} is not available: {reason}") from None
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -49,7 +49,7 @@ def resolve(impl: str, device: torch.device, dtype: torch.dtype) -> str:
     Triton's interpreter: right, and very slow.
 
     Raises:
-        ValueError: ``impl`` is none of `IMPLS`, or is ``"triton"`` or ``"cpp"`` and cannot be had; it says why.
+        ValueError: ``impl`` is none of `IMPLS`, or is ``"triton"`` or ``"cpp"`` and not available; it says why.
             DLLM_FAST_MATMUL or DLLM_FAST_ATTENTION is not of its form (`matmuls`, `attentions`).
     """
     if impl not in IMPLS:

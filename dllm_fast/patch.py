@@ -78,7 +78,7 @@ def patch(model: nn.Module, impl: str = "auto", weights: str | None = None, head
     Args:
         model: a LLaDA (native or remote code) or a ``transformers.ModernBertForMaskedLM``, on a real device; or what
             PEFT, torch.compile or a data-parallel wrapper made of one: the model inside is patched.
-        impl: ``"auto"``, ``"triton"``, ``"cpp"`` or ``"torch"``, see `ops.resolve`. What cannot be had raises.
+        impl: ``"auto"``, ``"triton"``, ``"cpp"`` or ``"torch"``, see `ops.resolve`. One that is not available raises.
         weights: None for the model's own. ``"fp8"`` and ``"int4"`` multiply copies of the layers' linear weights that
             are rounded to e4m3, with a scale an output channel (`families.fp8`), or to four bits, with a scale and a
             zero point a group of 128 inputs (`families.int4`). The parameters stay beside them: of bf16's bytes, a
@@ -93,8 +93,8 @@ def patch(model: nn.Module, impl: str = "auto", weights: str | None = None, head
     any while a hook, an adapter or another module stands where the patched forward would pass it by (`bypass`);
     `generate` raises a ValueError that names the module.
     ``model.generate(...)`` is `DiffusionGenerationMixin.generate`, of whatever class the model is.
-    Weights are not changed; those that multiply the same input come to lie in one storage (`families.linears`), one
-    group at a time, which leaves every Parameter object and its values what they were. A second call with the same
+    Weights are not changed. Linears that share an input are moved into one buffer and run as one matmul, a group at a
+    time (`families.linears`); Parameter objects and their values stay. A second call with the same
     arguments does nothing but fuse again what ``.to()`` and its like moved apart, as `dllm_fast.generate` does too, and
     round weights again.
 
@@ -103,8 +103,8 @@ def patch(model: nn.Module, impl: str = "auto", weights: str | None = None, head
 
     Raises:
         ValueError: the model is of an unknown type or architecture, on the meta device or holds NaN or infinite
-            weights, an adapter stands for its head or a norm, or ``impl``, ``weights`` or ``head`` cannot be had. The
-            model is then as it was, as after any other error (memory for a group of weights, say).
+            weights, an adapter stands for its head or a norm, or ``impl``, ``weights`` or ``head`` is not available.
+            The model is then as it was, as after any other error (memory for a group of weights, say).
     """
     wrapper, model = model, unwrapped(model)
     require_one_device(model)

@@ -352,7 +352,7 @@ def commit(
     """
     score = confidence.masked_fill(~candidate | ~confidence.isfinite(), float("-inf"))
     order = score.argsort(dim=-1, descending=True, stable=True)
-    # A candidate at -inf still comes before what is none, or a row could keep nothing for ever.
+    # Candidates at -inf rank ahead of non-candidates, or a row might never progress.
     order = order.gather(1, candidate.gather(1, order).int().argsort(dim=-1, descending=True, stable=True))
     best, rank = score.gather(1, order), order.argsort(-1)
     if count is not None:

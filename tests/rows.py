@@ -28,7 +28,7 @@ from dllm_fast import (
 from dllm_fast.decoding.request import plan_blocks
 
 BLOCKS = (4, 8, 16)
-Result = tuple[list[int], int]  # tokens, and model evaluations
+Result = tuple[list[int], int]  # tokens, and NFE
 
 
 @dataclass

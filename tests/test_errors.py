@@ -50,8 +50,8 @@ def test_a_prompt_of_broken_bytes(capsys):
 def test_a_device_that_is_not_there(device, capsys, monkeypatch):
     if device.startswith("cuda") and torch.cuda.is_available():
         device = f"cuda:{torch.cuda.device_count()}"
-    assert f"device={device!r} cannot be had" in fails(capsys, [*QUICK, "--prompt", GAP, "--device", device])
-    with pytest.raises(ValueError, match=f"device='{device}' cannot be had"):
+    assert f"device={device!r} is not available" in fails(capsys, [*QUICK, "--prompt", GAP, "--device", device])
+    with pytest.raises(ValueError, match=f"device='{device}' is not available"):
         dllm_fast.from_pretrained("llada-gsm8k", device=device)
 
 
@@ -160,7 +160,7 @@ def test_live_view_on_such_a_terminal():
 def test_humaneval_ends_alike():
     command = [sys.executable, "-m", "bench.quality.humaneval", "--model", "llada-gsm8k", "--device", "nonsense"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
-    assert done.returncode == 2 and done.stderr.startswith("error: device='nonsense' cannot be had"), done.stderr
+    assert done.returncode == 2 and done.stderr.startswith("error: device='nonsense' is not available"), done.stderr
 
 
 def test_lm_evals_launcher_ends_alike():

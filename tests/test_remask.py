@@ -1,4 +1,4 @@
-"""Self-correction: what is opened again, and that every run ends within its bound."""
+"""Self-correction: what is masked again, and that every run ends within its bound."""
 
 import functools
 

@@ -81,7 +81,7 @@ def first_runs(runs: dict[str, Callable]) -> tuple[dict[str, object], list[str]]
 
 
 def compare(returned: dict, caches: dict[str, str | None], job: Job) -> dict[str, dict]:
-    """By generator: its model evaluations, and how many of its tokens ours of the same cache has.
+    """By generator: its NFE, and how many of its tokens ours of the same cache has.
 
     Of ours with rounded weights, apart from those, as they may differ: how many are those of the model's own weights.
     """

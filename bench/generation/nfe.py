@@ -1,4 +1,4 @@
-"""Speed and accuracy against NFE, the number of model evaluations: of schedules, caches, refreshes, batches, and peers.
+"""Speed and accuracy against NFE, the number of forwards: of schedules, caches, refreshes, batches, and peers.
 
     python -m bench.generation.nfe --model llada-steps --task steps  # accuracy of every schedule, and claims about them
     python -m bench.generation.nfe --model cpu-768 --peer published --peer fast-dllm=PATH

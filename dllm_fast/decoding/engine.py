@@ -1,16 +1,17 @@
 """The denoising step on static buffers, and the blocks made of such steps.
 
-The canvas holds prompts and [MASK]s, padded on the left so that every row's end is the last slot. A step evaluates the
-model on some slots, turns the live block's masked positions into candidates, and commits the schedule's choice of
-them. Nothing in a step depends on a value that the host would have to read, so it can be recorded in a CUDA graph. The
-host reads one flag a row and step; where the schedule knows its counts none, so that it runs ahead of the device, over
-as many blocks as its caller likes. What it writes for a block goes through `device.upload`, which does not wait.
+The canvas holds prompts and [MASK]s, padded on the left: every row ends at the last slot. A step runs the model on some
+slots, predicts a token for each masked position of the current block, and commits the schedule's choice of them.
 
-A flag is read when its step has ended, not one step behind: a step more in every block, which is evaluated for nothing,
-costs a cached step, a hundred times what the device waits for a flag and a launch.
+A step depends on no value that the host would have to read, so it can be recorded in a CUDA graph. Between steps the
+host reads one flag a row, or none if the schedule knows its counts; then it runs ahead of the device, over as many
+blocks as its caller likes. What it writes for a block goes through `device.upload`, which does not wait.
 
-A row of a batch is what it would be alone. It is *going* at the steps that it would take alone; at the others, where
-its block is filled or it keeps nothing, its neighbours' evaluation computes it too, and nothing of that is kept.
+The flag is read when its step has ended, not one step later. Reading it later would add a cached step to every block,
+which takes a hundred times as long as the device waits for a flag and a launch.
+
+A row's tokens do not depend on its batch. A row is *going* at the steps that it would take alone. At the others, where
+its block is filled or nothing of it is committed, the forward computes it along with its neighbours and keeps nothing.
 """
 
 import functools
@@ -47,7 +48,7 @@ class Engine:
         self.open = torch.zeros((rows, slots), dtype=torch.bool, device=device)  # to be filled, or filled by us
         self.pad, self.row, self.slot, self.quota = (long(rows) for _ in range(4))
         self.number = long(rows)  # of each row's live block, among its blocks
-        self.budget = long(rows)  # positions that may still be opened again in this block
+        self.budget = long(rows)  # positions of this block that may still be masked again
         self.step, self.seed = long(1), long(1)
         self.any_masked = torch.zeros(
             rows, dtype=torch.bool, device=device

@@ -27,7 +27,7 @@ def need(family, options: Options, rows: int, slots: int, spare: int) -> int:
 
 
 def available(device: torch.device) -> int | None:
-    """Bytes that can still be had on ``device``, PyTorch's own free blocks included; None if there is no telling."""
+    """Bytes that are free on ``device``, PyTorch's own free blocks included; None if unknown."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -28,7 +28,7 @@ def published_generate(
     defer_tokens: Sequence[int] = (),
     watch: Callable[[torch.Tensor, slice, torch.Tensor], None] = lambda *step: None,
 ) -> tuple[torch.Tensor, int]:
-    """Greedy, low-confidence remasking: (sequences [B, P + gen_length], model evaluations).
+    """Greedy, low-confidence remasking: (sequences [B, P + gen_length], NFE).
 
     One of ``steps`` (shared equally by blocks and steps), ``pyramid`` (1, 1, ..., 2, 2, ... tokens, each number
     ``pyramid`` times) and ``threshold`` (all tokens whose confidence reaches it, and the best) says what a step keeps.

@@ -33,7 +33,7 @@ class Row:
     blocks: list[tuple[int, int]]  # (first position, how many are open from there on within a block length)
     mask_id: int
     next: int = 0  # the block that comes next
-    counts: Counts = field(default_factory=Counts)  # its model evaluations so far
+    counts: Counts = field(default_factory=Counts)  # its forwards so far
 
     def left(self) -> torch.Tensor:
         """Positions that are still to be filled, [L] bool."""

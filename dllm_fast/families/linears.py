@@ -70,7 +70,7 @@ class Fused:
             hook.remove()
 
     def separate(self) -> None:
-        """Give the weights that still lie together storages of their own again, with the values they have now."""
+        """Move the weights that are still in one buffer into storages of their own, with the values they have now."""
         self.unhook()
         together = sum(weight.nbytes for weight in self.weights)
         with torch.inference_mode(False), torch.no_grad():
@@ -82,10 +82,10 @@ class Fused:
 def fuse(linears: Sequence[nn.Module]) -> Fused | None:
     """Move the weights of ``linears`` into one storage; None where nothing was moved.
 
-    Nothing is moved if it does not pay (`pays`); if they lie together already; if a module is no plain ``nn.Linear``
-    (an adapter, a quantised weight, one with hooks or a bias); if dtypes, devices or widths differ; or if a weight
+    Nothing is moved if it does not pay (`pays`); if they are in one buffer already; if a module is no plain
+    ``nn.Linear`` (an adapter, a quantised weight, one with hooks or a bias); if dtypes, devices or widths differ; or if a weight
     cannot be moved: it is in memory shared with other processes, was made in inference mode, or is there twice. Needs
-    the memory of these weights once more while it runs; if that cannot be had, raises with everything as it was.
+    the memory of these weights once more while it runs; if there is not enough, raises with everything as it was.
     """
     if not all(plain(linear) and linear._parameters["bias"] is None for linear in linears):
         return None

@@ -117,7 +117,7 @@ def loaded_kind(model: nn.Module) -> str | None:
 
 @dataclass
 class _Copy:
-    sources: list[nn.Parameter]  # held, so that no other weight can come to lie where they do
+    sources: list[nn.Parameter]  # held, so that no other weight can take their place in memory
     stamps: list[tuple]  # of the sources, see `Copies._stamps`
     matrix: Fp8 | Int4  # their rows, one weight below the other
 
