@@ -1,8 +1,8 @@
 """When, and for which positions, stale keys and values are computed again.
 
-The question comes up at the first step of each block. A row's own first block is a full forward under every policy;
-the policies differ in the later ones. Whatever the policy, the block before the live one is computed again: its last
-tokens were written after its last evaluation, so its keys and values still stand for [MASK]s.
+A policy is asked at the first step of each block. A row's first block begins with a full forward under every policy;
+the policies differ in later blocks. All of them compute the previous block again: its last tokens were committed after
+its last forward, so its keys and values are still those of [MASK]s.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from dllm_fast.decoding.values import keep_number, keep_whole
 
 @dataclass(frozen=True)
 class Every:
-    """A full forward at every ``blocks``-th block; the others begin with the block before and their own.
+    """A full forward at every ``blocks``-th block; the others begin with the previous block and their own.
 
     ``Every(1)`` is ``"block"``.
     """
@@ -26,14 +26,14 @@ class Every:
         return block % self.blocks == 0
 
     def span(self, block_length: int) -> tuple[int, int]:
-        """Positions before and after the live block that its first step computes where it is no full forward."""
+        """Positions before and after the block that its first step computes if it is not a full forward."""
         return block_length, 0
 
 
 @dataclass(frozen=True)
 class Window:
     """A block begins with itself, ``before`` positions before it and ``after`` positions after it; the far prefix
-    and suffix stay as they were. ``before`` of a block length or more brings the block before up to date."""
+    and suffix stay as they were. ``before`` of at least a block length brings the previous block up to date."""
 
     before: int
     after: int = 0
@@ -51,7 +51,7 @@ class Window:
 
 @dataclass(frozen=True)
 class Drift:
-    """A block begins with the block before and itself, and the change of their value vectors decides.
+    """A block begins with the previous block and itself, and the change of their value vectors decides.
 
     In each layer, ``d = mean_j ||v_j' - v_j|| / ||v_j||`` over those positions. From the first layer where d passes
     ``tau`` on, every position is computed again, from the hidden states that entered that layer when it was last

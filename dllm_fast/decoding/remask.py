@@ -1,14 +1,14 @@
-"""Self-correction: which committed tokens of the live block a step opens again.
+"""Self-correction: which committed tokens of the current block a step masks again.
 
-After a step has kept what its schedule says, a policy looks at the committed tokens' probabilities as the step's
-evaluation sees them, and gives each an urgency; the engine opens the most urgent, within a bound:
+After a step has committed what its schedule says, a policy gives each committed token an urgency, from the probability
+that the step's forward gives it. The engine masks the most urgent again, within a bound:
 
-- a schedule with counts opens at most as many as the step leaves masked, and fills as many others in the same step,
-  so that the block ends after the steps it was planned to have, with nothing open;
-- under Threshold, Factor and EntropyBound a row opens at most ``block_length`` positions a block. Each step keeps at
-  least one, so a block of n positions ends within n + block_length steps.
+- a schedule with counts masks at most as many as the step leaves masked, and commits as many others in the same step.
+  So the block ends after its planned number of steps, with no [MASK] left;
+- under Threshold, Factor and EntropyBound a row masks at most ``block_length`` positions a block again. Each step
+  commits at least one, so a block of n positions ends within n + block_length steps.
 
-The evaluated token is in the model's view; nothing is masked to be verified.
+The model sees the token that is verified: no second, masked copy of the block is evaluated.
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ def ranks(score: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class Committed:
-    """What a policy sees of a block, after the step's tokens were kept; each [B, T] but the last."""
+    """What a policy sees of a block after the step's commit; each [B, T] but the last."""
 
     before: torch.Tensor  # bool: committed before this step
     now: torch.Tensor  # fp32: probability of the position's token, for a masked position of the one predicted
@@ -74,7 +74,7 @@ class Verify:
 class P2:
     """Path planning with the model as its own planner (P2, arXiv:2502.03540): of all positions of the block, as many
     as are filled after the step stay, those with the highest score: the log-probability of a masked position's
-    prediction, and ``eta`` times that of a committed token. ``eta=0`` opens nothing."""
+    prediction, and ``eta`` times that of a committed token. ``eta=0`` masks nothing again."""
 
     eta: float = 1.0
 

@@ -1,8 +1,8 @@
-"""How many of a block's masked positions each step keeps.
+"""How many of a block's masked positions each step commits.
 
-A schedule either knows beforehand what each step of a block keeps (`counts`) or leaves it to a rule on the step's
-confidences, one of `ops.commit`'s (`rule`). Which positions are kept is the confidence's business; a schedule that is
-defined by one names it (`confidence`), and then the caller's is not asked.
+A schedule either knows beforehand how many each step of a block commits (`counts`), or has a rule on the step's
+confidences, one of `ops.commit`'s (`rule`). The confidence decides which positions. A schedule that is defined with a
+confidence of its own names it (`confidence`), and the caller's is ignored.
 """
 
 import math
@@ -25,7 +25,7 @@ def _require(good: bool, message: str) -> None:
 
 @dataclass(frozen=True)
 class _Planned:
-    """A schedule whose `counts` say it all."""
+    """A schedule that is planned by `counts` alone."""
 
     confidence: ClassVar[str | None] = None
     rule: ClassVar[dict] = {}
@@ -51,7 +51,7 @@ class _Planned:
 
 @dataclass(frozen=True)
 class Uniform(_Planned):
-    """``steps`` in all, shared equally by the blocks; of a block's n masked positions and s steps each step keeps
+    """``steps`` in all, shared equally by the blocks; of a block's n masked positions and s steps each step commits
     ``n // s``, the first ``n % s`` steps one more (LLaDA, arXiv:2502.09992)."""
 
     steps: int
@@ -76,7 +76,7 @@ class Uniform(_Planned):
 
 @dataclass(frozen=True)
 class Pyramid(_Planned):
-    """Step i of a block keeps ``i // factor + 1``, so few tokens while little is known and more as it fills: factor 1
+    """Step i of a block commits ``i // factor + 1``: few tokens at first, more as the block fills: factor 1
     takes 8 steps for 32 positions. As many steps as the block needs."""
 
     factor: int = 1
@@ -97,7 +97,7 @@ class Pyramid(_Planned):
 class FirstHitting(_Planned):
     """One position at a time, at the times at which the reverse process hits them (arXiv:2409.02908).
 
-    The times order the positions uniformly at random and enter a time-agnostic model no further, so a step keeps one
+    The times order the positions uniformly at random and enter a time-agnostic model no further, so a step commits one
     masked position drawn at random. At temperature 1 that samples the masked-diffusion process exactly.
     """
 

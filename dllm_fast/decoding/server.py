@@ -1,9 +1,10 @@
 """Rows seated in an engine, block after block, until each is done.
 
-All rows of a batch begin a block together; rows that are done leave at its end, and prompts that wait take their seats.
-The host reads what the device has filled where it needs to know: when a row is done, and after every block where an end
-of text may be in it or a streamer waits for it. Between other blocks of a schedule with counts nothing is read, and the
-device never waits for the host.
+All rows of a batch begin a block together. Rows that are done leave at its end, and waiting prompts take their seats.
+
+The host reads the filled tokens only where it must: when a row is done, and after each block if an end of text may be
+in it or a streamer wants it. Between the other blocks of a schedule with counts it reads nothing, and the device never
+waits for the host.
 """
 
 import contextlib
@@ -65,7 +66,7 @@ class Server:
 
     @contextlib.contextmanager
     def seated_engine(self) -> Iterator[Engine]:
-        """The engine that `serve` would begin with, its rows in it, to be kept for a call that needs one like it."""
+        """The engine that `serve` would begin with, its rows loaded; the pool keeps it for a call like this."""
         with torch.inference_mode(False), torch.no_grad(), as_written(self.device), self.pool.lock:
             self._seat()
             yield self.engine
@@ -96,7 +97,7 @@ class Server:
         require_memory(self.family, self.request.options, *plan[:3])
 
     def _seat(self) -> None:
-        """Give the seats of rows that are done to rows that wait; where none waits, do without those seats."""
+        """Give the seats of done rows to waiting rows; if none waits, remove those seats."""
         rows = list(self.seated) or [None] * self.seats
         for seat, row in enumerate(rows):
             if (row is None or row.done) and self.waiting:
@@ -120,7 +121,7 @@ class Server:
         self.engine.load(self.seated)
 
     def _stay(self, rows: list[Row]) -> list[int]:
-        """Which seats stay: those that are taken; where steps are recorded others too, until half of all would do."""
+        """Which seats stay: the taken ones. Where steps are recorded, empty ones too, until half of all suffice."""
         taken = [seat for seat, row in enumerate(rows) if not row.done]
         seats = len(rows) if self.recorded else len(taken)
         while seats // 2 >= len(taken):
@@ -166,7 +167,7 @@ class Server:
         return drawn.where(left, 2.0)
 
     def _take_in(self) -> None:
-        """Read what the seated rows have become."""
+        """Read the seated rows' tokens from the device."""
         engine = self.engine
         canvas, bad = engine.read()
         for row, ids, when in zip(self.seated, canvas, bad, strict=True):

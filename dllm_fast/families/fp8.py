@@ -1,4 +1,4 @@
-"""Weights of linear products in e4m3: half the bytes of bf16, a scale an output channel.
+"""Weights of linears in e4m3: half the bytes of bf16, a scale an output channel.
 
     w[n, k] ~ scale[n] w8[n, k]        scale[n] = max_k |w[n, k]| / 448        (e4m3: arXiv:2209.05433)
 

@@ -1,4 +1,4 @@
-"""Weights of linear products in four bits: a quarter of the bytes of bf16 and 3 % more, a scale a group of 128 inputs.
+"""Weights of linears in four bits: a quarter of the bytes of bf16 and 3 % more, a scale a group of 128 inputs.
 
     w[n, k] ~ scale[g, n] (q[n, k] - zero[g, n])        g = k // 128        (`reference_int4.round_int4`)
 

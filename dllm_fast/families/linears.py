@@ -1,11 +1,10 @@
-"""The weights of a layer's linear products: several of them as one matrix, without a second copy of any.
+"""Linears that share an input, run as one matmul; no second copy of a weight is kept.
 
-`fuse` moves the weights of linears that multiply the same input into one storage, one below the other, and makes each
-the view of its rows. The Parameter objects stay what and where they are, so optimizers, state dicts, hooks and tied
-names go on as before, and a weight that is written in place is seen by the fused product. Nothing else is kept:
-`products` looks at each call whether the weights still lie one below the other, and calls the modules where they do
-not (after ``.to()``, ``load_state_dict(assign=True)``, an adapter in a module's place). It is never wrong, only slower
-until the weights are fused again.
+`fuse` moves the weights of such linears into one buffer, one below the other, and makes each a view of its rows. The
+Parameter objects stay, so optimizers, state dicts, hooks and tied names work as before, and the matmul sees a weight
+that is written in place. Nothing else is kept: at each call `products` checks that the weights are still one below the
+other, and calls the modules if not (after ``.to()``, ``load_state_dict(assign=True)``, an adapter in a module's place).
+It is never wrong, only slower until the weights are fused again.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -24,13 +23,13 @@ Products = Callable[..., tuple[torch.Tensor, ...]]  # `products`, or another way
 def products(
     x: torch.Tensor, *linears: nn.Module, gated: bool = False, impl: str = "torch"
 ) -> tuple[torch.Tensor, ...]:
-    """``linear(x)`` of each, [..., out]; as slices of one product where their weights are fused.
+    """``linear(x)`` of each, [..., out]; slices of one matmul if their weights are fused.
 
     ``gated``: of a gate and an up projection; (``swiglu(gate, up)``,) instead of the two.
 
-    They are multiplied one by one where a gradient is wanted, since the parameters are the leaves it must reach; and
-    under ``torch.compile``, which cannot see where weights lie: a compiled product may outlive their fusion. A plain
-    linear's product is taken without its module's call, which costs as much as a small product does.
+    They run one by one if a gradient is wanted, which must reach each parameter, and under ``torch.compile``, which
+    does not see where weights are: compiled code may outlive the fusion. A plain linear's module is not called: the
+    call costs as much as a small matmul.
     """
     if len(linears) > 1 and not torch.compiler.is_compiling():
         matrix = fused(linears)
@@ -80,12 +79,13 @@ class Fused:
 
 
 def fuse(linears: Sequence[nn.Module]) -> Fused | None:
-    """Move the weights of ``linears`` into one storage; None where nothing was moved.
+    """Move the weights of ``linears`` into one buffer; None if nothing was moved.
 
     Nothing is moved if it does not pay (`pays`); if they are in one buffer already; if a module is no plain
-    ``nn.Linear`` (an adapter, a quantised weight, one with hooks or a bias); if dtypes, devices or widths differ; or if a weight
-    cannot be moved: it is in memory shared with other processes, was made in inference mode, or is there twice. Needs
-    the memory of these weights once more while it runs; if there is not enough, raises with everything as it was.
+    ``nn.Linear`` (an adapter, a quantised weight, one with hooks or a bias); if dtypes, devices or
+    widths differ; or if a weight cannot be moved: it is shared with other processes, was made in inference mode, or is
+    there twice. Needs the memory of these weights once more while it runs; if there is not enough, raises and leaves
+    everything as it was.
     """
     if not all(plain(linear) and linear._parameters["bias"] is None for linear in linears):
         return None
@@ -118,9 +118,9 @@ def _own_storage(linear: nn.Linear, state_dict: dict, prefix: str, local_metadat
 
 
 def pays(weight: torch.Tensor) -> bool:
-    """Whether one product of several such weights costs less than one of each.
+    """Whether one matmul of several such weights costs less than one of each.
 
-    On a GPU it saves launches, and a few rows fill more of the chip. On a CPU it saves what a bf16 product costs before
+    On a GPU it saves launches, and a few rows fill more of the chip. On a CPU it saves what a bf16 matmul costs before
     it starts, which is a tenth of q, k and v's for 32 rows at width 768; in fp32 and fp16 nothing, and there a gate
     pays for reading its two halves from longer rows.
     """
@@ -128,7 +128,7 @@ def pays(weight: torch.Tensor) -> bool:
 
 
 def plain(linear: nn.Module) -> bool:
-    """Whether calling it is its weight's product and its bias, and nothing that reading these would leave out."""
+    """Whether a call is its weight's matmul and its bias, and nothing else (hooks, adapters, quantisation)."""
     return (
         type(linear) is nn.Linear
         and type(linear._parameters.get("weight")) is nn.Parameter

@@ -1,4 +1,4 @@
-"""Rounded weights of the layers' linear products, in e4m3 (`fp8`) or four bits (`int4`).
+"""Rounded weights of the layers' linears, in e4m3 (`fp8`) or four bits (`int4`).
 
 Of a model that `patch` rounds they are copies: its parameters stay beside them, for its own forward and for training.
 Of one that was loaded rounded (`shards`) they are all there is. The LM head's weight is rounded where that is asked for
@@ -123,7 +123,7 @@ class _Copy:
 
 
 class Copies:
-    """`weights.products` from rounded copies, which are made anew when the weights they were made from have changed.
+    """`linears.products` from rounded copies, which are made anew when the weights they were made from have changed.
 
     A change is seen by the parameter's version, which optimizers and ``load_state_dict`` raise, or by its place. What
     writes through ``parameter.data`` raises nothing: patch again. Under ``torch.compile`` no change is seen.
