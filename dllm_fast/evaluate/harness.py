@@ -5,7 +5,6 @@ then is lm-eval's command line, with all its options. Under ``accelerate launch 
 ``torchrun -m dllm_fast.evaluate`` (CPUs too) each process has a copy of the model and its share of the documents.
 """
 
-import sys
 from datetime import timedelta
 
 import torch
@@ -17,6 +16,7 @@ from tqdm import tqdm
 
 from dllm_fast.decoding.request import require
 from dllm_fast.decoding.text import answer_text, encode, held_back
+from dllm_fast.errors import exit_code
 from dllm_fast.evaluate.answers import last_of, request_options, spelled_options, whole_blocks
 from dllm_fast.evaluate.likelihood import are_greedy, log_likelihoods
 from dllm_fast.generate import generate_many
@@ -195,9 +195,8 @@ class MaskedDiffusionLM(TemplateLM):
         self.accelerator.wait_for_everyone()
 
 
-if __name__ == "__main__":
+def main() -> int:
+    """lm-eval's command line, which now knows the model."""
     from lm_eval.__main__ import cli_evaluate
 
-    from dllm_fast.errors import exit_code
-
-    sys.exit(exit_code(cli_evaluate))
+    return exit_code(cli_evaluate)

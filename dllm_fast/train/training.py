@@ -378,7 +378,3 @@ def run(args: argparse.Namespace) -> int:
     if PartialState().is_main_process:
         print(final)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
