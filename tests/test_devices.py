@@ -1,7 +1,6 @@
 """Under autocast, beside another GPU that is current, and with weights on several devices."""
 
 import contextlib
-import sys
 
 import pytest
 import torch
@@ -9,7 +8,9 @@ from test_defaults import FEW, MAKERS, plain_run, prompts, run, same
 from torch import nn
 
 import dllm_fast
+from dllm_fast.decoding import server
 from dllm_fast.decoding.device import as_written
+from dllm_fast.evaluate import likelihood
 from dllm_fast.evaluate.likelihood import are_greedy, log_likelihoods
 from dllm_fast.patch import bound_family
 
@@ -82,8 +83,8 @@ def test_every_block_and_evaluation_is_within_it(either, monkeypatch):
         yield
         where.pop()
 
-    for module in ("server", "likelihood"):
-        monkeypatch.setattr(sys.modules[f"dllm_fast.{module}"], "as_written", noted)
+    for module in (server, likelihood):
+        monkeypatch.setattr(module, "as_written", noted)
     model = dllm_fast.patch(either)
     family = type(bound_family(model))
     hidden = family.hidden

@@ -61,35 +61,35 @@ def own_logits(model, ids):
 def test_products_are_each_linears_product(dtype):
     """Error against fp64 at most twice that of the linears one by one, sizes that share no factor."""
     torch.manual_seed(0)
-    linears = [nn.Linear(37, rows, bias=False, dtype=dtype) for rows in (5, 1, 23)]
+    group = [nn.Linear(37, rows, bias=False, dtype=dtype) for rows in (5, 1, 23)]
     x = torch.randn(2, 7, 37).to(dtype)
-    truth = [x.double() @ linear.weight.double().T for linear in linears]
-    apart = linears.products(x, *linears)
-    assert linears.fused(linears) is None
-    moved = linears.fuse(linears)
-    assert all(a is linear.weight for a, linear in zip(moved.weights, linears, strict=True))
-    together = linears.products(x, *linears)
+    truth = [x.double() @ linear.weight.double().T for linear in group]
+    apart = linears.products(x, *group)
+    assert linears.fused(group) is None
+    moved = linears.fuse(group)
+    assert all(a is linear.weight for a, linear in zip(moved.weights, group, strict=True))
+    together = linears.products(x, *group)
     assert len({part.untyped_storage().data_ptr() for part in together}) == 1
     for one, other, exact in zip(apart, together, truth, strict=True):
         assert other.dtype == dtype and other.shape == exact.shape and other.stride(-1) == 1
         error = (other.double() - exact).abs().max()
         assert error <= 2 * (one.double() - exact).abs().max() + torch.finfo(dtype).eps
-    assert linears.fuse(linears) is None  # already together
+    assert linears.fuse(group) is None  # already together
     moved.separate()
-    assert linears.fused(linears) is None
-    assert all(torch.equal(a, b) for a, b in zip(apart, linears.products(x, *linears), strict=True))
+    assert linears.fused(group) is None
+    assert all(torch.equal(a, b) for a, b in zip(apart, linears.products(x, *group), strict=True))
 
 
 @torch.no_grad()
 def test_neighbouring_storages_are_not_taken_for_one():
     """Allocators put equal blocks side by side; no view may span them."""
     memory = torch.randn(3, 4, 8)
-    linears = [nn.Linear(8, 4, bias=False) for _ in range(3)]
-    for linear, part in zip(linears, memory, strict=True):
+    group = [nn.Linear(8, 4, bias=False) for _ in range(3)]
+    for linear, part in zip(group, memory, strict=True):
         # A storage of its own over part of the same memory.
         linear.weight.data = torch.from_numpy(part.numpy())
-    assert linears[1].weight.data_ptr() == linears[0].weight.data_ptr() + linears[0].weight.nbytes
-    assert linears.fused(linears) is None
+    assert group[1].weight.data_ptr() == group[0].weight.data_ptr() + group[0].weight.nbytes
+    assert linears.fused(group) is None
 
 
 def adapter(linear):

@@ -88,7 +88,7 @@ def noted(found: dict[str, list[dict]]):
     # Of the package: the kernels are taken, steps are laid out as for recordings and never recorded, and what would
     # read the weights' values does not.
     modules = [m for name, m in sys.modules.items() if name.startswith("dllm_fast.kernels.") and hasattr(m, "chained")]
-    warmup, server, patch = (sys.modules[f"dllm_fast.{name}"] for name in ("warmup", "server", "patch"))
+    warmup, server, patch = (sys.modules[f"dllm_fast.{name}"] for name in ("warmup", "decoding.server", "patch"))
     stand_ins = [(JITFunction, "run", only_compile), (JITFunction, "_do_compile", compile_nothing)]
     stand_ins += [(module, "chained", chained) for module in modules]
     stand_ins += [(torch.nn.functional, "linear", empty_product), (predict, "_logits", empty_product)]

@@ -48,9 +48,9 @@ def watching(look: bool = False) -> Iterator[list[Step]]:
 
         return call
 
-    run = watched(Engine._run, lambda kind, *rest: kind)
-    mixed = watched(Engine._mixed, lambda *groups: "mixed")
-    with mock.patch.object(Engine, "_run", run), mock.patch.object(Engine, "_mixed", mixed):
+    alike = watched(Engine.take_step, lambda kind, *rest: kind)
+    mixed = watched(Engine.take_mixed_step, lambda *groups: "mixed")
+    with mock.patch.object(Engine, "take_step", alike), mock.patch.object(Engine, "take_mixed_step", mixed):
         yield steps
 
 
