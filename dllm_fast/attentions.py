@@ -11,7 +11,7 @@ import os
 
 import torch
 
-from dllm_fast.kernels.checks import FLOATS
+from dllm_fast.kernels.checks import FLOATS, dtype_name
 
 # By the card's name: the dtype, the head dim, and the number of queries from which PyTorch's was ahead at all that were
 # tried, each head with keys of its own. `python -m bench.ops.tune whole-attention` measures an entry.
@@ -48,7 +48,7 @@ def serves(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, 
 def table(device: torch.device) -> str:
     """The table of ``device`` as DLLM_FAST_ATTENTION takes it. Settles it; raises as `settle` does."""
     settle(device)
-    entries = (f"{_short(dtype)}:{dim}:{queries}" for (dtype, dim), queries in pytorch_from[device].items())
+    entries = (f"{dtype_name(dtype)}:{dim}:{queries}" for (dtype, dim), queries in pytorch_from[device].items())
     return ",".join(entries) or NEVER
 
 
@@ -61,15 +61,11 @@ def _name(device: torch.device) -> str | None:
         return None
 
 
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def _fixed() -> dict[tuple[torch.dtype, int], int] | None:
     text = os.environ.get("DLLM_FAST_ATTENTION", "")
     if text in ("", NEVER):
         return {} if text else None
-    dtypes, fixed = {_short(dtype): dtype for dtype in FLOATS}, {}
+    dtypes, fixed = {dtype_name(dtype): dtype for dtype in FLOATS}, {}
     for entry in text.split(","):
         dtype, *numbers = entry.strip().split(":")
         whole = [int(number) for number in numbers if number.isascii() and number.isdigit() and int(number) > 0]

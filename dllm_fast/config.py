@@ -14,7 +14,7 @@ from dllm_fast.cpu import compiled, matmuls
 from dllm_fast.decoding.memory import available
 from dllm_fast.families.forward import patch_of
 from dllm_fast.families.rounded import loaded_kind
-from dllm_fast.kernels.checks import FLOATS
+from dllm_fast.kernels.checks import FLOATS, dtype_name
 
 PACKAGES = ("dllm_fast", "torch", "triton", "transformers", "numpy")
 NAMES = {"triton": "Triton kernels", "cpp": "the compiled extension", "torch": "PyTorch"}
@@ -133,11 +133,7 @@ def _implementations() -> Iterator[str]:
         for dtype in (*FLOATS, torch.float64):
             taken, obstacle = ops.auto(device, dtype)
             reason = f": {obstacle}" if obstacle else ""
-            yield f"{device}, {_short(dtype)}: {NAMES[taken]}{reason}"
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+            yield f"{device}, {dtype_name(dtype)}: {NAMES[taken]}{reason}"
 
 
 def _ops() -> Iterator[str]:
@@ -183,7 +179,7 @@ def _settings() -> Iterator[str]:
 def _model(model: torch.nn.Module) -> Iterator[str]:
     kind = getattr(getattr(model, "config", None), "model_type", None)
     yield f"{type(model).__name__} of model_type {kind!r}, {'training' if model.training else 'eval'} mode"
-    lots = Counter((_short(x.dtype), str(x.device)) for x in model.parameters())
+    lots = Counter((dtype_name(x.dtype), str(x.device)) for x in model.parameters())
     yield "parameters: " + ", ".join(f"{n} of {dtype} on {device}" for (dtype, device), n in lots.items())
     patched = [(name, state) for name, module in model.named_modules() if (state := patch_of(module)) is not None]
     for name, state in patched:  # a wrapper, PEFT's say, holds the model that is patched

@@ -10,6 +10,11 @@ INTEGERS = (torch.int32, torch.int64)
 CONFIDENCES = ("probability", "margin", "entropy", "random")
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """``"float32"`` for ``torch.float32``."""
+    return str(dtype).removeprefix("torch.")
+
+
 def check_tensors(
     device: torch.device,
     /,

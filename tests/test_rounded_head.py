@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from needs import needs_triton
+from test_rounded import load, train
 from tiny import MAKERS, make_llada, make_modernbert
 from torch import nn
 
@@ -108,19 +109,6 @@ def test_likelihoods_are_those_of_the_rounded_head(either, ids):
     own = log_likelihood(dllm_fast.patch(either), *pair, samples=4, seed=0)
     got = log_likelihood(dllm_fast.patch(either, head="fp8"), *pair, samples=4, seed=0)
     assert got == pytest.approx(log_likelihood(twin, *pair, samples=4, seed=0), rel=1e-5) and got != pytest.approx(own)
-
-
-def train(model, ids):
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    with torch.enable_grad():
-        model.train()(ids).logits.float().logsumexp(-1).mean().backward()
-    optimizer.step()
-    model.eval()
-
-
-def load(model, ids):
-    torch.manual_seed(5)
-    model.load_state_dict({name: torch.randn_like(x) / 8 for name, x in model.state_dict().items()})
 
 
 def write_data(model, ids):

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from dllm_fast.cpu import compiled, matmuls
+from dllm_fast.kernels.checks import dtype_name
 
 SHAPES = ((768, 768), (2048, 768), (768, 2048), (4096, 768))  # outputs, inputs
 HEAD = (126464, 768)  # few rows alone: candidates' logits
@@ -44,7 +45,7 @@ def line(shape: tuple[int, int], rows: int, dtype: torch.dtype, budget: float) -
     taken = seconds(runs, budget)
     chosen = int(rows >= matmuls.pytorch_from[dtype])
     rates = [2 * rows * shape[0] * shape[1] / s / 1e9 for s in taken]
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     return (
         f"{shape[0]:6} x {shape[1]:<5} {name:9} {rows:5} {rates[0]:9.1f} {rates[1]:9.1f}  "
         f"{('ours', 'PyTorch')[chosen]:8} {min(taken) / taken[chosen]:5.2f}"

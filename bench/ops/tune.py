@@ -32,6 +32,7 @@ from dllm_fast.kernels import masked_loss as loss_kernel
 from dllm_fast.kernels import norm as norm_kernel
 from dllm_fast.kernels import predict as predict_kernel
 from dllm_fast.kernels import rope as rope_kernel
+from dllm_fast.kernels.checks import dtype_name
 
 PINNED = "pinned"
 AHEAD = 0.95  # of our time: PyTorch's attention is ahead where it takes less
@@ -208,7 +209,7 @@ def whole_attention(device: str, quick: bool) -> dict:
             ahead[queries] = results["SDPA"].median < AHEAD * results["ours"].median
         behind = max((queries for queries, is_ahead in ahead.items() if not is_ahead), default=0)
         first = min((queries for queries in ahead if queries > behind), default=None)
-        dtype = str(dtype_of(device)).removeprefix("torch.")
+        dtype = dtype_name(dtype_of(device))
         table = "never" if first is None else f"{dtype}:{model.head_dim}:{first}"
         print(f"DLLM_FAST_ATTENTION={table}")
         found[model.name] = table

@@ -19,6 +19,7 @@ from transformers import AutoTokenizer
 import dllm_fast
 from dllm_fast.cli.view import print_table
 from dllm_fast.decoding.published import published_generate
+from dllm_fast.kernels.checks import dtype_name
 
 LENGTH, BLOCK = 64, 32
 PROMPTS = {
@@ -63,7 +64,7 @@ def compare(name: str, dtype: torch.dtype, tokenizer) -> dict:
         total += LENGTH
     return {
         "model": name,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
         "patched_minus_own": float((ours - own)[valid].abs().max() / scale),
         "own_minus_fp64": float((own - truth)[valid].abs().max() / scale),
         "patched_minus_fp64": float((ours - truth)[valid].abs().max() / scale),

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from dllm_fast.cpu import compiled
+from dllm_fast.kernels.checks import dtype_name
 
 NEVER = 1 << 62
 FASTER = 0.9  # PyTorch's serves where it takes less than this share of the extension's time
@@ -42,17 +43,13 @@ def table() -> str:
     """The table as DLLM_FAST_MATMUL takes it. Settles every dtype; raises as `settle` does."""
     for dtype in compiled.FLOATS:
         settle(dtype)
-    rows = {_name(dtype): pytorch_from[dtype] for dtype in compiled.FLOATS}
+    rows = {dtype_name(dtype): pytorch_from[dtype] for dtype in compiled.FLOATS}
     return ",".join(f"{dtype}:{'never' if first == NEVER else first}" for dtype, first in rows.items())
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _fixed() -> dict[torch.dtype, int]:
     text = os.environ.get("DLLM_FAST_MATMUL", "")
-    dtypes, fixed = {_name(dtype): dtype for dtype in compiled.FLOATS}, {}
+    dtypes, fixed = {dtype_name(dtype): dtype for dtype in compiled.FLOATS}, {}
     for entry in text.split(",") if text else ():
         name, _, rows = entry.strip().partition(":")
         if name not in dtypes or not (rows == "never" or (rows.isascii() and rows.isdigit() and int(rows) > 0)):
