@@ -6,20 +6,13 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-from transformers import (
-    AutoTokenizer,
-    ModernBertForMaskedLM,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from dllm_fast.families.native import TRANSFORMERS_5, LLaDAModelLM, register
+from dllm_fast.families import FAMILIES
 from dllm_fast.families.shards import load_rounded
 from dllm_fast.generation_config import DiffusionGenerationConfig
 from dllm_fast.patch import bound_family, patch, require_known
 
-CLASSES = {"llada": LLaDAModelLM, "modernbert": ModernBertForMaskedLM}
 MODELS = Path(__file__).with_name("models")
 
 
@@ -73,16 +66,18 @@ def from_pretrained(
         raise ValueError(f"{name}: is a file, and not the folder of a model")
     elif name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ValueError(f"{name}: no such folder")
-    # The classes are named here, not looked up: the published code takes over the name llada in transformers' registry.
+    # The classes are the families', not transformers' registry's: the published code takes over the name llada there.
     fields, _ = PretrainedConfig.get_config_dict(name, **kwargs)
-    kind, auto_map = fields.get("model_type"), fields.get("auto_map") or {}
-    if kind == "llada" and trust_remote_code and "AutoModel" in auto_map:
-        config, cls = _mended_remote_code(auto_map, name, **kwargs)
-    elif kind in CLASSES:
-        cls = CLASSES[kind]
-        config = cls.config_class.from_pretrained(name, **kwargs)
+    kind = fields.get("model_type")
+    auto_map = fields.get("auto_map") or {}
+    family = FAMILIES.get(kind)
+    if family is None:
+        raise ValueError(f"{name}: model_type {kind!r} is not supported; supported are {', '.join(FAMILIES)}")
+    if trust_remote_code and family.remote_code is not None and "AutoModel" in auto_map:
+        config, cls = family.remote_code(auto_map, name, **kwargs)
     else:
-        raise ValueError(f"{name}: model_type {kind!r} is not supported; supported are {', '.join(CLASSES)}")
+        cls = family.model_class
+        config = cls.config_class.from_pretrained(name, **kwargs)
     if weights is not None:
         place = torch.device("cpu" if device is None else device)
         model, report = load_rounded(cls, name, config, dtype, place, weights, **kwargs)
@@ -179,37 +174,3 @@ def safetensors_size(path: Path) -> int | None:
         except (ValueError, KeyError, TypeError, AttributeError):
             return None
     return 8 + length + max(ends, default=0)
-
-
-def _mended_remote_code(auto_map: dict, name: str, **kwargs) -> tuple[PretrainedConfig, type[PreTrainedModel]]:
-    """LLaDA's published config and class, made to load under transformers 5.
-
-    It reads ``config.use_cache``, which configs no longer have; never calls ``post_init``, which sets what
-    ``from_pretrained`` now asks for; and its ``tie_weights`` takes no arguments, but is given some.
-    """
-    from transformers.dynamic_module_utils import get_class_from_dynamic_module
-
-    config = get_class_from_dynamic_module(auto_map["AutoConfig"], name, **kwargs).from_pretrained(name, **kwargs)
-    cls = get_class_from_dynamic_module(auto_map["AutoModel"], name, **kwargs)
-    register()
-    if not hasattr(config, "use_cache"):
-        config.use_cache = False
-    if not TRANSFORMERS_5 or "_dllm_fast_mended" in cls.__dict__:
-        return config, cls
-    published_init, published_tie = cls.__init__, cls.tie_weights
-    head, embedding = "model.transformer.ff_out.weight", "model.transformer.wte.weight"
-
-    def __init__(self, *args, **kwargs):
-        published_init(self, *args, **kwargs)
-        if not hasattr(self, "all_tied_weights_keys"):
-            tied = getattr(self.config, "weight_tying", False)
-            self.all_tied_weights_keys = {head: embedding} if tied else {}
-            published_tie(self)  # makes the head that the entry above names
-
-    def tie_weights(self, missing_keys: set[str] | None = None, **kwargs):
-        published_tie(self)
-        if missing_keys and self.all_tied_weights_keys and not {head, embedding} <= missing_keys:
-            missing_keys -= {head, embedding}
-
-    cls.__init__, cls.tie_weights, cls._dllm_fast_mended = __init__, tie_weights, True
-    return config, cls

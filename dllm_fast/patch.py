@@ -9,11 +9,10 @@ from dataclasses import dataclass, field, fields
 import torch
 from torch import nn
 from transformers import GenerationConfig
-from transformers.modeling_outputs import CausalLMOutputWithPast, MaskedLMOutput
 
 from dllm_fast import ops
 from dllm_fast.decoding.pool import Pool
-from dllm_fast.families import FAMILIES, LLaDA, ModernBert
+from dllm_fast.families import family_of
 from dllm_fast.families.bypass import (
     departure,
     require_no_learned_prompt,
@@ -21,11 +20,10 @@ from dllm_fast.families.bypass import (
     require_one_device,
     unwrapped,
 )
+from dllm_fast.families.family import Family
 from dllm_fast.families.forward import STATE, like, patch_of
 from dllm_fast.families.linears import Fused, fuse, products
 from dllm_fast.families.mixin import generation_config_of, lend_generate, take_back, would_replace
-from dllm_fast.families.modernbert import fresh_rotary
-from dllm_fast.families.native import LLaDAModelLM
 from dllm_fast.families.rounded import KINDS, Copies, RoundedHead, loaded_kind, require_kind
 from dllm_fast.families.rounded import check as check_rounded
 
@@ -37,10 +35,9 @@ class _Patch:
     impl: str  # as it was asked for
     weights: str | None
     head: str | None
-    family: LLaDA | ModernBert
+    family: Family
     forward: types.MethodType  # the model's own
     own_forward: object | None  # what the instance's __dict__ held under "forward", e.g. an Accelerate hook
-    output: type
     model: nn.Module
     bound: types.MethodType | None = None  # the forward that stands in the model's __dict__
     buffers: list[tuple[nn.Module, str, torch.Tensor]] = field(default_factory=list)
@@ -108,7 +105,7 @@ def patch(model: nn.Module, impl: str = "auto", weights: str | None = None, head
     """
     wrapper, model = model, unwrapped(model)
     require_one_device(model)
-    family_class, output = _recognise(model)
+    family_class = family_of(model)
     parameter = _first_parameter(model)
     resolved = ops.resolve(impl, parameter.device, parameter.dtype)
     require_known(weights=weights, head=head)
@@ -129,7 +126,7 @@ def patch(model: nn.Module, impl: str = "auto", weights: str | None = None, head
             require_kind(head, parameter.device, "head")
         own = model.forward if state is None else state.forward
         own_forward = model.__dict__.get("forward") if state is None else state.own_forward
-        fresh = _Patch(impl, weights, head, family, own, own_forward, output, model)
+        fresh = _Patch(impl, weights, head, family, own, own_forward, model)
         if state is not None:
             fresh.fused, fresh.pool.lock = state.fused, state.pool.lock
             fresh.bound, fresh.replaced = state.bound, state.replaced
@@ -137,7 +134,7 @@ def patch(model: nn.Module, impl: str = "auto", weights: str | None = None, head
         # All that can fail is done; from here on the model's own attributes change.
         if state is not None:
             _put_back_buffers(state)
-        for module, name, table in fresh_rotary(model) if family_class is ModernBert else ():
+        for module, name, table in family.repaired_buffers(model):
             fresh.buffers.append((module, name, module._buffers[name]))
             module._buffers[name] = table
         model.__dict__[STATE] = fresh
@@ -258,7 +255,7 @@ def patched(
             patch(model, before.impl, before.weights, before.head)
 
 
-def bound_family(model: nn.Module) -> LLaDA | ModernBert:
+def bound_family(model: nn.Module) -> Family:
     """The family object of a patched model, its weights fused.
 
     Raises ValueError for a model that is not patched, or of which the family would leave something out (`bypass`).
@@ -279,7 +276,7 @@ def bound_pool(model: nn.Module) -> Pool:
     return _state(unwrapped(model)).pool
 
 
-def family_and_pool(model: nn.Module) -> tuple[LLaDA | ModernBert, Pool]:
+def family_and_pool(model: nn.Module) -> tuple[Family, Pool]:
     """`bound_family` and `bound_pool` of a patched model; of another that `patch` takes, its family over the weights as
     they lie, for one call: nothing is moved, and each linear is a product of its own. Raises ValueError as they do, or
     as `patch`."""
@@ -287,7 +284,7 @@ def family_and_pool(model: nn.Module) -> tuple[LLaDA | ModernBert, Pool]:
     model = unwrapped(model)
     if patch_of(model) is not None:
         return bound_family(model), bound_pool(model)
-    family_class, _ = _recognise(model)
+    family_class = family_of(model)
     _first_parameter(model)
     family = family_class(model, "auto")
     require_nothing_left_out(model, family.calls, family.known)
@@ -302,18 +299,6 @@ def _state(model: nn.Module) -> _Patch:
     if state is None:
         raise ValueError(f"model: this {type(model).__name__} is not patched; call dllm_fast.patch(model) first")
     return state
-
-
-def _recognise(model: nn.Module) -> tuple[type[LLaDA] | type[ModernBert], type]:
-    kind = getattr(getattr(model, "config", None), "model_type", None)
-    if kind == "llada" and hasattr(getattr(model, "model", None), "transformer"):
-        return LLaDA, MaskedLMOutput if isinstance(model, LLaDAModelLM) else CausalLMOutputWithPast
-    if kind == "modernbert" and hasattr(model, "decoder"):
-        return ModernBert, MaskedLMOutput
-    raise ValueError(
-        f"model: a {type(model).__name__} of model_type {kind!r} is not supported; supported are "
-        f"{', '.join(FAMILIES)} with their language-model heads (LLaDAModelLM, ModernBertForMaskedLM)"
-    )
 
 
 def _first_parameter(model: nn.Module) -> nn.Parameter:

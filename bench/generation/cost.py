@@ -52,13 +52,12 @@ class Cost:
     def of_family(cls, family) -> "Cost":
         head = family.head()[0]
         width, ffn, key_width = head.shape[1], family.ffn_width, family.kv_heads * family.head_dim
-        bert = hasattr(family, "windows")
         heads = width // family.head_dim
         return cls(
             every=2 * width * key_width, rest=2 * width * heads * family.head_dim + 3 * width * ffn,
-            transform=width * width if bert else 0, head=head.numel(),
-            windows=tuple(family.windows) if bert else (None,) * family.layers,
-            heads=heads, kv_heads=family.kv_heads, head_dim=family.head_dim, item=head.element_size(),
+            transform=width * width if "dense" in family.calls.names else 0, head=head.numel(),
+            windows=tuple(family.windows), heads=heads, kv_heads=family.kv_heads, head_dim=family.head_dim,
+            item=head.element_size(),
         )  # fmt: skip
 
     def flops(self, positions: float, live: int, masked: int, slots: int) -> float:

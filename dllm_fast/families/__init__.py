@@ -1,6 +1,22 @@
-"""The model families: where the weights are, and one forward each over `dllm_fast.ops`."""
+"""The model families: where the weights are, and a forward over `dllm_fast.ops`. All else asks this table for them."""
 
+from torch import nn
+
+from dllm_fast.families.family import Family
 from dllm_fast.families.llada import LLaDA
 from dllm_fast.families.modernbert import ModernBert
 
-FAMILIES = {"llada": LLaDA, "modernbert": ModernBert}
+FAMILIES: dict[str, type[Family]] = {"llada": LLaDA, "modernbert": ModernBert}  # by a config's model_type
+
+
+def family_of(model: nn.Module) -> type[Family]:
+    """The family of a model with its language-model head. Raises ValueError for a model of none."""
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    family = FAMILIES.get(kind)
+    if family is not None and family.matches(model):
+        return family
+    raise ValueError(
+        f"model: a {type(model).__name__} of model_type {kind!r} is not supported; supported are "
+        f"{', '.join(FAMILIES)} with their language-model heads "
+        f"({', '.join(family.model_class.__name__ for family in FAMILIES.values())})"
+    )

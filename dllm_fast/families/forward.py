@@ -7,7 +7,7 @@ from contextlib import nullcontext
 
 import torch
 from torch import nn
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import ModelOutput
 
 from dllm_fast import ops
 from dllm_fast.families.rows import valid_spans
@@ -59,10 +59,10 @@ def like(own: Callable) -> Callable:
     return forward
 
 
-def _config_asks_more(config, output: type) -> bool:
+def _config_asks_more(config, output: type[ModelOutput]) -> bool:
     """Whether the config asks for what an argument of the forward may ask for: hidden states, a tuple, a cache."""
     wanted = ["output_hidden_states", "output_attentions", "torchscript"]
-    if output is CausalLMOutputWithPast:  # the published LLaDA's keys and values
+    if hasattr(output, "past_key_values"):  # the published LLaDA's
         wanted.append("use_cache")
     return not getattr(config, "return_dict", True) or any(getattr(config, name, False) for name in wanted)
 
@@ -78,7 +78,7 @@ def _fast(self, input_ids=None, attention_mask=None, **kwargs):
         and 0 < input_ids.shape[1] <= family.positions
         and not self.training
         and not (torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters()))
-        and not _config_asks_more(self.config, state.output)
+        and not _config_asks_more(self.config, family.output_type(self))
         and all(value is None or value is (name == "return_dict") for name, value in kwargs.items())
     )
     span = (None, None)
@@ -91,4 +91,4 @@ def _fast(self, input_ids=None, attention_mask=None, **kwargs):
     # Triton launches on the current GPU, whatever holds the tensors.
     with torch.cuda.device(head[0].device) if head[0].is_cuda else nullcontext():
         hidden = family.hidden(input_ids, *span, padding_counts=True)
-        return state.output(logits=ops.logits(hidden, *head, impl=family.impl))
+        return family.output_type(self)(logits=ops.logits(hidden, *head, impl=family.impl))

@@ -5,39 +5,54 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import ModernBertForMaskedLM
+from transformers import ModernBertConfig, ModernBertForMaskedLM, PretrainedConfig
 
 from dllm_fast import ops
-from dllm_fast.families.bypass import Calls, known_classes
-from dllm_fast.families.cache import BlockCache
-from dllm_fast.families.linears import Products, products, require_weights
-from dllm_fast.families.rounded import RoundedHead
-from dllm_fast.families.rows import Impl, RopeTables, is_span, take
-
-FILES = (ModernBertForMaskedLM.__module__, "torch.nn.modules.normalization", "transformers.activations")
-CALLED = frozenset(("tok_embeddings", "Wqkv", "Wo", "Wi", "dense"))
+from dllm_fast.families.bypass import Calls
+from dllm_fast.families.family import Family
 
 
-class ModernBert:
-    """A ModernBERT's forward over `ops`. Weights are read from the model's own modules at each call."""
+class ModernBert(Family):
+    """LayerNorm, GeGLU, most layers attend within a window; a head of its own before the tied decoder."""
 
-    calls = Calls(CALLED, None)
+    model_class = ModernBertForMaskedLM
+    files = (ModernBertForMaskedLM.__module__, "torch.nn.modules.normalization", "transformers.activations")
+    calls = Calls(frozenset(("tok_embeddings", "Wqkv", "Wo", "Wi", "dense")), None)
 
-    def __init__(
-        self, model: nn.Module, impl: str, products: Products = products, rounded_head: RoundedHead | None = None
-    ):
-        config = model.config
+    @staticmethod
+    def matches(model: nn.Module) -> bool:
+        return hasattr(model, "decoder")
+
+    @staticmethod
+    def repaired_buffers(model: nn.Module) -> list[tuple[nn.Module, str, torch.Tensor]]:
+        return fresh_rotary(model)
+
+    @staticmethod
+    def linears(model: nn.Module) -> Iterator[tuple[nn.Module, ...]]:
+        # Each alone: `Wqkv` and `Wi` are one matrix as they come.
+        for block in model.model.layers:
+            for linear in (block.attn.Wqkv, block.attn.Wo, block.mlp.Wi, block.mlp.Wo):
+                yield (linear,)
+
+    @staticmethod
+    def labelled(model: nn.Module, input_ids: torch.Tensor, chosen: torch.Tensor) -> tuple[torch.Tensor, nn.Module]:
+        return model.head(model.model(input_ids=input_ids).last_hidden_state[chosen]), model.decoder
+
+    @staticmethod
+    def new(width, heads, kv_heads, layers, ffn, positions, tie, **tokens):
+        ends = dict.fromkeys(("bos_token_id", "cls_token_id", "sep_token_id"), tokens["eos_token_id"])
+        config = ModernBertConfig(
+            hidden_size=width, num_attention_heads=heads, num_hidden_layers=layers, intermediate_size=ffn,
+            max_position_embeddings=positions, **tokens, **ends,
+            # At its default of 0.02 a narrow model sits for a thousand steps where it knows only word frequencies.
+            initializer_range=width**-0.5,
+        )  # fmt: skip
+        return ModernBertForMaskedLM(config)
+
+    def _read_config(self, config: PretrainedConfig) -> None:
         for name in ("hidden_activation", "classifier_activation"):
             if getattr(config, name) != "gelu":
                 raise ValueError(f"model.config.{name}={getattr(config, name)!r} is not supported, only 'gelu'")
-        require_weights(
-            (name, module)
-            for name, module in model.named_modules()
-            if (name.endswith("norm") and not isinstance(module, nn.Identity)) or name == "decoder"
-        )
-        self.model, self.products, self.rounded_head = model, products, rounded_head
-        self.known = known_classes(model, self.calls, FILES)
-        self._impl = Impl(impl, self.head()[0])
         self.positions = config.max_position_embeddings
         self.heads = self.kv_heads = config.num_attention_heads
         self.head_dim = config.hidden_size // config.num_attention_heads
@@ -47,52 +62,22 @@ class ModernBert:
         # A sliding layer sees |i - j| <= local_attention // 2, whatever number its attention function is handed.
         self.windows = [config.local_attention // 2 if sliding else None for sliding in sliding_layers(config)]
         self.thetas = [rope_theta(config, window is not None) for window in self.windows]
-        self._tables = RopeTables(self.positions, self.head_dim, self.thetas, self.head()[0].device)
 
-    def hidden(
-        self,
-        input_ids: torch.Tensor,  # [B, T] int64
-        start: torch.Tensor | None = None,  # [B] int: first valid slot
-        end: torch.Tensor | None = None,  # [B] int: one past the last
-        cache: BlockCache | None = None,
-        slot: torch.Tensor | None = None,  # [B] int: slot of each row's first id
-        rows: torch.Tensor | None = None,  # see `rows.take`
-        from_layer: int = 0,
-        kept: torch.Tensor | None = None,  # [B] bool: rows whose keys and values are written; None: all
-        padding_counts: bool = False,  # positions are slots, as in the models' own forwards; else padding has none
-    ) -> torch.Tensor:
-        """What the decoder multiplies, [B, T, d] or the chosen rows of it; arguments as in `LLaDA.hidden`."""
-        backbone, impl, products = self.model.model, self.impl, self.products
-        slots = input_ids.shape[1] if cache is None else cache[0][0].shape[1]
-        seen = {w: ops.visible(input_ids, slots, start, end, slot, w, impl=impl) for w in set(self.windows)}
-        position = slot if start is None or padding_counts else (slot if slot is not None else 0) - start
-        to = slot if kept is None else slot.where(kept, slots)  # behind the buffers, which is nowhere
-        if from_layer == 0:
-            x = self._norm(backbone.embeddings.tok_embeddings(input_ids), None, backbone.embeddings.norm)[0]
-        else:
-            x = cache.states[from_layer][:, : input_ids.shape[1]].clone()
-        delta = None
-        for layer, block in enumerate(backbone.layers[from_layer:], from_layer):
-            y, x = self._norm(x, delta, block.attn_norm)
-            if cache is not None:
-                cache.keep_state(layer, x, slot, kept)
-            (qkv,) = products(y, block.attn.Wqkv, impl=impl)
-            qkv = qkv.unflatten(-1, (3, self.heads, self.head_dim))
-            cos, sin = self._tables(self.thetas[layer], x.device)
-            buffers = cache[layer] if cache else ()
-            q, k, v = ops.rope(*qkv.unbind(-3), cos, sin, position, to, *buffers, outside=kept is not None, impl=impl)
-            window = self.windows[layer]
-            if layer == self.layers - 1 and is_span(rows):
-                q, x, begin = take(q, rows), take(x, rows), rows[:, 0] + (0 if slot is None else slot)
-                seen[window], rows = ops.visible(q, slots, start, end, begin, window, impl=impl), None
-            attended = ops.attention(q, k, v, seen[window], impl=impl).flatten(2)
-            if layer == self.layers - 1:
-                attended, x = take(attended, rows), take(x, rows)
-            y, x = self._norm(x, *products(attended, block.attn.Wo, impl=impl), block.mlp_norm)
-            (gate_up,) = products(y, block.mlp.Wi, impl=impl)
-            (delta,) = products(ops.geglu(*gate_up.chunk(2, -1), impl=impl), block.mlp.Wo, impl=impl)
-        x = self._norm(x, delta, backbone.final_norm)[0]
-        return self._norm(F.gelu(self.model.head.dense(x)), None, self.model.head.norm)[0]
+    def _read_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        for name, module in self.model.named_modules():
+            if (name.endswith("norm") and not isinstance(module, nn.Identity)) or name == "decoder":
+                yield name, module
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.model.model.layers
+
+    def head(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return self.model.decoder.weight, self.model.decoder.bias
+
+    def _embed(self, input_ids):
+        embeddings = self.model.model.embeddings
+        return self._norm(embeddings.tok_embeddings(input_ids), None, embeddings.norm)[0]
 
     def _norm(self, x, delta, norm):
         if isinstance(norm, nn.Identity):  # the first layer's attn_norm
@@ -102,34 +87,19 @@ class ModernBert:
             return ops.layer_norm(x, norm.weight, norm.bias, self.eps, impl=self.impl)
         return ops.layer_norm(delta, norm.weight, norm.bias, self.eps, residual=x, impl=self.impl)
 
-    @property
-    def impl(self) -> str:
-        """The implementation of the ops, see `ops.resolve`."""
-        return self._impl(self.head()[0])
+    def _qkv(self, block, y, impl):
+        (qkv,) = self.products(y, block.attn.Wqkv, impl=impl)
+        return qkv.unflatten(-1, (3, self.heads, self.head_dim)).unbind(-3)
 
-    def head(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Decoder weight [V, d] and bias [V]."""
-        return self.model.decoder.weight, self.model.decoder.bias
+    def _after_attention(self, block, attended, x, impl):
+        y, x = self._norm(x, *self.products(attended, block.attn.Wo, impl=impl), block.mlp_norm)
+        (gate_up,) = self.products(y, block.mlp.Wi, impl=impl)
+        (delta,) = self.products(ops.geglu(*gate_up.chunk(2, -1), impl=impl), block.mlp.Wo, impl=impl)
+        return delta, x
 
-    def head_operands(self) -> tuple[torch.Tensor | None, ...]:
-        """What `ops.predict` and `ops.logits` multiply by: `head`, or its weight in e4m3, the bias and a scale [V]."""
-        return self.head() if self.rounded_head is None else self.rounded_head(*self.head())
-
-    @property
-    def vocab_size(self) -> int:
-        """Words that have a logit: `resize_token_embeddings` changes it."""
-        return self.head()[0].shape[0]
-
-    def groups(self) -> Iterator[tuple[nn.Module, ...]]:
-        """The linears of the layers, each alone: ``Wqkv`` and ``Wi`` are fused as they come."""
-        return self.linears(self.model)
-
-    @staticmethod
-    def linears(model: nn.Module) -> Iterator[tuple[nn.Module, ...]]:
-        """`groups` of a model, whose weights need not be there."""
-        for block in model.model.layers:
-            for linear in (block.attn.Wqkv, block.attn.Wo, block.mlp.Wi, block.mlp.Wo):
-                yield (linear,)
+    def _finish(self, x, delta):
+        x = self._norm(x, delta, self.model.model.final_norm)[0]
+        return self._norm(F.gelu(self.model.head.dense(x)), None, self.model.head.norm)[0]
 
 
 def sliding_layers(config) -> list[bool]:

@@ -19,8 +19,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dllm_fast import ops
+from dllm_fast.families import FAMILIES
 from dllm_fast.families.linears import plain
-from dllm_fast.families.native import LLaDAModelLM
 
 EPS = 1e-3
 CUT = 0.01  # share of steps whose rows are cut to a random length, as in LLaDA's pre-training
@@ -94,10 +94,9 @@ def masked_nll(
     """
     labelled = labels != IGNORED
     target = labels[labelled]  # [N]
-    if isinstance(model, LLaDAModelLM):
-        hidden, head = model.model(input_ids, head=False)[labelled], model.model.transformer.ff_out
-    elif getattr(model.config, "model_type", None) == "modernbert" and hasattr(model, "decoder"):
-        hidden, head = model.head(model.model(input_ids=input_ids).last_hidden_state[labelled]), model.decoder
+    family = FAMILIES.get(getattr(model.config, "model_type", None))
+    if family is not None and isinstance(model, family.model_class):
+        hidden, head = family.labelled(model, input_ids, labelled)
     else:
         logits, head = model(input_ids=input_ids).logits[labelled], None
     if isinstance(head, nn.Embedding) or (head is not None and plain(head)):

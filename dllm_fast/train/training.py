@@ -25,8 +25,6 @@ from torch.utils.data import SequentialSampler
 from transformers import (
     AutoTokenizer,
     EvalPrediction,
-    ModernBertConfig,
-    ModernBertForMaskedLM,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -35,7 +33,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from dllm_fast.errors import exit_code
-from dllm_fast.families.native import LLaDAConfig, LLaDAModelLM
+from dllm_fast.families import FAMILIES
 from dllm_fast.loading import from_pretrained, model_path
 from dllm_fast.patch import unpatch
 from dllm_fast.train import losses
@@ -176,23 +174,11 @@ def plot_loss(history: list[dict], path: Path) -> None:
 
 def build_model(args, tokenizer) -> transformers.PreTrainedModel:
     """A freshly initialised model of ``--family`` and the given sizes."""
-    ids = {name: getattr(tokenizer, name) for name in ("eos_token_id", "pad_token_id")}
-    if args.family == "llada":
-        config = LLaDAConfig(
-            d_model=args.width, n_heads=args.heads, n_kv_heads=args.kv_heads, n_layers=args.layers,
-            mlp_hidden_size=args.ffn, vocab_size=len(tokenizer), max_sequence_length=args.positions,
-            rope_theta=10000.0, weight_tying=args.tie, mask_token_id=tokenizer.mask_token_id, **ids,
-        )  # fmt: skip
-        return LLaDAModelLM(config)
-    config = ModernBertConfig(
-        hidden_size=args.width, num_attention_heads=args.heads, num_hidden_layers=args.layers,
-        intermediate_size=args.ffn, vocab_size=len(tokenizer), max_position_embeddings=args.positions,
-        bos_token_id=ids["eos_token_id"], cls_token_id=ids["eos_token_id"], sep_token_id=ids["eos_token_id"],
-        mask_token_id=tokenizer.mask_token_id,
-        # At its default of 0.02 a narrow model sits for a thousand steps where it knows only word frequencies.
-        initializer_range=args.width**-0.5, **ids,
+    ids = {name: getattr(tokenizer, name) for name in ("eos_token_id", "pad_token_id", "mask_token_id")}
+    return FAMILIES[args.family].new(
+        args.width, args.heads, args.kv_heads, args.layers, args.ffn, args.positions, args.tie,
+        vocab_size=len(tokenizer), **ids,
     )  # fmt: skip
-    return ModernBertForMaskedLM(config)
 
 
 def read(args: argparse.Namespace, option: str) -> list:
@@ -336,7 +322,7 @@ def add_options(p: argparse.ArgumentParser, data: str, length: str) -> None:
     add("--out", type=Path, required=True, help="folder for checkpoints, loss.csv, loss.png and final/")
     add("--resume", action="store_true", help="go on from the last checkpoint in --out")
     add("--model", help="train on from this model and its tokenizer: a folder, a hub name or a shipped model")
-    add("--family", choices=("llada", "modernbert"), default="llada")
+    add("--family", choices=tuple(FAMILIES), default="llada")
     add("--vocab-size", type=count, default=2048)
     add("--width", type=count, default=192)
     add("--layers", type=count, default=6)

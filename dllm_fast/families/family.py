@@ -1,0 +1,194 @@
+"""`Family`: what `patch`, `loading` and training ask of a family of models, and the forward that all families share."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import MaskedLMOutput, ModelOutput
+
+from dllm_fast import ops
+from dllm_fast.families.bypass import Calls, known_classes
+from dllm_fast.families.cache import BlockCache
+from dllm_fast.families.linears import Products, products, require_weights
+from dllm_fast.families.rounded import RoundedHead
+from dllm_fast.families.rows import Impl, RopeTables, is_span, take
+
+
+class Family(ABC):
+    """A model's forward over `ops`. Weights are read from the model's own modules at each call.
+
+    A family is a subclass of this: an entry of `families.FAMILIES`, and the only place that knows its modules' names.
+    """
+
+    model_class: type[PreTrainedModel]  # what `from_pretrained` loads
+    # From a config's auto_map and `from_pretrained`'s arguments to the published config and class; None where no remote
+    # code is needed.
+    remote_code: Callable | None = None
+    # Modules whose classes the forward may pass by, beside the model's own and PyTorch's.
+    files: tuple[str, ...]
+    calls: Calls  # the modules that `hidden` calls, so that what is attached to them acts, see `bypass`
+    positions: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    layers: int
+    ffn_width: int
+    eps: float
+    windows: list[int | None]  # a layer's: it sees |i - j| <= window; None: all slots
+    thetas: list[float]  # a layer's rotary base
+
+    def __init__(
+        self, model: nn.Module, impl: str, products: Products = products, rounded_head: RoundedHead | None = None
+    ):
+        self.model = model
+        self.products = products
+        self.rounded_head = rounded_head
+        self._read_config(model.config)
+        require_weights(self._read_modules())
+        self.known = known_classes(model, self.calls, self.files)
+        weight = self.head()[0]
+        self._impl = Impl(impl, weight)
+        self._tables = RopeTables(self.positions, self.head_dim, self.thetas, weight.device)
+
+    # What `patch`, `loading` and training ask of the family, whose forward is not needed for it.
+
+    @staticmethod
+    @abstractmethod
+    def matches(model: nn.Module) -> bool:
+        """Whether the forward is written for this model, whose config has the family's ``model_type``."""
+
+    @staticmethod
+    def output_type(model: nn.Module) -> type[ModelOutput]:
+        """What the model's own forward returns."""
+        return MaskedLMOutput
+
+    @staticmethod
+    def repaired_buffers(model: nn.Module) -> list[tuple[nn.Module, str, torch.Tensor]]:
+        """(module, name, value) of every buffer that holds something else, and is replaced while it is patched."""
+        return []
+
+    @staticmethod
+    @abstractmethod
+    def linears(model: nn.Module) -> Iterator[tuple[nn.Module, ...]]:
+        """The linears of the layers, those that multiply one input together. Their weights need not be there."""
+
+    @staticmethod
+    @abstractmethod
+    def labelled(model: nn.Module, input_ids: torch.Tensor, chosen: torch.Tensor) -> tuple[torch.Tensor, nn.Module]:
+        """Hidden states [N, d] at ``chosen`` [B, L] bool by the modules of a `model_class`, and its head."""
+
+    @staticmethod
+    @abstractmethod
+    def new(width, heads, kv_heads, layers, ffn, positions, tie, **tokens):
+        """A model of these sizes to be trained; ``tokens``: ``vocab_size`` and ids, as a config names them."""
+
+    # What the forward is made of: x and delta are [B, T, d], ``x + delta`` is the residual stream.
+
+    @abstractmethod
+    def _read_config(self, config: PretrainedConfig) -> None:
+        """Set the sizes above. Raises ValueError for an architecture that the forward is not written for."""
+
+    @abstractmethod
+    def _read_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """(name, module) of those whose weights are read without a call: the norms and the head."""
+
+    @property
+    @abstractmethod
+    def blocks(self) -> nn.ModuleList: ...
+
+    @abstractmethod
+    def head(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """LM head weight [V, d] and bias [V]."""
+
+    @abstractmethod
+    def _embed(self, input_ids):
+        """What enters the first layer, [B, T, d]."""
+
+    @abstractmethod
+    def _norm(self, x, delta, norm):
+        """``norm(x + delta)`` and the sum; ``delta`` None: of x alone."""
+
+    @abstractmethod
+    def _qkv(self, block, y, impl):
+        """q [B, T, H, D], k and v [B, T, G, D] of a layer."""
+
+    @abstractmethod
+    def _after_attention(self, block, attended, x, impl):
+        """The rest of a layer, from attended [B, T, H D]: the new delta, and the x that it is to be added to."""
+
+    @abstractmethod
+    def _finish(self, x, delta):
+        """What the head multiplies, [B, T, d], after the last layer."""
+
+    def hidden(
+        self,
+        input_ids: torch.Tensor,  # [B, T] int64
+        start: torch.Tensor | None = None,  # [B] int: first valid slot
+        end: torch.Tensor | None = None,  # [B] int: one past the last
+        cache: BlockCache | None = None,
+        slot: torch.Tensor | None = None,  # [B] int: slot of each row's first id
+        rows: torch.Tensor | None = None,  # see `rows.take`
+        from_layer: int = 0,
+        kept: torch.Tensor | None = None,  # [B] bool: rows whose keys and values are written; None: all
+        padding_counts: bool = False,  # positions are slots, as in the models' own forwards; else padding has none
+    ) -> torch.Tensor:
+        """What the LM head multiplies, [B, T, d] or the chosen rows of it.
+
+        Without a cache the T ids are the whole sequence. With one they are slots ``slot`` to ``slot + T`` of it:
+        their keys and values are written there, and every valid slot is attended to, however old. Rows that are not
+        ``kept`` leave the cache as it was, and what is returned for them is of no use. With ``from_layer`` above 0 the
+        ids are not read: the forward starts there, over all slots, from the hidden states that the cache has kept.
+        """
+        impl = self.impl
+        slots = input_ids.shape[1] if cache is None else cache[0][0].shape[1]
+        seen = {w: ops.visible(input_ids, slots, start, end, slot, w, impl=impl) for w in set(self.windows)}
+        position = slot if start is None or padding_counts else (slot if slot is not None else 0) - start
+        # A row that is not kept writes behind the buffers, which is nowhere.
+        write_at = slot if kept is None else slot.where(kept, slots)
+        x = self._embed(input_ids) if from_layer == 0 else cache.states[from_layer][:, : input_ids.shape[1]].clone()
+        delta = None
+        for layer, block in enumerate(self.blocks[from_layer:], from_layer):
+            window = self.windows[layer]
+            last = layer == self.layers - 1
+            # 1. Norm, q, k and v; keys and values go into the cache.
+            y, x = self._norm(x, delta, block.attn_norm)
+            if cache is not None:
+                cache.keep_state(layer, x, slot, kept)
+            q, k, v = self._qkv(block, y, impl)
+            cos, sin = self._tables(self.thetas[layer], x.device)
+            buffers = cache[layer] if cache else ()
+            q, k, v = ops.rope(q, k, v, cos, sin, position, write_at, *buffers, outside=kept is not None, impl=impl)
+            # 2. Attention. In the last layer only the chosen rows go on: consecutive ones are not attended for others.
+            if last and is_span(rows):
+                q = take(q, rows)
+                x = take(x, rows)
+                first_slot = rows[:, 0] + (0 if slot is None else slot)
+                seen[window] = ops.visible(q, slots, start, end, first_slot, window, impl=impl)
+                rows = None
+            attended = ops.attention(q, k, v, seen[window], impl=impl).flatten(2)
+            if last:
+                attended = take(attended, rows)
+                x = take(x, rows)
+            # 3. The output's linear, a norm and the gated linears.
+            delta, x = self._after_attention(block, attended, x, impl)
+        return self._finish(x, delta)
+
+    def groups(self) -> Iterator[tuple[nn.Module, ...]]:
+        """`linears` of this model."""
+        return self.linears(self.model)
+
+    @property
+    def impl(self) -> str:
+        """The implementation of the ops, see `ops.resolve`."""
+        return self._impl(self.head()[0])
+
+    def head_operands(self) -> tuple[torch.Tensor | None, ...]:
+        """What `ops.predict` and `ops.logits` multiply by: `head`, or its weight in e4m3, the bias and a scale [V]."""
+        return self.head() if self.rounded_head is None else self.rounded_head(*self.head())
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that have a logit: `resize_token_embeddings` changes it."""
+        return self.head()[0].shape[0]
