@@ -1,10 +1,10 @@
-"""Which attention serves whole sequences on a GPU: the Triton kernel, or PyTorch's from some number of queries on.
+"""Which attention serves whole sequences on a GPU: the Triton kernel, or PyTorch's from some number of queries.
 
-A range of slots (padding, a window, a block against a cache) is always the kernel's. Without one, PyTorch's is faster
-on cards and shapes that `MEASURED` names; whatever was not measured is the kernel's. The environment variable
-DLLM_FAST_ATTENTION takes the place of that table, so that all cards and processes compute alike:
-``DLLM_FAST_ATTENTION=bfloat16:128:1024`` is PyTorch's in bf16 with heads of 128 from 1,024 queries on, and ``never`` is
-the kernel's always. `table` gives it in that form.
+Queries that see only a range of slots (because of padding, a window, or a block against a cache) always use the Triton
+kernel. For queries that see all slots, PyTorch's attention is faster on the cards and shapes in `MEASURED`; anything
+unmeasured uses the kernel. The environment variable DLLM_FAST_ATTENTION replaces that table, so that all cards and
+processes compute the same bits: ``DLLM_FAST_ATTENTION=bfloat16:128:1024`` means PyTorch's attention in bf16 with heads
+of 128 from 1,024 queries, and ``never`` means the kernel always. `table` returns the table in this form.
 """
 
 import os
@@ -13,59 +13,59 @@ import torch
 
 from dllm_fast.kernels.checks import FLOATS, dtype_name
 
-# By the card's name: the dtype, the head dim, and the number of queries from which PyTorch's was ahead at all that were
-# tried, each head with keys of its own. `python -m bench.ops.tune whole-attention` measures an entry.
+# For each card, (dtype, head dim) -> the least number of queries from which PyTorch's attention was the faster one at
+# every size tried, each head with its own keys. `python -m bench.ops.tune whole-attention` measures an entry.
 MEASURED: dict[str, dict[tuple[torch.dtype, int], int]] = {
-    "NVIDIA H200": {(torch.bfloat16, 128): 1024},  # at 1,024, 4,096 and 16,384 queries; fewer were not tried
+    "NVIDIA H200": {(torch.bfloat16, 128): 1024},  # tried: 1,024, 4,096 and 16,384 queries
 }
 NEVER = "never"
 
-# (dtype, head dim) -> queries from which PyTorch's serves, by device.
+# The settled tables, by device.
 pytorch_from: dict[torch.device, dict[tuple[torch.dtype, int], int]] = {}
 
 
 def settle(device: torch.device) -> None:
-    """Fix the table for ``device``: from the environment, else by its name. Once; no trace could ask for a name.
+    """Fix the table for ``device`` once, from the environment or else by the card's name, which no trace can ask for.
 
     Raises:
-        ValueError: DLLM_FAST_ATTENTION is not of the form that the module describes.
+        ValueError: DLLM_FAST_ATTENTION is not in the form that the module describes.
     """
     if device in pytorch_from:
         return
     fixed = _fixed()
-    pytorch_from[device] = MEASURED.get(_name(device), {}) if fixed is None else fixed
+    pytorch_from[device] = MEASURED.get(_card(device), {}) if fixed is None else fixed
 
 
 def serves(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, queries: int) -> bool:
-    """Whether PyTorch's attention serves ``queries`` that see all slots, of which there are as many.
+    """Whether PyTorch's attention serves a whole sequence of ``queries``.
 
-    Not where heads share keys: that was not measured.
+    Never if heads share keys: that was not measured.
     """
-    first = pytorch_from.get(device, {}).get((dtype, head_dim))
-    return heads == kv_heads and first is not None and queries >= first
+    least = pytorch_from.get(device, {}).get((dtype, head_dim))
+    return heads == kv_heads and least is not None and queries >= least
 
 
 def table(device: torch.device) -> str:
-    """The table of ``device`` as DLLM_FAST_ATTENTION takes it. Settles it; raises as `settle` does."""
+    """The table of ``device``, as text for DLLM_FAST_ATTENTION. Settles it first, and raises as `settle` does."""
     settle(device)
     entries = (f"{dtype_name(dtype)}:{dim}:{queries}" for (dtype, dim), queries in pytorch_from[device].items())
     return ",".join(entries) or NEVER
 
 
-def _name(device: torch.device) -> str | None:
-    if device.type != "cuda":
-        return None
+def _card(device: torch.device) -> str:
+    """Its name; empty for a CPU, and for a GPU that is not in this machine."""
     try:
-        return torch.cuda.get_device_name(device)
-    except (AssertionError, RuntimeError):  # of a device that is not here there is no telling
-        return None
+        return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    except (AssertionError, RuntimeError):
+        return ""
 
 
 def _fixed() -> dict[tuple[torch.dtype, int], int] | None:
     text = os.environ.get("DLLM_FAST_ATTENTION", "")
     if text in ("", NEVER):
         return {} if text else None
-    dtypes, fixed = {dtype_name(dtype): dtype for dtype in FLOATS}, {}
+    dtypes = {dtype_name(dtype): dtype for dtype in FLOATS}
+    fixed = {}
     for entry in text.split(","):
         dtype, *numbers = entry.strip().split(":")
         whole = [int(number) for number in numbers if number.isascii() and number.isdigit() and int(number) > 0]

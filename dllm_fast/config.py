@@ -1,4 +1,4 @@
-"""`show_config`: what a bug report needs to say of the machine, and which code runs on it and why."""
+"""`show_config`: what a bug report should say about the machine, and which code runs on it and why."""
 
 import importlib.metadata
 import os
@@ -18,13 +18,13 @@ from dllm_fast.kernels.checks import FLOATS, dtype_name
 
 PACKAGES = ("dllm_fast", "torch", "triton", "transformers", "numpy")
 NAMES = {"triton": "Triton kernels", "cpp": "the compiled extension", "torch": "PyTorch"}
-# The implementations that have an op of their own, with where it serves if not everywhere; else PyTorch serves it.
-FEW = "few rows of 16 bits on Hopper"
+# Which implementations have each op, and where they serve it if not everywhere. PyTorch serves everything else.
+FEW = "few 16-bit rows on Hopper"
 SERVED = {
     "linear": {"triton": FEW, "cpp": "up to the rows below"},
     "swiglu_linear": {"triton": FEW},
     "scaled_linear": {"triton": FEW},
-    "int4_linear": {"triton": "few rows of 16 bits"},
+    "int4_linear": {"triton": "few 16-bit rows"},
     "widen_int4": {"triton": ""},
     "round_rows": {"triton": ""},
     "attention": {"triton": "but whole sequences as below", "cpp": ""},
@@ -37,19 +37,22 @@ SERVED = {
     "commit": {"triton": ""},
     "masked_loss": {"triton": ""},
 }
-# What is set of these changes which code runs, or how fast.
-VARIABLES = ("OMP_", "MKL_", "KMP_", "GOMP_", "ONEDNN_", "DNNL_", "ATEN_", "DLLM_", "TRITON_", "CUDA_", "HIP_", "ROCR_")
-VARIABLES += ("PYTORCH_", "TORCH_", "TORCHINDUCTOR_", "TORCHDYNAMO_", "NVIDIA_TF32_", "ACCELERATE_")
+# Prefixes of environment variables that change which code runs, or how fast.
+VARIABLES = (
+    "OMP_", "MKL_", "KMP_", "GOMP_", "ONEDNN_", "DNNL_", "ATEN_", "DLLM_", "TRITON_", "CUDA_", "HIP_", "ROCR_",
+    "PYTORCH_", "TORCH_", "TORCHINDUCTOR_", "TORCHDYNAMO_", "NVIDIA_TF32_", "ACCELERATE_",
+)  # fmt: skip
 
 
 def show_config(model: torch.nn.Module | None = None) -> None:
-    """Print versions, devices, the implementation that ``impl="auto"`` takes for each op on each device and why, the
-    CPU's instruction set, what was built, threads, and environment variables; of a ``model``, how it is patched.
+    """Print what a bug report should contain: versions, devices, the implementation that ``impl="auto"`` takes for each
+    op on each device and why, the CPU's instruction set, what was built, threads, and environment variables; and how
+    ``model``, if given, is patched.
 
-    ``python -m dllm_fast`` prints it too. Put it into a bug report.
+    ``python -m dllm_fast`` prints the same.
 
     Raises:
-        ValueError: ``model`` is no ``torch.nn.Module``.
+        ValueError: ``model`` is not a ``torch.nn.Module``.
     """
     if model is not None and not isinstance(model, torch.nn.Module):
         raise ValueError(f"model: a {type(model).__name__} is not a torch.nn.Module")
@@ -68,7 +71,7 @@ def _report(model: torch.nn.Module | None) -> Iterator[str]:
 def _versions() -> Iterator[str]:
     for name in PACKAGES:
         try:
-            # A wheel's file may leave out of torch's version what it was built for (+cpu, +cu130).
+            # A wheel's metadata may lack the part of torch's version that says what it was built for (+cpu, +cu130).
             version = torch.__version__ if name == "torch" else importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             version = "not installed"
@@ -79,20 +82,23 @@ def _versions() -> Iterator[str]:
 
 
 def _devices() -> Iterator[str]:
-    cpu, free = torch.device("cpu"), available(torch.device("cpu"))
-    memory = "" if free is None else f", {free / 2**30:.1f} GiB free"
-    mine = f"{len(os.sched_getaffinity(0))} of " if hasattr(os, "sched_getaffinity") else ""
-    yield f"{cpu}: {_processor()}, {mine}{os.cpu_count()} cores{memory}"
+    usable = f"{len(os.sched_getaffinity(0))} of " if hasattr(os, "sched_getaffinity") else ""
+    yield f"cpu: {_processor()}, {usable}{os.cpu_count()} cores, {_free(torch.device('cpu'))} GiB free"
     capability = torch.backends.cpu.get_cpu_capability()
     yield f"PyTorch runs {torch.get_num_threads()} threads there, at CPU capability {capability}"
     for device in _gpus():
         shape = torch.cuda.get_device_properties(device)
         yield (
             f"{device}: {shape.name}, compute capability {shape.major}.{shape.minor}, {shape.multi_processor_count} "
-            f"multiprocessors, {available(device) / 2**30:.1f} of {shape.total_memory / 2**30:.1f} GiB free"
+            f"multiprocessors, {_free(device)} of {shape.total_memory / 2**30:.1f} GiB free"
         )
     if not torch.cuda.is_available():
         yield "no CUDA device"
+
+
+def _free(device: torch.device) -> str:
+    size = available(device)
+    return "an unknown number of" if size is None else f"{size / 2**30:.1f}"
 
 
 def _gpus() -> list[torch.device]:
@@ -125,7 +131,7 @@ def _extension() -> Iterator[str]:
         yield str(error)
         return
     how = "set" if os.environ.get("DLLM_FAST_MATMUL") else "measured"
-    yield f"linears are PyTorch's from so many rows on, the extension's below ({how}): DLLM_FAST_MATMUL={table}"
+    yield f"linears run in PyTorch from these numbers of rows, in the extension below ({how}): DLLM_FAST_MATMUL={table}"
 
 
 def _implementations() -> Iterator[str]:
@@ -140,9 +146,9 @@ def _ops() -> Iterator[str]:
     for impl in ("triton", "cpp"):
         own = {op: where[impl] for op, where in SERVED.items() if impl in where}
         named = [op + (f" ({where})" if where else "") for op, where in own.items()]
-        yield f"with {NAMES[impl]}, its own: {', '.join(named)}"
+        yield f"{NAMES[impl]}: {', '.join(named)}"
         other = [op for op in SERVED if op not in own]
-        yield f"with {NAMES[impl]}, PyTorch's: {', '.join(other) or 'none'}"
+        yield f"PyTorch beside {NAMES[impl]}: {', '.join(other) or 'nothing'}"
     for device in _gpus():
         yield _whole_attention(device)
 
@@ -156,8 +162,8 @@ def _whole_attention(device: torch.device) -> str:
     if table == attentions.NEVER and why == "measured":
         why = "not measured on this card"
     return (
-        f"{device}, attention of whole sequences is PyTorch's for a dtype, a head dim and from so many queries on, "
-        f"else Triton's ({why}): DLLM_FAST_ATTENTION={table}"
+        f"{device}: attention over whole sequences runs in PyTorch for these dtypes and head dims, from these numbers "
+        f"of queries, else in Triton ({why}): DLLM_FAST_ATTENTION={table}"
     )
 
 
@@ -165,13 +171,13 @@ def _settings() -> Iterator[str]:
     found = {name: value for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)}
     yield from (f"{name}={value}" for name, value in found.items())
     if not found:
-        yield "no environment variable that holds anything down"
+        yield "no environment variable that changes speed"
     yield f"default dtype {torch.get_default_dtype()}, default device {torch.get_default_device()}"
     try:
         precision = torch.get_float32_matmul_precision()
-    except RuntimeError:  # PyTorch refuses to say once it was set in the other of its two ways
-        precision = torch.backends.fp32_precision
-    yield f"oneDNN {'on' if torch.backends.mkldnn.enabled else 'off'}, fp32 products in precision {precision!r}"
+    except RuntimeError:  # raised if it was set through torch.backends
+        precision = torch.backends.fp32_precision  # type: ignore[attr-defined]  # exists at run time only
+    yield f"oneDNN {'on' if torch.backends.mkldnn.enabled else 'off'}, fp32 matmuls in precision {precision!r}"
     cast = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
     yield f"autocast on {', '.join(cast)}" if cast else "no autocast"
 
@@ -179,10 +185,10 @@ def _settings() -> Iterator[str]:
 def _model(model: torch.nn.Module) -> Iterator[str]:
     kind = getattr(getattr(model, "config", None), "model_type", None)
     yield f"{type(model).__name__} of model_type {kind!r}, {'training' if model.training else 'eval'} mode"
-    lots = Counter((dtype_name(x.dtype), str(x.device)) for x in model.parameters())
-    yield "parameters: " + ", ".join(f"{n} of {dtype} on {device}" for (dtype, device), n in lots.items())
+    counts = Counter((dtype_name(x.dtype), str(x.device)) for x in model.parameters())
+    yield "parameters: " + ", ".join(f"{n} of {dtype} on {device}" for (dtype, device), n in counts.items())
     patched = [(name, state) for name, module in model.named_modules() if (state := patch_of(module)) is not None]
-    for name, state in patched:  # a wrapper, PEFT's say, holds the model that is patched
+    for name, state in patched:  # not model itself if that is a wrapper, PEFT's for example
         inside = f"{name} " if name else ""
         weights = "its own weights" if state.weights is None else f"{state.weights} copies of its weights"
         if (kind := loaded_kind(state.model)) is not None:
@@ -190,7 +196,7 @@ def _model(model: torch.nn.Module) -> Iterator[str]:
         head = "" if state.head is None else f", and an {state.head} copy of its LM head's"
         yield f"{inside}patched with impl={state.impl!r}, here {NAMES[state.family.impl]}; multiplies {weights}{head}"
         if state.pool.failure is not None:
-            yield f"its steps go on without CUDA graphs where recording failed, last by {state.pool.failure}"
+            yield f"runs steps without CUDA graphs where recording failed, last with {state.pool.failure}"
         elif len(state.pool):
             yield f"keeps the CUDA graphs of {len(state.pool)} shapes of batches"
     if not patched:

@@ -1,4 +1,4 @@
-"""What every command line ends in: one line for a user, where Python would print a traceback, and an exit code."""
+"""How every command reports an error: one line instead of a traceback, and an exit code."""
 
 import os
 import signal
@@ -7,25 +7,25 @@ from collections.abc import Callable
 
 import torch
 
-BAD = 2  # as argparse has it
+BAD = 2  # argparse's exit code too
 USERS = (ValueError, OSError, MemoryError, ImportError, torch.OutOfMemoryError)
 
 
 def exit_code(run: Callable[[], int | None]) -> int:
-    """What ``run`` returns, or 0 for None.
+    """Call ``run`` and return the command's exit code: its result, or 0 for None.
 
-    2, and a line ``error: ...`` on standard error, for an error that a user can do something about: a bad value, or a
-    file, memory, a package or a device that is not there. 130 for Ctrl-C. 0 where the reader of a pipe has closed it
-    (``| head``). Any other error is the program's own, and keeps its traceback.
+    An error that the user can do something about (a bad value, or a missing file, package or device, or too little
+    memory) prints a line ``error: ...`` on standard error and returns 2. Ctrl-C returns 130. A pipe that its reader has
+    closed (``| head``) returns 0. Any other error is a bug in the program and keeps its traceback.
 
-    What a terminal's encoding cannot show is printed as ``?``.
+    Characters that the terminal's encoding lacks are printed as ``?``.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     try:
         code = run() or 0
-        sys.stdout.flush()  # here, not as Python ends, where a closed pipe could no longer be caught
+        sys.stdout.flush()  # now, because a closed pipe cannot be caught once Python is exiting
         return code
     except BrokenPipeError:
         with open(os.devnull, "w") as nowhere:
@@ -42,12 +42,12 @@ def exit_code(run: Callable[[], int | None]) -> int:
 
 
 def one_line(error: BaseException) -> str:
-    """Its message, lines joined; its type where it has none."""
+    """Its message on one line, or its type if it has no message."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def require_utf8(name: str, text: str) -> str:
-    """``text``, or ValueError if it holds bytes that could not be decoded, which Python keeps as lone surrogates."""
+    """``text``. Raises ValueError if it holds undecodable bytes, which Python represents as lone surrogates."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

@@ -105,10 +105,10 @@ def test_show_config_says_which_and_why(monkeypatch, capsys):
     ):
         monkeypatch.setattr(attentions, "pytorch_from", {})
         card(monkeypatch, name)
-        assert f"else Triton's ({why}): DLLM_FAST_ATTENTION={table}\n" in shown(capsys)
+        assert f"else in Triton ({why}): DLLM_FAST_ATTENTION={table}\n" in shown(capsys)
     monkeypatch.setattr(attentions, "pytorch_from", {})
     monkeypatch.setenv("DLLM_FAST_ATTENTION", "never")
-    assert "else Triton's (set): DLLM_FAST_ATTENTION=never\n" in shown(capsys)
+    assert "else in Triton (set): DLLM_FAST_ATTENTION=never\n" in shown(capsys)
     monkeypatch.setattr(attentions, "pytorch_from", {})
     monkeypatch.setenv("DLLM_FAST_ATTENTION", "ever")
     assert "DLLM_FAST_ATTENTION='ever' in the environment" in shown(capsys)

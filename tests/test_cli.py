@@ -169,6 +169,6 @@ def test_the_live_view_draws_on_a_terminal():
 
 def test_made_counts_what_was_generated():
     sequence = torch.tensor([5, 6, 7, 8, 2, 2, 2])
-    assert cli.made(sequence, torch.tensor([5, 9, 7]), 9, [2]) == 3
-    assert cli.made(sequence, torch.tensor([5, 9, 7]), 9, [2, 8]) == 2
-    assert cli.made(sequence, torch.tensor([5, 6, 7]), 9, []) == 4
+    assert cli.generated(sequence, torch.tensor([5, 9, 7]), 9, [2]) == 3
+    assert cli.generated(sequence, torch.tensor([5, 9, 7]), 9, [2, 8]) == 2
+    assert cli.generated(sequence, torch.tensor([5, 6, 7]), 9, []) == 4

@@ -70,12 +70,12 @@ def test_adapters_are_trained_and_nothing_else(tmp_path, make, head):
 
 def test_sharding_that_would_not_act_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ValueError, match="fsdp: Accelerate would run DistributedDataParallel instead on cpu"):
+    with pytest.raises(ValueError, match="fsdp: on cpu, Accelerate would run DistributedDataParallel instead"):
         trained(tmp_path, make_llada())
 
 
 def test_processes_that_would_train_alone_are_refused(tmp_path, monkeypatch):
     args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="of 2 processes each would train alone; give use_cpu=True"):
+    with pytest.raises(ValueError, match="2 processes would each train alone; without a GPU, give use_cpu=True"):
         DiffusionTrainer(make_llada(), args, mask_id=MASK, train_dataset=ROWS)

@@ -100,7 +100,7 @@ def test_wider_weights_that_do_not_fit_are_said(monkeypatch, capsys):
 
     monkeypatch.setattr(model, "to", no_memory)
     logits = verify.compare_logits(model, PROMPTS, MASK, "torch")
-    assert logits.own_error is None and not verify.print_logits(logits)
+    assert logits.errors is None and not verify.print_logits(logits)
     assert "do not fit into memory" in capsys.readouterr().out
     assert all(p.dtype == torch.float32 for p in model.parameters())
 
@@ -113,8 +113,10 @@ def test_the_command(quick, monkeypatch, capsys, tmp_path):
     assert cli.main([*command, "--gsm8k", str(file)]) == 0
     out = capsys.readouterr().out
     assert out.count("2 of 2 prompts have the same tokens") == 2 and "GSM8K's first 1: " in out
-    assert "no accuracy is published" in out and out.endswith("nothing differs by more than rounding\n")
-    monkeypatch.setattr(verify, "compare_logits", lambda *args: verify.Logits(1.0, 1.0, 1e-6, 1.0))
+    assert "accuracies are published for LLaDA-8B-Base" in out and out.endswith(
+        "nothing differs by more than rounding\n"
+    )
+    monkeypatch.setattr(verify, "compare_logits", lambda *args: verify.Logits(1.0, 1.0, verify.Errors(1e-6, 1.0, 1e-6)))
     assert cli.main(command) == 1
     out = capsys.readouterr().out
     assert "GSM8K: left out" in out and "SOMETHING DIFFERS" in out and f"torch {torch.__version__}" in out

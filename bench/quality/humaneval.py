@@ -22,7 +22,7 @@ import transformers
 from tqdm import tqdm
 
 import dllm_fast
-from dllm_fast.cli.main import HELD_BACK, add_held_back, add_model_options, load
+from dllm_fast.cli.main import add_held_back, add_model_options, load
 from dllm_fast.cli.view import print_table
 from dllm_fast.decoding.request import CACHES, before_end
 from dllm_fast.decoding.spelling import schedule_of
@@ -53,7 +53,8 @@ def complete(model, tokenizer, eos_ids: list[int], problem: dict, schedule: str,
     out = dllm_fast.generate(
         model, ids, gen_length=args.gen_length, block_length=args.block_length, schedule=schedule_of(schedule),
         cache=args.cache, eos_id=eos_ids, seed=0,
-        **{name: token_ids(name, getattr(args, name), tokenizer) for name in HELD_BACK},
+        suppress_tokens=token_ids("--suppress-tokens", args.suppress_tokens, tokenizer),
+        defer_tokens=token_ids("--defer-tokens", args.defer_tokens, tokenizer),
     )  # fmt: skip
     answer = out.sequences[0, ids.shape[1] :].tolist()
     length = len(before_end(answer, eos_ids))

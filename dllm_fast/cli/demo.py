@@ -2,13 +2,14 @@
 
 import statistics
 import time
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer
 
 from dllm_fast.cli.view import print_table, watching
 from dllm_fast.decoding.published import published_generate
-from dllm_fast.decoding.schedules import Pyramid, Threshold, Uniform
+from dllm_fast.decoding.schedules import Pyramid, Schedule, Threshold, Uniform
 from dllm_fast.generate import generate
 from dllm_fast.loading import end_of_text, from_pretrained, model_path
 from dllm_fast.patch import patched, unpatch
@@ -23,11 +24,11 @@ LENGTH, BLOCK, REPEATS = 64, 32, 3
 
 
 def demo(plain: bool = False) -> None:
-    """Continue two prompts, fill a gap, and print the table of speeds."""
+    """Continue two prompts, fill a gap, and print a table of speeds."""
     torch.manual_seed(0)
     model, tokenizer = _load("llada-gsm8k")
     mask_id, eos_ids = model.config.mask_token_id, end_of_text(model, tokenizer)
-    print("A small LLaDA, trained on two CPU cores, goes on with grade-school word problems:")
+    print("A small LLaDA, trained on two CPU cores, continues grade-school word problems:")
     for prompt in PROMPTS:
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
         with watching(tokenizer, mask_id, plain, "llada-gsm8k", eos_ids) as streamer:
@@ -40,19 +41,21 @@ def demo(plain: bool = False) -> None:
     filler, words = _load("modernbert-kjv")
     print("A small ModernBERT, trained on the King James Bible, fills a gap:")
     before, gap, after = GAP
-    ids = words(before)["input_ids"] + [filler.config.mask_token_id] * gap + words(after)["input_ids"]
-    ids = torch.tensor([ids], dtype=torch.int64, device="cpu")
-    with watching(words, filler.config.mask_token_id, plain, "modernbert-kjv") as streamer:
-        generate(filler, ids, gen_length=0, block_length=gap, schedule=Uniform(gap), streamer=streamer)
+    mask_id = filler.config.mask_token_id
+    text = torch.tensor(
+        [words(before)["input_ids"] + [mask_id] * gap + words(after)["input_ids"]], dtype=torch.int64, device="cpu"
+    )
+    with watching(words, mask_id, plain, "modernbert-kjv") as streamer:
+        generate(filler, text, gen_length=0, block_length=gap, schedule=Uniform(gap), streamer=streamer)
     print()
     compare(model, tokenizer(PROMPTS[0], return_tensors="pt")["input_ids"])
 
 
 def compare(model, ids: torch.Tensor) -> None:
-    """Time each schedule on the unpatched model with LLaDA's published sampler and on the patched one, interleaved."""
+    """Time each schedule with LLaDA's published sampler on the unpatched model and on the patched one, interleaved."""
     mask_id = model.config.mask_token_id
-    options = {"gen_length": LENGTH, "block_length": BLOCK}
-    cases = [
+    options: dict[str, Any] = {"gen_length": LENGTH, "block_length": BLOCK}
+    cases: list[tuple[str, Schedule, dict[str, Any]]] = [
         (f"uniform, {LENGTH} steps", Uniform(LENGTH), {"steps": LENGTH}),
         (f"uniform, {LENGTH // 4} steps", Uniform(LENGTH // 4), {"steps": LENGTH // 4}),
         ("pyramid, factor 1", Pyramid(1), {"pyramid": 1}),
@@ -83,7 +86,7 @@ def compare(model, ids: torch.Tensor) -> None:
     columns = ["schedule", "cache", "NFE full+block", "tok/s before", "tok/s after", "ratio", "tokens"]
     title = f"llada-gsm8k, {ids.shape[1]} + {LENGTH} tokens, blocks of {BLOCK}, median of {REPEATS} interleaved runs"
     print_table(columns, rows, title)
-    print("before: LLaDA's published sampler, unpatched model. A block cache approximates: its tokens may differ.")
+    print("before: LLaDA's published sampler on the unpatched model. A block cache is approximate: tokens may differ.")
 
 
 class _timed:

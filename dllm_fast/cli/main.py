@@ -22,22 +22,24 @@ from dllm_fast.families.rounded import KINDS
 from dllm_fast.generate import Output, generate
 from dllm_fast.loading import end_of_text, from_pretrained, load_tokenizer, shipped
 
-HELD_BACK = ("suppress_tokens", "defer_tokens")  # `generate`'s arguments that name tokens
-
 
 def add_model_options(add) -> None:
-    """Options of `load`, but for ``--model``."""
+    """The options of `load`, except ``--model``."""
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=("float32", "bfloat16", "float16"))
     add("--impl", default="auto")
-    add("--weights", choices=tuple(KINDS), help="multiply rounded copies of the layers' weights; default: as they are")
+    add(
+        "--weights",
+        choices=tuple(KINDS),
+        help="compute with rounded copies of the layers' weights; default: as they are",
+    )
     add("--trust-remote-code", action="store_true")
 
 
 def add_held_back(add) -> None:
-    """Options of `HELD_BACK`."""
-    add("--suppress-tokens", metavar="IDS", help="never chosen: ids or special tokens, separated by commas")
-    add("--defer-tokens", metavar="IDS", help="chosen when nothing else is left, likewise: '126081,<|eot_id|>'")
+    """The options that name tokens."""
+    add("--suppress-tokens", metavar="IDS", help="tokens to never choose: ids or special tokens: '126081,<|eot_id|>'")
+    add("--defer-tokens", metavar="IDS", help="tokens to choose last, when nothing else is left")
 
 
 def load(args: argparse.Namespace):
@@ -49,7 +51,7 @@ def load(args: argparse.Namespace):
 
 
 def encode(tokenizer, text: str, mask_id: int, chat: bool) -> torch.Tensor:
-    r"""Ids [1, P]. ``[MASK]`` in the text becomes the mask id, whatever the tokenizer calls it; ``\[MASK]`` is text."""
+    r"""Ids [1, P]. ``[MASK]`` becomes the mask id, whatever the tokenizer calls that token; ``\[MASK]`` stays text."""
     if chat:
         message = [{"role": "user", "content": text}]
         text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
@@ -71,7 +73,7 @@ def mask_of(args: argparse.Namespace, model, tokenizer) -> int:
 
 
 def standard_input() -> str:
-    """What stands on standard input, without the line's end."""
+    """All of standard input, without trailing line breaks."""
     try:
         return require_utf8("standard input", sys.stdin.read()).rstrip("\n")
     except UnicodeDecodeError as error:
@@ -85,7 +87,8 @@ def run_generate(args: argparse.Namespace) -> int:
     if args.chat and not tokenizer.chat_template:
         raise ValueError("--chat: this model's tokenizer has no chat template")
     eos_ids = end_of_text(model, tokenizer)
-    held = {name: token_ids(f"--{name.replace('_', '-')}", getattr(args, name), tokenizer) for name in HELD_BACK}
+    suppress = token_ids("--suppress-tokens", args.suppress_tokens, tokenizer)
+    defer = token_ids("--defer-tokens", args.defer_tokens, tokenizer)
     for prompt in prompts:
         ids = encode(tokenizer, prompt, mask_id, args.chat).to(args.device)
         watch = nullcontext() if args.quiet else watching(tokenizer, mask_id, args.plain, eos_ids=eos_ids)
@@ -94,17 +97,17 @@ def run_generate(args: argparse.Namespace) -> int:
             out = generate(
                 model, ids, gen_length=args.gen_length, block_length=args.block_length, schedule=args.schedule,
                 confidence=args.confidence, temperature=args.temperature, cfg_scale=args.cfg_scale, cache=args.cache,
-                refresh=args.refresh, remask=args.remask,
-                mask_id=mask_id, eos_id=eos_ids, seed=args.seed, streamer=streamer, **held,
+                refresh=args.refresh, remask=args.remask, mask_id=mask_id, eos_id=eos_ids, seed=args.seed,
+                streamer=streamer, suppress_tokens=suppress, defer_tokens=defer,
             )  # fmt: skip
         seconds = time.perf_counter() - began
         print(tokenizer.decode(out.sequences[0], skip_special_tokens=True))
-        print(report(out, made(out.sequences[0], ids[0], mask_id, eos_ids), seconds), file=sys.stderr)
+        print(report(out, generated(out.sequences[0], ids[0], mask_id, eos_ids), seconds), file=sys.stderr)
     return 0
 
 
-def made(sequence: torch.Tensor, prompt: torch.Tensor, mask_id: int, eos_ids: list[int]) -> int:
-    """Tokens that were generated: the prompt's [MASK]s, and the answer up to its first end of text, that included."""
+def generated(sequence: torch.Tensor, prompt: torch.Tensor, mask_id: int, eos_ids: list[int]) -> int:
+    """How many tokens were generated: the prompt's [MASK]s, and the answer through its first end of text."""
     answer = sequence[len(prompt) :].tolist()
     text = len(before_end(answer, eos_ids))
     return int((prompt == mask_id).sum()) + min(text + 1, len(answer))
@@ -144,12 +147,12 @@ def parser() -> argparse.ArgumentParser:
     p = commands.add_parser("generate", help="continue or fill in text with any LLaDA or ModernBERT")
     p.set_defaults(run=run_generate)
     add = p.add_argument
-    add("--model", required=True, help=f"a folder, a hub name, or one that comes along: {', '.join(shipped())}")
-    masks = r"[MASK]s in it are filled, \[MASK] is text"
-    add("--prompt", action="append", help=f"may be given again; {masks}; default: standard input")
-    add("--gen-length", type=int, default=64, help="tokens to add after the prompt; 0 fills its [MASK]s alone")
+    add("--model", required=True, help=f"a folder, a hub name, or a shipped model: {', '.join(shipped())}")
+    masks = r"each [MASK] in it is filled, \[MASK] is text"
+    add("--prompt", action="append", help=f"may be repeated; {masks}; default: standard input")
+    add("--gen-length", type=int, default=64, help="tokens to add after the prompt; 0 only fills its [MASK]s")
     add("--block-length", type=int, default=32)
-    add("--schedule", type=schedule_of, default=Threshold(0.9), help=f"{', '.join(SCHEDULES)}; uniform=32, say")
+    add("--schedule", type=schedule_of, default=Threshold(0.9), help=f"{', '.join(SCHEDULES)}; for example uniform=32")
     add("--confidence", choices=CONFIDENCES, default="probability")
     add("--temperature", type=float, default=0.0)
     add("--cfg-scale", type=float, default=0.0)
@@ -162,20 +165,28 @@ def parser() -> argparse.ArgumentParser:
     add("--chat", action="store_true", help="put the prompt through the tokenizer's chat template")
     add_model_options(add)
     add("--plain", action="store_true", help="no live view")
-    add("--quiet", action="store_true", help="the text alone")
-    p = commands.add_parser("demo", help="watch the shipped models work, and what patching does to their speed")
+    add("--quiet", action="store_true", help="print nothing but the text")
+    p = commands.add_parser("demo", help="watch the shipped models generate, and see how patching changes their speed")
     p.set_defaults(run=run_demo)
     p.add_argument("--plain", action="store_true", help="no live view")
-    p = commands.add_parser("verify", help="whether a model's own weights give, patched, what the published code gives")
+    p = commands.add_parser("verify", help="check that a patched model gives what the published code gives")
     p.set_defaults(run=run_verify)
     add = p.add_argument
-    add("--model", required=True, help="a folder or a hub name: LLaDA-8B-Instruct, say")
-    add("--gsm8k", metavar="FILE", help="JSONL with question and answer: the first 100 are asked; default: left out")
-    add("--gsm8k-examples", metavar="FILE", help="likewise: four worked examples to put before each question")
+    add("--model", required=True, help="a folder or a hub name, for example LLaDA-8B-Instruct")
+    add(
+        "--gsm8k",
+        metavar="FILE",
+        help="JSONL with question and answer; its first 100 are asked; default: GSM8K is left out",
+    )
+    add(
+        "--gsm8k-examples",
+        metavar="FILE",
+        help="a file like it; its first four come before each question as worked examples",
+    )
     add("--batch-size", type=int, default=8, help="problems answered together")
     add("--mask-id", type=int, help="default: the model's own")
     add_model_options(add)
-    p = commands.add_parser("config", help="versions, devices, and which code runs on them: for a bug report")
+    p = commands.add_parser("config", help="print versions, devices, and which code runs on them, for a bug report")
     p.set_defaults(run=run_config)
     return top
 

@@ -1,5 +1,6 @@
-"""Watching a sequence un-mask: live with rich on a terminal, a few plain lines elsewhere."""
+"""Shows a sequence as it un-masks: live with rich on a terminal, as a few plain lines elsewhere."""
 
+import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,29 +13,33 @@ HIDDEN = "░"
 
 
 def spans(tokenizer, ids: list[int], mask_id: int, new: set[int]) -> list[tuple[str, str]]:
-    """(text, kind) of runs of ids, kind "mask", "new" (positions just committed) or "text".
+    """(text, kind) of each run of ids of one kind: "mask", "new" (positions just committed) or "text".
 
-    A run is decoded whole: single ids of a byte-level vocabulary need not be characters.
+    A run is decoded as a whole, because one id of a byte-level vocabulary may be only part of a character.
     """
-    kinds = ["mask" if i == mask_id else "new" if at in new else "text" for at, i in enumerate(ids)]
-    runs, begin = [], 0
-    for at in range(1, len(ids) + 1):
-        if at == len(ids) or kinds[at] != kinds[begin]:
-            text = HIDDEN * (at - begin) if kinds[begin] == "mask" else tokenizer.decode(ids[begin:at])
-            runs.append((text, kinds[begin]))
-            begin = at
+    kinds = ["mask" if i == mask_id else "new" if position in new else "text" for position, i in enumerate(ids)]
+    runs = []
+    begin = 0
+    for kind, group in itertools.groupby(kinds):
+        end = begin + len(list(group))
+        runs.append((HIDDEN * (end - begin) if kind == "mask" else tokenizer.decode(ids[begin:end]), kind))
+        begin = end
     return runs
 
 
 class Plain:
     """A `generate` streamer that prints the sequence each time another quarter of it is known.
 
-    Nothing is shown from the first of ``eos_ids`` on: it is dropped when the row is finished.
+    Nothing is shown from the first of ``eos_ids``, since `generate` drops what follows it.
     """
 
     def __init__(self, tokenizer, mask_id: int, eos_ids: Sequence[int] = ()):
-        self.tokenizer, self.mask_id, self.eos_ids = tokenizer, mask_id, eos_ids
-        self.total, self.printed, self.last = 0, -1, ""
+        self.tokenizer = tokenizer
+        self.mask_id = mask_id
+        self.eos_ids = eos_ids
+        self.total = 0
+        self.quarter = -1  # the last one printed
+        self.text = ""  # likewise
 
     def put(self, value: torch.Tensor) -> None:
         pass
@@ -45,8 +50,9 @@ class Plain:
         quarter = 4 * (self.total - hidden) // self.total
         shown = before_end(sequence.tolist(), self.eos_ids)
         text = "".join(text for text, _ in spans(self.tokenizer, shown, self.mask_id, set()))
-        if (quarter > self.printed or hidden == 0) and text != self.last:
-            self.printed, self.last = quarter, text
+        if (quarter > self.quarter or hidden == 0) and text != self.text:
+            self.quarter = quarter
+            self.text = text
             print(f"{self.total - hidden:>4} known | {' '.join(text.split())}")
 
     def end(self) -> None:
@@ -54,15 +60,18 @@ class Plain:
 
 
 class Live:
-    """A `generate` streamer that redraws the sequence, up to the first of ``eos_ids``, after each step.
+    """A `generate` streamer that redraws the sequence after each step, up to the first of ``eos_ids``.
 
-    New tokens are green for one step.
+    Newly committed tokens are green for one step.
     """
 
     def __init__(self, tokenizer, mask_id: int, console, title: str = "", eos_ids: Sequence[int] = ()):
         from rich.live import Live as RichLive
 
-        self.tokenizer, self.mask_id, self.title, self.eos_ids = tokenizer, mask_id, title, eos_ids
+        self.tokenizer = tokenizer
+        self.mask_id = mask_id
+        self.title = title
+        self.eos_ids = eos_ids
         self.before: list[int] = []
         self.step = 0
         self.live = RichLive(console=console, refresh_per_second=24, transient=False)
@@ -73,8 +82,9 @@ class Live:
 
     def put_draft(self, value: torch.Tensor, sequence: torch.Tensor) -> None:
         ids = before_end(sequence.tolist(), self.eos_ids)
-        new = {at for at, (old, now) in enumerate(zip(self.before, ids)) if old == self.mask_id != now}
-        self.before, self.step = ids, self.step + 1
+        new = {i for i, (before, now) in enumerate(zip(self.before, ids)) if before == self.mask_id != now}
+        self.before = ids
+        self.step += 1
         self._draw(ids, new)
 
     def end(self) -> None:
@@ -97,9 +107,9 @@ class Live:
 def watching(
     tokenizer, mask_id: int, plain: bool = False, title: str = "", eos_ids: Sequence[int] = ()
 ) -> Iterator[Live | Plain]:
-    """A streamer: `Live` where rich is installed and standard output is a terminal, else `Plain`.
+    """A streamer: `Live` if rich is installed and standard output is a terminal, else `Plain`.
 
-    Leaving the block, by an interrupt too, gives the terminal its cursor back.
+    Leaving the block restores the terminal's cursor, even after an interrupt.
     """
     if plain or not sys.stdout.isatty():
         yield Plain(tokenizer, mask_id, eos_ids)
@@ -117,7 +127,7 @@ def watching(
 
 
 def print_table(columns: list[str], rows: list[list[str]], title: str) -> None:
-    """With rich where it is installed; aligned text elsewhere."""
+    """Print with rich if it is installed, else as aligned text."""
     try:
         from rich.console import Console
         from rich.table import Table

@@ -1,1 +1,1 @@
-"""Evaluation: lm-eval's model, likelihoods, checks against published figures."""
+"""Evaluation: lm-eval's model, likelihoods, and checks against published figures."""

@@ -1,22 +1,27 @@
-"""Between evaluations and the model: options as text, what a request asks for, prompts that fit."""
+"""Reads evaluations' options and requests, and cuts prompts to fit."""
 
 from dllm_fast.decoding.request import require
 from dllm_fast.decoding.spelling import policy_of
 
-LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # lm-eval's names, first one wins
+LIMITS = (
+    "max_gen_toks",
+    "max_new_tokens",
+    "max_tokens",
+    "max_completion_tokens",
+)  # lm-eval's names; the first one wins
 
 
 def spelled_options(**texts: str | None) -> dict:
-    """`generate`'s ``schedule``, ``refresh`` and ``remask`` from text as on the command line; None is left out."""
+    """Parse `generate`'s ``schedule``, ``refresh`` and ``remask``, spelled as on the command line; None is left out."""
     return {name: policy_of(name, str(text)) for name, text in texts.items() if text is not None}
 
 
 def request_options(given: dict, limit: int, temperature: float) -> tuple[list[str], int, float]:
-    """Stop strings, the most tokens an answer has, and the temperature that an evaluation's request asks for.
+    """(stop strings, most tokens of an answer, temperature) of an evaluation's request.
 
-    ``limit`` and ``temperature`` stand for what the request leaves open. ``do_sample: false`` is temperature 0, and
-    whatever else it says of sampling then plays no part; where there is sampling, anything else that would change the
-    distribution (``top_p``, say) raises a ValueError.
+    ``limit`` and ``temperature`` are the defaults. ``do_sample: false`` means temperature 0, which ignores all other
+    sampling options. At any other temperature, an option that would change the distribution (``top_p``, for example)
+    raises a ValueError.
     """
     given = {name: value for name, value in given.items() if value is not None}
     until = given.pop("until", [])
@@ -29,11 +34,11 @@ def request_options(given: dict, limit: int, temperature: float) -> tuple[list[s
 
 
 def whole_blocks(tokens: int, block_length: int) -> int:
-    """The least multiple of ``block_length`` that holds ``tokens``."""
+    """``tokens`` rounded up to a multiple of ``block_length``."""
     return -(-tokens // block_length) * block_length
 
 
 def last_of(prompt: list[int], room: int, name: str) -> list[int]:
-    """The end of a prompt that is longer than ``room``. Raises ValueError where there is none for any of it."""
+    """The last ``room`` tokens of a prompt. Raises ValueError if there is no room at all."""
     require(room > 0, f"{name}: leaves no room for a prompt in the model's positions")
     return prompt[-room:]

@@ -1,8 +1,8 @@
-"""GSM8K's first problems with LLaDA's published settings, beside the accuracy that was published with them.
+"""GSM8K's first problems with LLaDA's published settings, compared with the published accuracy.
 
-Settings and figures are those of EVAL.md and ``opencompass/examples`` in ML-GSAI/LLaDA. The published prompt has four
-worked examples before the question (`gsm8k_gen_1d7fe4.py` of OpenCompass), which do not come along: they are read from
-a file.
+Settings and figures come from EVAL.md and ``opencompass/examples`` in ML-GSAI/LLaDA. The published prompt puts four
+worked examples before the question (OpenCompass's `gsm8k_gen_1d7fe4.py`). They are not part of this package: a file
+supplies them.
 """
 
 import json
@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import nn
+from transformers import PreTrainedModel
 
 from dllm_fast.decoding.request import require
 from dllm_fast.decoding.schedules import Uniform
@@ -20,12 +20,12 @@ from dllm_fast.generate import generate_many
 from dllm_fast.patch import bound_family
 
 PROBLEMS, EXAMPLES = 100, 4
-UNLIKELY = 0.01  # an accuracy that is less likely than this under the published one is called a difference
+UNLIKELY = 0.01  # a score is called different if the published accuracy makes it less likely than this
 
 
 @dataclass(frozen=True)
 class Published:
-    """How a model answers GSM8K: as many steps as tokens, no cache, greedy; ``accuracy`` in percent, by OpenCompass."""
+    """A model's published settings: all greedy, no cache, one step per token. ``accuracy`` is in percent."""
 
     accuracy: float
     gen_length: int
@@ -42,8 +42,11 @@ PUBLISHED = {
 
 @dataclass
 class Score:
-    """``right`` of ``asked`` problems; ``chance`` is that of a count as unlikely as this one, or more so, under the
-    published accuracy; None where there is none, or the prompt was another."""
+    """``right`` of ``asked`` problems.
+
+    ``chance`` is the probability, under the published accuracy, of a count at most as likely as this one. It is None if
+    no accuracy was published, or the prompt differs from the published one.
+    """
 
     right: int
     asked: int
@@ -55,12 +58,12 @@ class Score:
 
 
 def published_name(model: str) -> str | None:
-    """The published model whose name a path ends in; None for others."""
+    """The published model that a path ends with; None for others."""
     return next((name for name in PUBLISHED if Path(model).name == name), None)
 
 
 def read_problems(path: str, most: int) -> list[dict[str, str]]:
-    """The first lines of a JSONL file with ``question`` and ``answer``. Raises ValueError that names the line."""
+    """The first lines of a JSONL file with ``question`` and ``answer``. Raises ValueError, naming the line."""
     problems = []
     with open(path, encoding="utf-8") as file:
         for number, line in zip(range(1, most + 1), file):
@@ -74,7 +77,7 @@ def read_problems(path: str, most: int) -> list[dict[str, str]]:
 
 
 def prompt(tokenizer, question: str, examples: list[dict[str, str]]) -> str:
-    """The question after the worked examples, as turns of a chat where the tokenizer has a template for chats."""
+    """The worked examples, then the question: as a chat's turns if the tokenizer has a chat template."""
     turns = [{"role": "user", "content": ask(entry["question"])} for entry in [*examples, {"question": question}]]
     answers = [{"role": "assistant", "content": worked(entry["answer"])} for entry in examples]
     turns = [turn for pair in zip(turns, [*answers, None]) for turn in pair if turn is not None]
@@ -88,48 +91,54 @@ def ask(question: str) -> str:
 
 
 def worked(answer: str) -> str:
-    """GSM8K's own answers without their calculator's notes, and with the end that the published examples have."""
+    """GSM8K's own answer without its calculator annotations, ending as the published examples end."""
     steps, mark, number = re.sub(r"<<.*?>>", "", answer).partition("#### ")
     return f"{steps}The answer is {number.strip()}\n" if mark else answer
 
 
 def number_of(text: str) -> str | None:
-    """The last number before the answer goes on to a question of its own; what follows a comma counts as another."""
+    """The last number before any further question that the answer asks. A comma ends a number."""
     numbers = re.findall(r"-?\d+(?:\.\d+)?", text.split("Question:")[0])
     return numbers[-1] if numbers else None
 
 
 def is_right(text: str, answer: str) -> bool:
-    found = number_of(text)
-    return found is not None and abs(float(found) - int(answer.split("#### ")[1].replace(",", ""))) < 1e-6
+    number = number_of(text)
+    return number is not None and abs(float(number) - int(answer.split("#### ")[1].replace(",", ""))) < 1e-6
 
 
 def chance_of(right: int, asked: int, accuracy: float) -> float:
-    """The probability of a count no more likely than ``right`` of ``asked``, each right with ``accuracy``."""
+    """The probability of a count at most as likely as ``right`` of ``asked``, each right with probability
+    ``accuracy``."""
     each = [math.comb(asked, k) * accuracy**k * (1 - accuracy) ** (asked - k) for k in range(asked + 1)]
     return sum(p for p in each if p <= each[right] * (1 + 1e-9))
 
 
-def score(model: nn.Module, tokenizer, problems: list[dict], examples: list[dict], name: str | None,
-          batch_size: int) -> Score:  # fmt: skip
-    """Ask a patched model. ``name`` is one of `PUBLISHED`, or None: then the settings are LLaDA-8B-Instruct's.
+def score(
+    model: PreTrainedModel, tokenizer, problems: list[dict], examples: list[dict], name: str | None, batch_size: int
+) -> Score:
+    """Ask a patched model. ``name`` is one of `PUBLISHED`, or None to use LLaDA-8B-Instruct's settings.
 
-    Raises ValueError where a prompt and its answer are longer than the model's positions.
+    Raises ValueError if a prompt with its answer is longer than the model's positions.
     """
-    how = PUBLISHED[name or "LLaDA-8B-Instruct"]
+    settings = PUBLISHED[name or "LLaDA-8B-Instruct"]
     mask_id = model.config.mask_token_id
     texts = [prompt(tokenizer, problem["question"], examples) for problem in problems]
     ids = encode(tokenizer, texts, mask_id)
-    longest, positions = max(map(len, ids)) + how.gen_length, bound_family(model).positions
-    require(longest <= positions, f"the longest prompt and its answer have {longest} tokens, the model {positions}")
-    done = generate_many(
-        model, ids, batch_size, gen_length=how.gen_length, block_length=how.block_length,
-        schedule=Uniform(how.gen_length), cache="none", mask_id=mask_id,
-        **held_back(tokenizer, confidence_eos_eot_inf=how.confidence_eos_eot_inf),
+    longest = max(map(len, ids)) + settings.gen_length
+    positions = bound_family(model).positions
+    require(
+        longest <= positions,
+        f"the longest prompt with its answer has {longest} tokens, the model {positions} positions",
+    )
+    completions = generate_many(
+        model, ids, batch_size, gen_length=settings.gen_length, block_length=settings.block_length,
+        schedule=Uniform(settings.gen_length), cache="none", mask_id=mask_id,
+        **held_back(tokenizer, confidence_eos_eot_inf=settings.confidence_eos_eot_inf),
     )  # fmt: skip
     right = 0
-    for completion, problem in zip(done, problems):
+    for completion, problem in zip(completions, problems):
         answer = tokenizer.decode(completion.sequence[len(ids[completion.index]) :], skip_special_tokens=True)
         right += is_right(answer, problem["answer"])
     comparable = name is not None and len(examples) == EXAMPLES
-    return Score(right, len(problems), chance_of(right, len(problems), how.accuracy / 100) if comparable else None)
+    return Score(right, len(problems), chance_of(right, len(problems), settings.accuracy / 100) if comparable else None)

@@ -1,11 +1,12 @@
 """lm-eval's model ``dllm_fast``: ``python -m dllm_fast.evaluate --model dllm_fast --model_args pretrained=...``
 
-lm-eval finds the models of its own table and those that are registered before it starts; this module registers one and
-then is lm-eval's command line, with all its options. Under ``accelerate launch -m dllm_fast.evaluate`` (GPUs) or
-``torchrun -m dllm_fast.evaluate`` (CPUs too) each process has a copy of the model and its share of the documents.
+lm-eval finds models in its own table and those registered before it starts. This module registers one, then runs
+lm-eval's command line, with all its options. Under ``accelerate launch -m dllm_fast.evaluate`` (GPUs) or ``torchrun -m
+dllm_fast.evaluate`` (also CPUs) each process has a copy of the model and a share of the documents.
 """
 
 from datetime import timedelta
+from typing import cast
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
@@ -28,22 +29,23 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 @register_model("dllm_fast")
 class MaskedDiffusionLM(TemplateLM):
-    """A patched LLaDA or ModernBERT under lm-eval.
+    """A patched LLaDA or ModernBERT as an lm-eval model.
 
     Args:
-        pretrained, dtype, device, impl, trust_remote_code: as `dllm_fast.from_pretrained`; ``dtype`` by name. Of
-            several processes each takes the device that Accelerate gives it.
+        pretrained, dtype, device, impl, trust_remote_code: as `dllm_fast.from_pretrained`; ``dtype`` by name. With
+            several processes, each one's device is the one that Accelerate assigns.
         batch_size: sequences evaluated together; lm-eval's ``--batch_size``.
-        gen_length: most tokens of an answer, where a task does not say.
+        gen_length: most tokens of an answer, unless the task says.
         block_length, confidence, temperature, cfg_scale, cache: as `dllm_fast.generate`. A task's own ``temperature``
             or ``do_sample: false`` comes first.
-        schedule, refresh, remask: as on the command line: ``uniform=64``, ``threshold=0.9``, ...
+        schedule, refresh, remask: spelled as on the command line: ``uniform=64``, ``threshold=0.9``, ...
         mc_num: samples of the likelihood bound, see `evaluate.likelihood.log_likelihoods`.
-        seed: of both. Likelihoods and greedy answers do not depend on the number of processes; sampled answers do.
-        suppress_tokens, defer_tokens: of answers, as `dllm_fast.generate`: ids or tokens, joined by ``+``, as
-            lm-eval's ``--model_args`` ends a value at a comma.
-        logits_eos_inf, confidence_eos_eot_inf: LLaDA's names: the end of text suppressed; that and a chat's end of turn
-            deferred.
+        seed: for answers and likelihoods. Sampled answers depend on the number of processes; greedy answers and
+            likelihoods do not.
+        suppress_tokens, defer_tokens: as `dllm_fast.generate`, for answers: ids or tokens, joined by ``+`` because a
+            comma ends a value of lm-eval's ``--model_args``.
+        logits_eos_inf: LLaDA's name for suppressing the end of text.
+        confidence_eos_eot_inf: LLaDA's name for deferring the end of text and a chat's end of turn.
     """
 
     def __init__(
@@ -73,14 +75,18 @@ class MaskedDiffusionLM(TemplateLM):
         super().__init__()
         require(str(batch_size).isdecimal(), f"batch_size={batch_size!r} is not a number")
         require(dtype in DTYPES, f"dtype={dtype!r} is not one of {', '.join(map(repr, DTYPES))}")
-        # A rank that is done waits for the slowest, which may take longer than the ten minutes of the default.
+        # A rank that has finished waits for the slowest, possibly for longer than the default of ten minutes.
         patient = InitProcessGroupKwargs(timeout=timedelta(days=30))
-        # Not told that it is on CPUs, Accelerate takes each process for the only one, and each would do all the work.
+        # Unless told that there are only CPUs, Accelerate treats each process as the only one: each would do all the
+        # work.
         self.accelerator = Accelerator(cpu=not torch.accelerator.is_available(), kwargs_handlers=[patient])
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
-        # "cuda:0" is also what lm-eval says where nobody chose, GPU or not.
-        chosen = device is not None and (torch.cuda.is_available() or not device.startswith("cuda"))
-        self._device = torch.device(device) if chosen and self._world_size == 1 else self.accelerator.device
+        # "cuda:0" is lm-eval's default, even without a GPU.
+        absent = device is not None and device.startswith("cuda") and not torch.cuda.is_available()
+        if device is None or absent or self._world_size > 1:
+            self._device = self.accelerator.device
+        else:
+            self._device = torch.device(device)
         weights = dtype if dtype == "auto" else getattr(torch, dtype)
         self.model = from_pretrained(pretrained, weights, self._device, impl, trust_remote_code)
         self.tokenizer = load_tokenizer(pretrained, trust_remote_code)
@@ -95,7 +101,8 @@ class MaskedDiffusionLM(TemplateLM):
         }  # fmt: skip
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-        answers, alike = [""] * len(requests), {}
+        answers = [""] * len(requests)
+        alike: dict[tuple[int, float], list[tuple[int, list[str], int]]] = {}  # by length and temperature
         for i, request in enumerate(requests):
             until, tokens, temperature = request_options(request.args[1], self.gen_length, self.temperature)
             length = whole_blocks(tokens, self.options["block_length"])
@@ -106,13 +113,13 @@ class MaskedDiffusionLM(TemplateLM):
             for i, _, _ in members:
                 prompt = self.tok_encode(requests[i].args[0]) or [self.prefix_token_id]
                 prompts.append(last_of(prompt, self.positions - length, f"max_gen_toks={length}"))
-            done = generate_many(
+            completions = generate_many(
                 self.model, prompts, self.batch_size, ordered=False, gen_length=length, temperature=temperature,
                 seed=self.seed + self.rank, **self.options,
             )  # fmt: skip
-            for completion in done:
-                (i, until, tokens), prompt = members[completion.index], prompts[completion.index]
-                ids = completion.sequence[len(prompt) :].tolist()
+            for completion in completions:
+                i, until, tokens = members[completion.index]
+                ids = completion.sequence[len(prompts[completion.index]) :].tolist()
                 answers[i] = answer_text(self.tokenizer, ids[:tokens], self.options["eos_id"], until)
                 self.cache_hook.add_partial("generate_until", requests[i].args, answers[i])
                 bar.update()
@@ -120,7 +127,7 @@ class MaskedDiffusionLM(TemplateLM):
         return answers
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **kwargs) -> list[tuple[float, bool]]:
-        """Each (request, context ids, continuation ids): the bound of ln p(continuation), and whether it is greedy."""
+        """(bound of ln p(continuation), whether it is greedy) for each (request, context ids, continuation ids)."""
         pairs = [(last_of(context, self.positions - len(answer), "context"), answer) for _, context, answer in requests]
         order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))
         pairs = [pairs[i] for i in order]
@@ -133,11 +140,12 @@ class MaskedDiffusionLM(TemplateLM):
         return results
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
-        """The bound of ln p(document), in windows of the model's positions, each after the ids that fit before it."""
-        windows, document = [], []
+        """The bound of ln p(document): a sum over windows, each with as much context as the model's positions allow."""
+        windows: list[tuple[list[int], list[int]]] = []
+        document: list[int] = []  # of each window
         for i, request in enumerate(requests):
             ids = self.tok_encode(request.args[0])
-            # lm-eval's windows hold one id more than it says: a causal model does not read the last.
+            # lm-eval's windows have one id more than asked for, because a causal model does not read the last.
             rolling = get_rolling_token_windows(ids, self.prefix_token_id, self.positions - 1, context_len=1)
             windows += map(make_disjoint_window, rolling)
             document += [i] * (len(windows) - len(document))
@@ -158,24 +166,25 @@ class MaskedDiffusionLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text that has no context."""
+        """The context of a text that has none."""
         bos = self.tokenizer.bos_token_id
         return self.eot_token_id if bos is None else bos
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
-        """Ids without special tokens, whatever is asked: a chat template brings its own, and an answer follows.
+        """Ids without special tokens, whatever is asked: a chat template adds its own, and an answer follows.
 
-        A document's [MASK] is text.
+        [MASK] in a document is ordinary text.
         """
         return encode(self.tokenizer, [string], self.model.config.mask_token_id)[0]
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        return self.tokenizer.apply_chat_template(
+        text = self.tokenizer.apply_chat_template(
             chat_history,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
         )
+        return cast(str, text)
 
     @property
     def tokenizer_name(self) -> str:
@@ -187,16 +196,16 @@ class MaskedDiffusionLM(TemplateLM):
     def gather_object(self, obj, dst: int = 0) -> list | None:
         if self.world_size == 1:
             return [obj]
-        found = [None] * self.world_size if self.rank == dst else None
-        torch.distributed.gather_object(obj, found, dst=dst)
-        return found
+        gathered = [None] * self.world_size if self.rank == dst else None
+        torch.distributed.gather_object(obj, gathered, dst=dst)
+        return gathered
 
     def barrier(self) -> None:
         self.accelerator.wait_for_everyone()
 
 
 def main() -> int:
-    """lm-eval's command line, which now knows the model."""
+    """lm-eval's command line; importing this module has registered the model."""
     from lm_eval.__main__ import cli_evaluate
 
     return exit_code(cli_evaluate)

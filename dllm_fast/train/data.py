@@ -1,10 +1,11 @@
-"""What `train` reads: documents packed into rows, or prompts with answers; and a tokenizer made from them."""
+"""Training data: documents packed into rows, or prompts with answers, and a tokenizer trained on them."""
 
 import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch.utils.data import Dataset
@@ -13,9 +14,11 @@ from transformers import PreTrainedTokenizerFast
 from dllm_fast.decoding.text import encode
 from dllm_fast.train import losses
 
+T = TypeVar("T")
+
 
 class BadData(ValueError):
-    """A file that does not hold what it should; the message names it."""
+    """A file with unusable content; the message names the file."""
 
 
 def _text(path: Path) -> str:
@@ -26,24 +29,25 @@ def _text(path: Path) -> str:
 
 
 def documents(path: Path, template: str, drop: str | re.Pattern | None) -> list[str]:
-    """The texts of a file: each line of a ``.jsonl`` through ``template``, else each paragraph.
+    """The documents of a file: ``template`` filled in from each line of a ``.jsonl``; otherwise, each paragraph.
 
-    What matches the regular expression ``drop`` is removed. Raises `BadData`, naming the line, for one that is no
-    object with the template's keys, and for a file without text.
+    Whatever matches the regular expression ``drop`` is removed. Raises `BadData` if a line is not an object with the
+    template's keys (naming the line), or if the file has no text.
     """
     text = _text(path)
     if path.suffix == ".jsonl":
-        found = [_templated(line, number, path, template) for number, line in _lines(text)]
+        texts = [_templated(line, number, path, template) for number, line in _lines(text)]
     else:
-        found = [paragraph.strip() for paragraph in text.split("\n\n")]
-    found = [re.sub(drop, "", document) if drop else document for document in found]
-    if not any(found):
+        texts = [paragraph.strip() for paragraph in text.split("\n\n")]
+    if drop:
+        texts = [re.sub(drop, "", document) for document in texts]
+    if not any(texts):
         raise BadData(f"{path} holds no text")
-    return [document for document in found if document]
+    return [document for document in texts if document]
 
 
 def _lines(text: str) -> list[tuple[int, str]]:
-    """Numbers and lines of JSON Lines; a line may hold any of Unicode's other line breaks."""
+    r"""(number, line) of each line that is not blank. Only \n ends one: JSON may hold Unicode's other line breaks."""
     return [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 
@@ -58,24 +62,24 @@ def _templated(line: str, number: int, path: Path, template: str) -> str:
 
 
 def pairs(path: Path) -> list[tuple[str, str]]:
-    """(prompt, answer) of each line of a ``.jsonl`` file. Raises `BadData` naming the line that holds none."""
-    found = []
+    """(prompt, answer) of each line of a ``.jsonl`` file. Raises `BadData`, naming the line, if a line has none."""
+    prompts_and_answers = []
     for number, line in _lines(_text(path)):
         try:
             entry = json.loads(line)
             pair = entry["prompt"], entry["answer"]
         except (ValueError, KeyError, TypeError):
-            pair = ()
-        if not pair or not all(isinstance(text, str) and text for text in pair):
+            pair = None, None
+        if not all(isinstance(text, str) and text for text in pair):
             raise BadData(f'line {number} of {path} is not {{"prompt": a text, "answer": a text}}')
-        found.append(pair)
-    if not found:
+        prompts_and_answers.append(pair)
+    if not prompts_and_answers:
         raise BadData(f"{path} holds no text")
-    return found
+    return prompts_and_answers
 
 
 def train_tokenizer(texts: list[str], vocab_size: int, length: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE with single digits and [MASK], <|endoftext|> and [PAD] as its last three ids."""
+    """A byte-level BPE that splits numbers into digits; its last three ids are <|endoftext|>, [PAD] and [MASK]."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     special = ["<|endoftext|>", "[PAD]", "[MASK]"]
@@ -100,7 +104,7 @@ def train_tokenizer(texts: list[str], vocab_size: int, length: int) -> PreTraine
 
 
 def save_tokenizer(tokenizer, folder: Path) -> None:
-    """Save it so that transformers 4 loads it too: version 5 writes a class name that only version 5 has."""
+    """Save a tokenizer that transformers 4 can load too: version 5 writes a class name that version 4 lacks."""
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     config = path.read_text().replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"')
@@ -108,7 +112,7 @@ def save_tokenizer(tokenizer, folder: Path) -> None:
 
 
 class PackedText(Dataset):
-    """Documents tokenized, joined with end-of-text, and cut into rows of ``length`` tokens."""
+    """Tokenized documents, joined by end-of-text tokens and cut into rows of ``length``."""
 
     def __init__(self, texts: list[str], tokenizer, length: int):
         eos = tokenizer.eos_token_id
@@ -127,11 +131,10 @@ class PackedText(Dataset):
 
 
 class PromptAnswers(Dataset):
-    """Prompts and answers tokenized, each answer ended by end-of-text."""
+    """Tokenized prompts and answers; each answer ends with an end-of-text token."""
 
-    def __init__(self, found: list[tuple[str, str]], tokenizer, length: int):
-        mask_id = tokenizer.mask_token_id
-        prompts, answers = (encode(tokenizer, list(texts), mask_id) for texts in zip(*found, strict=True))
+    def __init__(self, texts: list[tuple[str, str]], tokenizer, length: int):
+        prompts, answers = (encode(tokenizer, list(column), tokenizer.mask_token_id) for column in zip(*texts))
         self.rows = [(prompt, [*answer, tokenizer.eos_token_id]) for prompt, answer in zip(prompts, answers)]
         longest = max(len(prompt) + len(answer) for prompt, answer in self.rows)
         if longest > length:
@@ -144,12 +147,12 @@ class PromptAnswers(Dataset):
         return self.rows[i]
 
     def tokens(self, i: int) -> int:
-        """How many tokens row ``i`` has, its end-of-text included."""
+        """The number of tokens in row ``i``, including its end-of-text."""
         return sum(map(len, self.rows[i]))
 
 
 def collate(rows: list[tuple[list[int], list[int]]]) -> dict[str, torch.Tensor]:
-    """Rows of `PromptAnswers` as input_ids [B, L] and prompt_length [B], filled up with the answers' end-of-text."""
+    """Rows of `PromptAnswers` as input_ids [B, L], padded with end-of-text, and prompt_length [B]."""
     length = max(len(prompt) + len(answer) for prompt, answer in rows)
     ids = [[*prompt, *answer] + answer[-1:] * (length - len(prompt) - len(answer)) for prompt, answer in rows]
     columns = {"input_ids": ids, "prompt_length": [len(prompt) for prompt, _ in rows]}
@@ -158,22 +161,28 @@ def collate(rows: list[tuple[list[int], list[int]]]) -> dict[str, torch.Tensor]:
 
 @dataclass(frozen=True)
 class Place:
-    """Which row of the run an example is: its noise is a function of it, and of no process or micro-batch."""
+    """Where an example is in the run. Its noise depends on this alone, not on processes or micro-batches."""
 
     step: int  # the optimiser's; -1 in evaluation
-    row: int  # of the step's whole batch
-    batch: int  # rows of the step
-    tokens: int | None  # of the step's longest row; None: all rows are as long as they come
+    row: int  # its number in the step's whole batch
+    batch: int  # number of rows in the step
+    tokens: int | None  # length of the step's longest row; None: rows are not padded
 
 
 class Run(Dataset):
-    """A run's rows in order, ``batch`` of them a step, as (example, `Place`); each pass over ``data`` is in an order
-    of its own. Evaluation is one step of all rows, in their own order."""
+    """All rows of a run in order, ``batch`` per step, as (example, `Place`). Each pass over ``data`` has its own order.
+
+    Evaluation is a single step over all rows, in the order of ``data``.
+    """
 
     def __init__(self, data: Sequence, batch: int, steps: int, seed: int, evaluation: bool = False):
-        self.data, self.batch, self.steps, self.seed, self.evaluation = data, batch, steps, seed, evaluation
-        self._orders: dict[int, list[int]] = {}  # of the last passes asked for
-        self._tokens: dict[int, int] = {}  # of the longest row of the last steps
+        self.data = data
+        self.batch = batch
+        self.steps = steps
+        self.seed = seed
+        self.evaluation = evaluation
+        self._orders: dict[int, list[int]] = {}  # of the most recent passes
+        self._tokens: dict[int, int] = {}  # of the longest row, for the most recent steps
 
     def __len__(self) -> int:
         return self.batch * self.steps
@@ -181,29 +190,30 @@ class Run(Dataset):
     def __getitem__(self, n: int) -> tuple[object, Place]:
         step, row = divmod(n, self.batch)
         if self.evaluation:
-            # Mask ratios rise with the row's number, which must have nothing to do with where an example stands.
+            # Mask ratios rise with the row's number, so that number must be unrelated to the example's index.
             return self.data[n], Place(-1, self._order(0)[n], self.batch, self._longest(0))
         return self.data[self._index(n)], Place(step, row, self.batch, self._longest(step))
 
     def _index(self, n: int) -> int:
         return n if self.evaluation else self._order(n // len(self.data))[n % len(self.data)]
 
-    def _order(self, turn: int) -> list[int]:
+    def _order(self, epoch: int) -> list[int]:
         def order() -> list[int]:
-            drawn = losses.generator(self.seed, "order", turn)
-            return torch.randperm(len(self.data), generator=drawn, dtype=torch.int64, device="cpu").tolist()
+            generator = losses.generator(self.seed, "order", epoch)
+            return torch.randperm(len(self.data), generator=generator, dtype=torch.int64, device="cpu").tolist()
 
-        return _recent(self._orders, turn, order)
+        return _recent(self._orders, epoch, order)
 
     def _longest(self, step: int) -> int | None:
-        if not hasattr(self.data, "tokens"):
+        tokens = getattr(self.data, "tokens", None)
+        if tokens is None:
             return None
         rows = range(step * self.batch, (step + 1) * self.batch)
-        return _recent(self._tokens, step, lambda: max(self.data.tokens(self._index(n)) for n in rows))
+        return _recent(self._tokens, step, lambda: max(tokens(self._index(n)) for n in rows))
 
 
-def _recent(kept: dict, key: int, make: Callable[[], object]):
-    """``kept[key]``, made where it is missing; ``kept`` holds the last two."""
+def _recent(kept: dict[int, T], key: int, make: Callable[[], T]) -> T:
+    """``kept[key]``, made if it is missing. ``kept`` holds the last two keys that were made."""
     if key not in kept:
         kept[key] = make()
         while len(kept) > 2:
@@ -213,26 +223,27 @@ def _recent(kept: dict, key: int, make: Callable[[], object]):
 
 @dataclass
 class Corruption:
-    """Collates what a `Run` gives and corrupts it: input_ids (noisy) and masked_labels [B, L], weight [B]."""
+    """Collates and corrupts rows of a `Run`: input_ids (noisy) and masked_labels [B, L], weight [B]."""
 
     collate: Callable[[list], dict[str, torch.Tensor]]
     mask_id: int
     seed: int
 
-    def __call__(self, rows: list[tuple[object, Place]]) -> dict[str, torch.Tensor]:
-        examples, places = zip(*rows, strict=True)
+    def __call__(self, placed: list[tuple[object, Place]]) -> dict[str, torch.Tensor]:
+        examples, places = zip(*placed, strict=True)
         batch = dict(self.collate(list(examples)))
         ids, prompt = batch.pop("input_ids"), batch.pop("prompt_length", None)
-        seen = batch.pop("attention_mask", None)
-        if batch or (seen is not None and not bool((seen == 1).all())):
+        attention_mask = batch.pop("attention_mask", None)
+        if batch or (attention_mask is not None and not bool((attention_mask == 1).all())):
             name = next(iter(batch), "attention_mask, with padding")
             raise ValueError(f"train_dataset: an example has {name}; it may have input_ids and prompt_length")
-        step, size, tokens = places[0].step, places[0].batch, places[0].tokens
+        step = places[0].step
+        tokens = places[0].tokens
         if tokens is not None and tokens > ids.shape[1]:
-            # A row ends in end-of-text, which is also what fills it up.
+            # Every row ends with an end-of-text token: repeat it to pad the row.
             ids = torch.cat((ids, ids[:, -1:].expand(-1, tokens - ids.shape[1])), 1)
         if prompt is None and step >= 0:
             ids = ids[:, : losses.cut_length(self.seed, step, ids.shape[1])]
-        given = (ids, prompt, self.mask_id, self.seed, step, [place.row for place in places], size)
-        noisy, labels, weight = losses.corrupt(*given)
+        rows = [place.row for place in places]
+        noisy, labels, weight = losses.corrupt(ids, prompt, self.mask_id, self.seed, step, rows, places[0].batch)
         return {"input_ids": noisy, "masked_labels": labels, "weight": weight}

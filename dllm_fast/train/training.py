@@ -1,7 +1,7 @@
 """Training: ``python -m dllm_fast.train pretrain --help``, and ``sft``.
 
-transformers' `Trainer` does the work (optimiser, schedule, checkpoints, many GPUs through Accelerate); this file adds
-the masked-diffusion losses and the record of how weights came to be.
+transformers' `Trainer` does the work (optimiser, schedule, checkpoints, several GPUs through Accelerate). This file
+adds the masked-diffusion losses and a record of how the weights were made.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import time
 from collections.abc import Sized
 from pathlib import Path
 
+import numpy
 import torch
 import transformers
 from accelerate import PartialState
@@ -52,29 +53,31 @@ from dllm_fast.train.data import (
 
 
 class DiffusionTrainer(Trainer):
-    """`Trainer` with a masked-diffusion loss: LLaDA's fine-tuning one where a batch says how long its prompts are.
+    """`Trainer` with a masked-diffusion loss: LLaDA's fine-tuning loss if batches have a ``prompt_length``, else its
+    pre-training loss.
 
-    The loss is computed within the model's forward (`diffusion.bind_loss`), which every wrapper goes through. Rows and
-    their noise are a function of seed, step and the row's number in the step's whole batch (`data.Run`): a resumed run
-    goes on as the uninterrupted one would have, and the number of processes and of micro-batches changes no draw.
+    The model's forward computes the loss (`losses.bind_loss`), because every wrapper calls the forward. Rows and their
+    noise are a function of seed, step and the row's number in the step's whole batch (`data.Run`). So a resumed run
+    continues exactly as an uninterrupted one would, for any number of processes and micro-batches.
 
     Args:
         model: a LLaDA or ModernBERT, or a PEFT model of one.
-        train_dataset, eval_dataset: with a length; examples have ``input_ids`` and, for fine-tuning,
-            ``prompt_length``, once ``data_collator`` has made a batch of them.
-        more: `Trainer`'s.
+        train_dataset, eval_dataset: datasets with a length. ``data_collator`` makes their examples into batches of
+            ``input_ids`` and, for fine-tuning, ``prompt_length``.
+        kwargs: passed on to `Trainer`.
     """
 
     def __init__(
         self, model, args: TrainingArguments, *, mask_id: int, train_dataset=None, eval_dataset=None,
-        data_collator=default_data_collator, **more,
+        data_collator=default_data_collator, **kwargs,
     ):  # fmt: skip
         processes = int(os.environ.get("WORLD_SIZE", "1"))
         if processes != args.world_size:
-            # Accelerate, without a GPU and not told use_cpu, lets each process train alone and says nothing.
-            raise ValueError(f"args: of {processes} processes each would train alone; give use_cpu=True without a GPU")
+            # Without a GPU and without use_cpu, Accelerate silently lets each process train alone.
+            raise ValueError(f"args: {processes} processes would each train alone; without a GPU, give use_cpu=True")
         losses.bind_loss(model)
-        self.mask_id, args = mask_id, copy.copy(args)
+        self.mask_id = mask_id
+        args = copy.copy(args)
         batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         if train_dataset is not None:
             _require_rows(train_dataset, "train_dataset")
@@ -82,16 +85,16 @@ class DiffusionTrainer(Trainer):
                 args.max_steps = math.ceil(args.num_train_epochs * max(1, len(train_dataset) // batch))
             train_dataset = Run(train_dataset, batch, args.max_steps, args.seed)
         if args.gradient_checkpointing and args.gradient_checkpointing_kwargs is None:
-            # The other kind gives no gradient at all where the embedding is frozen, as with adapters.
+            # Reentrant checkpointing gives no gradients at all if the embedding is frozen, as it is with adapters.
             args.gradient_checkpointing_kwargs = {"use_reentrant": False}
         super().__init__(
             model, args, train_dataset=train_dataset, eval_dataset=self._rows_of(eval_dataset, args.seed),
-            data_collator=Corruption(data_collator, mask_id, args.seed), compute_metrics=_mean_loss, **more,
+            data_collator=Corruption(data_collator, mask_id, args.seed), compute_metrics=_mean_loss, **kwargs,
         )  # fmt: skip
         self.model_accepts_loss_kwargs = False
         sharded = args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
         if sharded and not self.is_fsdp_enabled:
-            raise ValueError(f"fsdp: Accelerate would run DistributedDataParallel instead on {args.device}")
+            raise ValueError(f"fsdp: on {args.device}, Accelerate would run DistributedDataParallel instead")
 
     def _rows_of(self, dataset, seed: int):
         if dataset is None or isinstance(dataset, Run | str):
@@ -102,7 +105,8 @@ class DiffusionTrainer(Trainer):
         return Run(dataset, len(dataset), 1, seed, evaluation=True)
 
     def _get_train_sampler(self, *args) -> SequentialSampler:
-        return SequentialSampler(self.train_dataset)  # `Run` has shuffled
+        assert isinstance(self.train_dataset, Run)  # which shuffles
+        return SequentialSampler(self.train_dataset)
 
     def get_eval_dataloader(self, eval_dataset=None):
         return super().get_eval_dataloader(self._rows_of(eval_dataset, self.args.seed))
@@ -110,11 +114,12 @@ class DiffusionTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint):
         if checkpoint is None or self.args.device.type != "cpu" or self.is_fsdp_enabled:
             return super()._load_optimizer_and_scheduler(checkpoint)
-        # Of several processes Accelerate calls the device "cpu:0", which `torch.load` in Trainer's own way refuses.
+        # With several processes Accelerate names the device "cpu:0", which Trainer's own call of `torch.load` refuses.
+        assert self.optimizer is not None and self.lr_scheduler is not None
         for part, file in ((self.optimizer, "optimizer.pt"), (self.lr_scheduler, "scheduler.pt")):
             part.load_state_dict(torch.load(Path(checkpoint) / file, map_location="cpu", weights_only=True))
 
-    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         row_loss = self._row_loss(model, inputs)
         return (row_loss.mean(), {"loss": row_loss}) if return_outputs else row_loss.mean()
 
@@ -122,7 +127,7 @@ class DiffusionTrainer(Trainer):
         return model(input_ids=inputs["input_ids"], masked_labels=inputs["masked_labels"]) * inputs["weight"]
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Each row's loss, as prediction and label: their mean is right however rows fall into batches."""
+        """Each row's loss, as both prediction and label: the mean over rows is right whatever the batches are."""
         with torch.no_grad():
             row_loss = self._row_loss(model, self._prepare_inputs(inputs))
         return None, row_loss, row_loss
@@ -130,15 +135,15 @@ class DiffusionTrainer(Trainer):
 
 def _require_rows(dataset, name: str) -> None:
     if not isinstance(dataset, Sized) or not len(dataset):
-        raise ValueError(f"{name}: a {type(dataset).__name__} has no rows, or does not say how many")
+        raise ValueError(f"{name}: a {type(dataset).__name__} has no rows or no length")
 
 
 def _mean_loss(prediction: EvalPrediction) -> dict[str, float]:
-    return {"loss": float(prediction.predictions.mean(dtype="float64"))}
+    return {"loss": float(numpy.mean(prediction.predictions, dtype="float64"))}
 
 
 class LossRecord(TrainerCallback):
-    """Keeps ``loss.csv`` and ``loss.png`` in the run's folder up to date at every save."""
+    """Writes ``loss.csv`` and ``loss.png`` into the run's folder at every save."""
 
     def on_save(self, args, state, control, **kwargs):
         if not state.is_world_process_zero:
@@ -154,7 +159,7 @@ class LossRecord(TrainerCallback):
 
 
 def plot_loss(history: list[dict], path: Path) -> None:
-    """Training and held-out loss, in nats a token, against the step."""
+    """Plot training and held-out loss, in nats per token, against the step."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -165,7 +170,7 @@ def plot_loss(history: list[dict], path: Path) -> None:
         points = [(entry["step"], entry[key]) for entry in history if key in entry]
         if points:
             axes.plot(*zip(*points, strict=True), label=label, marker="o" if key == "eval_loss" else None, markersize=3)
-    axes.set(xlabel="step", ylabel="masked-diffusion loss, nats a token")
+    axes.set(xlabel="step", ylabel="masked-diffusion loss, nats per token")
     axes.legend(frameon=False)
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
@@ -173,7 +178,7 @@ def plot_loss(history: list[dict], path: Path) -> None:
 
 
 def build_model(args, tokenizer) -> transformers.PreTrainedModel:
-    """A freshly initialised model of ``--family`` and the given sizes."""
+    """A newly initialised model with the family and sizes that the options give."""
     ids = {name: getattr(tokenizer, name) for name in ("eos_token_id", "pad_token_id", "mask_token_id")}
     return FAMILIES[args.family].new(
         args.width, args.heads, args.kv_heads, args.layers, args.ffn, args.positions, args.tie,
@@ -182,7 +187,7 @@ def build_model(args, tokenizer) -> transformers.PreTrainedModel:
 
 
 def read(args: argparse.Namespace, option: str) -> list:
-    """What the files of an option hold: documents, or for ``sft`` pairs of prompt and answer. Raises ValueError."""
+    """The contents of an option's files: documents, or (prompt, answer) pairs for ``sft``. Raises ValueError."""
     paths = getattr(args, option.replace("-", "_"))
     try:
         if args.command == "sft":
@@ -192,34 +197,39 @@ def read(args: argparse.Namespace, option: str) -> list:
         raise ValueError(f"--{option}: {error}") from error
 
 
-def start(args: argparse.Namespace, texts: list) -> tuple[transformers.PreTrainedModel, object]:
-    """The model to train and its tokenizer: ``--model``'s, or new ones. Processes take the tokenizer of the first."""
+def start(
+    args: argparse.Namespace, texts: list
+) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]:
+    """The model to train and its tokenizer: ``--model``'s, or new ones. The first process makes a new tokenizer, and
+    all processes read it."""
     if args.model:
         try:
             tokenizer = AutoTokenizer.from_pretrained(model_path(args.model))
             return unpatch(from_pretrained(args.model, torch.float32, impl="torch")), tokenizer
-        except (OSError, ValueError) as error:  # transformers' has several lines
+        except (OSError, ValueError) as error:  # transformers' message has several lines
             raise ValueError(f"--model: {args.model}: {str(error).strip().splitlines()[0]}") from error
-    kept = args.out / "tokenizer"  # made once: a resumed run reads the one that its checkpoints were trained with
-    if not (args.resume and kept.is_dir()):
+    folder = args.out / "tokenizer"  # a resumed run needs the tokenizer that its checkpoints were trained with
+    if not (args.resume and folder.is_dir()):
         with PartialState().main_process_first():
             if PartialState().is_main_process:
-                whole = [text for pair in texts for text in pair] if args.command == "sft" else texts
-                save_tokenizer(train_tokenizer(whole, args.vocab_size, args.positions), kept)
-    tokenizer = AutoTokenizer.from_pretrained(kept)
+                strings = [text for pair in texts for text in pair] if args.command == "sft" else texts
+                save_tokenizer(train_tokenizer(strings, args.vocab_size, args.positions), folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     return build_model(args, tokenizer), tokenizer
 
 
 def train(args: argparse.Namespace) -> Path:
-    """Train from scratch, or on from ``--model``; returns the folder with model, tokenizer and recipe.
+    """Train a new model, or continue training ``--model``. Returns the folder with model, tokenizer and recipe.
 
-    One of several processes (``torchrun``) does the same as every other, and the first writes.
+    Under ``torchrun`` every process runs this, and the first one writes the files.
     """
     if args.threads:
         torch.set_num_threads(args.threads)
     transformers.set_seed(args.seed)
-    out, sft = args.out, args.command == "sft"
-    found, held_out = read(args, "data"), read(args, "eval-data")
+    out = args.out
+    sft = args.command == "sft"
+    texts = read(args, "data")
+    eval_texts = read(args, "eval-data")
     checkpoint = get_last_checkpoint(str(out)) if out.is_dir() else None
     if checkpoint and not args.resume:
         raise ValueError(f"--out: {out} already holds {Path(checkpoint).name}; add --resume or choose another folder")
@@ -231,23 +241,23 @@ def train(args: argparse.Namespace) -> Path:
         lr_scheduler_type="warmup_stable_decay", warmup_steps=args.warmup,
         lr_scheduler_kwargs={"num_decay_steps": round(args.decay * args.steps)},
         logging_steps=args.log_every, save_steps=args.save_every, save_total_limit=2,
-        eval_strategy="steps" if held_out else "no", eval_steps=args.save_every,
+        eval_strategy="steps" if eval_texts else "no", eval_steps=args.save_every,
         seed=args.seed, data_seed=args.seed, use_cpu=not gpu, remove_unused_columns=False, report_to=[],
         dataloader_pin_memory=gpu and torch.cuda.is_available(),
     )  # fmt: skip
-    model, tokenizer = start(args, found)
+    model, tokenizer = start(args, texts)
     mask_id = tokenizer.mask_token_id if model.config.mask_token_id is None else model.config.mask_token_id
     if mask_id is None:
         raise ValueError(f"--model: neither the config nor the tokenizer of {args.model} names a mask token")
     kind = PromptAnswers if sft else PackedText
-    rows = kind(found, tokenizer, args.length)
-    held_out = kind(held_out, tokenizer, args.length) if held_out else None
+    rows = kind(texts, tokenizer, args.length)
+    eval_rows = kind(eval_texts, tokenizer, args.length) if eval_texts else None
     positions = model.config.max_position_embeddings
     if args.length > positions:
         raise ValueError(f"--length: {args.length} exceeds the model's {positions} positions")
     trainer = DiffusionTrainer(
         model=model, args=settings, mask_id=mask_id, callbacks=[LossRecord()],
-        train_dataset=rows, eval_dataset=held_out,
+        train_dataset=rows, eval_dataset=eval_rows,
         data_collator=collate if sft else default_data_collator,
     )  # fmt: skip
     began = time.time()
@@ -263,7 +273,8 @@ def train(args: argparse.Namespace) -> Path:
 
 
 def recipe(args: argparse.Namespace, trainer: Trainer, seconds: float) -> dict:
-    """What made the weights: command (file names without their folders), data hashes, seed, losses, versions."""
+    """How the weights were made: command (file names without their folders), data hashes, seed, losses, versions."""
+    assert isinstance(trainer.train_dataset, Run) and trainer.model is not None
     history = trainer.state.log_history
     rows = trainer.state.global_step * trainer.train_dataset.batch  # of all processes
     losses = {key: [entry[key] for entry in history if key in entry] for key in ("loss", "eval_loss")}
@@ -291,11 +302,11 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m dllm_fast.train", description=__doc__.splitlines()[0])
     commands = top.add_subparsers(dest="command", required=True)
     p = commands.add_parser("pretrain", help="masked-diffusion pre-training on plain text")
-    add_options(p, ".txt (a document a paragraph) or .jsonl (one a line)", "tokens a training row")
-    p.add_argument("--template", default="{text}", help="how a .jsonl line becomes text")
+    add_options(p, ".txt (each paragraph is a document) or .jsonl (each line is one)", "tokens per training row")
+    p.add_argument("--template", default="{text}", help="how to make text of a .jsonl line")
     p.add_argument("--drop", type=pattern, help="a regular expression to remove from every document")
     p = commands.add_parser("sft", help="LLaDA's fine-tuning: answers are masked, prompts stay visible")
-    add_options(p, '.jsonl, a {"prompt": ..., "answer": ...} a line', "most tokens of a prompt and its answer")
+    add_options(p, '.jsonl with {"prompt": ..., "answer": ...} on each line', "most tokens in a prompt with its answer")
     return top
 
 
@@ -320,8 +331,8 @@ def add_options(p: argparse.ArgumentParser, data: str, length: str) -> None:
     add("--data", type=Path, nargs="+", required=True, help=data)
     add("--eval-data", type=Path, nargs="*", default=[], help="held-out files of the same kind")
     add("--out", type=Path, required=True, help="folder for checkpoints, loss.csv, loss.png and final/")
-    add("--resume", action="store_true", help="go on from the last checkpoint in --out")
-    add("--model", help="train on from this model and its tokenizer: a folder, a hub name or a shipped model")
+    add("--resume", action="store_true", help="continue from the last checkpoint in --out")
+    add("--model", help="continue training this model: a folder, a hub name or a shipped model")
     add("--family", choices=tuple(FAMILIES), default="llada")
     add("--vocab-size", type=count, default=2048)
     add("--width", type=count, default=192)
@@ -332,17 +343,17 @@ def add_options(p: argparse.ArgumentParser, data: str, length: str) -> None:
     add("--tie", action="store_true", help="tie the LM head to the embedding (ModernBERT always does)")
     add("--positions", type=count, default=1024, help="longest sequence that the model accepts")
     add("--length", type=count, default=256, help=length)
-    add("--batch", type=count, default=16, help="rows a device and micro-batch")
+    add("--batch", type=count, default=16, help="rows per device and micro-batch")
     add("--accumulate", type=count, default=1)
     add("--steps", type=count, default=1000)
     add("--lr", type=float, default=2e-3)
     add("--warmup", type=int, default=100)
-    add("--decay", type=float, default=0.3, help="share of the steps over which the rate falls to 0")
+    add("--decay", type=float, default=0.3, help="share of the steps, at the end, in which the rate falls to 0")
     add("--log-every", type=count, default=25)
     add("--save-every", type=count, default=500)
     add("--seed", type=int, default=0)
     add("--threads", type=count, default=None, help="CPU threads")
-    add("--cpu", action="store_true", help="train on the CPU though there is a GPU")
+    add("--cpu", action="store_true", help="train on the CPU even if there is a GPU")
     add("--save-dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
 
 
@@ -352,14 +363,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train, and print where the model is."""
+    """Train, and print the folder of the finished model."""
     missing = [str(path) for path in (*args.data, *args.eval_data) if not path.is_file()]
     if missing:
         raise ValueError(f"no such file: {', '.join(missing)}")
     try:
         final = train(args)
     except KeyboardInterrupt:
-        print(f"\ngo on with --resume (checkpoints are in {args.out})", file=sys.stderr)
+        print(f"\ncontinue with --resume (checkpoints are in {args.out})", file=sys.stderr)
         raise
     if PartialState().is_main_process:
         print(final)
