@@ -11,14 +11,18 @@ import os
 
 import torch
 
-from dllm_fast.kernels.checks import FLOATS, dtype_name
+from dllm_fast import environment
+from dllm_fast.kernels.checks import FLOATS
+
+VARIABLE = "DLLM_FAST_ATTENTION"
+FORM = "'never' or DTYPE:HEAD_DIM:QUERIES"
+NEVER = "never"
 
 # For each card, (dtype, head dim) -> the least number of queries from which PyTorch's attention was the faster one at
 # every size tried, each head with its own keys. `python -m bench.ops.tune whole-attention` measures an entry.
 MEASURED: dict[str, dict[tuple[torch.dtype, int], int]] = {
     "NVIDIA H200": {(torch.bfloat16, 128): 1024},  # tried: 1,024, 4,096 and 16,384 queries
 }
-NEVER = "never"
 
 # The settled tables, by device.
 pytorch_from: dict[torch.device, dict[tuple[torch.dtype, int], int]] = {}
@@ -32,8 +36,11 @@ def settle(device: torch.device) -> None:
     """
     if device in pytorch_from:
         return
-    fixed = _fixed()
-    pytorch_from[device] = MEASURED.get(_card(device), {}) if fixed is None else fixed
+    text = os.environ.get(VARIABLE)
+    if text:
+        pytorch_from[device] = {} if text == NEVER else environment.read(VARIABLE, FORM, FLOATS)
+    else:
+        pytorch_from[device] = MEASURED.get(_card(device), {})
 
 
 def serves(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, queries: int) -> bool:
@@ -48,8 +55,7 @@ def serves(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, 
 def table(device: torch.device) -> str:
     """The table of ``device``, as text for DLLM_FAST_ATTENTION. Settles it first, and raises as `settle` does."""
     settle(device)
-    entries = (f"{dtype_name(dtype)}:{dim}:{queries}" for (dtype, dim), queries in pytorch_from[device].items())
-    return ",".join(entries) or NEVER
+    return environment.spell(pytorch_from[device]) or NEVER
 
 
 def _card(device: torch.device) -> str:
@@ -58,21 +64,3 @@ def _card(device: torch.device) -> str:
         return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     except (AssertionError, RuntimeError):
         return ""
-
-
-def _fixed() -> dict[tuple[torch.dtype, int], int] | None:
-    text = os.environ.get("DLLM_FAST_ATTENTION", "")
-    if text in ("", NEVER):
-        return {} if text else None
-    dtypes = {dtype_name(dtype): dtype for dtype in FLOATS}
-    fixed = {}
-    for entry in text.split(","):
-        dtype, *numbers = entry.strip().split(":")
-        whole = [int(number) for number in numbers if number.isascii() and number.isdigit() and int(number) > 0]
-        if dtype not in dtypes or len(numbers) != 2 or len(whole) != 2:
-            raise ValueError(
-                f"DLLM_FAST_ATTENTION={text!r} in the environment; expected 'never' or DTYPE:HEAD_DIM:QUERIES,..., "
-                f"DTYPE one of {', '.join(dtypes)} and the others numbers above 0"
-            )
-        fixed[dtypes[dtype], whole[0]] = whole[1]
-    return fixed

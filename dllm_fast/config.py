@@ -18,25 +18,6 @@ from dllm_fast.kernels.checks import FLOATS, dtype_name
 
 PACKAGES = ("dllm_fast", "torch", "triton", "transformers", "numpy")
 NAMES = {"triton": "Triton kernels", "cpp": "the compiled extension", "torch": "PyTorch"}
-# Which implementations have each op, and where they serve it if not everywhere. PyTorch serves everything else.
-FEW = "few 16-bit rows on Hopper"
-SERVED = {
-    "linear": {"triton": FEW, "cpp": "up to the rows below"},
-    "swiglu_linear": {"triton": FEW},
-    "scaled_linear": {"triton": FEW},
-    "int4_linear": {"triton": "few 16-bit rows"},
-    "widen_int4": {"triton": ""},
-    "round_rows": {"triton": ""},
-    "attention": {"triton": "but whole sequences as below", "cpp": ""},
-    "rope": {"triton": "", "cpp": ""},
-    "rms_norm": {"triton": "", "cpp": ""},
-    "layer_norm": {"triton": ""},
-    "swiglu": {"triton": "", "cpp": ""},
-    "geglu": {"triton": ""},
-    "predict": {"triton": "", "cpp": ""},
-    "commit": {"triton": ""},
-    "masked_loss": {"triton": ""},
-}
 # Prefixes of environment variables that change which code runs, or how fast.
 VARIABLES = (
     "OMP_", "MKL_", "KMP_", "GOMP_", "ONEDNN_", "DNNL_", "ATEN_", "DLLM_", "TRITON_", "CUDA_", "HIP_", "ROCR_",
@@ -144,10 +125,10 @@ def _implementations() -> Iterator[str]:
 
 def _ops() -> Iterator[str]:
     for impl in ("triton", "cpp"):
-        own = {op: where[impl] for op, where in SERVED.items() if impl in where}
+        own = {op: where[impl] for op, where in ops.SERVED.items() if impl in where}
         named = [op + (f" ({where})" if where else "") for op, where in own.items()]
         yield f"{NAMES[impl]}: {', '.join(named)}"
-        other = [op for op in SERVED if op not in own]
+        other = [op for op in ops.SERVED if op not in own]
         yield f"PyTorch beside {NAMES[impl]}: {', '.join(other) or 'nothing'}"
     for device in _gpus():
         yield _whole_attention(device)

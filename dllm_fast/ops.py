@@ -5,38 +5,35 @@ it has them, and is differentiable, so that training goes through the same forwa
 """
 
 import contextlib
-import functools
-import importlib
-import importlib.metadata
-import os
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from torch.torch_version import TorchVersion
 
-from dllm_fast import attentions
+from dllm_fast import attentions, launchers
 from dllm_fast.cpu import compiled, elementwise, matmuls
 from dllm_fast.kernels import reference, reference_int4
-from dllm_fast.kernels.checks import FLOATS
 
 IMPLS = ("auto", "triton", "cpp", "torch")
-KERNELS = {
-    "tiles": ("counters",),
-    "linear": ("linear", "fits"),
-    "linear_int4": ("linear_int4", "widen_int4", "fits_int4"),
-    "round_rows": ("round_rows",),
-    "attention": ("attention",),
-    "rope": ("rope",),
-    "norm": ("rms_norm", "layer_norm"),
-    "glu": ("swiglu", "geglu"),
-    "predict": ("predict",),
-    "commit": ("commit",),
-    "masked_loss": ("masked_loss",),
+# Which implementations have each op, and where they serve it if not everywhere. PyTorch serves everything else: layer
+# norm, GeGLU, commit and masked loss with impl="cpp", for instance. `show_config` prints this table.
+FEW = "few 16-bit rows on Hopper"
+SERVED = {
+    "linear": {"triton": FEW, "cpp": "up to the rows below"},
+    "swiglu_linear": {"triton": FEW},
+    "scaled_linear": {"triton": FEW},
+    "int4_linear": {"triton": "few 16-bit rows"},
+    "widen_int4": {"triton": ""},
+    "round_rows": {"triton": ""},
+    "attention": {"triton": "but whole sequences as below", "cpp": ""},
+    "rope": {"triton": "", "cpp": ""},
+    "rms_norm": {"triton": "", "cpp": ""},
+    "layer_norm": {"triton": ""},
+    "swiglu": {"triton": "", "cpp": ""},
+    "geglu": {"triton": ""},
+    "predict": {"triton": "", "cpp": "but a rounded head"},
+    "commit": {"triton": ""},
+    "masked_loss": {"triton": ""},
 }
-# NVIDIA GPUs for which the tests compile every kernel and find that it fits (tests/kernels/test_resources.py). On 7.5
-# attention takes more shared memory than a block may have, half the kernels spill, and bf16 is emulated.
-CAPABILITIES = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
 WIDENED = 4096  # rows of an e4m3 LM head that are wide at once
 CHUNK = 256  # rows of logits held at once: 256 x 126,464 fp32 is 130 MB
 
@@ -44,9 +41,9 @@ CHUNK = 256  # rows of logits held at once: 256 x 126,464 fp32 is 130 MB
 def resolve(impl: str, device: torch.device, dtype: torch.dtype) -> str:
     """The implementation that ``impl`` stands for, for weights of ``dtype`` on ``device``.
 
-    ``"auto"`` is Triton on an NVIDIA GPU of `CAPABILITIES` and the compiled extension on a CPU, wherever they can be
-    had, else PyTorch; `auto` says why. On a CPU ``"triton"`` wants TRITON_INTERPRET=1, which runs the kernels in
-    Triton's interpreter: right, and very slow.
+    ``"auto"`` is Triton on an NVIDIA GPU of `launchers.CAPABILITIES`, the compiled extension on a CPU, and PyTorch
+    where they are not available; `auto` says why. On a CPU ``"triton"`` needs TRITON_INTERPRET=1, which runs the
+    kernels in Triton's interpreter: right, and very slow.
 
     Raises:
         ValueError: ``impl`` is none of `IMPLS`, or is ``"triton"`` or ``"cpp"`` and not available; it says why.
@@ -73,64 +70,13 @@ def auto(device: torch.device, dtype: torch.dtype) -> tuple[str, str | None]:
 
 
 def _obstacle_to(impl: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    return compiled.obstacle(device, dtype) if impl == "cpp" else _obstacle(device, dtype)
-
-
-def _obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the Triton kernels cannot run, or None where they can."""
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if device.type != "cuda" and not interpreted:
-        return f"the model is on {device}; it needs CUDA, or TRITON_INTERPRET=1"
-    if dtype not in FLOATS:
-        return f"the model's dtype is {dtype}; it needs {', '.join(map(str, FLOATS))}"
-    if interpreted and dtype == torch.bfloat16:
-        return f"the model's dtype is {dtype}, and Triton's interpreter multiplies its bit patterns as integers"
-    if not interpreted and (untried := _untried(device)):
-        return untried
-    try:
-        _triton()
-    except ImportError as error:
-        return str(error)
-    return _broken_interpreter() if interpreted else None
-
-
-def _broken_interpreter() -> str | None:
-    """Triton's interpreter up to 3.6 makes ints of arrays of one element, which NumPy refuses from 2.4 on."""
-    triton, numpy = (importlib.metadata.version(name) for name in ("triton", "numpy"))
-    if TorchVersion(triton) >= (3, 7) or TorchVersion(numpy) < (2, 4):
-        return None
-    return f"the interpreter of Triton {triton} needs NumPy below 2.4, and this is {numpy}"
-
-
-def _untried(device: torch.device) -> str | None:
-    """Why the kernels are not for the GPU ``device``, or None. Of a device that is not here there is no telling."""
-    if torch.version.hip is not None:
-        # An MI300 calls itself 9.4, and would be given Hopper's tiles, three times the memory that its blocks have.
-        return f"this PyTorch is built for ROCm {torch.version.hip}, on which the kernels have not been tried"
-    try:
-        capability, name = torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device)
-    except (AssertionError, RuntimeError):
-        return None
-    if capability in CAPABILITIES:
-        return None
-    tested = ", ".join(f"{major}.{minor}" for major, minor in CAPABILITIES)
-    return (
-        f"{device} is a {name} of compute capability {capability[0]}.{capability[1]}; the kernels are compiled and "
-        f"checked for {tested}"
-    )
-
-
-@functools.cache
-def _triton() -> SimpleNamespace:
-    """The launchers, imported when first asked for: the package works where Triton does not."""
-    modules = {file: importlib.import_module(f"dllm_fast.kernels.{file}") for file in KERNELS}
-    return SimpleNamespace(**{name: getattr(modules[file], name) for file, names in KERNELS.items() for name in names})
+    return compiled.obstacle(device, dtype) if impl == "cpp" else launchers.obstacle(device, dtype)
 
 
 def linear(x, weight, bias=None, impl="torch"):
     """``x W^T + b``, [..., out]. With ``"cpp"``, `matmuls` says from how many rows on it is PyTorch's."""
     if impl == "triton" and bias is None and _few_rows(x, weight):
-        return _triton().linear(x, weight)
+        return launchers.triton().linear(x, weight)
     if impl == "cpp" and x.numel() < matmuls.pytorch_from.get(x.dtype, matmuls.NEVER) * x.shape[-1]:
         return compiled.linear(x, weight, bias)
     return F.linear(x, weight, bias)
@@ -139,21 +85,22 @@ def linear(x, weight, bias=None, impl="torch"):
 def scaled_linear(x, weight, scale, gated=False, impl="torch"):
     """`reference.linear` of e4m3 weights, where a kernel has it; None where not."""
     if impl == "triton" and _few_rows(x, weight):
-        return _triton().linear(x, weight, scale, gated)
+        return launchers.triton().linear(x, weight, scale, gated)
     return None
 
 
 def int4_linear(x, packed, scale, zero, gated=False, impl="torch"):
     """`reference.linear` of 4-bit weights, where a kernel has it; None where not."""
-    if impl == "triton" and not (torch.is_grad_enabled() and x.requires_grad) and _triton().fits_int4(x, packed):
-        return _triton().linear_int4(x, packed, scale, zero, gated)
+    wanted = torch.is_grad_enabled() and x.requires_grad
+    if impl == "triton" and not wanted and launchers.triton().fits_int4(x, packed):
+        return launchers.triton().linear_int4(x, packed, scale, zero, gated)
     return None
 
 
 def widen_int4(packed, scale, zero, width, dtype, impl="torch"):
     """`reference_int4.widen_int4`, rounded to ``dtype``."""
     if impl == "triton":
-        return _triton().widen_int4(packed, scale, zero, width, dtype)
+        return launchers.triton().widen_int4(packed, scale, zero, width, dtype)
     return reference_int4.widen_int4(packed, scale, zero, width).to(dtype)
 
 
@@ -169,32 +116,32 @@ def logits(hidden, weight, bias=None, scale=None, impl="torch"):
 def swiglu_linear(x, weight, impl="torch"):
     """`reference.linear` with ``gated``: ``weight`` [2f, d] has a gate's rows, then an up projection's; [..., f]."""
     if impl == "triton" and _few_rows(x, weight):
-        return _triton().linear(x, weight, gated=True)
+        return launchers.triton().linear(x, weight, gated=True)
     return swiglu(*linear(x, weight, impl=impl).chunk(2, -1), impl=impl)
 
 
 def _few_rows(x, weight) -> bool:
     """Whether Triton's `linear` serves: it has no gradient, and is for few rows."""
     wanted = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    return not wanted and _triton().fits(x, weight)
+    return not wanted and launchers.triton().fits(x, weight)
 
 
 def round_rows(x, impl="torch"):
     """`reference.round_rows`."""
     if impl == "triton":
-        return _triton().round_rows(x)
+        return launchers.triton().round_rows(x)
     return reference.round_rows(x)
 
 
 def counting(arrivals: torch.Tensor | None):
     """Within it, Triton's kernels count in ``arrivals`` (`kernels.tiles.counters`); None: in zeros of its own."""
-    return contextlib.nullcontext() if arrivals is None else _triton().counters(arrivals)
+    return contextlib.nullcontext() if arrivals is None else launchers.triton().counters(arrivals)
 
 
 def rms_norm(x, weight, eps, residual=None, impl="torch"):
     """`reference.rms_norm`."""
     if impl == "triton":
-        return _triton().rms_norm(x, weight, eps, residual)
+        return launchers.triton().rms_norm(x, weight, eps, residual)
     if impl == "cpp":
         return elementwise.rms_norm(x, weight, eps, residual)
     return reference.rms_norm(x, weight, eps, residual)
@@ -203,7 +150,7 @@ def rms_norm(x, weight, eps, residual=None, impl="torch"):
 def layer_norm(x, weight, bias, eps, residual=None, impl="torch"):
     """`reference.layer_norm`."""
     if impl == "triton":
-        return _triton().layer_norm(x, weight, bias, eps, residual)
+        return launchers.triton().layer_norm(x, weight, bias, eps, residual)
     h = x if residual is None else x + residual
     return F.layer_norm(h, h.shape[-1:], weight, bias, eps), h
 
@@ -211,7 +158,7 @@ def layer_norm(x, weight, bias, eps, residual=None, impl="torch"):
 def swiglu(gate, up, impl="torch"):
     """`reference.swiglu`."""
     if impl == "triton":
-        return _triton().swiglu(gate, up)
+        return launchers.triton().swiglu(gate, up)
     if impl == "cpp":
         return elementwise.swiglu(gate, up)
     return F.silu(gate) * up
@@ -220,7 +167,7 @@ def swiglu(gate, up, impl="torch"):
 def geglu(gate, up, impl="torch"):
     """`reference.geglu`."""
     if impl == "triton":
-        return _triton().geglu(gate, up)
+        return launchers.triton().geglu(gate, up)
     return F.gelu(gate) * up
 
 
@@ -235,7 +182,7 @@ def rope(q, k, v, cos, sin, position=None, slot=None, keys=None, values=None, ou
         if keys is None:
             keys, values = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
         position, slot = (zero if x is None else x for x in (position, slot))
-        return _triton().rope(q, k, v, cos, sin, position, slot, keys, values), keys, values
+        return launchers.triton().rope(q, k, v, cos, sin, position, slot, keys, values), keys, values
     if impl == "cpp":
         return elementwise.rope(q, k, v, cos, sin, position, slot, keys, values)
     if position is None:
@@ -244,22 +191,18 @@ def rope(q, k, v, cos, sin, position=None, slot=None, keys=None, values=None, ou
         at = (position[:, None] + torch.arange(q.shape[1], device=q.device)).clamp(0, cos.shape[0] - 1)
         c, s = cos[at][:, :, None], sin[at][:, :, None]
 
-    def rotate(x):
-        x1, x2 = x.float().chunk(2, -1)
-        return torch.cat((x1 * c - x2 * s, x2 * c + x1 * s), -1).to(x.dtype)
-
     if keys is None:
-        return rotate(q), rotate(k), v
+        return reference.rotate(q, c, s), reference.rotate(k, c, s), v
     row = torch.arange(q.shape[0], device=q.device)[:, None]
     to = slot[:, None] + torch.arange(q.shape[1], device=q.device)
-    k = rotate(k)
+    k = reference.rotate(k, c, s)
     if outside:
         # Written where they are, as picking out the rows that are inside would read values on the host.
         inside = (to < keys.shape[1])[:, :, None, None]
         to = to.clamp(max=keys.shape[1] - 1)
         k, v = k.where(inside, keys[row, to]), v.where(inside, values[row, to])
     keys[row, to], values[row, to] = k, v
-    return rotate(q), keys, values
+    return reference.rotate(q, c, s), keys, values
 
 
 def visible(like, slots, start=None, end=None, slot=None, window=None, impl="torch") -> tuple:
@@ -302,7 +245,7 @@ def attention(q, keys, values, seen, impl="torch"):
     if impl == "triton":
         *ranges, whole = seen
         if not (whole and attentions.serves(q.device, q.dtype, q.shape[2], keys.shape[2], q.shape[3], q.shape[1])):
-            return _triton().attention(q, keys, values, *ranges)
+            return launchers.triton().attention(q, keys, values, *ranges)
         seen = None, None, None
     if impl == "cpp":
         return compiled.attention(q, keys, values, *seen)
@@ -333,7 +276,7 @@ def predict(
     """
     given = {"candidate": candidate, "uncond": uncond, "cfg_scale": cfg_scale}
     if impl == "triton":
-        return _triton().predict(hidden, weight, bias, scale, **given, **options)
+        return launchers.triton().predict(hidden, weight, bias, scale, **given, **options)
     if impl == "cpp" and scale is None:
         return compiled.predict(hidden, weight, bias, **given, **options)
     rows = slice(None)
@@ -347,7 +290,7 @@ def predict(
         if uncond is not None:
             # Combining the hidden states would save this product, but in bf16 it more than doubles the logits' error.
             base = logits(uncond[rows][part], weight, bias, scale, impl).float()
-            z = base + (cfg_scale + 1) * (z - base)
+            z = reference.guided(z, base, cfg_scale)
         parts.append(reference.select(z, **options, **{name: x[part] for name, x in per_row.items()}))
     token, confidence, lse = (torch.cat(columns) for columns in zip(*parts, strict=True))
     if candidate is None:
@@ -373,7 +316,7 @@ def token_probability(hidden, weight, bias=None, scale=None, *, token, lse, unco
         logit = (hidden.float() * row).sum(-1)
         if uncond is not None:
             base = (uncond.float() * row).sum(-1)
-            logit = base + (cfg_scale + 1) * (logit - base)
+            logit = reference.guided(logit, base, cfg_scale)
         return logit if bias is None else logit + bias[ids]
 
     for i in deferred:
@@ -384,12 +327,12 @@ def token_probability(hidden, weight, bias=None, scale=None, *, token, lse, unco
 def commit(sequence, token, confidence, candidate, slot, *, impl="torch", **rule):
     """`reference.commit`."""
     if impl == "triton":
-        return _triton().commit(sequence, token, confidence, candidate, slot, **rule)
+        return launchers.triton().commit(sequence, token, confidence, candidate, slot, **rule)
     return reference.commit(sequence, token, confidence, candidate, slot, **rule)
 
 
 def masked_loss(hidden, weight, bias, target, loss_weight, impl="torch"):
     """`reference.masked_loss`."""
     if impl == "triton":
-        return _triton().masked_loss(hidden, weight, bias, target, loss_weight)
+        return launchers.triton().masked_loss(hidden, weight, bias, target, loss_weight)
     return reference.masked_loss(hidden, weight, bias, target, loss_weight)

@@ -117,6 +117,12 @@ def rope_table(positions: int, head_dim: int, theta: float, device=None) -> tupl
     return angle.cos(), angle.sin()
 
 
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Half-split rotation ``(x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin)`` in the dtype of cos, rounded once."""
+    x1, x2 = x.to(cos.dtype).chunk(2, -1)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), -1).to(x.dtype)
+
+
 def rope(
     q: torch.Tensor,  # [B, T, H, D]
     k: torch.Tensor,  # [B, T, G, D]
@@ -130,23 +136,19 @@ def rope(
 ) -> torch.Tensor:
     """Rotate q and k, write k and v at ``slot + t`` of the buffers, return the rotated q [B, T, H, D].
 
-    Half-split rotation: ``(x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin)`` at position ``max(position + t, 0)``
-    (negative positions are padding), in fp32, rounded once. Rows whose slot falls outside [0, S) are not written.
+    `rotate` at position ``max(position + t, 0)`` (negative positions are padding), in fp32. Rows whose slot falls
+    outside [0, S) are not written.
     """
     offset = torch.arange(q.shape[1], device=q.device)
     at = (position[:, None] + offset).clamp(0, cos.shape[0] - 1)
     c, s = (table.to(_wide(q).dtype)[at][:, :, None] for table in (cos, sin))
 
-    def rotate(x):
-        x1, x2 = _wide(x).chunk(2, -1)
-        return torch.cat((x1 * c - x2 * s, x2 * c + x1 * s), -1).to(x.dtype)
-
     to = slot[:, None] + offset
     inside = (to >= 0) & (to < keys.shape[1])
     row = torch.arange(q.shape[0], device=q.device)[:, None].expand_as(to)
-    keys[row[inside], to[inside]] = rotate(k)[inside]
+    keys[row[inside], to[inside]] = rotate(k, c, s)[inside]
     values[row[inside], to[inside]] = v[inside]
-    return rotate(q)
+    return rotate(q, c, s)
 
 
 def attention(
@@ -263,22 +265,27 @@ def predict(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Token [N] int64, confidence [N] and log-sum-exp [N] (fp32, or fp64 for fp64 inputs) of each candidate.
 
-    ``z = hidden W^T + b``, each row of W times its ``scale``; with ``uncond``, ``z = z_u + (cfg_scale + 1) (z - z_u)``
-    (arXiv:2207.12598). The logits of ``banned`` ids are -inf. The token is ``argmax(z + temperature * gumbel)`` over
-    the vocabulary without ``mask_id``, ties to the lowest id; then the logits of ``deferred`` ids are -inf as well
-    (arXiv:2502.09992, appendix B.4). The log-sum-exp and the confidence are those of what is left, without the noise,
-    p = softmax(z): ``probability`` p[token]; ``margin`` p1 - p2, the two largest but for ``mask_id``; ``entropy`` sum p
-    ln p; ``random`` a uniform draw; and -inf where the token is a deferred one. Positions that are no candidates get
-    token ``mask_id``, confidence -inf and log-sum-exp 0.
+    ``z = hidden W^T + b``, each row of W times its ``scale``, and `guided` if there is an ``uncond``. The logits of
+    ``banned`` ids are -inf. The token is ``argmax(z + temperature * gumbel)`` over the vocabulary without ``mask_id``,
+    ties to the lowest id. Then the logits of ``deferred`` ids are -inf as well (arXiv:2502.09992, appendix B.4), and
+    the log-sum-exp and the confidence come from the logits that are left, without the noise. With p = softmax(z) the
+    confidence is p[token] (``probability``); p1 - p2 of the two most probable tokens but ``mask_id`` (``margin``);
+    sum p ln p (``entropy``); or a uniform draw (``random``). It is -inf where the token is a deferred one. A position
+    that is no candidate gets token ``mask_id``, confidence -inf and log-sum-exp 0.
     """
     wide = _wide(weight) if scale is None else weight.to(scale.dtype) * scale[:, None]
     logits = _wide(hidden) @ wide.T
     if uncond is not None:
         base = _wide(uncond) @ wide.T
-        logits = base + (cfg_scale + 1) * (logits - base)
+        logits = guided(logits, base, cfg_scale)
     if bias is not None:
         logits = logits + bias
     return select(logits, mask_id, candidate, confidence, temperature, seed, step, row, position, banned, deferred)
+
+
+def guided(logits: torch.Tensor, uncond: torch.Tensor, cfg_scale: float) -> torch.Tensor:
+    """Classifier-free guidance (arXiv:2207.12598), from logits with the prompt and ``uncond`` without it."""
+    return uncond + (cfg_scale + 1) * (logits - uncond)
 
 
 def select(

@@ -7,6 +7,7 @@ shapes that depend on values, kernels that were not compiled before, and memory 
 A garbage collection is noted.
 """
 
+import contextlib
 import functools
 import gc
 import inspect
@@ -17,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
-from dllm_fast import ops
+from dllm_fast import launchers
 from dllm_fast.decoding import graphs
 from dllm_fast.kernels import reference
 
@@ -212,10 +213,7 @@ def launchers_of_pytorch(monkeypatch, recorder: Recorder) -> None:
         return reference.attention(q, keys, values, start, end, slot, window=window)
 
     names = ("rms_norm", "layer_norm", "swiglu", "geglu", "rope", "predict", "commit")
-    launchers = {name: recorder.opaque(getattr(reference, name)) for name in names}
-    launchers["attention"] = recorder.opaque(attention)
-    monkeypatch.setattr(
-        ops,
-        "_triton",
-        lambda: SimpleNamespace(**launchers, fits=lambda *_: False, counters=lambda _: ops.contextlib.nullcontext()),
-    )
+    definitions = {name: recorder.opaque(getattr(reference, name)) for name in names}
+    definitions["attention"] = recorder.opaque(attention)
+    stand_in = SimpleNamespace(**definitions, fits=lambda *_: False, counters=lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(launchers, "triton", lambda: stand_in)

@@ -103,7 +103,7 @@ def test_which_ops_an_implementation_has_of_its_own():
             found[name] = {impl for impl in ("triton", "cpp") if impl in op.__code__.co_consts}
     for name in ("resolve", "visible", "logits"):  # the choice itself; masks, which are no kernel; `linear` of the head
         del found[name]
-    assert found == {name: set(impls) for name, impls in config.SERVED.items()}
+    assert found == {name: set(impls) for name, impls in ops.SERVED.items()}
 
 
 def test_the_command_prints_it():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from needs import needs_triton
 
-from dllm_fast import ops
+from dllm_fast import launchers, ops
 from dllm_fast.cpu import compiled
 from dllm_fast.kernels import reference
 
@@ -194,7 +194,7 @@ def test_without_triton_auto_is_pytorch_and_an_explicit_choice_raises(monkeypatc
         raise ImportError("No module named 'triton'")
 
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(ops, "_triton", missing)
+    monkeypatch.setattr(launchers, "triton", missing)
     assert ops.resolve("auto", torch.device("cuda"), torch.float32) == "torch"
     with pytest.raises(ValueError, match="impl='triton': No module named 'triton'"):
         ops.resolve("triton", torch.device("cuda"), torch.float32)
@@ -206,7 +206,7 @@ def test_without_triton_auto_is_pytorch_and_an_explicit_choice_raises(monkeypatc
     ("3.6.0", "2.3.5", True), ("3.7.1", "2.4.6", True), ("3.10.0", "2.5.5", True),
 ])  # fmt: skip
 def test_an_old_triton_is_not_interpreted_with_a_new_numpy(monkeypatch, triton, numpy, works):
-    monkeypatch.setattr(ops.importlib.metadata, "version", {"triton": triton, "numpy": numpy}.get)
+    monkeypatch.setattr(launchers.importlib.metadata, "version", {"triton": triton, "numpy": numpy}.get)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     cpu = torch.device("cpu")
     if works:

@@ -9,8 +9,9 @@ ROOT = Path(__file__).parent.parent / "dllm_fast"
 # From the bottom up. A module may import its own room and those before it.
 ROOMS = [
     {"kernels"},
+    {"environment"},
     {"cpu"},
-    {"ops", "attentions"},
+    {"ops", "attentions", "launchers"},
     {"families"},
     {"decoding"},
     {"patch"},

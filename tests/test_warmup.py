@@ -209,7 +209,7 @@ from bench.generation.compilations import Card, driver
 import torch
 from triton.runtime.jit import JITFunction
 import dllm_fast
-from dllm_fast import Drift, P2, Uniform, ops
+from dllm_fast import Drift, P2, Uniform, launchers
 from dllm_fast.patch import bound_family, bound_pool
 from dllm_fast.decoding.request import Request
 from dllm_fast.decoding.server import Server
@@ -225,7 +225,7 @@ def compile_nothing(self, key, signature, device, constexprs, options, attrs, wa
     return kernel
 
 driver.set_active(Card())
-ops._obstacle = lambda *_: None
+launchers.obstacle = lambda *_: None
 for name, options in (("llada", {"remask": P2(1.0), "refresh": Drift(0.3)}), ("modernbert", {"cache": "prefix"})):
     model = dllm_fast.patch(SMALL[name]().to(torch.bfloat16), impl="triton")
     family = bound_family(model)

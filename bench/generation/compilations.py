@@ -25,7 +25,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 import dllm_fast
-from dllm_fast import LLaDAConfig, LLaDAModelLM, Threshold, Uniform, Window, ops
+from dllm_fast import LLaDAConfig, LLaDAModelLM, Threshold, Uniform, Window, launchers
 from dllm_fast.decoding.graphs import Graphs
 from dllm_fast.kernels import chain, predict
 
@@ -92,7 +92,7 @@ def noted(found: dict[str, list[dict]]):
     stand_ins = [(JITFunction, "run", only_compile), (JITFunction, "_do_compile", compile_nothing)]
     stand_ins += [(module, "chained", chained) for module in modules]
     stand_ins += [(torch.nn.functional, "linear", empty_product), (predict, "_logits", empty_product)]
-    stand_ins += [(ops, "_obstacle", lambda *_: None), (patch, "_check_weights", lambda model: None)]
+    stand_ins += [(launchers, "obstacle", lambda *_: None), (patch, "_check_weights", lambda model: None)]
     stand_ins += [(module, "records", lambda *_: True) for module in (warmup, server)]
     stand_ins += [(Graphs, "run", lambda self, key, step: step()), (warmup, "kernels", lambda: [])]
     with contextlib.ExitStack() as stack:
@@ -115,7 +115,7 @@ def count(quick: bool) -> dict:
     with torch.device("meta"):
         model = LLaDAModelLM(LLaDAConfig(n_layers=2, **(QUICK if quick else {}))).to(torch.bfloat16).eval()
     model.to_empty(device="cpu")
-    ops._triton()  # imports the kernels
+    launchers.triton()  # imports the kernels
     with noted(found):
         dllm_fast.patch(model, impl="triton")
         for name, (lengths, batch, options) in JOBS.items():

@@ -7,16 +7,16 @@ DLLM_FAST_MATMUL fixes the table, so that every process computes alike: ``DLLM_F
 is PyTorch's from 256 rows on in bf16, and never in fp32. `table` gives it in that form.
 """
 
-import os
 import time
 
 import torch
 import torch.nn.functional as F
 
+from dllm_fast import environment
 from dllm_fast.cpu import compiled
-from dllm_fast.kernels.checks import dtype_name
+from dllm_fast.environment import NEVER
 
-NEVER = 1 << 62
+VARIABLE = "DLLM_FAST_MATMUL"
 FASTER = 0.9  # PyTorch's serves where it takes less than this share of the extension's time
 ROWS = (1024, 512, 256, 128, 64, 32, 16)
 OUTPUTS, INPUTS = 1536, 768  # of the weight that is measured with
@@ -34,8 +34,7 @@ def settle(dtype: torch.dtype) -> None:
     """
     if dtype in pytorch_from:
         return
-    fixed = _fixed()
-    rows = fixed[dtype] if dtype in fixed else _measured(dtype)
+    rows = environment.read(VARIABLE, "DTYPE:ROWS", compiled.FLOATS).get((dtype,)) or _measured(dtype)
     pytorch_from.setdefault(dtype, rows)  # of two threads the first decides for both
 
 
@@ -43,22 +42,7 @@ def table() -> str:
     """The table as DLLM_FAST_MATMUL takes it. Settles every dtype; raises as `settle` does."""
     for dtype in compiled.FLOATS:
         settle(dtype)
-    rows = {dtype_name(dtype): pytorch_from[dtype] for dtype in compiled.FLOATS}
-    return ",".join(f"{dtype}:{'never' if first == NEVER else first}" for dtype, first in rows.items())
-
-
-def _fixed() -> dict[torch.dtype, int]:
-    text = os.environ.get("DLLM_FAST_MATMUL", "")
-    dtypes, fixed = {dtype_name(dtype): dtype for dtype in compiled.FLOATS}, {}
-    for entry in text.split(",") if text else ():
-        name, _, rows = entry.strip().partition(":")
-        if name not in dtypes or not (rows == "never" or (rows.isascii() and rows.isdigit() and int(rows) > 0)):
-            raise ValueError(
-                f"DLLM_FAST_MATMUL={text!r} in the environment; expected DTYPE:ROWS,..., DTYPE one of "
-                f"{', '.join(dtypes)} and ROWS 'never' or a number above 0"
-            )
-        fixed[dtypes[name]] = NEVER if rows == "never" else int(rows)
-    return fixed
+    return environment.spell({(dtype,): pytorch_from[dtype] for dtype in compiled.FLOATS})
 
 
 def _measured(dtype: torch.dtype) -> int:

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-from dllm_fast import ops
+from dllm_fast import launchers
 
 THREADS = 16  # more than a step has kernels to compile at a time
 
@@ -18,7 +18,7 @@ def kernels() -> list:
     Raises ImportError where Triton does not work."""
     from triton.runtime.jit import JITFunction
 
-    ops._triton()  # imports them
+    launchers.triton()  # imports them
     modules = [module for name, module in sys.modules.items() if name.startswith("dllm_fast.kernels.")]
     found = {id(x): x for module in modules for x in vars(module).values() if isinstance(x, JITFunction)}
     return list(found.values())

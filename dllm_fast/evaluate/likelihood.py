@@ -21,6 +21,7 @@ from dllm_fast.decoding.device import as_written
 from dllm_fast.decoding.request import require
 from dllm_fast.decoding.values import is_whole
 from dllm_fast.families.bypass import unwrapped
+from dllm_fast.kernels import reference
 from dllm_fast.patch import bound_family, bound_pool
 
 Ids = torch.Tensor | list[int]
@@ -205,7 +206,7 @@ class _Scorer:
                 logits = self._logits(hidden[part])  # [CHUNK, V]
                 if uncond is not None:
                     base = self._logits(uncond[part])
-                    logits = base + (self.cfg_scale + 1) * (logits - base)
+                    logits = reference.guided(logits, base, self.cfg_scale)
                 lse = logits.logsumexp(1)
                 # NaN if a row's logits are NaN or infinite, so that `bounds` sees it; -inf for probability 0.
                 logp = logits.gather(1, target[part, None])[:, 0] - lse.where(lse.isfinite(), float("nan"))

@@ -21,7 +21,7 @@ from transformers import (
 from transformers.modeling_outputs import MaskedLMOutput
 
 from dllm_fast.families.mixin import DiffusionGenerationMixin, generation_config_of
-from dllm_fast.kernels.reference import rope_table
+from dllm_fast.kernels.reference import rope_table, rotate
 
 TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
 
@@ -160,7 +160,7 @@ class LLaDABlock(nn.Module):
         y = self.attn_norm(x)
         heads = (*x.shape[:2], -1, self.head_dim)
         q, k, v = (proj(y).view(heads).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         group = q.shape[1] // k.shape[1]
         if group > 1:
             k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
@@ -172,11 +172,6 @@ class LLaDABlock(nn.Module):
 
     def _drop(self, x: torch.Tensor) -> torch.Tensor:
         return F.dropout(x, self.config.residual_dropout, self.training)
-
-
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    x1, x2 = x.float().chunk(2, -1)
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), -1).to(x.dtype)
 
 
 class LLaDAModel(nn.Module):

@@ -6,7 +6,7 @@ Each launcher once, and a list of them, so that a new one is not forgotten.
 import pytest
 import torch
 
-from dllm_fast import ops
+from dllm_fast import launchers
 from dllm_fast.kernels import reference, reference_int4
 from dllm_fast.kernels.attention import attention
 from dllm_fast.kernels.commit import commit
@@ -144,5 +144,5 @@ def test_each_argument_has_strides_of_its_own(name, device):
 
 def test_no_launcher_is_forgotten():
     """Those that models and the loop call."""
-    launchers = {name for names in ops.KERNELS.values() for name in names} - {"counters", "fits", "fits_int4"}
-    assert launchers <= {name.split()[0] for name in CASES}
+    called = {name for names in launchers.KERNELS.values() for name in names} - {"counters", "fits", "fits_int4"}
+    assert called <= {name.split()[0] for name in CASES}

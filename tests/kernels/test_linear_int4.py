@@ -6,7 +6,7 @@ from tiny import make_llada
 from truth import LINEARS, assert_as_exact, linear_inputs
 
 import dllm_fast
-from dllm_fast import ops
+from dllm_fast import launchers
 from dllm_fast.kernels import reference, reference_int4
 from dllm_fast.kernels.linear_int4 import fits_int4, linear_int4, widen_int4
 from dllm_fast.kernels.tiles import counters
@@ -110,8 +110,8 @@ def test_a_model_is_served_by_them(rows, served, device, monkeypatch):
     model = make_llada(d_model=128, n_heads=2, mlp_hidden_size=128, n_layers=2).half().to(device)
     ids = torch.arange(rows, device=device)[None] % 99
     calls = []
-    op = getattr(ops._triton(), served)
-    monkeypatch.setattr(ops._triton(), served, lambda *arguments: calls.append(1) or op(*arguments))
+    op = getattr(launchers.triton(), served)
+    monkeypatch.setattr(launchers.triton(), served, lambda *arguments: calls.append(1) or op(*arguments))
     own = dllm_fast.patch(model, impl="torch")(ids).logits
     expected = dllm_fast.patch(model, impl="torch", weights="int4")(ids).logits
     got = dllm_fast.patch(model, impl="triton", weights="int4")(ids).logits

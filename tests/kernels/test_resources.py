@@ -7,14 +7,14 @@ import pytest
 from resources import BIG, MODULES, SHARED_LIMIT, measured
 from truth import INSTRUCTIONS
 
-from dllm_fast import ops
+from dllm_fast import launchers
 
 WHOLE = (80, 90, 100)  # of the others `make test` compiles a share: they differ from sm_80 in what a block may have
 SHARE = 6
 
 
 def test_auto_takes_triton_where_the_kernels_are_compiled_for():
-    assert {10 * major + minor for major, minor in ops.CAPABILITIES} == set(SHARED_LIMIT)
+    assert {10 * major + minor for major, minor in launchers.CAPABILITIES} == set(SHARED_LIMIT)
 
 
 @pytest.mark.parametrize("arch", [pytest.param(x, marks=() if x in WHOLE else pytest.mark.long) for x in SHARED_LIMIT])
