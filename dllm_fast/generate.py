@@ -1,17 +1,18 @@
 """`generate` and `generate_many`: check the arguments, make rows of the prompts, run them in a `Server`."""
 
 import contextlib
-import inspect
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 
+from dllm_fast.decoding.options import OPTIONS, Options
 from dllm_fast.decoding.refresh import Refresh
 from dllm_fast.decoding.remask import Remask
-from dllm_fast.decoding.request import Request, check_batch, check_token_types, require
+from dllm_fast.decoding.request import as_prompt, check_batch, check_token_types, plan_row
 from dllm_fast.decoding.schedules import Schedule, Threshold
 from dllm_fast.decoding.server import Server
+from dllm_fast.decoding.values import require, whole
 from dllm_fast.families.bypass import unwrapped
 from dllm_fast.patch import bound_family, bound_pool
 
@@ -103,26 +104,23 @@ def generate(
             are NaN or infinite, while it runs; it names the step.
         MemoryError: the batch does not fit what memory the device has left; nothing has run.
     """
+    given = {name: value for name, value in locals().items() if name in OPTIONS}  # each under its own name
     family, model = bound_family(model), unwrapped(model)
     check_token_types(token_type_ids)
-    request = Request(
-        gen_length, block_length, schedule, confidence, temperature, cfg_scale, cache, refresh, remask,
-        mask_id, eos_id, seed, pad_id, suppress_tokens, defer_tokens,
-    ).check(model, family)  # fmt: skip
-    return fill(model, family, bound_pool(model), input_ids, attention_mask, request, streamer)
+    options = Options.of_call("generate", given).resolved(model, family)
+    return fill(model, family, bound_pool(model), input_ids, attention_mask, options, streamer)
 
 
-def fill(model, family, pool, input_ids, attention_mask, request: Request, streamer=None) -> Output:
-    """`generate`, its other arguments checked and gathered in ``request``."""
+def fill(model, family, pool, input_ids, attention_mask, options: Options, streamer=None) -> Output:
+    """`generate`, its ``options`` resolved."""
     start, end = check_batch(input_ids, attention_mask, family.head()[0].device)
     batch, prompt = input_ids.shape
-    gen_length = request.gen_length
     require(streamer is None or batch == 1, f"streamer: takes one row, and input_ids has {batch}")
     host = input_ids.cpu()
-    rows = [request.row(b, host[b, start[b] : end[b]], family) for b in range(batch)]
+    rows = [plan_row(options, family, b, host[b, start[b] : end[b]]) for b in range(batch)]
     require(any(row.blocks for row in rows), "gen_length=0 and no [MASK] in input_ids: there is nothing to fill")
-    sequences = torch.cat((host, host.new_zeros(batch, gen_length)), 1)
-    for row in Server(model, family, pool, request, rows, batch, streamer).serve():
+    sequences = torch.cat((host, host.new_zeros(batch, options.gen_length)), 1)
+    for row in Server(model, family, pool, options, rows, batch, streamer).serve():
         length = end[row.index] - start[row.index]
         sequences[row.index, start[row.index] : end[row.index]] = row.ids[:length]
         sequences[row.index, prompt:] = row.ids[length:]
@@ -146,12 +144,6 @@ class Completion:
     index: int
     sequence: torch.Tensor
     nfe: int
-
-
-# Of `generate`'s options.
-DEFAULTS = {name: p.default for name, p in inspect.signature(generate).parameters.items() if p.default is not p.empty}
-# Those that generate_many has.
-MANY = {name: x for name, x in DEFAULTS.items() if name not in ("attention_mask", "token_type_ids", "streamer")}
 
 
 def generate_many(
@@ -184,25 +176,17 @@ def generate_many(
         ValueError, MemoryError: as `generate`, when called, before the first prompt runs; for NaN logits, as it runs.
     """
     family, model = bound_family(model), unwrapped(model)
-    unknown = sorted(set(options) - set(MANY))
-    require(not unknown, f"{', '.join(unknown)}: not an option of generate_many")
-    good = isinstance(batch_size, int) and not isinstance(batch_size, bool) and batch_size >= 1
-    require(good, f"batch_size={batch_size!r} is not a positive whole number")
-    request = Request(**{**MANY, **options}).check(model, family)
+    options = Options.of_call("generate_many", options).resolved(model, family)
+    batch_size = whole("batch_size", batch_size)
     prompts = list(prompts)
     noise_rows = range(len(prompts)) if noise_rows is None else list(noise_rows)
     require(len(noise_rows) == len(prompts), f"noise_rows: {len(noise_rows)} for {len(prompts)} prompts")
-    for index, row in enumerate(noise_rows):
-        good = isinstance(row, int) and not isinstance(row, bool) and 0 <= row < 2**32
-        require(good, f"noise_rows[{index}]={row!r} is not a whole number from 0 to 2^32 - 1")
+    noise_rows = [whole(f"noise_rows[{index}]", row, 0, 32) for index, row in enumerate(noise_rows)]
     rows = []
     for index, prompt in enumerate(prompts):
         name = f"prompts[{index}]"
-        ids = torch.as_tensor(prompt, device="cpu")
-        require(ids.dim() == 1, f"{name}: shape {tuple(ids.shape)} is not [P]")
-        require(ids.numel() == 0 or ids.dtype == torch.int64, f"{name}: dtype {ids.dtype} is not torch.int64")
-        rows.append(request.row(index, ids, family, name, noise_rows[index]))
-    server = Server(model, family, bound_pool(model), request, rows, batch_size)
+        rows.append(plan_row(options, family, index, as_prompt(name, prompt), name, noise_rows[index]))
+    server = Server(model, family, bound_pool(model), options, rows, batch_size)
     return _completions(server, len(rows), ordered, progress)
 
 

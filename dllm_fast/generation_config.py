@@ -9,23 +9,19 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PretrainedConfig
 
-from dllm_fast.decoding.request import CACHES, CONFIDENCES, as_ids, require
+from dllm_fast.decoding.options import OPTIONS, Options, as_ids
 from dllm_fast.decoding.spelling import SPELLED, policy_of, spell
-from dllm_fast.decoding.values import is_whole
+from dllm_fast.decoding.values import is_whole, require
 
-# `dllm_fast.generate`'s arguments that transformers has no field for.
-DIFFUSION = (
-    "block_length", "schedule", "confidence", "cfg_scale", "cache", "refresh", "remask", "mask_id", "seed",
-    "defer_tokens",
-)  # fmt: skip
+ALIASES = {"gen_length": "max_new_tokens", "eos_id": "eos_token_id", "pad_id": "pad_token_id"}  # `generate`'s names
+# Options that transformers has no field for.
+DIFFUSION = tuple(name for name in OPTIONS if name not in (*ALIASES, "temperature", "suppress_tokens"))
 HONOURED = (
     "max_new_tokens", "max_length", "do_sample", "temperature", "eos_token_id", "pad_token_id", "suppress_tokens",
     "use_cache", "num_return_sequences", "return_dict_in_generate", *DIFFUSION,
 )  # fmt: skip
 # For prompts that are missing, for encoder-decoders, and what changes neither tokens nor their probabilities here.
 NO_PART = ("bos_token_id", "decoder_start_token_id", "renormalize_logits", "disable_compile", "transformers_version")
-ALIASES = {"gen_length": "max_new_tokens", "eos_id": "eos_token_id", "pad_id": "pad_token_id"}  # `generate`'s names
-MAX_NEW_TOKENS, BLOCK_LENGTH = 128, 32  # where nothing says
 
 _PLAIN = GenerationConfig()
 FIELDS = frozenset(name for name in vars(_PLAIN) if not name.startswith("_"))
@@ -90,9 +86,7 @@ class DiffusionGenerationConfig(GenerationConfig):
         for name in SPELLED:
             if isinstance(value := getattr(self, name), str):
                 setattr(self, name, policy_of(name, value))
-        for name, known in (("cache", CACHES), ("confidence", CONFIDENCES)):
-            value = getattr(self, name)
-            require(value is None or value in known, f"{name}={value!r} is not one of {', '.join(map(repr, known))}")
+        Options(**{name: value for name in DIFFUSION if (value := getattr(self, name)) is not None})
 
     def to_dict(self) -> dict[str, Any]:
         """All fields but diffusion's unset ones, policies as text."""
@@ -174,20 +168,21 @@ def new_tokens(fields: dict[str, Any], prompt: int) -> int:
         good = value is None or (is_whole(value) and value >= least)
         require(good, f"{name}={value!r} is not a whole number from {least} up, after a prompt of {prompt}")
     if total is None:
-        return MAX_NEW_TOKENS if new is None else new
+        return Options.gen_length if new is None else new
     require(new in (None, total - prompt), f"max_new_tokens={new} and max_length={total} after {prompt} do not agree")
     return total - prompt
 
 
-def options(model, family, fields: dict[str, Any], prompt: int) -> dict[str, Any]:
-    """Arguments of `request.Request` for what `gathered` found. Raises ValueError that names the argument."""
+def options_of(model, family, fields: dict[str, Any], prompt: int) -> Options:
+    """What `gathered` found, as options. Raises ValueError that names the argument."""
     found = {name: fields[name] for name in (*DIFFUSION, "suppress_tokens") if fields.get(name) is not None}
     found |= {name: policy_of(name, found[name]) for name in SPELLED if isinstance(found.get(name), str)}
     found["gen_length"] = new_tokens(fields, prompt)
-    found.setdefault("block_length", min(BLOCK_LENGTH, found["gen_length"]) or BLOCK_LENGTH)
+    usual = Options.block_length
+    found.setdefault("block_length", min(usual, found["gen_length"]) or usual)
     found["temperature"] = fields.get("temperature", 1.0) if fields.get("do_sample") else 0.0
     found["eos_id"], found["pad_id"] = special_ids(model, family, fields, found.get("mask_id"))
-    return found
+    return Options(**found)
 
 
 def special_ids(model, family, fields: dict[str, Any], mask_id: int | None) -> tuple[tuple[int, ...], int | None]:

@@ -9,9 +9,11 @@ import torch
 from transformers import EosTokenCriteria, GenerationConfig, MaxLengthCriteria, TemperatureLogitsWarper
 from transformers.utils import ModelOutput
 
-from dllm_fast.decoding.request import Request, before_end, check_token_types, require
+from dllm_fast.decoding.options import Options
+from dllm_fast.decoding.request import before_end, check_token_types
+from dllm_fast.decoding.values import require, whole
 from dllm_fast.families.bypass import unwrapped
-from dllm_fast.generate import DEFAULTS, fill, generate
+from dllm_fast.generate import fill, generate
 from dllm_fast.generation_config import (
     ALIASES,
     FIELDS,
@@ -19,11 +21,10 @@ from dllm_fast.generation_config import (
     TOP_K,
     DiffusionGenerationConfig,
     gathered,
-    options,
+    options_of,
 )  # fmt: skip
 from dllm_fast.patch import family_and_pool
 
-_DEFAULTS = {name: value for name, value in DEFAULTS.items() if name in inspect.signature(Request).parameters}
 NONE_COUNTS = ("eos_token_id", "pad_token_id", "eos_id", "pad_id")  # given as None, they take back what a config says
 # Arguments of transformers' own generate that may stand there with a value that asks for nothing.
 HARMLESS = {"synced_gpus": (False,), "use_model_defaults": (True,)}
@@ -70,18 +71,15 @@ def diffusion_generate(
     require(not getattr(streamer, "_takes_logits", False), "streamer: asks for logits, which are never kept")
     attention_mask, fields = _split(kwargs, input_ids)
     fields = gathered(model, generation_config, fields)
-    asked = {**_DEFAULTS, **options(model, family, fields, input_ids.shape[1])}
-    request = Request(**asked, short_block=True).check(model, family)
-    copies = fields.get("num_return_sequences", 1)
-    good = isinstance(copies, int) and copies >= 1
-    require(good, f"num_return_sequences={copies!r} is not a positive whole number")
+    options = options_of(model, family, fields, input_ids.shape[1]).resolved(model, family)
+    copies = whole("num_return_sequences", fields.get("num_return_sequences", 1))
     if copies > 1:
         input_ids = input_ids.repeat_interleave(copies, 0)
         attention_mask = None if attention_mask is None else attention_mask.repeat_interleave(copies, 0)
-    out = fill(model, family, pool, input_ids, attention_mask, request, streamer)
+    out = fill(model, family, pool, input_ids, attention_mask, options, streamer)
     if not fields.get("return_dict_in_generate", return_dict):
         return out.sequences
-    filled = _filled(out.sequences, input_ids, attention_mask, request)
+    filled = _filled(out.sequences, input_ids, attention_mask, options)
     nfe = torch.tensor(out.row_nfe, dtype=torch.int64, device=out.sequences.device)
     return DiffusionOutput(out.sequences, nfe, filled.to(nfe.device) / nfe.clamp(min=1))
 
@@ -161,20 +159,17 @@ def _filled(
     sequences: torch.Tensor,  # [B, P + new]
     input_ids: torch.Tensor,  # [B, P]
     attention_mask: torch.Tensor | None,  # [B, P]
-    request: Request,
+    options: Options,
 ) -> torch.Tensor:
     """Tokens that were filled in each row, [B] fp32: up to the first that ends the text, and that included."""
     open_ = torch.ones(sequences.shape, dtype=torch.bool, device="cpu")
-    prompt = (
-        (input_ids == request.mask_id)
-        if attention_mask is None
-        else (input_ids == request.mask_id) & attention_mask.bool()
-    )
-    open_[:, : input_ids.shape[1]] = prompt.cpu()
+    masked = input_ids == options.mask_id
+    masked = masked if attention_mask is None else masked & attention_mask.bool()
+    open_[:, : input_ids.shape[1]] = masked.cpu()
     counts = []
     for row, mine in zip(sequences.cpu(), open_):
         text = row[mine].tolist()
-        counts.append(min(len(before_end(text, request.eos_ids)) + 1, len(text)))
+        counts.append(min(len(before_end(text, options.eos_id)) + 1, len(text)))
     return torch.tensor(counts, dtype=torch.float32, device="cpu")
 
 

@@ -11,11 +11,12 @@ from dllm_fast.decoding.compiling import kernels, side_by_side
 from dllm_fast.decoding.device import on_host
 from dllm_fast.decoding.engine import Engine
 from dllm_fast.decoding.graphs import records
+from dllm_fast.decoding.options import Options
 from dllm_fast.decoding.refresh import Drift
-from dllm_fast.decoding.request import Request, Row, require
+from dllm_fast.decoding.request import Row, plan_row
 from dllm_fast.decoding.server import Server, rounded_up
+from dllm_fast.decoding.values import is_whole, require, whole
 from dllm_fast.families.bypass import unwrapped
-from dllm_fast.generate import MANY
 from dllm_fast.patch import bound_family, bound_pool
 
 Steps = dict[tuple[str, int], int]  # the kind of a step, and its tail: the number of a block that has such a step
@@ -55,40 +56,33 @@ def warmup(
         MemoryError: a batch of these does not fit what memory the device has left.
     """
     family, model = bound_family(model), unwrapped(model)
-    unknown = sorted(set(options) - set(MANY))
-    require(not unknown, f"{', '.join(unknown)}: not an option of warmup")
-    require(_is_count(batch_size), f"batch_size={batch_size!r} is not a positive whole number")
+    given = {**options, "seed": options.get("seed") or 0}  # drawn where it is None
+    options = Options.of_call("warmup", given).resolved(model, family)
+    require(options.gen_length > 0, f"gen_length={options.gen_length}: there is nothing to fill")
+    batch_size = whole("batch_size", batch_size)
     lengths = _lengths(prompt_lengths)
-    request = Request(**{**MANY, **options, "seed": options.get("seed") or 0}).check(model, family)
-    require(request.gen_length > 0, f"gen_length={request.gen_length}: there is nothing to fill")
     recorded = records(family.head()[0].device, family.impl)
     batches = [
-        [_row(request, n, length, family) for n in range(seats)]
-        for length in (_representatives(lengths, request.gen_length) if recorded else lengths[-1:])
+        [_row(options, n, length, family) for n in range(seats)]
+        for length in (_representatives(lengths, options.gen_length) if recorded else lengths[-1:])
         for seats in (_halves(batch_size) if recorded else [batch_size])
     ]
-    plans = [_steps(request, rows) for rows in batches]
+    plans = [_steps(options, rows) for rows in batches]
     total, before = sum(len(steps) + 1 for steps in plans), 0
     with _reporting(progress) as report:
         for rows, steps in zip(batches, plans, strict=True):
             work = _Work(steps, report, before, total)
             before += len(steps) + 1
-            with Server(model, family, bound_pool(model), request, rows, len(rows)).seated_engine() as engine:
+            with Server(model, family, bound_pool(model), options, rows, len(rows)).seated_engine() as engine:
                 work.compile(engine, rows)
                 work.take(engine, rows)
 
 
-def _is_count(number: object) -> bool:
-    return isinstance(number, int) and not isinstance(number, bool) and number >= 1
-
-
 def _lengths(given: int | Iterable[int]) -> list[int]:
     """Sorted, each once."""
-    lengths = [given] if isinstance(given, int) else list(given)
+    lengths = [given] if is_whole(given) else list(given)
     require(bool(lengths), "prompt_lengths: there are none")
-    for length in lengths:
-        require(_is_count(length), f"prompt_lengths: {length!r} is not a positive whole number")
-    return sorted(set(lengths))
+    return sorted({whole("prompt_lengths", length) for length in lengths})
 
 
 def _representatives(lengths: list[int], gen_length: int) -> list[int]:
@@ -112,15 +106,15 @@ def _halves(seats: int) -> list[int]:
     return found[::-1]
 
 
-def _row(request: Request, n: int, length: int, family) -> Row:
-    word = int(request.mask_id == 0)
+def _row(options: Options, n: int, length: int, family) -> Row:
+    word = int(options.mask_id == 0)
     ids = torch.full((length,), word, dtype=torch.int64, device="cpu")
-    return request.row(n, ids, family, "prompt_lengths")
+    return plan_row(options, family, n, ids, "prompt_lengths")
 
 
-def _steps(request: Request, rows: list[Row]) -> Steps:
+def _steps(options: Options, rows: list[Row]) -> Steps:
     """The kinds of steps that blocks of these rows, all alike, can have. What is not recorded comes last."""
-    cache, refresh, row, found = request.cache, request.options.refresh, rows[0], {}
+    cache, refresh, row, found = options.cache, options.refresh, rows[0], {}
     for number, (first, _) in enumerate(row.blocks):
         tail = len(row.ids) - max(0, first) if cache == "prefix" else 0
         if cache == "none" or refresh.full(number):
@@ -172,7 +166,7 @@ class _Work:
 
 def _take(engine: Engine, row: Row, kind: str, tail: int, number: int) -> None:
     """A step of block ``number`` of rows like ``row``, which counts for none of them."""
-    slot = max(0, row.blocks[number][0] + engine.slots - len(row.ids))
+    slot = row.slot(engine.slots, number)
     engine.prepare(on_host([slot] * engine.rows), on_host([number] * engine.rows))
     engine.quota.zero_()
     engine.step.zero_()

@@ -226,11 +226,10 @@ def test_a_batch_that_does_not_fit_is_refused_with_the_sizes(llada, ids, monkeyp
 
 def test_the_memory_that_is_asked_for_is_what_the_cache_takes(llada):
     from dllm_fast.decoding.memory import available, need
-    from dllm_fast.decoding.request import Request
+    from dllm_fast.decoding.options import Options
 
     family = bound_family(dllm_fast.patch(llada))
-    arguments = [32, 8, Threshold(), "probability", 0.0, 1.0, "dual", Drift(), None, None, None, 0]
-    options = Request(*arguments).check(llada, family).options
+    options = Options(32, 8, cfg_scale=1.0, refresh=Drift()).resolved(llada, family)
     cache = Engine(family, options, 3, 56, 0, False).cache
     taken = (cache.buffers.numel() + cache.states.numel()) * 4
     rest = need(family, options, 3, 56, 0) - taken

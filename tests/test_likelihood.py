@@ -236,7 +236,7 @@ GOOD = ([1, 2], [3, 4])
         ([([1, VOCAB], [3])], {}, rf"pairs\[0\]: id {VOCAB} is outside the vocabulary of {VOCAB}"),
         ([([-1], [3])], {}, r"pairs\[0\]: id -1 is outside"),
         ([([1] * 510, [3] * 3)], {}, r"pairs\[0\]: 513 ids exceed the model's 512 positions"),
-        ([(torch.ones(1, 2).long(), [3])], {}, r"pairs\[0\]: ids of shape \(1, 2\) are not a row"),
+        ([(torch.ones(1, 2).long(), [3])], {}, r"pairs\[0\]: shape \(1, 2\) is not \[P\]"),
         ([([1.5], [3])], {}, r"pairs\[0\]: dtype torch.float32 is not torch.int64"),
         ([GOOD], {"samples": 0}, "samples=0 is not a positive"),
         ([GOOD], {"samples": 1.5}, "samples=1.5 is not a positive"),

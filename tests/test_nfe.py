@@ -13,7 +13,8 @@ from tiny import make_llada, make_modernbert
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import dllm_fast
-from dllm_fast.decoding.request import Request
+from dllm_fast.decoding.options import Options
+from dllm_fast.decoding.request import plan_row
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # `bench` is a folder of the checkout, not a package that is installed
@@ -158,8 +159,8 @@ def test_every_setting_of_the_study_can_be_run():
     prompt = torch.arange(63) + 40
     names = set()
     for setting in study(64, full=True):
-        options = {"gen_length": 64, "cfg_scale": 0.0, "mask_id": None, "eos_id": None, "seed": 0, **setting.options()}
-        row = Request(**options).check(model, family).row(0, prompt, family)
+        options = Options(gen_length=64, **setting.options()).resolved(model, family)
+        row = plan_row(options, family, 0, prompt)
         assert row.blocks == [(63 + at, setting.block_length) for at in range(0, 64, setting.block_length)]
         names.add(setting.name)
     few = [setting.name for setting in study(64, full=False)]

@@ -1,11 +1,16 @@
 """Bad input: an error that names the argument and the value, before any work, with nothing changed."""
 
+import dataclasses
+import inspect
+
+import numpy as np
 import pytest
 import torch
 from tiny import EOS, MASK, VOCAB
 
 import dllm_fast
-from dllm_fast import Threshold, Uniform
+from dllm_fast import Every, Threshold, Uniform
+from dllm_fast.decoding.options import OPTIONS, Options
 
 GOOD = torch.arange(12).view(2, 6)
 
@@ -78,6 +83,32 @@ def test_bad_arguments_are_named_before_any_work(either, case, monkeypatch):
     with pytest.raises(ValueError, match=message):
         dllm_fast.generate(either, **arguments)
     assert not ran
+
+
+def test_generate_has_every_option_with_its_default():
+    arguments = inspect.signature(dllm_fast.generate).parameters
+    assert {name: arguments[name].default for name in OPTIONS} == {name: getattr(Options, name) for name in OPTIONS}
+    others = {"model", "input_ids", "attention_mask", "streamer", "token_type_ids"}
+    assert arguments.keys() - set(OPTIONS) == others
+
+
+def test_options_are_checked_whenever_they_are_made():
+    made = Options(temperature=np.float32(0.5), gen_length=np.int8(16), seed=np.uint64(3))
+    assert [type(value) for value in (made.temperature, made.gen_length, made.seed)] == [float, int, int]
+    for bad in ({"temperature": True}, {"cfg_scale": "1"}, {"block_length": 1.5}, {"seed": -1}, {"cache": None}):
+        (name,) = bad
+        for make in (Options, lambda **bad: dataclasses.replace(made, **bad)):
+            with pytest.raises(ValueError, match=f"{name}="):
+                make(**bad)
+
+
+def test_options_are_equal_where_no_step_tells_them_apart():
+    """An engine, its graphs included, serves calls whose options are equal."""
+    base = Options()
+    for same in ({"seed": 1}, {"eos_id": 3}, {"pad_id": 4}, {"gen_length": 64}, {"refresh": Every(1)}):
+        assert Options(**same) == base and hash(Options(**same)) == hash(base)
+    for name in ("block_length", "temperature", "cfg_scale", "mask_id", "suppress_tokens", "defer_tokens"):
+        assert Options(**{name: 7}) != base
 
 
 def test_an_unpatched_model_is_told_to_be_patched(either):

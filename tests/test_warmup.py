@@ -137,8 +137,8 @@ def test_a_terminal_shows_richs_bar(llada, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((0,), "prompt_lengths: 0 is not a positive whole number"),
-        (([5, True],), "prompt_lengths: True is not"),
+        ((0,), "prompt_lengths=0 is not a positive whole number"),
+        (([5, True],), "prompt_lengths=True is not"),
         (([],), "prompt_lengths: there are none"),
         ((5, 0), "batch_size=0 is not"),
         ((600,), "prompt_lengths: a prompt of 600 and gen_length=128 exceed the model's 512 positions"),
@@ -211,7 +211,7 @@ from triton.runtime.jit import JITFunction
 import dllm_fast
 from dllm_fast import Drift, P2, Uniform, launchers
 from dllm_fast.patch import bound_family, bound_pool
-from dllm_fast.decoding.request import Request
+from dllm_fast.decoding.options import Options
 from dllm_fast.decoding.server import Server
 from test_recording import SMALL
 warmup = sys.modules["dllm_fast.warmup"]
@@ -230,10 +230,10 @@ for name, options in (("llada", {"remask": P2(1.0), "refresh": Drift(0.3)}), ("m
     model = dllm_fast.patch(SMALL[name]().to(torch.bfloat16), impl="triton")
     family = bound_family(model)
     given = {"gen_length": 16, "block_length": 8, "schedule": Uniform(8), "seed": 0, **options}
-    request = Request(**{**warmup.MANY, **given}).check(model, family)
-    rows = [warmup._row(request, n, 9, family) for n in range(2)]
-    work = warmup._Work(warmup._steps(request, rows), lambda *_: None, 0, 1)
-    with Server(model, family, bound_pool(model), request, rows, 2).seated_engine() as engine:
+    options = Options(**given).resolved(model, family)
+    rows = [warmup._row(options, n, 9, family) for n in range(2)]
+    work = warmup._Work(warmup._steps(options, rows), lambda *_: None, 0, 1)
+    with Server(model, family, bound_pool(model), options, rows, 2).seated_engine() as engine:
         canvas, before = engine.canvas.clone(), engine.options
         with mock.patch.object(JITFunction, "_do_compile", compile_nothing):
             work.compile(engine, rows)

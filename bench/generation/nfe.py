@@ -32,7 +32,7 @@ from bench.quality.claims import claims
 from bench.report.store import read, save
 from dllm_fast import shipped
 from dllm_fast.cli.view import print_table
-from dllm_fast.decoding.request import CACHES, CONFIDENCES
+from dllm_fast.decoding.options import CACHES, CONFIDENCES
 from dllm_fast.decoding.spelling import refresh_of, remask_of, schedule_of
 
 

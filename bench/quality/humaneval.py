@@ -24,7 +24,8 @@ from tqdm import tqdm
 import dllm_fast
 from dllm_fast.cli.main import add_held_back, add_model_options, load
 from dllm_fast.cli.view import print_table
-from dllm_fast.decoding.request import CACHES, before_end
+from dllm_fast.decoding.options import CACHES
+from dllm_fast.decoding.request import before_end
 from dllm_fast.decoding.spelling import schedule_of
 from dllm_fast.decoding.text import answer_text, encode, token_ids
 from dllm_fast.errors import exit_code

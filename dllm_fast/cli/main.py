@@ -12,8 +12,8 @@ from transformers.utils import logging as transformers_logging
 
 from dllm_fast.cli.view import watching
 from dllm_fast.config import show_config
-from dllm_fast.decoding.request import CACHES, CONFIDENCES, before_end
-from dllm_fast.decoding.schedules import Threshold
+from dllm_fast.decoding.options import CACHES, CONFIDENCES, OPTIONS, Options
+from dllm_fast.decoding.request import before_end
 from dllm_fast.decoding.spelling import SCHEDULES, refresh_of, remask_of, schedule_of
 from dllm_fast.decoding.text import encode as text_ids
 from dllm_fast.decoding.text import token_ids
@@ -87,19 +87,16 @@ def run_generate(args: argparse.Namespace) -> int:
     if args.chat and not tokenizer.chat_template:
         raise ValueError("--chat: this model's tokenizer has no chat template")
     eos_ids = end_of_text(model, tokenizer)
-    suppress = token_ids("--suppress-tokens", args.suppress_tokens, tokenizer)
-    defer = token_ids("--defer-tokens", args.defer_tokens, tokenizer)
+    options = {name: value for name, value in vars(args).items() if name in OPTIONS}
+    options["suppress_tokens"] = token_ids("--suppress-tokens", args.suppress_tokens, tokenizer)
+    options["defer_tokens"] = token_ids("--defer-tokens", args.defer_tokens, tokenizer)
+    options |= {"mask_id": mask_id, "eos_id": eos_ids}
     for prompt in prompts:
         ids = encode(tokenizer, prompt, mask_id, args.chat).to(args.device)
         watch = nullcontext() if args.quiet else watching(tokenizer, mask_id, args.plain, eos_ids=eos_ids)
         began = time.perf_counter()
         with watch as streamer:
-            out = generate(
-                model, ids, gen_length=args.gen_length, block_length=args.block_length, schedule=args.schedule,
-                confidence=args.confidence, temperature=args.temperature, cfg_scale=args.cfg_scale, cache=args.cache,
-                refresh=args.refresh, remask=args.remask, mask_id=mask_id, eos_id=eos_ids, seed=args.seed,
-                streamer=streamer, suppress_tokens=suppress, defer_tokens=defer,
-            )  # fmt: skip
+            out = generate(model, ids, streamer=streamer, **options)
         seconds = time.perf_counter() - began
         print(tokenizer.decode(out.sequences[0], skip_special_tokens=True))
         print(report(out, generated(out.sequences[0], ids[0], mask_id, eos_ids), seconds), file=sys.stderr)
@@ -145,19 +142,19 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="dllm-fast", description="Masked-diffusion language models, fast.")
     commands = top.add_subparsers(dest="command", required=True)
     p = commands.add_parser("generate", help="continue or fill in text with any LLaDA or ModernBERT")
-    p.set_defaults(run=run_generate)
+    p.set_defaults(run=run_generate, **{name: getattr(Options, name) for name in OPTIONS})
     add = p.add_argument
     add("--model", required=True, help=f"a folder, a hub name, or a shipped model: {', '.join(shipped())}")
     masks = r"each [MASK] in it is filled, \[MASK] is text"
     add("--prompt", action="append", help=f"may be repeated; {masks}; default: standard input")
     add("--gen-length", type=int, default=64, help="tokens to add after the prompt; 0 only fills its [MASK]s")
-    add("--block-length", type=int, default=32)
-    add("--schedule", type=schedule_of, default=Threshold(0.9), help=f"{', '.join(SCHEDULES)}; for example uniform=32")
-    add("--confidence", choices=CONFIDENCES, default="probability")
-    add("--temperature", type=float, default=0.0)
-    add("--cfg-scale", type=float, default=0.0)
-    add("--cache", choices=CACHES, default="dual")
-    add("--refresh", type=refresh_of, default="block", help="block, every=BLOCKS, window=BEFORE,AFTER or drift=TAU")
+    add("--block-length", type=int)
+    add("--schedule", type=schedule_of, help=f"{', '.join(SCHEDULES)}; for example uniform=32")
+    add("--confidence", choices=CONFIDENCES)
+    add("--temperature", type=float)
+    add("--cfg-scale", type=float)
+    add("--cache", choices=CACHES)
+    add("--refresh", type=refresh_of, help="block, every=BLOCKS, window=BEFORE,AFTER or drift=TAU")
     add("--remask", type=remask_of, help="remdm=ETA, verify=THRESHOLD or p2=ETA")
     add_held_back(add)
     add("--mask-id", type=int, help="default: the model's own")

@@ -38,7 +38,7 @@ class Engine:
         self.weight = family.head()[0]
         device = self.device = self.weight.device
         self.block_size = min(options.block_length, slots)
-        self.passes = 2 if options.cfg_scale > 0 else 1
+        self.passes = options.passes
         self.counts = [Counts() for _ in range(rows)]  # of each row in the last block
         self.lengths = [slots] * rows  # of each row's sequence, which ends at the last slot
         self.firsts = [0] * rows  # each row's position at which its live block begins
@@ -82,8 +82,8 @@ class Engine:
         shape = (len(rows), self.slots)
         canvas, open_ = (torch.zeros(shape, dtype=dtype, device="cpu") for dtype in (torch.int64, torch.bool))
         for b, row in enumerate(rows):
-            canvas[b, self.slots - len(row.ids) :] = row.ids
-            open_[b, self.slots - len(row.ids) :] = row.open
+            canvas[b, row.pad(self.slots) :] = row.ids
+            open_[b, row.pad(self.slots) :] = row.open
         self.canvas.copy_(upload(canvas, self.device))
         self.open.copy_(upload(open_, self.device))
         self.lengths = [len(row.ids) for row in rows]
@@ -91,7 +91,7 @@ class Engine:
         shape = self.family.heads, self.family.kv_heads, self.family.head_dim, self.slots
         self.whole = self.end is None and min(self.lengths) == self.slots
         self.whole = self.whole and attentions.serves(self.device, self.weight.dtype, *shape)
-        self.pad.copy_(upload(on_host([self.slots - length for length in self.lengths]), self.device))
+        self.pad.copy_(upload(on_host([row.pad(self.slots) for row in rows]), self.device))
         self.row.copy_(upload(on_host([row.noise for row in rows]), self.device))
         self.bad.fill_(GOOD)
 

@@ -15,9 +15,9 @@ def need(family, options: Options, rows: int, slots: int, spare: int) -> int:
     """Bytes that generating takes beside the weights: the cache, a full forward's activations, a chunk of logits."""
     vocabulary, width = family.head()[0].shape
     size = family.head()[0].element_size()
-    rows *= 2 if options.cfg_scale > 0 else 1
+    rows *= options.passes
     cache = 0
-    if options.cache != "none":
+    if options.has_cache:
         cache = 2 * family.layers * rows * (slots + spare) * family.kv_heads * family.head_dim * size
         if isinstance(options.refresh, Drift):
             cache += family.layers * rows * slots * width * size

@@ -1,27 +1,128 @@
-"""What an engine is made for, and what a row's forwards are counted in."""
+"""The options of `generate`: one class, from the caller to the engine."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
 
-from dllm_fast.decoding.refresh import Refresh
+import torch
+
+from dllm_fast.decoding.refresh import Every, Refresh
 from dllm_fast.decoding.remask import Remask
-from dllm_fast.decoding.schedules import Schedule
+from dllm_fast.decoding.schedules import Schedule, Threshold
+from dllm_fast.decoding.values import finite, is_whole, one_of, require, whole
+from dllm_fast.kernels.checks import CONFIDENCES
+
+CACHES = ("none", "prefix", "dual")
+Ids = int | Sequence[int] | None
 
 
 @dataclass(frozen=True)
 class Options:
-    """What is fixed for an engine, and baked into its graphs."""
+    """What `generate` explains under the same names. Checked when made, and for a model by `resolved`.
 
-    block_length: int
-    schedule: Schedule
-    confidence: str
-    temperature: float
-    cfg_scale: float
-    cache: str
-    refresh: Refresh
-    remask: Remask | None
-    mask_id: int
-    suppress_tokens: tuple[int, ...] = ()  # never chosen, no part of the softmax
-    defer_tokens: tuple[int, ...] = ()  # of confidence -inf
+    An engine serves all options that are equal: the fields that no step depends on are not compared.
+    """
+
+    gen_length: int = field(default=128, compare=False)
+    block_length: int = 32
+    schedule: Schedule = Threshold(0.9)
+    confidence: str = "probability"
+    temperature: float = 0.0
+    cfg_scale: float = 0.0
+    cache: str = "dual"
+    refresh: str | Refresh = "block"
+    remask: Remask | None = None
+    mask_id: int | None = None
+    eos_id: Ids = field(default=None, compare=False)
+    seed: int | None = field(default=None, compare=False)
+    pad_id: int | None = field(default=None, compare=False)
+    suppress_tokens: Ids = None
+    defer_tokens: Ids = None
+
+    def __post_init__(self) -> None:
+        """Raises ValueError that names the option and the value. ``"block"`` becomes ``Every(1)``."""
+        kept = {
+            "gen_length": whole("gen_length", self.gen_length, 0),
+            "block_length": whole("block_length", self.block_length),
+            "temperature": finite("temperature", self.temperature),
+            "cfg_scale": finite("cfg_scale", self.cfg_scale),
+            "refresh": Every(1) if self.refresh == "block" else self.refresh,
+            "seed": None if self.seed is None else whole("seed", self.seed, 0, 63),
+        }
+        for name, value in kept.items():
+            object.__setattr__(self, name, value)
+        one_of("confidence", self.confidence, CONFIDENCES)
+        one_of("cache", self.cache, CACHES)
+        for name, kind, known in (
+            ("schedule", Schedule, "a schedule of dllm_fast"),
+            ("refresh", Refresh, "one of 'block', Every, Window, Drift"),
+            ("remask", Remask | None, "one of ReMDM, Verify, P2"),
+        ):
+            value = getattr(self, name)
+            require(isinstance(value, kind), f"{name}={value!r} is not {known}")
+        self.schedule.check_confidence(self.confidence)
+        useless = f"refresh={self.refresh!r}: there is nothing to refresh with cache='none'"
+        require(self.has_cache or self.refresh == Every(1), useless)
+
+    @classmethod
+    def of_call(cls, function: str, given: dict) -> "Options":
+        """Those ``given`` to ``function`` by name, with blocks of one length. Raises ValueError."""
+        unknown = sorted(set(given) - set(OPTIONS))
+        require(not unknown, f"{', '.join(unknown)}: not an option of {function}")
+        options = cls(**given)
+        gen, block = options.gen_length, options.block_length
+        require(gen % block == 0, f"gen_length={gen} is not a multiple of block_length={block}")
+        return options
+
+    def resolved(self, model: torch.nn.Module, family) -> "Options":
+        """These for a model: its mask id, every id one of its vocabulary, a seed. Raises ValueError.
+
+        ``eos_id`` is a tuple then; ``suppress_tokens`` and ``defer_tokens`` are sorted ones.
+        """
+        vocabulary = family.vocab_size
+        mask_id = getattr(model.config, "mask_token_id", None) if self.mask_id is None else self.mask_id
+        require(mask_id is not None, "mask_id: None given, and model.config has no mask_token_id")
+        mask_id = as_id("mask_id", mask_id, vocabulary)
+        eos_ids = as_ids("eos_id", self.eos_id, vocabulary)
+        require(mask_id not in eos_ids, f"eos_id={self.eos_id}: the mask id, {mask_id}, ends no text")
+        pad_id = None if self.pad_id is None else as_id("pad_id", self.pad_id, vocabulary)
+        require(pad_id != mask_id, f"pad_id={pad_id} is the mask id")
+        names = ("suppress_tokens", "defer_tokens")
+        held = {name: tuple(sorted(set(as_ids(name, getattr(self, name), vocabulary)))) for name in names}
+        left = vocabulary - len({mask_id, *held["suppress_tokens"]})
+        require(left > 0, f"suppress_tokens: leaves no token of the vocabulary of {vocabulary} to choose")
+        seed = int(torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu")) if self.seed is None else self.seed
+        return replace(self, mask_id=mask_id, eos_id=eos_ids, pad_id=pad_id, seed=seed, **held)
+
+    @property
+    def has_cache(self) -> bool:
+        return self.cache != "none"
+
+    @property
+    def runs_suffix(self) -> bool:
+        """Whether a step against the cache goes on to the end of the sequence."""
+        return self.cache == "prefix"
+
+    @property
+    def passes(self) -> int:
+        """Forwards of a step: guidance takes a second one."""
+        return 2 if self.cfg_scale > 0 else 1
+
+
+OPTIONS = tuple(option.name for option in fields(Options))
+
+
+def as_id(name: str, value: object, vocabulary: int) -> int:
+    """Raises ValueError unless ``value`` is an id."""
+    known = is_whole(value) and 0 <= value < vocabulary
+    require(known, f"{name}={value!r} is not an id of the vocabulary of {vocabulary}")
+    return int(value)
+
+
+def as_ids(name: str, value: Ids, vocabulary: int) -> tuple[int, ...]:
+    """An id, several or None as a tuple of ids. Raises ValueError that names ``name`` and the value."""
+    if isinstance(value, list | tuple):
+        return tuple(as_id(f"{name}[{number}]", item, vocabulary) for number, item in enumerate(value))
+    return () if value is None else (as_id(name, value, vocabulary),)
 
 
 @dataclass

@@ -7,7 +7,7 @@ its last forward, so its keys and values are still those of [MASK]s.
 
 from dataclasses import dataclass
 
-from dllm_fast.decoding.values import keep_number, keep_whole
+from dllm_fast.decoding.values import keep, real, whole
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Every:
     blocks: int
 
     def __post_init__(self) -> None:
-        keep_whole(self, "blocks", 1)
+        keep(self, "blocks", whole)
 
     def full(self, block: int) -> bool:
         return block % self.blocks == 0
@@ -39,8 +39,8 @@ class Window:
     after: int = 0
 
     def __post_init__(self) -> None:
-        keep_whole(self, "before", 0)
-        keep_whole(self, "after", 0)
+        keep(self, "before", whole, 0)
+        keep(self, "after", whole, 0)
 
     def full(self, block: int) -> bool:
         return block == 0
@@ -62,7 +62,7 @@ class Drift:
     tau: float = 0.2
 
     def __post_init__(self) -> None:
-        keep_number(self, "tau", "a number from 0 up", lambda number: number >= 0)
+        keep(self, "tau", real, "a number from 0 up", lambda number: number >= 0)
 
     def full(self, block: int) -> bool:
         return block == 0

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dllm_fast.decoding.values import keep_share
+from dllm_fast.decoding.values import keep, share
 
 STAYS = float("-inf")
 
@@ -45,7 +45,7 @@ class ReMDM:
     eta: float = 0.1
 
     def __post_init__(self) -> None:
-        keep_share(self, "eta")
+        keep(self, "eta", share)
 
     def urgency(self, block: Committed) -> torch.Tensor:
         filled = block.before.sum(1)  # [B]
@@ -64,7 +64,7 @@ class Verify:
     threshold: float = 0.7
 
     def __post_init__(self) -> None:
-        keep_share(self, "threshold")
+        keep(self, "threshold", share)
 
     def urgency(self, block: Committed) -> torch.Tensor:
         return (-block.now).where(block.before & (block.now < self.threshold), STAYS)
@@ -79,7 +79,7 @@ class P2:
     eta: float = 1.0
 
     def __post_init__(self) -> None:
-        keep_share(self, "eta")
+        keep(self, "eta", share)
 
     def urgency(self, block: Committed) -> torch.Tensor:
         score = block.now.clamp(min=1e-30).log()  # [B, T]

@@ -1,25 +1,13 @@
-"""What `generate` is asked for: every argument checked, and each row's blocks planned, before any work."""
+"""What `generate` is asked to fill: prompts checked, and each row's blocks planned, before any work."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from dllm_fast.decoding.options import Counts, Options
-from dllm_fast.decoding.refresh import Every, Refresh
-from dllm_fast.decoding.remask import Remask
-from dllm_fast.decoding.schedules import Schedule
+from dllm_fast.decoding.values import require
 from dllm_fast.families.rows import valid_spans
-from dllm_fast.kernels.checks import CONFIDENCES
-
-CACHES = ("none", "prefix", "dual")
-REFRESHES = ("block",)
-
-
-def require(good: bool, message: str) -> None:
-    if not good:
-        raise ValueError(message)
 
 
 @dataclass
@@ -57,104 +45,54 @@ class Row:
     def done(self) -> bool:
         return self.next == len(self.blocks)
 
+    def pad(self, slots: int) -> int:
+        """The slot at which the row begins in an engine of ``slots``: it ends at the last."""
+        return slots - len(self.ids)
 
-@dataclass
-class Request:
-    """The options of `generate`, which hold for every prompt. `check` comes first."""
+    def slot(self, slots: int, block: int) -> int:
+        """The slot at which a block begins there: 0 for one that would begin before the row, in a short row."""
+        return max(0, self.pad(slots) + self.blocks[block][0])
 
-    gen_length: int
-    block_length: int
-    schedule: Schedule
-    confidence: str
-    temperature: float
-    cfg_scale: float
-    cache: str
-    refresh: str | Refresh
-    remask: Remask | None
-    mask_id: int | None
-    eos_id: int | list[int] | tuple[int, ...] | None
-    seed: int | None
-    pad_id: int | None = None
-    suppress_tokens: int | list[int] | tuple[int, ...] | None = None
-    defer_tokens: int | list[int] | tuple[int, ...] | None = None
-    short_block: bool = False  # the last block may be shorter than the others
-    options: Options = field(init=False)
-    eos_ids: tuple[int, ...] = field(init=False)
 
-    def check(self, model: torch.nn.Module, family) -> "Request":
-        """Check everything but the prompts. Raises ValueError naming the argument and the value."""
-        self._check_ids(model, family)
-        self._check_numbers()
-        refresh = Every(1) if self.refresh == "block" else self.refresh
-        self.options = Options(
-            self.block_length, self.schedule, self.confidence, float(self.temperature), float(self.cfg_scale),
-            self.cache, refresh, self.remask, self.mask_id, self.suppress_tokens, self.defer_tokens,
-        )  # fmt: skip
-        if self.seed is None:
-            self.seed = int(torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu"))
-        return self
+def plan_row(
+    options: Options,  # resolved
+    family,
+    index: int,
+    ids: torch.Tensor,  # [P] int64, on the host
+    name: str = "input_ids",
+    noise: int | None = None,
+) -> Row:
+    """The row of one prompt, and its blocks; its noise is row ``index``'s, or ``noise``'s.
 
-    def row(self, index: int, ids: torch.Tensor, family, name: str = "input_ids", noise: int | None = None) -> Row:
-        """The row of one prompt [P] on the host, and its plan; its noise is row ``index``'s, or ``noise``'s.
+    Raises ValueError naming ``name`` and the value.
+    """
+    require(len(ids) > 0, f"{name}: an empty prompt")
+    check_vocabulary(name, ids, family)
+    total, limit = len(ids) + options.gen_length, family.positions
+    asked = f"a prompt of {len(ids)} and gen_length={options.gen_length}"
+    require(total <= limit, f"{name}: {asked} exceed the model's {limit} positions")
+    ids = torch.cat((ids, ids.new_full((options.gen_length,), options.mask_id)))
+    open_ = ids == options.mask_id
+    blocks = plan_blocks(open_, options.block_length)
+    if blocks:
+        options.schedule.check(len(blocks), max(masked for _, masked in blocks))
+    return Row(index, index if noise is None else noise, ids, open_, blocks, options.mask_id)
 
-        Raises ValueError naming ``name`` and the value.
-        """
-        require(len(ids) > 0, f"{name}: an empty prompt")
-        low, high = int(ids.min()), int(ids.max())
-        require(
-            low >= 0 and high < family.vocab_size,
-            f"{name}: id {low if low < 0 else high} is outside the vocabulary of {family.vocab_size}",
-        )
-        require(
-            len(ids) + self.gen_length <= family.positions,
-            f"{name}: a prompt of {len(ids)} and gen_length={self.gen_length} exceed the model's {family.positions} "
-            "positions",
-        )
-        ids = torch.cat((ids, ids.new_full((self.gen_length,), self.mask_id)))
-        open_ = ids == self.mask_id
-        blocks = plan_blocks(open_, self.block_length)
-        if blocks:
-            self.schedule.check(len(blocks), max(masked for _, masked in blocks))
-        return Row(index, index if noise is None else noise, ids, open_, blocks, self.mask_id)
 
-    def _check_ids(self, model, family) -> None:
-        if self.mask_id is None:
-            self.mask_id = getattr(model.config, "mask_token_id", None)
-            require(self.mask_id is not None, "mask_id: None given, and model.config has no mask_token_id")
-        require_id("mask_id", self.mask_id, family.vocab_size)
-        self.eos_ids = as_ids("eos_id", self.eos_id, family.vocab_size)
-        require(self.mask_id not in self.eos_ids, f"eos_id={self.eos_id}: the mask id, {self.mask_id}, ends no text")
-        if self.pad_id is not None:
-            require_id("pad_id", self.pad_id, family.vocab_size)
-            require(self.pad_id != self.mask_id, f"pad_id={self.pad_id} is the mask id")
-        for name in ("suppress_tokens", "defer_tokens"):
-            setattr(self, name, tuple(sorted(set(as_ids(name, getattr(self, name), family.vocab_size)))))
-        left = family.vocab_size - len({self.mask_id, *self.suppress_tokens})
-        require(left > 0, f"suppress_tokens: leaves no token of the vocabulary of {family.vocab_size} to choose")
+def as_prompt(name: str, given: torch.Tensor | list[int]) -> torch.Tensor:
+    """Ids [P] int64 on the host; there may be none. Raises ValueError naming ``name``."""
+    ids = torch.as_tensor(given, device="cpu")
+    require(ids.dim() == 1, f"{name}: shape {tuple(ids.shape)} is not [P]")
+    require(ids.numel() == 0 or ids.dtype == torch.int64, f"{name}: dtype {ids.dtype} is not torch.int64")
+    return ids.long()
 
-    def _check_numbers(self) -> None:
-        gen, block = self.gen_length, self.block_length
-        require(_whole(gen) and gen >= 0, f"gen_length={gen!r} is not a whole number from 0 up")
-        require(_whole(block) and block >= 1, f"block_length={block!r} is not a positive whole number")
-        require(self.short_block or gen % block == 0, f"gen_length={gen} is not a multiple of block_length={block}")
-        require(isinstance(self.schedule, Schedule), f"schedule={self.schedule!r} is not a schedule of dllm_fast")
-        for name, choices in (("confidence", CONFIDENCES), ("cache", CACHES)):
-            value = getattr(self, name)
-            require(value in choices, f"{name}={value!r} is not one of {', '.join(map(repr, choices))}")
-        self.schedule.check_confidence(self.confidence)
-        if isinstance(self.refresh, Refresh):
-            require(self.cache != "none", f"refresh={self.refresh!r}: there is nothing to refresh with cache='none'")
-        else:
-            known = f"{', '.join(map(repr, REFRESHES))}, Every, Window, Drift"
-            require(self.refresh in REFRESHES, f"refresh={self.refresh!r} is not one of {known}")
-        if self.remask is not None:
-            require(isinstance(self.remask, Remask), f"remask={self.remask!r} is not one of ReMDM, Verify, P2")
-        for name in ("temperature", "cfg_scale"):
-            value = getattr(self, name)
-            good = isinstance(value, int | float) and math.isfinite(value) and value >= 0
-            require(good, f"{name}={value!r} is not a finite number from 0 up")
-        good = self.seed is None or (_whole(self.seed) and 0 <= self.seed < 2**63)
-        require(good, f"seed={self.seed!r} is not a whole number from 0 to 2^63 - 1")
+
+def check_vocabulary(name: str, ids: torch.Tensor, family) -> None:
+    """Raise ValueError naming ``name`` if one of ``ids`` [P], which holds some, is no id of the model's."""
+    low, high = int(ids.min()), int(ids.max())
+    wrong = low if low < 0 else high
+    good = low >= 0 and high < family.vocab_size
+    require(good, f"{name}: id {wrong} is outside the vocabulary of {family.vocab_size}")
 
 
 def check_batch(input_ids, attention_mask, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -204,25 +142,6 @@ def plan_blocks(open_: torch.Tensor, block_length: int) -> list[tuple[int, int]]
 def before_end(ids: list[int], eos_ids: Sequence[int]) -> list[int]:
     """Ids up to the first of ``eos_ids``."""
     return ids[: next((at for at, i in enumerate(ids) if i in eos_ids), len(ids))]
-
-
-def require_id(name: str, value: object, vocab_size: int) -> None:
-    """Raise ValueError unless ``value`` is an id."""
-    known = _whole(value) and 0 <= value < vocab_size
-    require(known, f"{name}={value!r} is not an id of the vocabulary of {vocab_size}")
-
-
-def as_ids(name: str, value: int | list[int] | tuple[int, ...] | None, vocab_size: int) -> tuple[int, ...]:
-    """An id, several or None as a tuple of ids. Raises ValueError that names ``name`` and the value."""
-    several = isinstance(value, list | tuple)
-    ids = tuple(value) if several else () if value is None else (value,)
-    for number, item in enumerate(ids):
-        require_id(f"{name}[{number}]" if several else name, item, vocab_size)
-    return ids
-
-
-def _whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _describe(x: object) -> str:

@@ -12,15 +12,10 @@ from typing import ClassVar
 
 import torch
 
-from dllm_fast.decoding.values import keep_number, keep_whole
+from dllm_fast.decoding.values import finite, keep, one_of, real, require, whole
 
 NOISES = ("linear", "cosine", "loglinear")
 FINEST = 2**20  # times of an ancestral grid in one block: 8 MB a row, and far more than any block has positions
-
-
-def _require(good: bool, message: str) -> None:
-    if not good:
-        raise ValueError(f"schedule: {message}")
 
 
 @dataclass(frozen=True)
@@ -49,6 +44,13 @@ class _Planned:
         raise NotImplementedError
 
 
+def _check_share(schedule: "Uniform | Ancestral", blocks: int, most: int, limit: str) -> None:
+    """Raise ValueError unless each of ``blocks`` has the same whole number of steps, and at most ``most``."""
+    name = f"schedule: {type(schedule).__name__}: steps={schedule.steps}"
+    require(schedule.steps % blocks == 0, f"{name} is not a multiple of the {blocks} blocks")
+    require(schedule.steps // blocks <= most, f"{name} over {blocks} blocks is more than {limit}")
+
+
 @dataclass(frozen=True)
 class Uniform(_Planned):
     """``steps`` in all, shared equally by the blocks; of a block's n masked positions and s steps each step commits
@@ -57,14 +59,10 @@ class Uniform(_Planned):
     steps: int
 
     def __post_init__(self) -> None:
-        keep_whole(self, "steps", 1)
+        keep(self, "steps", whole)
 
     def check(self, blocks: int, masked: int) -> None:
-        _require(self.steps % blocks == 0, f"Uniform: steps={self.steps} is not a multiple of the {blocks} blocks")
-        _require(
-            self.steps // blocks <= masked,
-            f"Uniform: steps={self.steps} over {blocks} blocks is more than the {masked} positions of a block",
-        )
+        _check_share(self, blocks, masked, f"the {masked} positions of a block")
 
     def counts(self, masked, blocks, draw):
         share = self.steps // blocks  # [B]
@@ -82,7 +80,7 @@ class Pyramid(_Planned):
     factor: int = 1
 
     def __post_init__(self) -> None:
-        keep_whole(self, "factor", 1)
+        keep(self, "factor", whole)
 
     def counts(self, masked, blocks, draw):
         found, kept = [], 0
@@ -122,16 +120,11 @@ class Ancestral(_Planned):
     confidence: ClassVar[str | None] = "random"
 
     def __post_init__(self) -> None:
-        keep_whole(self, "steps", 1)
-        if not isinstance(self.noise, str) or self.noise not in NOISES:
-            raise ValueError(f"Ancestral: noise={self.noise!r} is not one of {', '.join(map(repr, NOISES))}")
+        keep(self, "steps", whole)
+        keep(self, "noise", one_of, NOISES)
 
     def check(self, blocks: int, masked: int) -> None:
-        _require(self.steps % blocks == 0, f"Ancestral: steps={self.steps} is not a multiple of the {blocks} blocks")
-        _require(
-            self.steps // blocks <= FINEST,
-            f"Ancestral: steps={self.steps} over {blocks} blocks is more than {FINEST} in one block",
-        )
+        _check_share(self, blocks, FINEST, f"{FINEST} in one block")
 
     def _alpha(self, t: torch.Tensor) -> torch.Tensor:
         if self.noise == "cosine":
@@ -169,13 +162,11 @@ class Threshold(_Adaptive):
 
     def __post_init__(self) -> None:
         wanted = "a number above 0 and up to 1, or for confidence='entropy' a finite one below 0"
-        keep_number(self, "threshold", wanted, lambda number: number <= 1 and number != 0 and math.isfinite(number))
+        keep(self, "threshold", real, wanted, lambda number: number <= 1 and number != 0 and math.isfinite(number))
 
     def check_confidence(self, confidence: str) -> None:
-        _require(
-            self.threshold > 0 or confidence == "entropy",
-            f"Threshold: threshold={self.threshold} is below every confidence={confidence!r}, which begin at 0",
-        )
+        wrong = f"Threshold: threshold={self.threshold} is below every confidence={confidence!r}, which begin at 0"
+        require(self.threshold > 0 or confidence == "entropy", f"schedule: {wrong}")
 
     @property
     def rule(self) -> dict:
@@ -189,7 +180,7 @@ class Factor(_Adaptive):
     factor: float = 1.0
 
     def __post_init__(self) -> None:
-        keep_number(self, "factor", "a positive finite number", lambda number: 0 < number < math.inf)
+        keep(self, "factor", real, "a positive finite number", lambda number: 0 < number < math.inf)
 
     @property
     def rule(self) -> dict:
@@ -205,7 +196,7 @@ class EntropyBound(_Adaptive):
     confidence: ClassVar[str | None] = "entropy"
 
     def __post_init__(self) -> None:
-        keep_number(self, "gamma", "a finite number from 0 up", lambda number: 0 <= number < math.inf)
+        keep(self, "gamma", finite)
 
     @property
     def rule(self) -> dict:

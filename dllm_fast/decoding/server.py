@@ -17,8 +17,9 @@ from dllm_fast.decoding.device import as_written, on_host
 from dllm_fast.decoding.engine import Engine
 from dllm_fast.decoding.graphs import records
 from dllm_fast.decoding.memory import fits, require_memory
+from dllm_fast.decoding.options import Options
 from dllm_fast.decoding.pool import Pool
-from dllm_fast.decoding.request import Request, Row
+from dllm_fast.decoding.request import Row
 from dllm_fast.families.linears import stamp
 from dllm_fast.kernels import reference
 
@@ -35,9 +36,9 @@ def rounded_up(slots: int) -> int:
 class Server:
     """Seats rows in an engine and runs it block by block."""
 
-    def __init__(self, model, family, pool: Pool, request: Request, rows: list[Row], seats: int, streamer=None):
+    def __init__(self, model, family, pool: Pool, options: Options, rows: list[Row], seats: int, streamer=None):
         self.family, self.pool, self.parameters = family, pool, list(model.parameters())
-        self.device, self.request = family.head()[0].device, request
+        self.device, self.options = family.head()[0].device, options
         self.finished = [row for row in rows if row.done]  # nothing to fill
         self.waiting = sorted((row for row in rows if not row.done), key=lambda row: -len(row.ids))
         self.seated: list[Row] = []
@@ -74,10 +75,12 @@ class Server:
 
     def _plan(self, rows: list[Row], seats: int) -> tuple[int, int, int, bool]:
         """(seats, slots, spare slots, padded) of an engine for ``rows``, of which ``seats`` sit at a time."""
-        slots, spare, options = max(len(row.ids) for row in rows), 0, self.request.options
-        if options.cache == "prefix":
+        options = self.options
+        slots = max(len(row.ids) for row in rows)
+        spare = 0
+        if options.runs_suffix:
             spare = 0 if options.refresh.full(1) else options.refresh.span(options.block_length)[0]
-            firsts = [slots - len(row.ids) + first for row in rows for first, _ in row.blocks]
+            firsts = [row.pad(slots) + first for row in rows for first, _ in row.blocks]
             if seats > 1:
                 spare += max(firsts) - min(firsts)
         if self.recorded:
@@ -86,15 +89,15 @@ class Server:
 
     def _key(self, plan: tuple[int, int, int, bool]) -> tuple:
         """Of an engine in the pool. Graphs hold addresses: of weights, and of what was made from them."""
-        return self.request.options, plan, tuple(map(stamp, self.parameters))
+        return self.options, plan, tuple(map(stamp, self.parameters))
 
     def _require_memory(self, plan: tuple[int, int, int, bool]) -> None:
         """Raise MemoryError if a new engine would not fit even without those that the pool keeps."""
         if self._key(plan) in self.pool:
             return
-        if not fits(self.family, self.request.options, *plan[:3], self.pool.recorded):
+        if not fits(self.family, self.options, *plan[:3], self.pool.recorded):
             self.pool.clear()
-        require_memory(self.family, self.request.options, *plan[:3])
+        require_memory(self.family, self.options, *plan[:3])
 
     def _seat(self) -> None:
         """Give the seats of done rows to waiting rows; if none waits, remove those seats."""
@@ -106,18 +109,18 @@ class Server:
         stayed = self._stay(rows)
         # An idle seat goes along with the first row, and has nothing to fill.
         ids = self.going[0].ids
-        idle = Row(-1, 0, ids, torch.zeros_like(ids, dtype=torch.bool), [], self.request.options.mask_id)
+        idle = Row(-1, 0, ids, torch.zeros_like(ids, dtype=torch.bool), [], self.options.mask_id)
         self.seated = [idle if rows[seat].done else rows[seat] for seat in stayed]
         plan = self._plan(self.going + self.waiting, len(stayed))
         old = self.engine
         if old is None or len(stayed) < old.rows or plan[1] <= SHRINK * old.slots:
             key = self._key(plan)
-            self.engine = self.pool.take(key) or Engine(self.family, self.request.options, *plan)
+            self.engine = self.pool.take(key) or Engine(self.family, self.options, *plan)
             if old is not None:
                 self.engine.take_over(old, stayed)
                 self.pool.give(self.key, old)
             self.key = key
-            self.engine.seed.fill_(self.request.seed)
+            self.engine.seed.fill_(self.options.seed)
         self.engine.load(self.seated)
 
     def _stay(self, rows: list[Row]) -> list[int]:
@@ -133,13 +136,13 @@ class Server:
         """Fill each seated row's next block."""
         engine = self.engine
         rows = [self.going[0] if row.done else row for row in self.seated]
-        slot = on_host([max(0, row.blocks[row.next][0] + engine.slots - len(row.ids)) for row in rows])
+        slot = on_host([row.slot(engine.slots, row.next) for row in rows])
         masked = on_host([0 if row.done else row.blocks[row.next][1] for row in self.seated])
         blocks = on_host([len(row.blocks) for row in rows])
         draw = functools.partial(self._draw, slot, masked)
-        plan = self.request.options.schedule.counts(masked, blocks, draw)
+        plan = self.options.schedule.counts(masked, blocks, draw)
         number = on_host([row.next for row in rows])
-        full_rows = on_host([self.request.options.refresh.full(row.next) for row in rows], torch.bool)
+        full_rows = on_host([self.options.refresh.full(row.next) for row in rows], torch.bool)
         draft = None
         if self.stream is not None:
             self.stream.flush()
@@ -149,7 +152,7 @@ class Server:
             if not row.done:
                 row.counts.add(counts)
                 row.next += 1
-        if self.request.eos_ids or self.stream is not None or any(row.done for row in self.going):
+        if self.options.eos_id or self.stream is not None or any(row.done for row in self.going):
             self._take_in()
 
     def _draw(self, slot: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
@@ -157,10 +160,10 @@ class Server:
 
         From its first slot [B] on; the last ``masked`` [B] of the open ones are its own.
         """
-        pad = on_host([self.engine.slots - len(row.ids) for row in self.seated])
+        pad = on_host([row.pad(self.engine.slots) for row in self.seated])
         at = slot[:, None] + torch.arange(self.engine.block_size, device="cpu") - pad[:, None]  # [B, T] positions
         noise = on_host([row.noise for row in self.seated])[:, None].expand_as(at)
-        drawn = reference.uniform(self.request.seed, PLAN_STEP, noise.flatten(), at.flatten()).view_as(at)
+        drawn = reference.uniform(self.options.seed, PLAN_STEP, noise.flatten(), at.flatten()).view_as(at)
         left = torch.stack([row.left()[own.clamp(min=0)] for row, own in zip(self.seated, at, strict=True)]) & (at >= 0)
         # What earlier blocks filled is [MASK] here still, where it was not read.
         left &= left.flip(1).cumsum(1).flip(1) <= masked[:, None]
@@ -177,7 +180,7 @@ class Server:
                     f"model: logits are NaN or infinite at step {step} of block {block} of row {row.index}: "
                     f"weights that are, or activations too large for {engine.weight.dtype}"
                 )
-            row.take(ids[engine.slots - len(row.ids) :], self.request.eos_ids, self.request.pad_id)
+            row.take(ids[row.pad(engine.slots) :], self.options.eos_id, self.options.pad_id)
         if self.stream is not None:
             self.stream.flush()
 
@@ -197,7 +200,8 @@ class _Stream:
 
     def draft(self, engine: Engine, end: int) -> None:
         if hasattr(self.streamer, "put_draft"):
-            sequence, pad = engine.canvas[0].to("cpu", copy=True), engine.slots - len(self.row.ids)
+            sequence = engine.canvas[0].to("cpu", copy=True)
+            pad = self.row.pad(engine.slots)
             self.streamer.put_draft(sequence[pad:][self.shown : max(end - pad, self.shown)], sequence=sequence[pad:])
 
     def end(self) -> None:

@@ -1,41 +1,60 @@
-"""The numbers that a schedule, a refresh or a remask is made with: checked then, and kept as Python's own.
+"""Numbers and names that callers give: checked, and kept as Python's own.
 
-Any real number type will do, NumPy's too; True and False, text and tensors will not.
+Any real number type will do, NumPy's too; True and False, text and tensors will not. Errors are ValueErrors that name
+the argument and the value.
 """
 
 import math
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+
+
+def require(good: bool, message: str) -> None:
+    if not good:
+        raise ValueError(message)
 
 
 def is_whole(value: object) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-def keep_whole(policy: object, name: str, least: int) -> None:
-    """Keep the field ``name`` of a frozen ``policy`` as an int. Raises ValueError below ``least`` (0 or 1)."""
-    value = getattr(policy, name)
-    if not is_whole(value) or value < least:
-        wanted = "positive whole number" if least else "whole number from 0 up"
-        raise ValueError(f"{type(policy).__name__}: {name}={value!r} is not a {wanted}")
-    object.__setattr__(policy, name, int(value))
+def whole(name: str, value: object, least: int = 1, bits: int | None = None) -> int:
+    """``value`` as an int: at least ``least`` (0 or 1), and below 2^``bits`` where that is given."""
+    wanted = "positive whole number" if least else "whole number from 0 up"
+    if bits is not None:
+        wanted = f"whole number from {least} to 2^{bits} - 1"
+    good = is_whole(value) and value >= least and (bits is None or value < 1 << bits)
+    require(good, f"{name}={value!r} is not a {wanted}")
+    return int(value)
 
 
-def keep_number(policy: object, name: str, wanted: str, good: Callable[[float], bool]) -> None:
-    """Keep the field ``name`` of a frozen ``policy`` as a float. Raises ValueError unless it is a number and ``good``;
-    ``wanted`` says what that is. NaN is never good."""
-    value = getattr(policy, name)
+def real(name: str, value: object, wanted: str, good: Callable[[float], bool]) -> float:
+    """``value`` as a float: a number that is ``good``, which NaN never is; ``wanted`` says it in words."""
     number = math.nan
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
         try:
             number = float(value)
         except OverflowError:  # a whole number beyond floats
             number = math.nan
-    if math.isnan(number) or not good(number):
-        raise ValueError(f"{type(policy).__name__}: {name}={value!r} is not {wanted}")
-    object.__setattr__(policy, name, number)
+    require(not math.isnan(number) and good(number), f"{name}={value!r} is not {wanted}")
+    return number
 
 
-def keep_share(policy: object, name: str) -> None:
-    """As `keep_number`, for a number from 0 to 1."""
-    keep_number(policy, name, "a number from 0 to 1", lambda number: 0 <= number <= 1)
+def finite(name: str, value: object) -> float:
+    return real(name, value, "a finite number from 0 up", lambda number: 0 <= number < math.inf)
+
+
+def share(name: str, value: object) -> float:
+    return real(name, value, "a number from 0 to 1", lambda number: 0 <= number <= 1)
+
+
+def one_of(name: str, value: object, choices: Collection[str]) -> str:
+    good = isinstance(value, str) and value in choices
+    require(good, f"{name}={value!r} is not one of {', '.join(map(repr, choices))}")
+    return value
+
+
+def keep(policy: object, name: str, check: Callable, *wanted) -> None:
+    """Check the field ``name`` of a frozen ``policy``, and keep it as ``check`` returns it."""
+    value = check(f"{type(policy).__name__}: {name}", getattr(policy, name), *wanted)
+    object.__setattr__(policy, name, value)

@@ -1,7 +1,7 @@
 """Reads evaluations' options and requests, and cuts prompts to fit."""
 
-from dllm_fast.decoding.request import require
 from dllm_fast.decoding.spelling import policy_of
+from dllm_fast.decoding.values import require
 
 LIMITS = (
     "max_gen_toks",

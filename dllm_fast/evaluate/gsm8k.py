@@ -13,9 +13,9 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from dllm_fast.decoding.request import require
 from dllm_fast.decoding.schedules import Uniform
 from dllm_fast.decoding.text import encode, held_back
+from dllm_fast.decoding.values import require
 from dllm_fast.generate import generate_many
 from dllm_fast.patch import bound_family
 

@@ -15,8 +15,8 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from dllm_fast.decoding.request import require
 from dllm_fast.decoding.text import answer_text, encode, held_back
+from dllm_fast.decoding.values import one_of, require
 from dllm_fast.errors import exit_code
 from dllm_fast.evaluate.answers import last_of, request_options, spelled_options, whole_blocks
 from dllm_fast.evaluate.likelihood import are_greedy, log_likelihoods
@@ -74,7 +74,7 @@ class MaskedDiffusionLM(TemplateLM):
     ):
         super().__init__()
         require(str(batch_size).isdecimal(), f"batch_size={batch_size!r} is not a number")
-        require(dtype in DTYPES, f"dtype={dtype!r} is not one of {', '.join(map(repr, DTYPES))}")
+        one_of("dtype", dtype, DTYPES)
         # A rank that has finished waits for the slowest, possibly for longer than the default of ten minutes.
         patient = InitProcessGroupKwargs(timeout=timedelta(days=30))
         # Unless told that there are only CPUs, Accelerate treats each process as the only one: each would do all the

@@ -18,8 +18,8 @@ import torch
 
 from dllm_fast import ops
 from dllm_fast.decoding.device import as_written
-from dllm_fast.decoding.request import require
-from dllm_fast.decoding.values import is_whole
+from dllm_fast.decoding.request import as_prompt, check_vocabulary
+from dllm_fast.decoding.values import finite, is_whole, require, whole
 from dllm_fast.families.bypass import unwrapped
 from dllm_fast.kernels import reference
 from dllm_fast.patch import bound_family, bound_pool
@@ -68,7 +68,7 @@ def log_likelihoods(
         ValueError: an argument is wrong: the message names it and its value, and nothing has run. Or, while iterating,
             logits are NaN or infinite: the message names the pair.
     """
-    require(is_whole(samples) and samples >= 1, f"samples={samples!r} is not a positive whole number")
+    samples = whole("samples", samples)
     require(seed is None or is_whole(seed), f"seed={seed!r} is not a whole number")
     seed = int(torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu")) if seed is None else seed
     return _Scorer(model, pairs, batch_size, cfg_scale).bounds(samples, seed)
@@ -140,25 +140,17 @@ class _Scorer:
         self.mask_id = unwrapped(model).config.mask_token_id
         self.device = self.family.head()[0].device
         require(self.mask_id is not None, "model.config has no mask_token_id")
-        require(is_whole(batch_size) and batch_size >= 1, f"batch_size={batch_size!r} is not a positive whole number")
-        good = isinstance(cfg_scale, int | float) and 0 <= cfg_scale < float("inf")
-        require(good, f"cfg_scale={cfg_scale!r} is not a finite number from 0 up")
-        self.batch_size = batch_size
-        self.cfg_scale = cfg_scale
+        self.batch_size = whole("batch_size", batch_size)
+        self.cfg_scale = finite("cfg_scale", cfg_scale)
         self.pairs = [self._pair(f"pairs[{i}]", *pair) for i, pair in enumerate(pairs)]
 
-    def _pair(self, name: str, prompt_ids: Ids, answer_ids: Ids) -> _Pair:
-        prompt = torch.as_tensor(prompt_ids, device="cpu")
-        answer = torch.as_tensor(answer_ids, device="cpu")
-        for ids in (prompt, answer):
-            require(ids.dim() == 1, f"{name}: ids of shape {tuple(ids.shape)} are not a row")
-            require(len(ids) == 0 or ids.dtype == torch.int64, f"{name}: dtype {ids.dtype} is not torch.int64")
+    def _pair(self, name: str, prompt: Ids, answer: Ids) -> _Pair:
+        prompt, answer = as_prompt(name, prompt), as_prompt(name, answer)
         require(len(answer) > 0, f"{name}: an empty answer")
-        ids = torch.cat((prompt.long(), answer))
-        vocabulary, positions = self.family.vocab_size, self.family.positions
-        for outside in ids[(ids < 0) | (ids >= vocabulary)].tolist():
-            raise ValueError(f"{name}: id {outside} is outside the vocabulary of {vocabulary}")
-        require(len(ids) <= positions, f"{name}: {len(ids)} ids exceed the model's {positions} positions")
+        ids = torch.cat((prompt, answer))
+        check_vocabulary(name, ids, self.family)
+        limit = self.family.positions
+        require(len(ids) <= limit, f"{name}: {len(ids)} ids exceed the model's {limit} positions")
         return _Pair(ids, len(prompt))
 
     def bounds(self, samples: int, seed: int) -> Iterator[float]:
