@@ -83,6 +83,7 @@ __attribute__((noinline)) void few_columns(float* out, int64_t columns, const T*
                                            const T* bias, const float* x, int64_t half, int64_t lanes, int64_t inputs,
                                            int64_t stretch) {
   constexpr int64_t TILE = W * 4 / sizeof(T), STEP = LINE / sizeof(T);
+  constexpr int TILES = STEP / TILE;
   const int64_t ahead = smaller(AHEAD / sizeof(T), inputs);
   Vec total[GROUPS][R];
 #pragma GCC unroll 4
@@ -98,12 +99,28 @@ __attribute__((noinline)) void few_columns(float* out, int64_t columns, const T*
     Vec c[GROUPS][R] = {};
     for (int64_t line = low; line < whole; line += STEP) {
       const T* next = weight + line + ahead + (line + ahead < inputs ? 0 : COLUMNS_AT_ONCE * w_stride - inputs);
+      // Each tile asks for its share of the lines to come. Asked for all at once, they would hold up the tiles' own loads.
+      auto tile = [&](int g, int t) __attribute__((always_inline)) {
+        const int64_t i = line + t * TILE;
+        const int first = g * W + t * (W / TILES);
 #pragma GCC unroll 16
-      for (int i = 0; i < COLUMNS_AT_ONCE; ++i) fetch(next + i * w_stride);
-#pragma GCC unroll 4
-      for (int g = 0; g < GROUPS; ++g)
-        for (int64_t i = line; i < smaller(line + STEP, whole); i += TILE)
+        for (int l = first; l < first + W / TILES; ++l) fetch_early(next + l * w_stride);
+        if (i < whole)
           add_tile<T, R, true>(c[g], weight + g * W * w_stride + i, w_stride, x + i / PER_WORD<T> * R, W, TILE);
+      };
+      // Sums of different columns in turns do not wait for one another. But rows a multiple of 4096 bytes apart share one
+      // set of the first cache, which would lose a line before its second tile.
+      if (w_stride * sizeof(T) % 4096 == 0) {
+#pragma GCC unroll 4
+        for (int g = 0; g < GROUPS; ++g)
+#pragma GCC unroll 4
+          for (int t = 0; t < TILES; ++t) tile(g, t);
+      } else {
+#pragma GCC unroll 4
+        for (int t = 0; t < TILES; ++t)
+#pragma GCC unroll 4
+          for (int g = 0; g < GROUPS; ++g) tile(g, t);
+      }
     }
     for (int64_t i = whole; i < high; i += TILE)
 #pragma GCC unroll 4
