@@ -1,8 +1,8 @@
-"""What the machine can do: ``python -m bench.floors [--device cuda|cpu]``.
+"""Measures the machine's peak rates: ``python -m bench.floors [--device cuda|cpu]``.
 
-Copy bandwidth, bytes read plus bytes written, of a buffer that no cache holds; matrix rate of a square product of
-random data (zeros run faster and would flatter the machine). Each is the median of several runs, with the 10th and the
-90th percentile. Ends with one JSON line.
+Copy bandwidth is bytes read plus bytes written, on a buffer larger than any cache. The matrix rate is that of a square
+matmul on random data (zeros would run faster). Each is the median of several runs, with the 10th and 90th percentile.
+Ends with one JSON line.
 """
 
 import argparse
@@ -19,7 +19,7 @@ COPIES, PRODUCTS = 20, 10
 
 @dataclasses.dataclass(frozen=True)
 class Rate:
-    median: float  # of bytes or operations a second
+    median: float  # bytes or operations per second
     low: float  # 10th percentile
     high: float  # 90th
 
@@ -27,19 +27,19 @@ class Rate:
 @dataclasses.dataclass(frozen=True)
 class Floors:
     device: str
-    cache_bytes: int  # the last cache before memory; 0 if it is not known
+    cache_bytes: int  # the last-level cache; 0 if unknown
     copy: Rate
     bf16: Rate
     fp32: Rate
 
     @property
     def copy_bandwidth(self) -> float:
-        """Bytes a second, those read and those written."""
+        """Bytes per second, read plus written."""
         return self.copy.median
 
     @property
     def matrix_rate(self) -> float:
-        """bf16 operations a second, a multiplication and an addition counting two."""
+        """bf16 FLOPs per second; a multiplication and an addition count as two."""
         return self.bf16.median
 
 
@@ -54,7 +54,7 @@ def cache_bytes(device: str) -> int:
 
 
 def seconds(function, device: str, repeats: int) -> list[float]:
-    """Times of ``repeats`` calls after two that do not count."""
+    """Times of ``repeats`` calls, after two calls as a warm-up."""
     function(), function()
     times = []
     if torch.device(device).type == "cuda":
@@ -82,19 +82,19 @@ def _rate(amount: float, times: list[float]) -> Rate:
 
 
 def copy_rate(device: str, size: int) -> Rate:
-    """Bytes a second of copying ``size`` bytes."""
+    """Bytes per second when copying ``size`` bytes."""
     source = torch.randint(0, 127, (size,), dtype=torch.int8, device=device)
     target = torch.empty_like(source)
     return _rate(2 * size, seconds(lambda: target.copy_(source), device, COPIES))
 
 
 def onednn(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """``x W^T`` by oneDNN, whatever PyTorch would take."""
+    """``x W^T`` by oneDNN, whatever PyTorch would choose."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 
 def has_onednn(dtype: torch.dtype) -> bool:
-    """Whether oneDNN multiplies matrices of ``dtype`` on this processor: without AVX-512 not in bf16."""
+    """Whether oneDNN has matmuls in ``dtype`` on this processor: bf16 needs AVX-512."""
     if not torch.backends.mkldnn.is_available():
         return False
     some = torch.ones(1, 1, dtype=dtype)
@@ -106,10 +106,10 @@ def has_onednn(dtype: torch.dtype) -> bool:
 
 
 def product_rate(device: str, n: int, dtype: torch.dtype) -> Rate:
-    """Operations a second of an n x n x n product of random data, by the fastest way to it that there is.
+    """FLOPs per second of an n x n x n matmul on random data, by the fastest implementation.
 
-    On a CPU there are up to three, and the fastest differs from one processor to the next: PyTorch's own, MKL's
-    in fp32; oneDNN's, which in bf16 some processors lack; and the compiled extension's.
+    A CPU has up to three, and which is fastest depends on the processor: PyTorch's own (MKL's in fp32), oneDNN's (which
+    some processors lack in bf16) and the compiled extension's.
     """
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     ways = [lambda: torch.nn.functional.linear(a, b)]
@@ -121,7 +121,7 @@ def product_rate(device: str, n: int, dtype: torch.dtype) -> Rate:
 
 
 def launch_seconds(device: str, launches: int = 200) -> float:
-    """What a kernel of a CUDA graph takes that has nothing to do and waits for the one before it."""
+    """Seconds that an empty kernel in a CUDA graph takes, waiting for the kernel before it."""
     x = torch.zeros(1, device=device)
     x.add_(1)
     graph = torch.cuda.CUDAGraph()
@@ -132,14 +132,14 @@ def launch_seconds(device: str, launches: int = 200) -> float:
 
 
 def measure(device: str, quick: bool = False) -> Floors:
-    """Measured here and now; ``quick`` is for dry runs and gives no meaningful rates."""
+    """Measure the rates. ``quick`` is for dry runs: its rates mean nothing."""
     cache = cache_bytes(device)
     if quick:
         name, size, sides = "quick", 1 << 20, (64, 64)
     elif torch.device(device).type == "cuda":
         name, size, sides = torch.cuda.get_device_name(device), max(1 << 30, 8 * cache), (8192, 4096)
     else:
-        # Two buffers of four times the cache; products of about a tenth of a second.
+        # Two buffers of four times the cache; matmuls of about a tenth of a second.
         name, size = f"{torch.get_num_threads()} threads", max(1 << 28, 4 * cache)
         sides = []
         for dtype in (torch.bfloat16, torch.float32):
@@ -152,7 +152,7 @@ def measure(device: str, quick: bool = False) -> Floors:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: a dry run")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, for a dry run")
     options = parser.parse_args()
     floors = measure(options.device, options.quick)
     print(f"{floors.device}: last cache {floors.cache_bytes / 2**20:.0f} MiB; median (10th to 90th percentile)")

@@ -1,9 +1,9 @@
-"""The whole GPU round, in pieces: ``make gpu``, or ``python -m bench.gpu [--minutes 9] [piece ...]``.
+"""All GPU checks and benches, in pieces: ``make gpu``, or ``python -m bench.gpu [--minutes 9] [piece ...]``.
 
-Runs each piece with the Python that has torch and CUDA, the checkout uninstalled, each under its time limit, and writes
-what it prints as it comes, whole, to ``bench/results/<device>/<piece>.txt`` (or under ``--out``). A piece
-that has run on this commit is not run again unless it is named, so that a round can be run in slices: with
-``--minutes`` only pieces whose limit fits into what is left are started.
+Runs each piece under its time limit, with the Python that has torch and CUDA, from the uninstalled checkout. Writes
+each one's whole output, as it is printed, to ``bench/results/<device>/<piece>.txt`` (or under ``--out``). A piece that
+has already run on this commit is skipped unless it is named, so a round can run in slices: ``--minutes`` starts only
+pieces whose limits fit into the minutes left.
 """
 
 import argparse
@@ -23,13 +23,13 @@ RESULTS = ROOT / "bench" / "results"
 
 PYTEST = "-m pytest -q -p no:cacheprovider"
 PARALLEL = f"{PYTEST} -n 8" if importlib.util.find_spec("xdist") else PYTEST
-# Clones of other people's generators that lie in peers/, under the names of bench/peers.py, run beside ours.
+# Clones of other people's generators in peers/, named as in bench/peers.py, run beside ours.
 PEERS = "".join(f" --peer {path.name}={path}" for path in sorted((ROOT / "peers").glob("*")) if path.is_dir())
 NFE = "-m bench.generation.nfe --model llada-8b"
 ENGINE = "-m bench.generation.engine --shape llada-8b --force"
-# 32 GB of weights: the tokens of a short job must equal those of each peer, or it exits with 1.
+# 32 GB of weights. Exits with 1 unless a short job's tokens equal each peer's.
 FP32 = f"-m bench.generation.engine --shape llada-8b-short --dtype float32 --rounds 1 --force{PEERS}"
-INT4 = "'ours dual, int4' 'ours dual, window:32,0' 'ours dual, window:32,0, int4'"
+INT4 = "'ours dual, int4' 'ours dual, window=32,0' 'ours dual, window=32,0, int4'"
 PREDICT = ("predict", "predict_e4m3", "batch_invariance")
 BENCH = f"{PYTEST} --import-mode=importlib bench/ops/kernels.py -k"
 
@@ -38,7 +38,7 @@ def tests(*names: str) -> str:
     return " ".join([PARALLEL, *(f"tests/kernels/test_{name}.py" for name in names)])
 
 
-# Limit in seconds and command, the most telling first: are the kernels right there, and how fast? A piece is a line.
+# A piece per line: its limit in seconds and its command. The most important come first.
 PIECES = {
     "correctness-attention": (480, tests("attention", "rope", "norm", "glu", "linear", "round_rows")),
     "correctness-predict": (480, tests(*PREDICT, "gumbel", "commit", "masked_loss", "end_to_end")),
@@ -47,8 +47,8 @@ PIECES = {
     "steps-int4": (150, "-m bench.generation.steps --weights int4"),
     "steps-head": (150, "-m bench.generation.steps --weights fp8 --head fp8 --quick"),
     "floors": (60, "-m bench.floors"),
-    "engine": (480, f"{ENGINE} --refresh window:32,0 --weights fp8{PEERS}"),
-    "engine-int4": (240, f"{ENGINE} --refresh window:32,0 --weights int4 --only {INT4}"),
+    "engine": (480, f"{ENGINE} --refresh window=32,0 --weights fp8{PEERS}"),
+    "engine-int4": (240, f"{ENGINE} --refresh window=32,0 --weights int4 --only {INT4}"),
     "fp32": (300, FP32),
     "cold": (120, "-m bench.generation.cold --shape llada-8b"),
     "attention-llada": (300, f"{BENCH} 'attention and llada'"),
@@ -77,7 +77,7 @@ PIECES = {
 
 
 def commit() -> str:
-    """Of the checkout, with a "+" if it has changes outside the results; else $COMMIT."""
+    """The checkout's commit, with a "+" if it has changes outside the results; without git, $COMMIT."""
 
     def git(*arguments: str) -> str:
         try:
@@ -93,7 +93,7 @@ def commit() -> str:
 
 
 def has_run(path: Path, at: str) -> bool:
-    """Whether ``path`` holds a piece's output of that commit to its end."""
+    """Whether ``path`` holds a piece's complete output from that commit."""
     if not path.exists():
         return False
     lines = path.read_text(errors="replace").splitlines()
@@ -101,9 +101,9 @@ def has_run(path: Path, at: str) -> bool:
 
 
 def run(name: str, limit: float, command: list[str], path: Path, head: str) -> int:
-    """Run a command with this Python; its output goes to ``path`` and to the terminal line by line."""
+    """Run a command with this Python; its output goes to ``path`` and the terminal, line by line."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-    # In the tree, so that it can be carried from one machine of its kind to the next: compiling is most of the tests.
+    # Most of the tests' time is compiling, so the cache is in the tree, to be copied to the next machine of this kind.
     environment.setdefault("TRITON_CACHE_DIR", str(ROOT / "runs" / "triton"))
     start = time.monotonic()
     with path.open("w") as file:
@@ -142,8 +142,8 @@ def run(name: str, limit: float, command: list[str], path: Path, head: str) -> i
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("pieces", nargs="*", metavar="piece", help=", ".join(PIECES))
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="start only what fits into them")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="the folder that gets the results")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start only pieces that fit")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
     options = parser.parse_args()
     if unknown := [name for name in options.pieces if name not in PIECES]:
         parser.error(f"no piece {', '.join(unknown)}; there are {', '.join(PIECES)}")
@@ -154,7 +154,7 @@ def main() -> int:
     import triton
 
     if not torch.cuda.is_available():
-        print("no CUDA device: this is the GPU round", file=sys.stderr)
+        print("no CUDA device: these checks and benches need one", file=sys.stderr)
         return 2
     device, at = torch.cuda.get_device_name().lower().replace(" ", "-"), commit()
     out = options.out / device

@@ -1,13 +1,13 @@
-"""Other people's generators on our weights: clones of their repositories that a user has, loaded by path.
+"""Other people's generators on our weights, loaded from a user's clones of their repositories.
 
     --peer fast-dllm=PATH     NVlabs/Fast-dLLM: its generate, prefix cache and dual cache
     --peer llada=PATH         ML-GSAI/LLaDA: generate.py
     --peer dllm-cache=PATH    maomaocun/dLLM-cache: feature caches with partial updates
     --peer dinfer=PATH        inclusionAI/dInfer: its block-wise engine with the dual cache; needs vLLM
 
-Each runs the code of its repository, unchanged, on a model of its own class whose parameters are ours: the same
-storage, no second copy. What a repository needs, einops for one, is the user's to install. What is not available says
-why in a line.
+Each runs its repository's unchanged code, on a model of its own class whose parameters share our storage, without a
+second copy. The user installs what a repository needs (einops, for example). A peer that cannot run prints a line that
+says why.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from bench.common import Job
 from dllm_fast import Factor, LLaDAModelLM, Pyramid, Threshold, Uniform
 from dllm_fast.decoding.published import published_generate
 
-Answer = tuple[torch.Tensor, int | None]  # new tokens [B, gen_length], NFE where it is told
+Answer = tuple[torch.Tensor, int | None]  # (new tokens [B, gen_length], NFE if the peer reports it)
 
 
 class Unavailable(Exception):
@@ -38,7 +38,7 @@ class Unavailable(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Peer:
-    """A generator. ``cache``: that of ours whose algorithm it is, so whose tokens it should give, if any."""
+    """A generator. ``cache``: our cache with the same algorithm and so the same tokens, if there is one."""
 
     name: str
     cache: str | None
@@ -46,9 +46,9 @@ class Peer:
 
 
 def find_peers(specs: list[str], model: LLaDAModelLM, job: Job) -> tuple[list[Peer], list[str]]:
-    """The published sampler and those of ``specs``, each ``NAME=PATH``; and a line for each that is not available.
+    """The published sampler and the peers in ``specs``, each ``NAME=PATH``, and a line for each that cannot run.
 
-    ``model`` is not patched, and is left as it is. Raises ValueError for a name or a path that does not exist.
+    ``model`` is unpatched and stays so. Raises ValueError for a name or a path that does not exist.
     """
     found, lines = [], []
     loaders = [("published", None, _published)]
@@ -64,7 +64,7 @@ def find_peers(specs: list[str], model: LLaDAModelLM, job: Job) -> tuple[list[Pe
 
 
 def read_spec(spec: str) -> tuple[str, Path]:
-    """Name and folder of ``NAME=PATH``. Raises ValueError for those that do not exist."""
+    """Name and folder of ``NAME=PATH``. Raises ValueError if either does not exist."""
     name, _, path = spec.partition("=")
     if name not in LOADERS:
         raise ValueError(f"--peer: {name!r} is not one of {', '.join(LOADERS)}")
@@ -74,7 +74,7 @@ def read_spec(spec: str) -> tuple[str, Path]:
 
 
 def twin(model: LLaDAModelLM) -> LLaDAModelLM:
-    """A second model of the same class on the same storage, so that one can be patched and the other not."""
+    """A second model of the same class that shares the storage, so that only one of the two is patched."""
     with torch.device("meta"):
         other = type(model)(model.config)
     other.load_state_dict(model.state_dict(), assign=True)
@@ -85,7 +85,7 @@ def _new(sequences: torch.Tensor, job: Job) -> torch.Tensor:
     return sequences[:, -job.gen_length :]
 
 
-# What their generate functions are asked for
+# Arguments for their generate functions
 
 
 def _published(path: None, model: LLaDAModelLM, job: Job) -> list[Peer]:
@@ -107,12 +107,12 @@ def _published(path: None, model: LLaDAModelLM, job: Job) -> list[Peer]:
 
 
 def _options(generate: Callable, job: Job) -> dict:
-    """Keyword arguments that LLaDA's generate and those made after it take, for the job."""
+    """Keyword arguments of the job for LLaDA's generate and for functions modelled on it."""
     options = {"gen_length": job.gen_length, "block_length": job.block_length, "mask_id": job.mask_id}
     if isinstance(job.schedule, Uniform):
         options["steps"] = job.schedule.steps
     elif isinstance(job.schedule, Threshold):
-        # They divide the steps among the blocks before they look at the threshold.
+        # They divide the steps among the blocks even if a threshold is given.
         options |= {"steps": job.gen_length, "threshold": job.schedule.threshold}
     elif isinstance(job.schedule, Factor):
         options |= {"steps": job.gen_length, "factor": job.schedule.factor}
@@ -158,12 +158,12 @@ def _fast_dllm(path: Path, model: LLaDAModelLM, job: Job) -> list[Peer]:
 
 
 def _dllm_cache(path: Path, model: LLaDAModelLM, job: Job) -> list[Peer]:
-    """With the intervals of its demo_LLaDA.py. The LLaDA that it hooks is the one that it ships for MMaDA."""
+    """With the intervals of its demo_LLaDA.py. It hooks the LLaDA class that it ships for MMaDA."""
     with _importing(path, "dllm_cache", "utils", "mmada_models"):
         cache = importlib.import_module("dllm_cache")
         parts = importlib.import_module("dllm_cache.cache")
         generate = importlib.import_module("utils.generate_function").generate
-        # Its package imports what images need; the two modules of the language model do not.
+        # Its package imports image libraries; the language model's two modules do not need them.
         package = types.ModuleType("mmada_models")
         package.__path__ = [str(path / "mmada_models")]
         sys.modules["mmada_models"] = package
@@ -173,7 +173,7 @@ def _dllm_cache(path: Path, model: LLaDAModelLM, job: Job) -> list[Peer]:
     parts.dLLMCache.new_instance(prompt_interval_steps=100, gen_interval_steps=7, transfer_ratio=0.25)
     cache.register_cache_LLaDA(shared, "model.transformer.blocks")
     for block in shared.model.transformer.blocks:
-        # The hook has LLaDA's arguments; MMaDA's model hands its blocks one more, always None here.
+        # The hook takes LLaDA's arguments; MMaDA's model passes one more to its blocks, always None here.
         block.forward = functools.partial(_without_block_mask, block.forward)
     return [Peer("dllm-cache", None, lambda: (generate(job.ids, None, shared, **options), None))]
 
@@ -189,7 +189,7 @@ def _dinfer(path: Path, model: LLaDAModelLM, job: Job) -> list[Peer]:
         dinfer = importlib.import_module("dinfer")
         modules = (importlib.import_module(f"dinfer.model.{kind}_llada") for kind in ("configuration", "modeling"))
         shared = _share(model, *modules)
-    # No end of text: it would stop there, and drop those tokens from what it returns.
+    # No end of text, at which it would stop and drop the rest of its tokens.
     decoder = dinfer.ThresholdParallelDecoder(
         temperature=0, threshold=job.schedule.threshold, mask_id=job.mask_id, eos_id=-1
     )
@@ -213,10 +213,10 @@ LOADERS = {"fast-dllm": _fast_dllm, "llada": _llada, "dllm-cache": _dllm_cache, 
 
 @contextlib.contextmanager
 def _importing(folder: Path, *names: str) -> Iterator[None]:
-    """Import the packages ``names`` from a clone, whatever else goes by those names.
+    """Import the packages ``names`` from a clone, even if other packages have these names.
 
-    They stay in sys.modules where nothing else has the name: torch.compile looks there for what it traces. Each
-    registers its config as transformers' "llada" when it is imported; that is kept from taking this package's place.
+    They stay in sys.modules if nothing else has the name, because torch.compile looks up there what it traces. Each
+    registers its config as transformers' "llada" on import, which must not replace this package's.
     """
 
     def taken() -> dict[str, types.ModuleType]:
@@ -235,18 +235,18 @@ def _importing(folder: Path, *names: str) -> Iterator[None]:
 
 
 def _share(model: LLaDAModelLM, configuration: types.ModuleType, modeling: types.ModuleType) -> nn.Module:
-    """Their LLaDAModelLM with our parameters: made without memory, then handed the tensors."""
+    """Their LLaDAModelLM with our parameters: made on the meta device, then given our tensors."""
     ours = model.config.to_dict()
     names = {field.name for field in dataclasses.fields(configuration.ModelConfig)}
     values = {name: ours[name] for name in names & ours.keys()}
     values |= {"attention_dropout": 0.0, "residual_dropout": 0.0, "embedding_dropout": 0.0}
     config = configuration.LLaDAConfig(**values)
-    config.use_cache = False  # transformers 5 drops it from a config's arguments, and their forward reads it
+    config.use_cache = False  # their forward reads it, and transformers 5 drops it from a config's arguments
     sizes = modeling.create_model_config_from_pretrained_config(config)
     sizes.init_device = "meta"
     theirs = modeling.LLaDAModelLM(config, model=modeling.LLaDAModel(sizes, init_params=False)).eval()
     state = model.state_dict()
     if model.config.weight_tying:
-        del state["model.transformer.ff_out.weight"]  # their head is the embedding itself
+        del state["model.transformer.ff_out.weight"]  # their head is the embedding
     theirs.load_state_dict(state, assign=True)
     return theirs

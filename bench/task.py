@@ -1,18 +1,18 @@
-"""A task with one right answer, for accuracy against NFE. ``python -m bench.task train --out runs/llada-steps``
+"""A task with exactly one right answer, to measure accuracy. ``python -m bench.task train --out runs/llada-steps``
 
-A problem is nine sums and products, each but the first of which starts from the last digit of the result just before
-(p) or of the one before that (q). The answer writes every step out:
+A problem is a chain of nine sums and products. Each one, except the first, starts with the last digit of the previous
+result (p) or of the one before that (q). The answer writes out every step:
 
     prompt  7+5=??;p*3=??;q*7=??;p+4=??;q+4=??;...
     answer  7+5=12;2*3=06;2*7=14;4+4=08;4+4=08;...
 
-Every operation maps the ten digits that it can start from onto ten different last digits, so nothing of one can be
-known without the one before it. More than half of an answer's tokens can be copied from the prompt at once, the others
-follow each other in a chain of four to eight links: how few evaluations a problem takes depends on the problem.
+Every operation maps the ten possible starting digits to ten different last digits, so no result can be known without
+the one that it starts from. More than half of an answer's tokens can be copied from the prompt at once. The others form
+a chain of four to eight links, so the least number of forwards depends on the problem.
 
 ``write`` makes a file for ``python -m dllm_fast.train sft``; ``train`` makes files, trains and scores a small LLaDA;
-``score`` scores a model at several NFE. Training and held-out problems are told apart by a hash of the problem, so that
-no problem is both.
+``score`` scores a model at several NFE. A hash of the problem decides whether it is for training or held out, so no
+problem is both.
 """
 
 import argparse
@@ -30,13 +30,13 @@ from transformers import AutoTokenizer
 
 import dllm_fast
 
-VERSION = 1  # of the generator: a seed gives the same problems as long as this number stands
+VERSION = 1  # of the generator: a seed's problems change only with this number
 STEPS = 9
-TOKENS = 64  # of an answer: a character each, and end-of-text
+TOKENS = 64  # in an answer: one per character, and end-of-text
 OPERATIONS = (*(("+", n) for n in (1, 2, 4, 5, 6, 8)), *(("*", n) for n in (3, 7, 9)))
-HELD_OUT = 16  # one problem in so many is held out
+HELD_OUT = 16  # one problem in this many is held out
 TRAINING = 200_000  # problems in the training file
-# For `dllm_fast.train sft`. A vocabulary of 259 is the bytes and three special tokens: a token is a character.
+# For `dllm_fast.train sft`. A vocabulary of 259, all bytes and three special tokens, makes each character a token.
 RECIPE = (
     *("--vocab-size", "259", "--positions", "256", "--length", "128", "--tie"),
     *("--width", "128", "--heads", "4", "--layers", "4", "--ffn", "256"),
@@ -63,7 +63,7 @@ def is_held_out(prompt: str) -> bool:
 
 
 def problems(count: int, seed: int, held_out: bool) -> list[tuple[str, str]]:
-    """``count`` problems of one side of the split; the same for the same arguments."""
+    """``count`` training or held-out problems; the same for the same arguments."""
 
     def endless() -> Iterator[tuple[str, str]]:
         draw = random.Random(f"{VERSION} {seed}")
@@ -75,14 +75,14 @@ def problems(count: int, seed: int, held_out: bool) -> list[tuple[str, str]]:
 
 
 def write(path: Path, found: list[tuple[str, str]]) -> None:
-    """A JSON object with prompt and answer a line."""
+    """Write a JSON object with prompt and answer on each line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps({"prompt": p, "answer": a}) + "\n" for p, a in found))
 
 
 @dataclass
 class Score:
-    """exact: share of problems whose whole answer is right. token: share of characters. nfe: evaluations a problem."""
+    """exact: share of answers without an error. token: share of right characters. nfe: forwards per problem."""
 
     exact: float
     token: float
@@ -91,24 +91,24 @@ class Score:
 
 
 def score(answers: Callable[[list[str]], tuple[list[str], int]], found: list[tuple[str, str]], batch: int) -> Score:
-    """Exact match of ``answers``, which gives a batch of prompts' answers and the evaluations that the batch took.
+    """The score of ``answers``, a function from a batch of prompts to (their answers, the batch's NFE).
 
-    The rows of a batch are evaluated together: where the schedule lets each row take its own time, ``nfe`` is that of
-    the slowest, and a row's own only with ``batch=1``.
+    The rows of a batch run together. With a schedule that adapts to each row, ``nfe`` is the slowest row's; only with
+    ``batch=1`` is it each row's own.
     """
-    exact = characters = evaluations = 0
+    exact = characters = forwards = 0
     for at in range(0, len(found), batch):
         prompts, expected = zip(*found[at : at + batch], strict=True)
         got, nfe = answers(list(prompts))
         for mine, right in zip(got, expected, strict=True):
             exact += mine == right
             characters += sum(a == b for a, b in zip(mine, right)) / len(right)
-        evaluations += nfe * len(prompts)
-    return Score(exact / len(found), characters / len(found), evaluations / len(found), len(found))
+        forwards += nfe * len(prompts)
+    return Score(exact / len(found), characters / len(found), forwards / len(found), len(found))
 
 
 def answering(model, tokenizer, **options) -> Callable[[list[str]], tuple[list[str], int]]:
-    """What `score` calls: `dllm_fast.generate` with ``options`` on a batch of prompts."""
+    """`answers` for `score`: `dllm_fast.generate` with ``options``."""
 
     def answers(prompts: list[str]) -> tuple[list[str], int]:
         ids = tokenizer(prompts, return_tensors="pt")["input_ids"].to(model.device)
@@ -124,7 +124,7 @@ def load(name: str):
 
 
 def scores(name: str, count: int, seed: int, batch: int) -> list[dict]:
-    """A model's scores with `Uniform` at NFE = tokens and at parts of it, in one block, without a cache."""
+    """A model's scores with `Uniform`, from NFE = tokens down, in one block without a cache."""
     model, tokenizer = load(name)
     found, rows = problems(count, seed, held_out=True), []
     for divisor in (1, 2, 4, 8):
@@ -135,7 +135,7 @@ def scores(name: str, count: int, seed: int, batch: int) -> list[dict]:
 
 
 def train(out: Path, extra: list[str]) -> Path:
-    """Write the files, train, and note in the recipe what the data were and how the model scores."""
+    """Write the files, train, and add a description of the data and the model's scores to the recipe."""
     files = {"train.jsonl": problems(TRAINING, seed=0, held_out=False), "eval.jsonl": problems(512, 1, held_out=True)}
     for name, found in files.items():
         write(out / name, found)
@@ -153,14 +153,14 @@ def train(out: Path, extra: list[str]) -> Path:
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(description=__doc__.splitlines()[0].split(".")[0])
     commands = top.add_subparsers(dest="command", required=True)
-    p = commands.add_parser("write", help="a .jsonl of problems")
+    p = commands.add_parser("write", help="write a .jsonl of problems")
     p.add_argument("--out", type=Path, required=True)
     p.add_argument("--count", type=int, default=1000)
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--held-out", action="store_true", help="of the held-out side")
-    p = commands.add_parser("train", help="train and score a small LLaDA; what else is given goes to dllm_fast.train")
+    p.add_argument("--held-out", action="store_true", help="write held-out problems")
+    p = commands.add_parser("train", help="train and score a small LLaDA; all other options go to dllm_fast.train")
     p.add_argument("--out", type=Path, required=True, help="folder for data, checkpoints and final/")
-    p = commands.add_parser("score", help="exact match of a model at NFE = tokens and at parts of it")
+    p = commands.add_parser("score", help="score a model, from NFE = tokens down")
     p.add_argument("--model", default="llada-steps")
     p.add_argument("--count", type=int, default=512)
     p.add_argument("--seed", type=int, default=2)

@@ -196,7 +196,7 @@ def test_turns_are_taken_and_long_ones_are_fewer():
         timer.__class__ = type("Pretended", (), {"__call__": lambda self: order.append(name) or seconds})
         return timer
 
-    times = timing.interleave({"a": pretended("a", 1e-3), "b": pretended("b", 0.3)}, 10)
+    times = timing.in_turns({"a": pretended("a", 1e-3), "b": pretended("b", 0.3)}, 10)
     assert order[:6] == ["a", "b"] * 3 and len(times["a"]) == 10
     assert len(times["b"]) == timing.FEWEST_ROUNDS
 

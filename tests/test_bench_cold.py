@@ -11,6 +11,7 @@ sys.path.insert(0, str(ROOT))  # `bench` is a folder of the checkout, not a pack
 
 from bench import common, gpu  # noqa: E402
 from bench.generation import cold, engine  # noqa: E402
+from dllm_fast.decoding.spelling import schedule_of  # noqa: E402
 
 
 def test_phases_follow_one_another_in_a_process_of_its_own(capsys, monkeypatch):
@@ -26,7 +27,7 @@ def test_phases_follow_one_another_in_a_process_of_its_own(capsys, monkeypatch):
 
 
 def test_a_start_that_fails_is_an_error():
-    with pytest.raises(SystemExit, match="the process that starts cold ended with"):
+    with pytest.raises(SystemExit, match="the new process ended with"):
         cold.start(["--shape", "no such shape"])
 
 
@@ -44,4 +45,4 @@ def test_the_fp32_piece_asks_for_a_short_job_at_the_real_size():
     short, usual = common.SHAPES[options.shape], common.SHAPES["llada-8b"]
     assert options.dtype == "float32" and options.rounds == 1
     assert short.config == usual.config and short.gen_length < usual.gen_length
-    assert common.parse_schedule(short.schedule).steps % (short.gen_length // short.block_length) == 0
+    assert schedule_of(short.schedule).steps % (short.gen_length // short.block_length) == 0

@@ -116,7 +116,7 @@ def test_a_kernel_takes_its_bytes_or_its_flops_and_its_launches():
     assert Kernel("", "", 1, 1e6, 1e8).microseconds(card) == pytest.approx(10 + 2)
     assert Kernel("", "", 1, 1e6, 1e8, narrow=True).microseconds(card) == pytest.approx(5 + 2)
     kernels = [Kernel("a", "_norm_kernel", 1, 1e6), Kernel("b", "_rope_kernel", 1, 1e6), Kernel("c", "", 1, 0)]
-    assert by_group(kernels, card) == pytest.approx({"norm, rope, gate": 6, "products": 2})
+    assert by_group(kernels, card) == pytest.approx({"norm, rope, gate": 6, "matmuls": 2})
 
 
 @needs_triton

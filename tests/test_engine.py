@@ -276,7 +276,7 @@ RUNS = [
 
 
 @pytest.mark.parametrize("options", RUNS, ids=str)
-def test_a_completion_counts_its_own_evaluations(llada, ids, options):
+def test_a_completion_counts_its_own_forwards(llada, ids, options):
     """Those of the prompt alone, wherever its neighbours in the batch are, and however long they take."""
     dllm_fast.patch(llada.double(), impl="torch")
     prompts = [ids[n % 3, : 24 - 2 * n] for n in range(5)]

@@ -26,7 +26,7 @@ from bench.generation.bare import Bare  # noqa: E402
 from bench.generation.cost import Cost  # noqa: E402
 from bench.generation.settings import Setting, short_names, study, swept  # noqa: E402
 from bench.generation.stack import PARTS, stacked  # noqa: E402
-from bench.generation.watch import own_evaluations, watching  # noqa: E402
+from bench.generation.watch import own_forwards, watching  # noqa: E402
 from bench.quality import accuracy, claims  # noqa: E402
 from bench.report import results as page_of_results  # noqa: E402
 
@@ -201,7 +201,7 @@ def test_steps_are_watched_and_rows_are_counted_on_their_own():
         alone = [dllm_fast.generate(model, prompts[row : row + 1], **options) for row in range(4)]
         assert sum(step.positions for step in steps) == pytest.approx(together.positions, abs=1)
         if "refresh" not in extra:
-            assert own_evaluations(steps, 4) == [out.nfe for out in alone]
+            assert own_forwards(steps, 4) == [out.nfe for out in alone]
             assert len({out.nfe for out in alone}) > 1 and len(steps) == together.nfe
         kinds = {step.kind for step in steps}
         assert kinds == ({"full", "block", "mixed"} if "refresh" in extra else {"full"})
@@ -257,7 +257,7 @@ def test_parts_add_up_to_the_wall():
 def test_tied_weights_are_worth_generating_with():
     """iLLaDA's kind: grouped keys, tied embeddings, [MASK] among the first ids."""
     config = {**SHAPES["quick"].config, "n_kv_heads": 2, "weight_tying": True, "mask_token_id": 5}
-    shape = type(SHAPES["quick"])(config, 24, 32, 16, "uniform:16")
+    shape = type(SHAPES["quick"])(config, 24, 32, 16, "uniform=16")
     model = build_model(shape, torch.float32, CPU)
     assert plain_ids(model.config) == (6, 998)
     job = make_job(shape, model, shape.schedule, 1)

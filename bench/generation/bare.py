@@ -1,8 +1,8 @@
-"""The bare operations of a dual-cache run: its matrix products and attentions back to back, and nothing else.
+"""The bare operations of a dual-cache run: its matmuls and attentions back to back, and nothing else.
 
-The same weights, inputs that lie ready, no norm, rotation, gate, residual, selection or schedule. A block's first step
-is a whole forward; in its last layer only the block's rows go beyond keys and values, as no more are needed. The LM
-head multiplies the rows that are still masked.
+The same weights, inputs prepared in advance; no norm, rotation, gate, residual, selection or schedule. A block's first
+step is a whole forward, whose last layer computes keys and values for all rows and everything else for the block's rows
+alone, because no more is needed. The LM head multiplies the rows that are still masked.
 """
 
 import itertools
@@ -16,8 +16,8 @@ from bench import floors
 from bench.common import Job
 from dllm_fast import LLaDAModelLM
 
-RACE = 5  # repetitions, of which the fastest counts
-CACHES = 1 << 29  # bytes of keys and values that no processor keeps near
+RACE = 5  # repetitions; the fastest counts
+CACHES = 1 << 29  # bytes of keys and values: too many for any cache
 
 
 def _linear(x, weight, out):
@@ -41,20 +41,20 @@ def _sdpa(q, keys, values, score):  # [B, H, T, D], [B, H, S, D]
 
 
 def _three(q, keys, values, score):
-    """Two products and a softmax in buffers that lie ready; it rounds the scores to the model's dtype."""
+    """Two matmuls and a softmax in preallocated buffers; it rounds the scores to the model's dtype."""
     torch.matmul(q, keys.transpose(2, 3), out=score)
     return torch.softmax(score, -1, out=score) @ values
 
 
 class Bare:
-    """``run()`` makes the products of a whole run. Grouped keys are repeated beforehand, which no run is charged for.
+    """``run()`` runs the operations of a whole run. Grouped keys are repeated in advance, untimed.
 
-    ``fastest`` False: each product is F.linear and each attention SDPA. True: of the forms that PyTorch has for a
-    product of that shape on this device, and for that attention, the one that wins a race here.
+    ``fastest`` False: each matmul is F.linear and each attention SDPA. True: the fastest of the forms that PyTorch has
+    for a matmul or an attention of that shape on this device, found by timing them here.
     """
 
     def __init__(self, model: LLaDAModelLM, job: Job, steps: int, fastest: bool):
-        """``steps`` of the run in all, shared as `dllm_fast.Uniform` shares them."""
+        """``steps`` of the whole run, shared by the blocks as `dllm_fast.Uniform` shares them."""
         config, transformer = model.config, model.model.transformer
         self.blocks, self.head = list(transformer.blocks), transformer.ff_out.weight
         self.weight, self.fastest = self.blocks[0].q_proj.weight, fastest
@@ -64,7 +64,7 @@ class Bare:
         blocks = job.gen_length // job.block_length
         share = min(self.live, max(1, round(steps / blocks)))
         base, extra = divmod(self.live, share)
-        # Masked rows at each step of a block; the first step is the whole forward.
+        # Masked rows at each step of a block. The first step is a whole forward.
         self.masked = [batch * (self.live - n * base - min(n, extra)) for n in range(share)]
         self.plan = [(self.slots if n == 0 else self.live, rows) for n, rows in enumerate(self.masked)] * blocks
         self._make_inputs(model)
@@ -86,7 +86,8 @@ class Bare:
         size = (self.batch, self.heads)
         self.q = {t: self._random(*size, t, self.head_dim) for t in (self.slots, self.live)}
         self.score = {t: self._random(*size, t, self.slots) for t in (self.slots, self.live)} if self.fastest else {}
-        # As many as are too much for any cache; a large batch's, one for each layer, would not fit beside a run's own.
+        # Enough layers' buffers to exceed any cache. One for each layer, at a large batch, would not fit beside a run's
+        # own.
         pair = 2 * self.q[self.slots].numel() * self.weight.element_size()
         count = min(len(self.blocks), max(1, CACHES // pair))
         self.kv = [[self._random(*size, self.slots, self.head_dim) for _ in range(2)] for _ in range(count)]
@@ -104,7 +105,7 @@ class Bare:
 
     @torch.no_grad()
     def forward(self, queries: int) -> None:
-        """The products of one forward without the head: ``queries`` positions of each row."""
+        """The operations of one forward over ``queries`` positions of each row, without the head."""
         for n, block in enumerate(self.blocks):
             weights = self._weights(block)
             last = n == len(self.blocks) - 1
@@ -117,7 +118,7 @@ class Bare:
                 self._product(self.batch * rows, weight)
 
     def flops(self, queries: int, masked: int) -> int:
-        """Of one step, a multiplication and an addition counting two."""
+        """FLOPs of one step: a multiplication and an addition count as two."""
         total = 2 * masked * self.head.numel()
         for n, block in enumerate(self.blocks):
             rows = self.live if n == len(self.blocks) - 1 else queries
@@ -127,7 +128,7 @@ class Bare:
         return total
 
     def weight_bytes(self) -> int:
-        """What a step has to read of the model: every layer and the head."""
+        """Bytes of the model that a step reads: every layer and the head."""
         weights = [weight for block in self.blocks for weight in self._weights(block)] + [self.head]
         return sum(weight.numel() * weight.element_size() for weight in weights)
 
@@ -154,7 +155,7 @@ class Bare:
 
 
 def _fastest(forms: list[Callable], operands: tuple) -> Callable:
-    """The winner of a race. A form that is far behind runs once: in bf16 some take 100 times as long as the best."""
+    """The fastest form. A form that is far behind runs once: in bf16 some take 100 times as long as the best."""
     wait = torch.cuda.synchronize if operands[0].is_cuda else lambda: None
     best = dict.fromkeys(forms, float("inf"))
     for _ in range(RACE):

@@ -1,7 +1,7 @@
-"""Where a run's time goes, from torch.profiler in a run of its own that is not timed otherwise.
+"""Where a run's time goes: torch.profiler's view of a separate run.
 
-On a CPU: each function of `dllm_fast.ops` is a scope, and what runs outside of them is told apart by its name. On CUDA:
-by the names of the kernels, as a recorded graph has no scopes; what is left of the wall is the host's.
+On a CPU, each function of `dllm_fast.ops` is a scope, and whatever runs outside of them is sorted by name. On CUDA,
+kernels are sorted by name, because a recorded graph has no scopes, and the rest of the wall time is the host's.
 """
 
 import contextlib
@@ -25,26 +25,26 @@ SCOPES = {
     "rope": "norm, rope, gate",
     "swiglu": "norm, rope, gate",
     "geglu": "norm, rope, gate",
-    "linear": "products",
+    "linear": "matmuls",
     "predict": "selection",
     "commit": "commit",
 }
-BOTH = "LM head, selection"  # of a kernel that also multiplies by the LM head
-# The first that matches.
+BOTH = "LM head, selection"  # kernels that do both at once
+# (group, parts of kernel names); the first match counts.
 KERNELS = (
     ("attention", ("flash", "fmha", "attention")),
     (BOTH, ("predict", "select", "_compact", "_combine", "argmax", "logsumexp")),
     ("commit", ("commit",)),
     ("norm, rope, gate", ("norm", "rope", "_glu")),
-    ("products", ("gemm", "nvjet", "cutlass", "cublas", "splitk", "_linear", "_round_rows", "_widen")),
+    ("matmuls", ("gemm", "nvjet", "cutlass", "cublas", "splitk", "_linear", "_round_rows", "_widen")),
 )
 
 
 def break_down(run: Callable[[], object], device: torch.device, seconds: float) -> dict[str, float]:
-    """Milliseconds of ``run`` by what they were spent on.
+    """Milliseconds of ``run`` by group of operations.
 
-    "host" is what no operation accounts for: on CUDA of the ``seconds`` that the run takes unwatched, as the kernels
-    keep their speed under the profiler; on a CPU of those that it takes under it, which slows every call.
+    "host" is the time outside of all operations. On CUDA it is taken from ``seconds``, the run's time without the
+    profiler, which does not slow kernels down; on a CPU from the time under the profiler, which slows every call.
     """
     cuda = device.type == "cuda"
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if cuda else [])
@@ -62,7 +62,7 @@ def break_down(run: Callable[[], object], device: torch.device, seconds: float) 
 
 @contextlib.contextmanager
 def _scopes() -> Iterator[None]:
-    """Every function of `ops` that has a category, as a scope of the profiler."""
+    """Make every function of `ops` that has a group a scope of the profiler."""
 
     def scoped(name: str, function: Callable) -> Callable:
         @functools.wraps(function)
@@ -83,15 +83,15 @@ def _category(event) -> str:
     if event.name == "dllm_fast::cpu_predict":
         return BOTH
     product = event.name.startswith(PRODUCTS)
-    scope, parent = "products" if product else "other", event
+    scope, parent = "matmuls" if product else "other", event
     while parent is not None:
-        if parent.name.startswith("ops."):  # the outermost counts: `predict` calls `linear`
+        if parent.name.startswith("ops."):  # the outermost scope counts: `predict` calls `linear`
             scope = SCOPES[parent.name.removeprefix("ops.")]
         parent = parent.cpu_parent
     return "LM head" if product and scope == "selection" else scope
 
 
 def kernel_group(name: str) -> str:
-    """What a kernel of that name in a CUDA profile belongs to."""
+    """The group of a CUDA kernel, by its name."""
     name = name.lower()
     return next((category for category, parts in KERNELS if any(part in name for part in parts)), "other")

@@ -1,12 +1,12 @@
-"""From nothing to a first block: a new process, an empty Triton cache, and what each phase of the start takes.
+"""How long a cold start takes, by phase: from a new process with an empty Triton cache to the first block.
 
     python -m bench.generation.cold --shape llada-8b
     python -m bench.generation.cold --model PATH --dtype bfloat16
 
-A process of its own starts Python, imports, gets a model onto the device (random weights of the shape, or those of a
-folder), compiles and records with `dllm_fast.warmup`, and generates with the shape's usual job. The clock begins
-before that process is started. Weights of a folder come from its disk or from the system's memory, as they happen to
-lie. What `warmup` leaves to be compiled or recorded is counted, and should be nothing. Ends with one JSON line.
+A new process starts Python, imports packages, puts a model on the device (random weights of the shape, or a folder's),
+compiles and records with `dllm_fast.warmup`, and runs the shape's default job. The clock starts before the process
+does. A folder's weights may be on disk or already in the system's file cache. Kernels and graphs that `warmup` missed
+are counted: there should be none. Ends with one JSON line.
 """
 
 import argparse
@@ -21,17 +21,17 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 AIM = 20.0  # seconds to the first block of LLaDA-8B on a GPU
 PHASES = {
-    "import": "Python starts, imports torch, transformers, dllm_fast",
-    "weights": "made or read, on the device, patched",
+    "import": "Python starts and imports torch, transformers, dllm_fast",
+    "weights": "model made or read, moved to the device, patched",
     "compile": "warmup compiles kernels",
-    "record": "warmup takes and records steps",
+    "record": "warmup runs and records steps",
     "first step": "generate's first step",
     "first block": "the rest of its first block",
 }
 
 
 class FirstBlock:
-    """A streamer that notes when the first step has ended, and when the first block is there."""
+    """A streamer that notes when the first step and the first block end."""
 
     def __init__(self, wait):
         self.wait, self.step, self.block, self.calls = wait, None, None, 0
@@ -43,7 +43,7 @@ class FirstBlock:
 
     def put(self, value) -> None:
         self.calls += 1
-        if self.calls == 2:  # the first is the prompt
+        if self.calls == 2:  # the first call brings the prompt
             self.wait()
             self.block = time.time()
 
@@ -52,7 +52,7 @@ class FirstBlock:
 
 
 def child(options: argparse.Namespace) -> dict:
-    """The phases' ends, in seconds since ``options.began``."""
+    """When each phase ends, in seconds since ``options.began``."""
     import torch
 
     import dllm_fast
@@ -72,7 +72,7 @@ def child(options: argparse.Namespace) -> dict:
     ends["weights"] = time.time()
 
     def note(what: str, done: int, total: int) -> None:
-        if done == 1:  # of one engine: the compiling is over
+        if done == 1:  # the first recording: compiling is over
             ends["compile"] = time.time()
 
     dllm_fast.warmup(model, job.ids.shape[1], progress=note, **asked)
@@ -90,18 +90,18 @@ def child(options: argparse.Namespace) -> dict:
 
 
 def compiled() -> int:
-    """Kernels in Triton's cache: each has a file of metadata there beside its code."""
+    """The number of kernels in Triton's cache, where each has one file of metadata."""
     return len([path for path in Path(os.environ["TRITON_CACHE_DIR"]).rglob("*.json") if "__grp__" not in path.name])
 
 
 def start(arguments: list[str]) -> dict:
-    """What `child` finds in a new process with a Triton cache of its own."""
+    """The results of `child`, in a new process with its own Triton cache."""
     with tempfile.TemporaryDirectory() as cache:
         environment = {**os.environ, "TRITON_CACHE_DIR": cache, "PYTHONPATH": str(ROOT)}
         command = [sys.executable, "-m", "bench.generation.cold", *arguments, "--began", repr(time.time())]
         done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
     if done.returncode:
-        raise SystemExit(f"the process that starts cold ended with {done.returncode}")
+        raise SystemExit(f"the new process ended with {done.returncode}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -109,9 +109,9 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", default="cpu-768", help="see bench/common.py")
-    parser.add_argument("--model", help="a folder with a LLaDA's weights, instead of random ones of the shape")
-    parser.add_argument("--schedule", help="uniform:32, threshold:0.9 and so on; default: the shape's")
-    parser.add_argument("--device", help="default: cuda where it is")
+    parser.add_argument("--model", help="a folder with a LLaDA's weights, instead of the shape's random ones")
+    parser.add_argument("--schedule", help="uniform=32, threshold=0.9, ...; default: the shape's")
+    parser.add_argument("--device", help="default: cuda if there is one")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--began", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)

@@ -1,12 +1,12 @@
-"""How many kernels Triton compiles over LLaDA's loop, without a GPU.
+"""How many kernels Triton would compile for LLaDA's generation loop; needs no GPU.
 
     python -m bench.generation.compilations [--quick]
 
-A stand-in for an H100 is the device that Triton sees. Launchers run with tensors of the model's sizes, and Triton says
-what each launch would need compiled, by the same rules as on that card: dtypes, constants, alignments, integers of 1
-and multiples of 16. Nothing is compiled, launched or multiplied. The loop's steps are those of `dllm_fast.warmup`: each
-job is warmed up after the ones before it. Printed are how many kernels each job adds, and for each kernel in what its
-compilations differ. Ends with one JSON line.
+Triton sees a stand-in for an H100. The launchers run with tensors of the model's sizes, and Triton finds which kernels
+each launch would compile, by the same rules as on that card: dtypes, constants, alignments, integers equal to 1 or
+divisible by 16. Nothing is compiled, launched or computed. The steps are those of `dllm_fast.warmup`, and the jobs are
+warmed up one after the other. Prints how many kernels each job adds, and how each kernel's compilations differ. Ends
+with one JSON line.
 """
 
 import argparse
@@ -47,7 +47,7 @@ JOBS = {  # prompt lengths, batch size, options
 
 
 class Card:
-    """A stand-in for the driver of a card of compute capability 9.0."""
+    """A stand-in for the driver of a GPU with compute capability 9.0."""
 
     def get_current_target(self):
         return GPUTarget("cuda", 90, 32)
@@ -66,7 +66,7 @@ def chained(device, programs: int) -> dict:
 
 @contextlib.contextmanager
 def noted(found: dict[str, list[dict]]):
-    """Within it launches launch nothing, and what they would compile is put into ``found``, by kernel."""
+    """Make launches do nothing but add what they would compile to ``found``, by kernel."""
     run = JITFunction.run
 
     def only_compile(self, *args, grid, warmup, **options):
@@ -85,8 +85,8 @@ def noted(found: dict[str, list[dict]]):
     def empty_product(x, weight, bias=None):
         return x.new_empty(*x.shape[:-1], weight.shape[0])
 
-    # Of the package: the kernels are taken, steps are laid out as for recordings and never recorded, and what would
-    # read the weights' values does not.
+    # In the package: kernels are chosen, steps are laid out as for recording but never recorded, and nothing reads the
+    # weights' values.
     modules = [m for name, m in sys.modules.items() if name.startswith("dllm_fast.kernels.") and hasattr(m, "chained")]
     warmup, server, patch = (sys.modules[f"dllm_fast.{name}"] for name in ("warmup", "decoding.server", "patch"))
     stand_ins = [(JITFunction, "run", only_compile), (JITFunction, "_do_compile", compile_nothing)]
@@ -103,7 +103,7 @@ def noted(found: dict[str, list[dict]]):
 
 
 def differences(compilations: list[dict]) -> list[str]:
-    """The arguments in which they differ, with their values."""
+    """The arguments that differ, with their values."""
     names = sorted({name for facts in compilations for name in facts})
     values = {name: sorted({str(facts.get(name, "")) for facts in compilations}) for name in names}
     return [f"{name}: {' '.join(kinds)}" for name, kinds in values.items() if len(kinds) > 1]
@@ -132,7 +132,7 @@ def count(quick: bool) -> dict:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a narrow model with few words")
+    parser.add_argument("--quick", action="store_true", help="a narrow model with a small vocabulary")
     options = parser.parse_args(arguments)
     print(json.dumps({"bench": "compilations", "quick": options.quick, **count(options.quick)}))
 

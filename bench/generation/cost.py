@@ -1,16 +1,16 @@
-"""What a step costs on paper, from a model's shapes alone: bytes, FLOPs, launches and microseconds.
+"""What a step should cost, computed from a model's shapes alone: bytes, FLOPs, launches and microseconds.
 
     python -m bench.generation.cost --shape llada-8b --copy 4.19e12 --matrix 779e12 [--weights fp8] [--batch 8]
 
-`Cost`: bytes and FLOPs at the least. Of a step over n positions: every matrix product of the layers on n rows,
-attention of n queries over the slots that they see, in the last layer what lies behind keys and values for the live
-positions alone, and the LM head on the positions that are masked. Bytes: the weights once, and against a cache the keys
-and values of all slots. Norms, rotations, gates and activations are taken to cost nothing. A multiplication and an
-addition count two.
+`Cost` has lower bounds of a step's bytes and FLOPs. A step over n positions runs every matmul of the layers on n rows,
+attention of n queries over the slots that they see, and the LM head on the masked positions; in the last layer, only
+keys and values are computed for all n positions, the rest for the block's alone. It reads the weights once and, with a
+cache, the keys and values of all slots. Norms, rotations, gates and activations count as free. A multiplication and an
+addition count as two FLOPs.
 
-`step_kernels`: every kernel of LLaDA's step on an NVIDIA card, by the name that a profile gives it, each of which takes
-as long as its bytes at the copy rate or its FLOPs at the matrix rate, and what a launch costs. Here activations count,
-too: a whole step's pass through memory. A prediction, no measurement: `bench.generation.steps` prints it beside one.
+`step_kernels` lists every kernel of LLaDA's step on an NVIDIA card, under its name in a profile. Each takes the longer
+of its bytes at the copy rate and its FLOPs at the matrix rate, plus the cost of a launch. Here activations count too.
+This is a prediction: `bench.generation.steps` prints it beside the measured times.
 """
 
 import argparse
@@ -33,11 +33,11 @@ from dllm_fast.patch import bound_family
 class Cost:
     """A model's numbers. Weights are counted in elements."""
 
-    every: int  # of one layer, on all rows: keys and values
-    rest: int  # of one layer, on all rows but in the last layer
-    transform: int  # between the last layer and the head, on live rows
+    every: int  # of one layer, multiplying all rows: keys and values
+    rest: int  # of one layer, multiplying all rows except in the last layer
+    transform: int  # between the last layer and the head, multiplying the block's rows
     head: int
-    windows: tuple[int | None, ...]  # of each layer, how far a query sees to either side; None: everything
+    windows: tuple[int | None, ...]  # of each layer: how far a query sees to either side; None: everything
     heads: int
     kv_heads: int
     head_dim: int
@@ -45,7 +45,7 @@ class Cost:
 
     @classmethod
     def of(cls, model) -> "Cost":
-        """Of a patched LLaDA or ModernBERT."""
+        """The numbers of a patched LLaDA or ModernBERT."""
         return cls.of_family(bound_family(model))
 
     @classmethod
@@ -61,7 +61,7 @@ class Cost:
         )  # fmt: skip
 
     def flops(self, positions: float, live: int, masked: int, slots: int) -> float:
-        """Of a step over ``positions`` of all rows, ``live`` of them in blocks, in sequences of ``slots``."""
+        """FLOPs of a step over ``positions`` of all rows, ``live`` of them in blocks, in sequences of ``slots``."""
         total = 2 * (self.head * masked + self.transform * live)
         for layer, window in enumerate(self.windows):
             queries = live if layer == len(self.windows) - 1 else positions
@@ -71,20 +71,20 @@ class Cost:
         return total
 
     def bytes(self, rows: int, slots: int, cached: bool) -> int:
-        """Weights; where ``cached``, the keys and values of every slot, which are written or read."""
+        """The weights and, if ``cached``, the keys and values of every slot, which are written or read."""
         weights = (self.every + self.rest) * len(self.windows) + self.transform + self.head
         pairs = 2 * rows * slots * self.kv_heads * self.head_dim * len(self.windows) if cached else 0
         return self.item * (weights + pairs)
 
 
 FP32 = 4  # bytes of an fp32 number
-# Bytes of a rounded weight, and its share of what is kept beside it: a scale in bf16 and a byte for 128 in int4.
+# Bytes per rounded weight, scales included: int4 has a bf16 scale and a byte for each 128 weights.
 BYTES = {"fp8": 1.0, "int4": 0.5 + 3 / 128}
 
 
 @dataclass(frozen=True)
 class Card:
-    """What an NVIDIA card does in a second, and what it takes to launch a kernel of a recorded step."""
+    """An NVIDIA card's rates, and the cost of launching a kernel of a recorded step."""
 
     copy: float  # bytes read and written, `bench.floors`
     matrix: float  # FLOPs in bf16, `bench.floors`
@@ -93,25 +93,25 @@ class Card:
 
     @property
     def narrow(self) -> float:
-        """FLOPs in e4m3: twice those in bf16, as every data sheet has it. Not measured."""
+        """FLOPs/s in e4m3: twice those in bf16, as in every data sheet. Not measured."""
         return 2 * self.matrix
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One kernel of a step, or several launches that are alike."""
+    """One kernel of a step, or several identical launches."""
 
     what: str
-    name: str  # a part of its name in a profile; "" for a matmul of cuBLAS's
+    name: str  # a part of its name in a profile; "" for a cuBLAS matmul
     launches: int
-    bytes: float  # of all launches, as are the FLOPs
+    bytes: float  # bytes and FLOPs of all launches
     flops: float = 0.0
     narrow: bool = False  # multiplies e4m3 by e4m3
 
     @property
     def group(self) -> str:
-        """As `bench.generation.breakdown` sorts it."""
-        return kernel_group(self.name) if self.name else "products"
+        """Its group in `bench.generation.breakdown`."""
+        return kernel_group(self.name) if self.name else "matmuls"
 
     def microseconds(self, card: Card) -> float:
         rate = card.narrow if self.narrow else card.matrix
@@ -123,8 +123,8 @@ def step_kernels(
 ) -> list[Kernel]:
     """The kernels of one step: ``positions`` of each of ``batch`` sequences of ``slots``, ``live`` of them in a block.
 
-    ``masked`` rows go to the LM head, of all sequences together. ``weights``: None, "fp8" or "int4". Raises ValueError
-    for a model whose layers are not LLaDA's.
+    ``masked`` rows, of all sequences together, go to the LM head. ``weights``: None, "fp8" or "int4". Raises ValueError
+    if the model's layers are not LLaDA's.
     """
     if cost.transform:
         raise ValueError("cost: ModernBERT's layers are not modelled, only LLaDA's")
@@ -147,9 +147,9 @@ def step_kernels(
 
 
 def _layer(cost, card, batch, slots, positions, queries, weights) -> Iterator[Kernel]:
-    """A layer's kernels in order: change this where `families/llada.py` or the kernels behind it change.
+    """A layer's kernels in order. Change this whenever `families/llada.py` or its kernels change.
 
-    ``queries`` of the ``positions`` of each sequence go beyond keys and values.
+    Of each sequence's ``positions``, ``queries`` need more than keys and values.
     """
     from dllm_fast.kernels.attention import _plan
 
@@ -177,11 +177,13 @@ def _width(cost: Cost) -> int:
 
 
 def _norm(cost: Cost, rows: int) -> Kernel:
-    return Kernel("norm", "_norm_kernel", 1, 4 * rows * _width(cost) * cost.item)  # x, residual, y and their sum
+    return Kernel(
+        "norm", "_norm_kernel", 1, 4 * rows * _width(cost) * cost.item
+    )  # reads x and the residual, writes y and the sum
 
 
 def _streams(cost: Cost, rows: int, weights: str | None) -> bool:
-    """Whether a matmul of our own serves, which has the gate in its epilogue."""
+    """Whether our own matmul serves: it has the gate in its epilogue."""
     from dllm_fast.kernels import linear
 
     return rows <= linear.ROWS and (weights == "int4" or BYTES.get(weights, cost.item) in linear.AHEAD)
@@ -190,7 +192,7 @@ def _streams(cost: Cost, rows: int, weights: str | None) -> bool:
 def _product(
     what: str, cost: Cost, card: Card, rows: int, n: int, k: int, weights: str | None, gated: bool = False
 ) -> Iterator[Kernel]:
-    """``rows`` [rows, k] times a weight [n, k]; ``gated`` where a matmul of our own leaves half the channels."""
+    """``rows`` [rows, k] times a weight [n, k]; ``gated``: our own matmul's gate halves the output channels."""
     weight, activations, flops = n * k * BYTES.get(weights, cost.item), rows * (n + k) * cost.item, 2.0 * rows * n * k
     if _streams(cost, rows, weights):
         name = "_linear_int4_kernel" if weights == "int4" else "_linear_kernel"
@@ -203,12 +205,14 @@ def _product(
         if weights == "int4":
             yield Kernel("weights from int4", "_widen_int4_kernel", 1, weight + n * k * cost.item)
         yield Kernel(what, "", 1, n * k * cost.item + activations, flops)
-        if n / 64 * max(1, rows / 64) < card.multiprocessors:  # cuBLAS splits a sum whose tiles would leave some idle
+        if (
+            n / 64 * max(1, rows / 64) < card.multiprocessors
+        ):  # cuBLAS splits K if the tiles would leave multiprocessors idle
             yield Kernel("cuBLAS's sums over K", "splitKreduce", 1, 0)
 
 
 def _head(cost: Cost, card: Card, rows: int, masked: int) -> Iterator[Kernel]:
-    """LM head, selection and commit. Bytes of the canvas are none, and PyTorch's launches for it are not counted."""
+    """LM head, selection and commit. The canvas counts no bytes, and PyTorch's launches for it are not counted."""
     from dllm_fast.kernels.predict import CHUNK_ELEMENTS, CROSSOVER, SELECT
 
     width = _width(cost)
@@ -229,7 +233,7 @@ def _head(cost: Cost, card: Card, rows: int, masked: int) -> Iterator[Kernel]:
 def floor(
     cost: Cost, card: Card, batch: int, slots: int, positions: int, live: int, masked: int, weights=None
 ) -> float:
-    """Microseconds at the least: weights, keys and values at the copy rate, or FLOPs at the matrix rate."""
+    """A lower bound in microseconds: weights, keys and values at the copy rate, or FLOPs at the matrix rate."""
     layers = (cost.every + cost.rest) * len(cost.windows)
     read = cost.bytes(batch, slots, True) + layers * (BYTES.get(weights, cost.item) - cost.item)
     flops = cost.flops(batch * positions, batch * live, masked, slots)
@@ -247,14 +251,14 @@ def by_group(kernels: Iterable[Kernel], card: Card) -> Counter:
 
 
 def print_beside(measured: dict[str, float], predicted: dict[str, float], unit: str = "us") -> None:
-    """Measured and predicted times of each group of kernels, and their sums."""
+    """Print measured and predicted times of each group of kernels, and their sums."""
     rows = []
     for group in sorted({*measured, *predicted}, key=lambda name: -measured.get(name, 0.0)):
         one, other = measured.get(group, 0.0), predicted.get(group, 0.0)
         rows.append([group, f"{one:.1f}", f"{other:.1f}", f"{one / other:.2f}" if other else ""])
     one, other = sum(measured.values()), sum(predicted.values())
     rows.append(["sum", f"{one:.1f}", f"{other:.1f}", f"{one / other:.2f}" if other else ""])
-    print_table(["", f"measured, {unit}", f"predicted, {unit}", "ratio"], rows, "kernels beside the paper's")
+    print_table(["", f"measured, {unit}", f"predicted, {unit}", "ratio"], rows, "kernels, measured and predicted")
 
 
 def print_kernels(kernels: list[Kernel], card: Card, least: float, title: str) -> None:
@@ -272,7 +276,7 @@ def print_kernels(kernels: list[Kernel], card: Card, least: float, title: str) -
 
 
 def shape_cost(name: str) -> Cost:
-    """Of a shape of `harness.SHAPES` in bf16; holds no weights."""
+    """The numbers of a shape in `bench.common.SHAPES`, in bf16; holds no weights."""
     with torch.device("meta"):
         model = LLaDAModelLM(LLaDAConfig(**SHAPES[name].config)).to(torch.bfloat16)
     return Cost.of_family(LLaDA(model, "torch"))
@@ -281,9 +285,9 @@ def shape_cost(name: str) -> Cost:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=list(SHAPES), default="llada-8b")
-    parser.add_argument("--copy", type=float, required=True, help="bytes a second, see bench/floors.py")
-    parser.add_argument("--matrix", type=float, required=True, help="bf16 FLOPs a second, see bench/floors.py")
-    parser.add_argument("--launch", type=float, default=0.0, help="seconds that a launch costs beyond its work")
+    parser.add_argument("--copy", type=float, required=True, help="bytes per second, see bench/floors.py")
+    parser.add_argument("--matrix", type=float, required=True, help="bf16 FLOPs per second, see bench/floors.py")
+    parser.add_argument("--launch", type=float, default=0.0, help="seconds that each launch adds")
     parser.add_argument("--multiprocessors", type=int, default=132)
     parser.add_argument("--weights", choices=list(BYTES))
     parser.add_argument("--batch", type=int, default=1)
@@ -294,7 +298,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name, positions in (("block", live), ("whole", slots)):
         step = options.batch, slots, positions, live, options.batch * live
         title = f"{options.shape}, a {name} step: {options.batch} x {positions} positions of {slots} slots"
-        title += f", {options.weights or 'bf16'} weights, {1e6 * card.launch:g} us a launch"
+        title += f", {options.weights or 'bf16'} weights, {1e6 * card.launch:g} us per launch"
         print_kernels(
             step_kernels(cost, card, *step, options.weights), card, floor(cost, card, *step, options.weights), title
         )

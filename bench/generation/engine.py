@@ -1,12 +1,12 @@
-"""The engine's speed against the bare operations it consists of, and against other generators on the same weights.
+"""The engine's speed, compared with its bare matmuls and attentions and with other generators on the same weights.
 
     python -m bench.generation.engine --shape cpu-768 --peer fast-dllm=PATH --peer llada=PATH
-    python -m bench.generation.engine --shape llada-8b --device cuda --refresh window:32,0 --weights fp8 int4
+    python -m bench.generation.engine --shape llada-8b --device cuda --refresh window=32,0 --weights fp8 int4
     python -m bench.generation.engine --shape llada-8b --device cuda --batch 1 8 32 128
 
-Random weights (`harness.build_model`), random prompts, greedy. Everything is run once, unmeasured, and its tokens are
-compared; then in interleaved rounds on an idle machine. Ends with one JSON line. Exits with 1 where the tokens of the
-same algorithm differ in fp32; in half precision roundings may order two candidates otherwise, and the count is printed.
+Random weights (`common.build_model`), random prompts, greedy. Everything first runs once, untimed, to compare tokens,
+then in interleaved rounds on an idle machine. Ends with one JSON line. Exits with 1 if the same algorithm gives other
+tokens in fp32. In half precision, rounding may swap two candidates: the number of equal tokens is printed.
 """
 
 import argparse
@@ -19,35 +19,24 @@ import torch
 
 import dllm_fast
 from bench import floors
-from bench.common import (
-    SHAPES,
-    Job,
-    Timed,
-    build_model,
-    interleave,
-    machine,
-    make_job,
-    parse_refresh,
-    parse_schedule,
-    require_idle,
-    spread,
-)
+from bench.common import SHAPES, Job, Timed, build_model, interleave, machine, make_job, require_idle, spread
 from bench.generation.bare import Bare
 from bench.generation.breakdown import break_down
 from bench.generation.cost import Card, Cost, by_group, print_beside, step_kernels
 from bench.peers import find_peers, twin
 from dllm_fast.cli.view import print_table
 from dllm_fast.decoding.graphs import Graphs
+from dllm_fast.decoding.spelling import policy_of, refresh_of
 from dllm_fast.families.rounded import KINDS
 
 OURS = ("none", "prefix", "dual")
-WHOLE = "ours, whole steps only"  # one step a block: what a whole forward and its selection take
-ROUNDED = tuple(f", {kind}" for kind in KINDS)  # after the name of the same run on the model's own weights
+WHOLE = "ours, whole steps only"  # one step per block: times a whole forward and its selection
+ROUNDED = tuple(f", {kind}" for kind in KINDS)  # suffixes of a run's name, if on rounded weights
 BARE = {"bare, linear and SDPA": False, "bare, fastest forms": True}
 
 
 def our_runs(model, rounded: dict, job: Job, refresh: str) -> dict[str, Callable[[], dllm_fast.Output]]:
-    """`generate` with each cache, and with the dual one at one step a block; with it on ``rounded``, by kind, too."""
+    """`generate` with each cache, with the dual cache at one step per block, and with it on each ``rounded`` model."""
 
     def runner(schedule, cache: str, policy, model=model) -> Callable[[], dllm_fast.Output]:
         return lambda: dllm_fast.generate(
@@ -57,7 +46,7 @@ def our_runs(model, rounded: dict, job: Job, refresh: str) -> dict[str, Callable
 
     whole = dllm_fast.Uniform(job.gen_length // job.block_length)
     runs = {f"ours {cache}": runner(job.schedule, cache, "block") for cache in OURS}
-    duals = {"ours dual": "block"} | ({f"ours dual, {refresh}": parse_refresh(refresh)} if refresh != "block" else {})
+    duals = {"ours dual": "block"} | ({f"ours dual, {refresh}": refresh_of(refresh)} if refresh != "block" else {})
     for name, policy in duals.items():
         runs[name] = runner(job.schedule, "dual", policy)
         for kind, other in rounded.items():
@@ -66,13 +55,13 @@ def our_runs(model, rounded: dict, job: Job, refresh: str) -> dict[str, Callable
 
 
 def first_runs(runs: dict[str, Callable]) -> tuple[dict[str, object], list[str]]:
-    """What each returns, run once; those of others that fail are taken out of ``runs``, with a line on each."""
+    """Run each once and return the results. Removes other people's runs that fail from ``runs``, printing why."""
     returned, lines = {}, []
     for name in list(runs):
         try:
             returned[name] = runs[name]()
         except Exception as error:
-            # Ours may only lack memory: a batch that fits one generator need not fit another.
+            # Ours may fail only for lack of memory: not every generator fits the same batch.
             if name.startswith("ours") and not isinstance(error, MemoryError | torch.OutOfMemoryError):
                 raise
             del runs[name]
@@ -81,9 +70,9 @@ def first_runs(runs: dict[str, Callable]) -> tuple[dict[str, object], list[str]]
 
 
 def compare(returned: dict, caches: dict[str, str | None], job: Job) -> dict[str, dict]:
-    """By generator: its NFE, and how many of its tokens ours of the same cache has.
+    """For each generator: its NFE, and how many of its tokens ours with the same cache has too.
 
-    Of ours with rounded weights, apart from those, as they may differ: how many are those of the model's own weights.
+    For ours with rounded weights, how many tokens the model's own weights give too: these need not be all of them.
     """
     ours = {cache: returned[f"ours {cache}"] for cache in OURS if f"ours {cache}" in returned}
     found = {}
@@ -104,7 +93,7 @@ def compare(returned: dict, caches: dict[str, str | None], job: Job) -> dict[str
 
 
 def step_times(times: dict[str, Timed], output: dllm_fast.Output, bare: Bare, copied: float, rate: float) -> dict:
-    """Milliseconds of whole and block steps, and their floors: the weights at ``copied`` bytes, FLOPs at ``rate``."""
+    """Milliseconds of whole and block steps, and their floors: FLOPs at ``rate``, weights at ``copied`` bytes/s."""
     blocks = output.nfe_full
     whole = [seconds / blocks for seconds in times[WHOLE].seconds]
     found = {"whole_ms": [1e3 * s for s in whole]}
@@ -145,7 +134,7 @@ def print_runs(times: dict[str, Timed], found: dict[str, dict], tokens: int) -> 
 
 
 def print_duals(times: dict[str, Timed], others: list[str]) -> None:
-    """What others with the dual cache take, times each of ours with it."""
+    """Print how many times as long as ours the others with a dual cache take."""
     for other in (name for name in others if name in times):
         for ours in (name for name in times if name.startswith("ours dual")):
             print(f"{other} takes {spread(times[other].over(times[ours]))} times {ours}")
@@ -157,7 +146,7 @@ def print_shares(shares: dict[str, float]) -> None:
 
 
 def predicted_shares(model, bare: Bare, output: dllm_fast.Output, card: Card) -> dict[str, float]:
-    """Milliseconds of a run of ours dual by `cost`, without what the host and PyTorch's small kernels take."""
+    """Milliseconds that `cost` predicts for a run of ours dual, without the host and PyTorch's small kernels."""
     cost, found = Cost.of(model), Counter()
     for steps, positions, masked in (
         (output.nfe_full, bare.slots, bare.masked[0]),
@@ -170,7 +159,7 @@ def predicted_shares(model, bare: Bare, output: dllm_fast.Output, card: Card) ->
 
 
 def measure(options, model, rounded: dict, batch: int, device: torch.device) -> dict:
-    """All of one batch size, printed; what the JSON line says of it. ``model`` is patched, and so are ``rounded``."""
+    """Measure and print one batch size; return its part of the JSON line. ``model`` and ``rounded`` are patched."""
     shape = SHAPES[options.shape]
     job = make_job(shape, model, options.schedule or shape.schedule, batch)
     peers, lines = find_peers(options.peer, twin(model), job)
@@ -190,11 +179,11 @@ def measure(options, model, rounded: dict, batch: int, device: torch.device) -> 
     for line in lines + failed:
         print(line)
     if device.type == "cuda":
-        interleave(runs, 1, device)  # a step's second run records its graph
+        interleave(runs, 1, device)  # the second run of a step records its graph
     before = Graphs.recordings
     times = interleave(runs, options.rounds, device)
     recordings = Graphs.recordings - before
-    print(f"CUDA graphs: {before} recorded beforehand, {recordings} in runs that were timed again for it")
+    print(f"CUDA graphs: {before} recorded beforehand, {recordings} in runs that were therefore timed again")
     print_runs(times, found, batch * job.gen_length)
     for name in BARE:
         print(f"ours dual takes {spread(times['ours dual'].over(times[name]))} times {name}")
@@ -221,23 +210,27 @@ def measure(options, model, rounded: dict, batch: int, device: torch.device) -> 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=list(SHAPES), default="cpu-768")
-    parser.add_argument("--quick", action="store_true", help="a tiny shape in fp32, one round, on a busy machine too")
+    parser.add_argument("--quick", action="store_true", help="a tiny shape in fp32, one round, even on a busy machine")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
-    parser.add_argument("--schedule", help="uniform:32, threshold:0.9, factor:1, pyramid:2; default: the shape's")
-    parser.add_argument("--refresh", default="block", help="block, every:2, window:32,32 or drift:0.2; ours alone")
-    parser.add_argument("--weights", choices=list(KINDS), nargs="+", default=[], help="ours dual on rounded ones too")
+    parser.add_argument("--schedule", help="uniform=32, threshold=0.9, ...; default: the shape's")
+    parser.add_argument("--refresh", default="block", help="of ours alone: block, every=2, window=32,0 or drift=0.2")
+    parser.add_argument(
+        "--weights", choices=list(KINDS), nargs="+", default=[], help="also run ours dual with these rounded weights"
+    )
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=PATH", help="see bench/peers.py")
-    parser.add_argument("--only", action="append", metavar="NAME", help="run this, ours dual and the bare operations")
-    parser.add_argument("--force", action="store_true", help="measure on a busy machine")
+    parser.add_argument(
+        "--only", action="append", metavar="NAME", help="run only this, ours dual and the bare operations"
+    )
+    parser.add_argument("--force", action="store_true", help="measure even on a busy machine")
     options = parser.parse_args(arguments)
     if options.quick:
         options.shape, options.dtype, options.rounds, options.force = "quick", "float32", 1, True
     try:
-        parse_schedule(options.schedule or SHAPES[options.shape].schedule)
-        parse_refresh(options.refresh)
+        policy_of("schedule", options.schedule or SHAPES[options.shape].schedule)
+        policy_of("refresh", options.refresh)
     except ValueError as error:
         parser.error(str(error))
     return options

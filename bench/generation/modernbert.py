@@ -1,11 +1,11 @@
-"""ModernBERT beside transformers' own: forwards of many lengths, padded and not, and generation.
+"""ModernBERT compared with transformers: forwards at many lengths, padded or not, and generation.
 
     python -m bench.generation.modernbert [--size base] [--lengths 512 2048 8192] [--batches 1 8 32] [--rounds 5]
 
-Random weights. A forward gives every position's logits. transformers runs with SDPA, and where it is installed with
-flash-attention 2, which leaves padding out. Of padded rows the shortest has half the length. Generation is the
-published sampler's plain loop over the unpatched model, and `dllm_fast.generate` with each cache, all in equally many
-steps. Times are medians of rounds in which all take turns; ratios are taken round by round.
+Random weights. A forward computes logits at every position. transformers runs with SDPA and, if it is installed, with
+flash-attention 2, which skips padding. The shortest of padded rows has half the length. Generation compares the
+published sampler's plain loop on the unpatched model with `dllm_fast.generate` and each cache, at the same number of
+steps. Times are medians of interleaved rounds; ratios are taken round by round.
 """
 
 import argparse
@@ -18,28 +18,29 @@ import torch
 from transformers import ModernBertForMaskedLM
 
 import dllm_fast
-from bench.common import Shape, clock, interleave, machine, parse_schedule, plain_ids, spread
+from bench.common import Shape, clock, interleave, machine, plain_ids, spread
 from bench.generation.subjects import BERT_MASK, MODERNBERT, build_modernbert
 from dllm_fast.decoding.published import published_generate
+from dllm_fast.decoding.spelling import schedule_of
 
 TINY = Shape(
     {
         "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 96,
         "local_attention": 16,
     },
-    prompt=24, gen_length=32, block_length=16, schedule="uniform:32",
+    prompt=24, gen_length=32, block_length=16, schedule="uniform=32",
 )  # fmt: skip
 SHAPES = {"base": MODERNBERT["modernbert-base"], "large": MODERNBERT["modernbert-large"], "tiny": TINY}
 
 
 def build(shape: Shape, dtype: torch.dtype, device: torch.device, attention: str) -> ModernBertForMaskedLM:
-    """The same weights for each ``attention`` of transformers."""
+    """The same weights with each ``attention`` of transformers."""
     config = {**shape.config, "attn_implementation": attention}
     return build_modernbert(dataclasses.replace(shape, config=config), dtype, device)
 
 
 def batch_of(length: int, batch: int, padded: bool, config, device: torch.device):
-    """ids and mask [B, L]: rows of half to the whole length, padded on the right, or all of it."""
+    """ids and mask [B, L]: all rows of length L, or if padded, of lengths from L / 2 to L, padded on the right."""
     generator = torch.Generator().manual_seed(length + batch)
     ids = torch.randint(*plain_ids(config), (batch, length), generator=generator)
     ends = torch.linspace(length // 2, length, batch).long() if padded else torch.full((batch,), length)
@@ -48,7 +49,7 @@ def batch_of(length: int, batch: int, padded: bool, config, device: torch.device
 
 
 def obstacle(device: torch.device, run) -> str | None:
-    """Run once. Why it cannot be timed, or None."""
+    """Run once, untimed. Returns why it cannot be timed, or None."""
     try:
         run()
         return None
@@ -78,7 +79,8 @@ def forwards(models: dict, lengths: list[int], batches: list[int], rounds: int, 
 
 
 def generation(models: dict, shape: Shape, rounds: int, device: torch.device) -> None:
-    ours, schedule = models["ours"], parse_schedule(shape.schedule)
+    ours = models["ours"]
+    schedule = schedule_of(shape.schedule)
     ids, _ = batch_of(shape.prompt, 1, False, ours.config, device)
     options = {"gen_length": shape.gen_length, "block_length": shape.block_length, "mask_id": BERT_MASK}
     plain = {

@@ -1,13 +1,13 @@
-"""Speed and accuracy against NFE, the number of forwards: of schedules, caches, refreshes, batches, and peers.
+"""Speed and accuracy against NFE, the number of forwards, for schedules, caches, refreshes, batch sizes and peers.
 
     python -m bench.generation.nfe --model llada-steps --task steps  # accuracy of every schedule, and claims about them
     python -m bench.generation.nfe --model cpu-768 --peer published --peer fast-dllm=PATH
     python -m bench.generation.nfe --model llada-8b --device cuda --schedule uniform=88 uniform=32 --batch 1 8
 
-A model is a shipped one, a folder, or a published shape with random weights. These are sure of nothing: schedules that
-ask for confidence are refused there, and a fixed schedule sets the tokens a step. Everything is run once, unmeasured,
-and then in interleaved rounds on an idle machine; speeds count generated tokens alone. Writes nfe-MODEL.json, .csv,
-plots and one self-contained page into --out; ends with one JSON line.
+A model is a shipped one, a folder, or a published shape with random weights. Confidences from random weights mean
+nothing, so these refuse schedules that use them: only a fixed schedule sets the tokens per step. Everything runs once,
+untimed, and then in interleaved rounds on an idle machine. Speeds count generated tokens only. Writes nfe-MODEL.json,
+.csv, plots and one self-contained page into --out; ends with one JSON line.
 """
 
 import argparse
@@ -37,16 +37,16 @@ from dllm_fast.decoding.spelling import refresh_of, remask_of, schedule_of
 
 
 def usual_settings(subject: Subject) -> list[Setting]:
-    """Uniform at the shape's steps, half and twice as many, and Pyramid; each without a cache and with the dual one."""
+    """Uniform with the shape's steps, half and twice as many, and Pyramid; each without a cache and with a dual one."""
     shape = subject.shape
-    blocks, steps = shape.gen_length // shape.block_length, int(shape.schedule.partition(":")[2])
+    blocks, steps = shape.gen_length // shape.block_length, int(shape.schedule.partition("=")[2])
     counts = [n for n in (2 * steps, steps, steps // 2) if n % blocks == 0 and n <= shape.gen_length]
     schedules = [f"uniform={n}" for n in counts] + ["pyramid=1"]
     return swept(schedules, ["none", "dual"], ["block"], ["none"], ["probability"], [shape.block_length])
 
 
 def asked_settings(options, subject: Subject) -> list[Setting]:
-    """What the command line asks for, or the usual. Raises ValueError for what the model cannot honestly be asked."""
+    """The settings that the command line asks for, or default ones. Raises ValueError if they need a trained model."""
     if options.schedule is None and options.task:
         settings = study(subject.shape.gen_length, not options.few)
     elif options.schedule is None:
@@ -57,8 +57,8 @@ def asked_settings(options, subject: Subject) -> list[Setting]:
     unsure = sorted({setting.schedule for setting in settings if setting.kind in ADAPTIVE})
     if unsure and not subject.trained:
         raise ValueError(
-            f"--schedule {' '.join(unsure)}: {subject.name} has random weights, whose confidence says nothing, so what "
-            "such a schedule keeps a step is no one's figure; take uniform=N or pyramid=N, which set it"
+            f"--schedule {' '.join(unsure)}: {subject.name} has random weights, whose confidences mean "
+            "nothing, and with them these schedules' tokens per step; take uniform=N or pyramid=N"
         )
     return settings
 
@@ -77,9 +77,7 @@ def print_rows(rows: list[dict], batch: int) -> None:
             f"{row['over_floor']:.1f}", peak,
         ])  # fmt: skip
     columns = ["setting", "NFE", "tok/NFE", "full", "block", "tok/s", "range", "floors", "MiB"]
-    title = (
-        f"batch {batch}: evaluations (full+block), ms of each kind, new tokens a second, how many floors long, memory"
-    )
+    title = f"batch {batch}: forwards (full+block), ms of each kind, new tokens per second, time / floor, memory"
     print_table(columns, cells, title)
 
 
@@ -90,7 +88,7 @@ def print_peers(rows: list[dict]) -> None:
         for row in rows
     ]  # fmt: skip
     if cells:
-        title = "others on the same weights and prompts (* another algorithm: its tokens need not be ours)"
+        title = "others on the same weights and prompts (* another algorithm: its tokens may differ from ours)"
         print_table(["peer", "tokens/s", "times as long as ours", "tokens as ours"], cells, title)
 
 
@@ -110,7 +108,7 @@ def print_scores(found: dict) -> None:
 
 
 def stored_scores(path: Path, subject: Subject) -> dict:
-    """A stored run's scores, with its claims looked at anew. Raises ValueError for those of another model."""
+    """A stored run's scores, with its claims checked again. Raises ValueError if they are another model's."""
     result = read(path)
     if result["model"] != subject.name or "accuracy" not in result:
         raise ValueError(f"--scores {path}: no scores of {subject.name}")
@@ -119,8 +117,8 @@ def stored_scores(path: Path, subject: Subject) -> dict:
 
 
 def scores(options, subject: Subject, settings: list[Setting]) -> dict:
-    """Every setting's score. They take long: each goes into a file beside the results until all are there, and a run
-    that was cut off goes on from it."""
+    """Every setting's score. Scoring takes long, so each score is appended to a file beside the results, from which an
+    interrupted run continues."""
     seeds, rows = list(range(options.seeds)), []
     job = {"model": subject.name, "task": options.task, "seeds": seeds, "problems": options.problems}
     kept = options.out / f"nfe-{subject.name}.unfinished.jsonl"
@@ -142,7 +140,7 @@ def scores(options, subject: Subject, settings: list[Setting]) -> dict:
 
 
 def unfinished(path: Path, job: dict) -> list[dict]:
-    """What an earlier run of ``job`` scored before it was cut off; the end of the file may be half a line."""
+    """The scores from an interrupted run of the same ``job``. The file may end in half a line."""
     whole = path.read_text().split("\n")[:-1] if path.exists() else []
     return [line["row"] for line in map(json.loads, whole) if line["job"] == job]
 
@@ -166,10 +164,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="llada-steps", help=f"a folder, or one of {names()}")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="default: float32 for a model that comes with "
-                        "the package, on a CPU; else bfloat16")  # fmt: skip
-    parser.add_argument("--threads", type=int, help="of the CPU; default: PyTorch's own choice")
-    sweep = parser.add_argument_group("settings: all combinations; without --schedule a usual few, or the task's study")
+    dtypes = "default: float32 for a shipped model on a CPU, else bfloat16"
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], help=dtypes)
+    parser.add_argument("--threads", type=int, help="CPU threads; default: PyTorch's choice")
+    sweep = parser.add_argument_group(
+        "settings: all combinations; without --schedule, a few defaults or the task's study"
+    )
     sweep.add_argument("--schedule", nargs="+", metavar="S", help="uniform=32, pyramid=1, threshold=0.9, factor=1, "
                        "entropy-bound=0.1, first-hitting, ancestral=32")  # fmt: skip
     sweep.add_argument("--cache", nargs="+", choices=CACHES, default=["none", "dual"])
@@ -180,17 +180,17 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     sweep.add_argument("--batch", nargs="+", type=int, metavar="B", default=[1])
     task = parser.add_argument_group("accuracy")
     task.add_argument("--task", choices=list(TASKS), help="a task that the model was trained for")
-    task.add_argument("--few", action="store_true", help="a few settings in place of the whole study")
-    task.add_argument("--seeds", type=int, default=3, help="sets of problems, each with noise of its own")
+    task.add_argument("--few", action="store_true", help="a few settings instead of the whole study")
+    task.add_argument("--seeds", type=int, default=3, help="sets of problems, each with its own noise")
     task.add_argument("--problems", type=int, default=200, help="of each seed")
-    task.add_argument("--scores", type=Path, metavar="JSON", help="take a stored run's scores: only times are measured")
+    task.add_argument("--scores", type=Path, metavar="JSON", help="use a stored run's scores, and measure times only")
     task.add_argument("--task-batch", type=int, default=50, help="problems evaluated together")
-    parser.add_argument("--prompts", type=Path, help="a text file: a trained model's prompts, a line each")
-    parser.add_argument("--rounds", type=int, default=3, help="timed runs of each; 0: only accuracy")
+    parser.add_argument("--prompts", type=Path, help="a text file with a prompt for a trained model on each line")
+    parser.add_argument("--rounds", type=int, default=3, help="timed runs of each setting; 0: only accuracy")
     parser.add_argument("--peer", action="append", metavar="NAME=PATH", help="or published; see bench/peers.py")
-    parser.add_argument("--quick", action="store_true", help="one round and unmeasured rates, on a busy machine too")
-    parser.add_argument("--force", action="store_true", help="measure on a busy machine")
-    parser.add_argument("--out", type=Path, default=Path("runs/nfe"), help="folder of the results")
+    parser.add_argument("--quick", action="store_true", help="one round, floors not measured, even on a busy machine")
+    parser.add_argument("--force", action="store_true", help="measure even on a busy machine")
+    parser.add_argument("--out", type=Path, default=Path("runs/nfe"), help="folder for the results")
     options = parser.parse_args(arguments)
     if options.quick:
         options.rounds, options.force = 1, True
@@ -208,7 +208,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def prepare(options, dtype: torch.dtype, device: torch.device):
-    """The subject, its settings, its prompts, and stored scores if any. Raises ValueError for what does not fit."""
+    """(subject, settings, prompts, stored scores or None). Raises ValueError if options do not go together."""
     subject = open_subject(options.model, dtype, device)
     texts = options.prompts.read_text().splitlines() if options.prompts else usual_texts(subject.name)
     if options.task:
@@ -220,12 +220,12 @@ def prepare(options, dtype: torch.dtype, device: torch.device):
 
 
 def leave(result: dict, stem: Path) -> None:
-    """``stem``.json and .csv; pictures and page where matplotlib is, which a machine with a GPU may lack."""
+    """Write ``stem``.json and .csv, and the pictures and page if matplotlib is installed."""
     try:
         from bench.report.page import write
     except ImportError as error:
         save(result, stem)
-        print(f"\n{stem}.json, .csv; {error}: python -m bench.report.page makes the pages of it elsewhere")
+        print(f"\n{stem}.json, .csv; {error}: make its pages elsewhere with python -m bench.report.page")
     else:
         write(result, stem)
         print(f"\n{stem}.json, .csv, .html")
@@ -247,10 +247,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     if not subject.trained:
-        print(f"{subject.name}: random weights; a fixed schedule, not the model, sets the tokens a step")
+        print(f"{subject.name}: random weights; a fixed schedule, not the model, sets the tokens per step")
     rates = Rates.of(floors.measure(device.type, quick=options.quick), dtype)
-    told = "a dry run, not to be believed" if options.quick else "measured"
-    print(f"copies {rates.copy / 1e9:.1f} GB/s, multiplies {rates.matrix / 1e12:.3f} TFLOP/s, {told}")
+    told = "a dry run: figures mean nothing" if options.quick else "measured"
+    print(f"copies {rates.copy / 1e9:.1f} GB/s, matmuls {rates.matrix / 1e12:.3f} TFLOP/s, {told}")
     result = {
         "bench": "nfe", "model": subject.name, "trained": subject.trained, "quick": options.quick, "machine": where,
         "load": load, "busy": load > IDLE_LOAD * os.cpu_count(), "rates": asdict(rates),

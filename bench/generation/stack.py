@@ -1,8 +1,8 @@
-"""Where the milliseconds of an evaluation go: attention, matmul, predict (LM head and selection), commit, norms, host.
+"""Where the milliseconds of a forward go: attention, matmul, predict (LM head and selection), commit, norms, host.
 
-On a CPU each function of `dllm_fast.ops` and each linear product is timed as it is called, which costs a microsecond;
-the rest of the wall is the host's: embedding, indices, Python. On CUDA the kernels' own times are taken by their names
-(`bench.generation.breakdown`), and the host has what they leave of the wall.
+On a CPU each call of a function of `dllm_fast.ops` and each matmul is timed, at a cost of a microsecond. The rest of
+the wall time is the host's: embedding, indices, Python. On CUDA the kernels' own times are sorted by their names
+(`bench.generation.breakdown`), and the host's time is the rest of the wall time.
 """
 
 import contextlib
@@ -22,12 +22,13 @@ from dllm_fast import ops
 PARTS = ("attention", "matmul", "predict", "commit", "norm, rope, gate", "host")
 SHORT = 1.0  # seconds
 # `bench.generation.breakdown`'s names.
-PART = {"products": "matmul", "LM head": "predict", "selection": "predict", "LM head, selection": "predict",
+PART = {"matmuls": "matmul", "LM head": "predict", "selection": "predict", "LM head, selection": "predict",
         "other": "host"}  # fmt: skip
 
 
 def stacked(run: Callable[[], object], device: torch.device, seconds: float) -> dict[str, float]:
-    """Milliseconds of each of `PARTS` in a run that takes ``seconds`` unwatched; of a short one the middle of three."""
+    """Milliseconds of each of `PARTS` in a run that takes ``seconds`` when not watched; for a short run, the median of
+    three."""
     found = [_parts(run, device, seconds) for _ in range(3 if seconds < SHORT else 1)]
     return sorted(found, key=lambda parts: sum(parts.values()))[len(found) // 2]
 
@@ -36,7 +37,7 @@ def _parts(run: Callable[[], object], device: torch.device, seconds: float) -> d
     if device.type == "cuda":
         found = Counter()
         for name, ms in break_down(run, device, seconds).items():
-            # Kernels without a name of ours are the device's, between the ops: gathers, copies, masks.
+            # Kernels without a name of ours run between the ops: gathers, copies, masks.
             found[PART.get(name, name)] += ms
     else:
         with _timers() as found:
@@ -47,7 +48,7 @@ def _parts(run: Callable[[], object], device: torch.device, seconds: float) -> d
 
 @contextlib.contextmanager
 def _timers() -> Iterator[Counter]:
-    """Milliseconds by part of the outermost timed calls: a product inside of predict is predict's."""
+    """Milliseconds by part. Only the outermost timed call counts: a matmul inside predict belongs to predict."""
     found, inside = Counter(), [False]
 
     def timed(function: Callable, part: str) -> Callable:

@@ -1,10 +1,10 @@
-"""A block step of LLaDA-8B's shape as a CUDA graph, in several ways: which matmuls, chained or not, which tiles,
-whether a matmul's first weights are brought into L2 by a stream beside it while the small kernels before it run.
+"""Times a block step of LLaDA-8B's shape as a CUDA graph in several variants: which matmuls and tiles, launches
+chained or not, and with or without a second stream that prefetches the next matmul's first weights into L2.
 
     python -m bench.generation.steps [--layers 32] [--batch 1] [--weights fp8] [--head fp8] [--quick]
 
-Every way is recorded anew on the same buffers and replayed; milliseconds are medians, in turns. The floor is the
-weights, keys and values at the copy bandwidth measured in the same run.
+Each variant is recorded on the same buffers and replayed; milliseconds are medians of interleaved replays. The floor is
+the bytes of weights, keys and values at the copy bandwidth measured in the same run.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from dllm_fast.kernels import attention, glu, linear, linear_int4, norm, rope, r
 from dllm_fast.patch import bound_family, bound_pool
 
 CHAINS = (attention, glu, linear, linear_int4, norm, rope, round_rows)
-TILES = {  # by `patch`'s weights; the first are those that ship
+TILES = {  # by `patch`'s weights; the shipped ones come first
     None: ({}, {"BK": 64, "num_stages": 5, "AHEAD": 4}, {"BN": 64, "BK": 256}),
     "fp8": (
         {}, {"split": True}, {"split": True, "AHEAD": 0}, {"split": True, "num_warps": 8},
@@ -48,7 +48,7 @@ def unchained(device, programs) -> dict:
 
 @contextlib.contextmanager
 def way(tiles: dict | None, chained: bool, rows: int, weights: str | None):
-    """The matmul with ``tiles`` in place of those that ship; None: the one that served before (of int4, widening)."""
+    """Replace the matmul's shipped tiles with ``tiles``; None: PyTorch's matmul (for int4, on widened weights)."""
     with contextlib.ExitStack() as stack:
         if not chained:
             for module in CHAINS:
@@ -89,9 +89,9 @@ def _prefetch_kernel(at_ptr, LINE: tl.constexpr, LINES: tl.constexpr):
 
 @contextlib.contextmanager
 def beside(megabytes: int):
-    """After each matmul of a layer, a second stream brings the first of the next one's weights into L2.
+    """After each matmul of a layer, prefetch the next one's first weights into L2 on a second stream.
 
-    Yields what joins that stream again. The order is that of a step's matmuls as they were seen in an eager one.
+    Yields a function that joins that stream. The order of matmuls is taken from an eager step.
     """
     order, side = [], torch.cuda.Stream()
     names = ("linear", "scaled_linear", "int4_linear", "swiglu_linear")
@@ -130,7 +130,7 @@ def record(engine, kind: str, join=lambda: None) -> torch.cuda.CUDAGraph:
 
 
 def replay(graph, engine, mask_id: int) -> float:
-    """Milliseconds of one replay, all of the block's positions masked again beforehand."""
+    """Milliseconds of one replay, after masking all of the block's positions again."""
     at = engine.slot[:, None] + engine.offsets
     engine.canvas.scatter_(1, at, torch.full_like(at, mask_id))
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -142,7 +142,7 @@ def replay(graph, engine, mask_id: int) -> float:
 
 
 def copy_rate(device) -> float:
-    """Bytes a second, read and written."""
+    """Bytes per second, read plus written."""
     x = torch.empty(1 << 30, dtype=torch.uint8, device=device)
     y, times = torch.empty_like(x), []
     for _ in range(10):
@@ -156,7 +156,7 @@ def copy_rate(device) -> float:
 
 
 def floor(family, engine, weights: str | None, head: str | None, rate: float) -> float:
-    """Milliseconds of a block step's bytes: layers and head once, and keys and values."""
+    """Milliseconds for a block step's bytes: layers and head once, plus keys and values."""
     layers = sum(linear.weight.numel() for group in family.groups() for linear in group)
     vocabulary = family.head()[0].numel() * SIZES[head]
     kept = engine.cache.buffers.nbytes
@@ -164,7 +164,7 @@ def floor(family, engine, weights: str | None, head: str | None, rate: float) ->
 
 
 def profile(graph, engine, mask_id: int, predicted: dict[str, float], top: int = 16) -> None:
-    """Launches of one replay, its kernels by their time, and their groups beside ``predicted`` microseconds."""
+    """Print one replay's launches, its kernels by time, and their groups beside ``predicted`` microseconds."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         replay(graph, engine, mask_id)
     spent: dict[str, list[float]] = {}
@@ -181,7 +181,7 @@ def profile(graph, engine, mask_id: int, predicted: dict[str, float], top: int =
 
 
 def predict(model, engine, card: Card, positions: int, weights: str | None) -> dict[str, float]:
-    """Microseconds by group of a step in the way that is in force, see `bench.generation.cost`."""
+    """Microseconds by group that `bench.generation.cost` predicts for a step of the current variant."""
     shape = engine.rows, engine.slots, positions, engine.block_size, engine.rows * engine.block_size
     return by_group(step_kernels(Cost.of(model), card, *shape, weights), card)
 
@@ -194,10 +194,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--weights", choices=["fp8", "int4"], help="of the layers, as `patch` rounds them")
     parser.add_argument("--head", choices=["fp8"], help="the LM head in e4m3 too")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--quick", action="store_true", help="the ways that ship, before and after, alone")
+    parser.add_argument("--quick", action="store_true", help="only the shipped variant, before and after")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
-        print("no CUDA device: graphs are what is timed", file=sys.stderr)
+        print("no CUDA device: this bench times CUDA graphs", file=sys.stderr)
         return 2
     device = torch.device("cuda")
     print(machine(device, torch.bfloat16))

@@ -12,19 +12,19 @@ from bench.quality.patched import PROMPTS
 
 # ModernBERT's published sizes (arXiv:2412.13663); transformers' defaults are base.
 MODERNBERT = {
-    "modernbert-base": Shape({}, prompt=384, gen_length=128, block_length=32, schedule="uniform:32"),
+    "modernbert-base": Shape({}, prompt=384, gen_length=128, block_length=32, schedule="uniform=32"),
     "modernbert-large": Shape(
         {"hidden_size": 1024, "num_hidden_layers": 28, "num_attention_heads": 16, "intermediate_size": 2624},
-        prompt=384, gen_length=128, block_length=32, schedule="uniform:32",
+        prompt=384, gen_length=128, block_length=32, schedule="uniform=32",
     ),
 }  # fmt: skip
 BERT_MASK = 50284  # the published tokenizer's [MASK]
-TRAINED = Shape({}, prompt=64, gen_length=64, block_length=32, schedule="uniform:16")
+TRAINED = Shape({}, prompt=64, gen_length=64, block_length=32, schedule="uniform=16")
 
 
 @dataclass
 class Subject:
-    """A patched model and the usual job on it. ``tokenizer`` None: random weights, random prompts."""
+    """A patched model and its default job. ``tokenizer`` None: random weights, random prompts."""
 
     name: str
     model: torch.nn.Module
@@ -40,10 +40,10 @@ class Subject:
         return self.shape.prompt + self.shape.gen_length
 
     def prompts(self, batch: int, texts: list[str]) -> torch.Tensor:
-        """[batch, prompt] int64 of one length, as generators that take no padding need it.
+        """Prompts [batch, prompt] int64, all of one length for generators that cannot take padding.
 
-        ``texts`` that have that length as they are, a row each; others one after the other, cut to it; random ids
-        where the weights are random.
+        ``texts`` of that length become a row each; other texts are joined and cut to it. A model with random weights
+        gets random ids.
         """
         size = (batch, self.shape.prompt)
         if not self.trained:
@@ -61,7 +61,7 @@ def names() -> str:
 
 
 def open_subject(name: str, dtype: torch.dtype, device: torch.device) -> Subject:
-    """Raises ValueError for a name that is no shipped model, no shape and no folder."""
+    """The subject of that name. Raises ValueError unless it is a shipped model, a shape or a folder."""
     if name in SHAPES:
         return Subject(name, dllm_fast.patch(build_model(SHAPES[name], dtype, device)), SHAPES[name], None)
     if name in MODERNBERT:
@@ -73,7 +73,7 @@ def open_subject(name: str, dtype: torch.dtype, device: torch.device) -> Subject
 
 
 def build_modernbert(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int = 0) -> ModernBertForMaskedLM:
-    """transformers' own initialisation. It is sure of nothing: good for times, not for tokens."""
+    """Random weights by transformers' initialisation: its confidences are low, so use it for times, not for tokens."""
     config = ModernBertConfig(**shape.config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -83,5 +83,5 @@ def build_modernbert(shape: Shape, dtype: torch.dtype, device: torch.device, see
 
 
 def usual_texts(name: str) -> list[str]:
-    """Prompts of a shipped model that has no task."""
+    """Prompts for a shipped model that has no task."""
     return list(PROMPTS.get(name, ()))

@@ -23,13 +23,13 @@ STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 @dataclass
 class Trial:
-    """A setting at a batch size: what its first run was, and what its timed runs took."""
+    """A setting at a batch size: its first run's results, and its timed runs' seconds."""
 
     setting: Setting
     run: Callable[[], dllm_fast.Output]
     output: dllm_fast.Output
-    trace: list[Step]  # of the first run, with what was masked
-    peak: int | None  # bytes: of the device's allocator, else of the process
+    trace: list[Step]  # of the first run, with counts of masked positions
+    peak: int | None  # peak bytes: of the device's allocator, on a CPU of the process
     rounds: list[list[Step]] = field(default_factory=list)
 
     def watched(self) -> None:
@@ -40,7 +40,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Rates:
-    """What the machine does at best, measured: bytes a second, and operations a second in the model's dtype."""
+    """The machine's measured peak rates: bytes per second, and FLOPs per second in the model's dtype."""
 
     copy: float
     matrix: float
@@ -53,8 +53,10 @@ class Rates:
 def time_settings(
     subject: Subject, settings: list[Setting], ids: torch.Tensor, rates: Rates, rounds: int, specs: list[str] | None
 ) -> dict:
-    """Rows of ``settings`` on the prompts ``ids`` [B, P], rows of the peers ``specs`` (None: no peers), and lines on
-    what did not run. Everything runs once, unmeasured, for its tokens, its steps and its memory."""
+    """(rows of ``settings`` on the prompts ``ids`` [B, P], rows of the peers ``specs``, why others did not run).
+
+    ``specs`` None: no peers. Everything runs once, untimed, for its tokens, steps and memory.
+    """
     device, trials, lines = subject.model.device, {}, []
     for setting in settings:
         try:
@@ -63,7 +65,7 @@ def time_settings(
             lines.append(f"{setting.name}: not run: {str(error)[:150]}")
     peers, failed = _first_peers(subject, trials, ids, specs)
     runs = {name: trial.watched for name, trial in trials.items()} | {name: peer.run for name, peer in peers.items()}
-    # The engine keeps recorded graphs for the last few settings alone, so that one comes straight after itself.
+    # A setting's runs follow each other, because the engine keeps recorded graphs of the last few settings only.
     again = {name: trial.run for name, trial in trials.items()} if device.type == "cuda" else {}
     times = interleave(runs, rounds, device, before=lambda name: again[name]() if name in again else None)
     rows = [_row(subject, trial, times[name], ids, rates) for name, trial in trials.items()]
@@ -76,11 +78,11 @@ def _first(subject: Subject, setting: Setting, ids: torch.Tensor) -> Trial:
         dllm_fast.generate, subject.model, ids, gen_length=shape.gen_length, seed=0, **setting.options()
     )
     if device.type == "cuda":
-        dllm_fast.patch(dllm_fast.unpatch(subject.model))  # lets go of what other settings' engines hold
+        dllm_fast.patch(dllm_fast.unpatch(subject.model))  # frees what other settings' engines hold
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     elif CLEAR.exists():
-        CLEAR.write_text("5")  # the kernel's peak begins anew
+        CLEAR.write_text("5")  # resets the kernel's peak
     with watching(look=True) as trace:
         output = run()
     return Trial(setting, run, output, trace, _peak(device))
@@ -113,7 +115,7 @@ def _row(subject: Subject, trial: Trial, times: Timed, ids: torch.Tensor, rates:
 
 
 def _floors(subject: Subject, trial: Trial, batch: int, slots: int, rates: Rates) -> list[float]:
-    """Seconds that each step takes at least: its bytes at the copy's rate or its FLOPs at the product's, the longer."""
+    """A lower bound of each step's seconds: its bytes at the copy rate or its FLOPs at the matmul rate."""
     cost, cached = Cost.of(subject.model), trial.setting.cache != "none"
     live = batch * trial.setting.block_length
     reading = cost.bytes(batch, slots, cached) / rates.copy
@@ -125,7 +127,7 @@ def _floors(subject: Subject, trial: Trial, batch: int, slots: int, rates: Rates
 
 @dataclass
 class _Timed:
-    """A peer, and the setting of ours that it is held against."""
+    """A peer, and the setting of ours that it is compared with."""
 
     peer: Peer
     ours: Trial
@@ -151,11 +153,11 @@ class _Timed:
 
 
 def _first_peers(subject, trials: dict[str, Trial], ids, specs) -> tuple[dict[str, _Timed], list[str]]:
-    """Every peer on every schedule of the greedy, plain settings that ran, run once."""
+    """Run every peer once on every schedule of our plain greedy settings that ran."""
     found, lines = {}, []
     if specs is None:
         return found, lines
-    paths = [spec for spec in specs if spec != "published"]  # which is always there
+    paths = [spec for spec in specs if spec != "published"]  # always available
     plain = {}
     for trial in trials.values():
         s = trial.setting
@@ -169,7 +171,7 @@ def _first_peers(subject, trials: dict[str, Trial], ids, specs) -> tuple[dict[st
         lines += [f"{schedule}: {line}" for line in failed]
         for peer in peers:
             if peer.name != "published" or "published" in specs:
-                # One whose cache is none of ours is held against the dual one.
+                # A peer with a cache unlike ours is compared with the dual cache.
                 trial = ours.get(peer.cache or "dual")
                 if trial is None:
                     lines.append(f"{schedule}: {peer.name}: not run: no setting with cache {peer.cache or 'dual'}")
@@ -177,6 +179,6 @@ def _first_peers(subject, trials: dict[str, Trial], ids, specs) -> tuple[dict[st
                 try:
                     timed = _Timed(peer, trial, *peer.run())
                     found[timed.name] = timed
-                except Exception as error:  # of code that is not ours
+                except Exception as error:  # anything, since the code is not ours
                     lines.append(f"{schedule}: {peer.name}: not run: {type(error).__name__}: {str(error)[:150]}")
     return found, lines

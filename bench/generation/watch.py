@@ -1,4 +1,4 @@
-"""The engine's evaluations, one by one: their kinds, what each had to do, and the time it took."""
+"""Records each forward of the engine: its kind, its work and its time."""
 
 import contextlib
 import time
@@ -13,10 +13,10 @@ from dllm_fast.decoding.engine import Engine
 
 @dataclass
 class Step:
-    """kind: "full"; "block", the live positions against a cache; "window", a refresh's; "mixed": rows that differ.
+    """kind: "full"; "block", the block's positions against a cache; "window", a refresh's; "mixed", rows that differ.
 
-    positions: evaluated, of all rows. masked, open_rows: positions still masked when it began, and the rows that had
-    any; None where nobody looked. begin, end: seconds on a CPU, events on a device.
+    positions: how many the forward computes, over all rows. masked, open_rows: positions still masked when it began,
+    and the rows that had any; None unless looked at. begin, end: seconds on a CPU, events on a device.
     """
 
     kind: str
@@ -35,7 +35,7 @@ class Step:
 
 @contextlib.contextmanager
 def watching(look: bool = False) -> Iterator[list[Step]]:
-    """A list that fills with the steps of what runs inside. Only ``look`` waits for the device, at each step."""
+    """A list that fills with the steps that run inside. With ``look``, each step waits for the device."""
     steps: list[Step] = []
 
     def watched(method, kind_of):
@@ -72,8 +72,8 @@ def _now(device: torch.device):
     return event
 
 
-def own_evaluations(steps: list[Step], rows: int) -> list[int]:
-    """Evaluations that each row needed: those at which something of it was masked. A row alone would have just them."""
+def own_forwards(steps: list[Step], rows: int) -> list[int]:
+    """The forwards that each row needed, as if it ran alone: those at which some of its positions were masked."""
     found = [0] * rows
     for step in steps:
         for row in step.open_rows:

@@ -1,4 +1,4 @@
-"""pytest's side of `bench/ops/kernels.py`: options, one test a case and implementation, the table and the JSON line."""
+"""pytest hooks for `bench/ops/kernels.py`: options, a test per case and implementation, the table, the JSON line."""
 
 import os
 
@@ -20,11 +20,11 @@ STATE = {"rows": [], "results": {}, "floors": None}
 
 def pytest_addoption(parser):
     parser.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.addoption("--quick", action="store_true", help="tiny shapes: a dry run")
+    parser.addoption("--quick", action="store_true", help="tiny shapes, for a dry run")
 
 
 def pytest_configure(config):
-    config.option.benchmark_quiet = True  # our table is the report; where there is no such option this does nothing
+    config.option.benchmark_quiet = True  # our table is the report; without pytest-benchmark this option does nothing
     config.addinivalue_line("markers", "benchmark: pytest-benchmark's")
 
 
@@ -44,7 +44,7 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture
 def measured(request):
-    """`bench.ops.timing.measure` of a case, once; prints what it found."""
+    """`bench.ops.timing.measure` of a case, run and printed once."""
     device, quick = request.config.option.device, request.config.option.quick
     capture = request.config.pluginmanager.get_plugin("capturemanager")
 
@@ -75,7 +75,7 @@ def measured(request):
 
 
 def pytest_unconfigure(config):
-    """After pytest's own last line, so that the JSON line is the last."""
+    """Print after pytest's own summary, so that the JSON line comes last."""
     if STATE["rows"]:
         tables.table(STATE["rows"], STATE["results"])
         print(tables.summary(STATE["rows"], STATE["floors"], case.peers_here()))

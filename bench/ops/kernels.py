@@ -1,18 +1,18 @@
 """Each kernel against its peers: ``python -m pytest --import-mode=importlib bench/ops/kernels.py -k attention``.
 
-A case is one op on one shape of LLaDA-8B or ModernBERT; a test is one implementation of it. The first test of a case
-holds every implementation against fp64, then times all of them in turns (`bench.ops.timing`); each test then hands its
-times to pytest-benchmark through a clock of our own, so that ``--benchmark-save`` and ``--benchmark-compare`` know
-device times and not launches. A table and one JSON line end the run (`bench.report.tables`). Options: ``--device``,
-``--quick`` (tiny shapes: a dry run, in Triton's interpreter without a GPU).
+A case is one op on one shape of LLaDA-8B or ModernBERT; a test is one implementation of it. A case's first test
+compares every implementation with fp64, then times all of them in turns (`bench.ops.timing`). Each test passes its
+times to pytest-benchmark through our own clock, so that ``--benchmark-save`` and ``--benchmark-compare`` get device
+times, not launch times. A table and one JSON line end the run (`bench.report.tables`). Options: ``--device``,
+``--quick`` (tiny shapes for a dry run, in Triton's interpreter without a GPU).
 
-Nothing is imported here on purpose: with this folder on the path, transformers finds this file when it looks for
-Hugging Face's package of the same name.
+This file deliberately imports nothing of its own: with this folder on the path, transformers takes it for Hugging
+Face's package of the same name.
 """
 
 
 class Clock:
-    """What pytest-benchmark reads instead of the host's clock."""
+    """A clock that pytest-benchmark reads instead of the host's."""
 
     now = 0.0
 

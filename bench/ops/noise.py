@@ -1,21 +1,22 @@
-"""How good the Gumbel noise is, as a sampler sees it: ``python -m bench.ops.noise [--device cuda|cpu]``.
+"""How good our Gumbel noise is for sampling: ``python -m bench.ops.noise [--device cuda|cpu]``.
 
-The kernel (fp32 from 64 bits), its fp64 definition, and the two that samplers usually use, ``-log(-log(rand))`` in fp32
-and in fp64, are held against the Gumbel law:
+Four kinds of noise are compared with the Gumbel distribution: the kernel's (fp32 from 64 bits), its fp64 definition,
+and the two that samplers usually use, ``-log(-log(rand))`` in fp32 and in fp64. Measured are:
 
 - the Kolmogorov-Smirnov distance of ten million draws;
-- chi-squared of the argmax of logits plus noise, over 16 tokens and over 126,464, these in groups;
-- the tail: draws beyond 16.6, where 24-bit uniforms end, and draws given that U > 1 - 2^-20;
-- the effective temperature: the T at which ``softmax(z / T)`` is most likely to have given the tokens drawn at 1. The
-  derivative of the log-likelihood vanishes where the model's mean logit is that of the drawn tokens, and 1 / T has the
-  standard error ``1 / sqrt(n var z)``.
+- chi-squared of the argmax of logits plus noise, over 16 tokens, and over 126,464 tokens in groups;
+- the tail: draws beyond 16.6, where 24-bit uniforms end, and draws conditional on U > 1 - 2^-20;
+- the effective temperature: the T at which ``softmax(z / T)`` gives the drawn tokens the highest likelihood, which
+would
+  be 1 without error. At this T the model's mean logit equals the drawn tokens', and 1 / T has the standard error
+  ``1 / sqrt(n var z)``.
 
-The logits of the large vocabulary are Zipf-Mandelbrot's, of ranks in 64 groups of equal logits: what a masked position
-looks like before anything around it is known. For the temperature the largest noise of a group of m tokens is drawn
-at once, as the sampler's transform of the largest of m uniforms, ``U^(1/m)``. That is the same law, since each
-transform is monotonic, and makes a million draws of a vocabulary possible. All samplers see the same uniforms there, so
-their differences are known better than the temperatures. Without a GPU the kernel runs in Triton's interpreter. Ends
-with one JSON line.
+The logits of the large vocabulary follow Zipf and Mandelbrot, in 64 groups of equal logits, like those of a masked
+position whose surroundings are masked too. For the temperature, the largest noise of a group of m tokens is drawn at
+once, as the sampler's transform of the largest of m uniforms, ``U^(1/m)``. Each transform is monotonic, so this has the
+same distribution, and a million draws from the vocabulary become possible. All samplers get the same uniforms, so the
+differences between them are more precise than the temperatures. Without a GPU the kernel runs in Triton's interpreter.
+Ends with one JSON line.
 """
 
 import argparse
@@ -38,9 +39,9 @@ import triton.language as tl
 from dllm_fast.kernels import gumbel as kernel
 from dllm_fast.kernels import reference
 
-VOCABULARY, GROUPS, SINGLE = 126_464, 64, 16  # the first ranks stand alone
+VOCABULARY, GROUPS, SINGLE = 126_464, 64, 16  # the first ranks are groups of one
 END_OF_24_BITS = -math.log(-math.log1p(-(2.0**-24)))  # 16.6355: the largest of -log(-log(u)) with 24 bits
-TAIL_BITS = 20  # the tail is where that many leading bits of U are ones
+TAIL_BITS = 20  # in the tail, this many leading bits of U are ones
 SEED = 20_240_902
 TOP = (1 << 32) - 1
 SAMPLERS = ("kernel fp32", "definition fp64", "naive fp32", "naive fp64")
@@ -55,11 +56,11 @@ def _words_kernel(out_ptr, high_ptr, low_ptr, N, BLOCK: tl.constexpr):
 
 
 def block(device: str) -> int:
-    return 1024 if device == "cuda" else 1 << 16  # the interpreter's cost is a program's
+    return 1024 if device == "cuda" else 1 << 16  # the interpreter's cost is per program
 
 
 def from_words(high: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
-    """The kernel's noise, fp32, of 64 random bits: int64 tensors of 32-bit values."""
+    """The kernel's noise, fp32, from 64 random bits in two int64 tensors of 32-bit values."""
     out = torch.empty(high.shape, dtype=torch.float32, device=high.device)
     size = block(high.device.type)
     _words_kernel[(triton.cdiv(high.numel(), size),)](
@@ -69,7 +70,7 @@ def from_words(high: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
 
 
 def noise(sampler: str, rows: int, columns: int, step: int, generator: torch.Generator) -> torch.Tensor:
-    """[rows, columns] numbers; those of one step never repeat in another."""
+    """[rows, columns] numbers; no two steps share any."""
     device = generator.device
     if sampler.startswith("naive"):
         dtype = torch.float32 if sampler.endswith("32") else torch.float64
@@ -83,7 +84,7 @@ def noise(sampler: str, rows: int, columns: int, step: int, generator: torch.Gen
 
 
 def ks_distance(draws: torch.Tensor, cdf: Callable) -> float:
-    """The largest distance between the draws' distribution and ``cdf``, in fp64."""
+    """The largest distance between the draws' empirical distribution and ``cdf``, in fp64."""
     ordered = draws.double().sort().values
     n = ordered.numel()
     rank = torch.arange(n, dtype=torch.float64, device=draws.device)
@@ -92,7 +93,7 @@ def ks_distance(draws: torch.Tensor, cdf: Callable) -> float:
 
 
 def chi_squared(observed: torch.Tensor, expected: torch.Tensor) -> tuple[float, int, float]:
-    """Statistic, degrees of freedom and p-value; neighbouring bins are merged until each expects 5."""
+    """(statistic, degrees of freedom, p-value); neighbouring bins are merged until each expects 5."""
     bins, total = [], [0.0, 0.0]
     for pair in zip(observed.tolist(), expected.tolist()):
         total = [a + b for a, b in zip(total, pair)]
@@ -106,7 +107,7 @@ def chi_squared(observed: torch.Tensor, expected: torch.Tensor) -> tuple[float, 
 
 
 def draws(sampler: str, count: int, generator: torch.Generator) -> dict:
-    """KS distance of many draws, chi-squared of them as a sampler of 16 tokens, and how far they reach."""
+    """KS distance of many draws, chi-squared as a sampler of 16 tokens, and the largest draw."""
     rows = 10
     numbers = noise(sampler, rows, count // rows, 0, generator)
     logits = torch.linspace(3.0, -3.0, 16, dtype=torch.float64, device=generator.device)
@@ -130,7 +131,7 @@ def beyond(x: float) -> float:
 
 
 def tail(count: int, generator: torch.Generator) -> dict[str, dict]:
-    """Draws given that U's leading bits are ones, against that law: uniform on [1 - 2^-20, 1)."""
+    """Draws with U uniform on [1 - 2^-20, 1), where its leading bits are ones, against that distribution."""
     device = generator.device
     high, low = (torch.randint(0, 1 << 32, (count,), generator=generator, device=device) for _ in range(2))
     high |= ((1 << TAIL_BITS) - 1) << (32 - TAIL_BITS)
@@ -156,7 +157,7 @@ def tail(count: int, generator: torch.Generator) -> dict[str, dict]:
 
 
 def constructed(device: str) -> list[dict]:
-    """The kernel at U = 1 - (1 + 1/2) 2^-k and at the last number before 1, and its error in units of 2^-24 |G|."""
+    """The kernel at U = 1 - (1 + 1/2) 2^-k and at the last number below 1, with errors in units of 2^-24 |G|."""
     gaps = [*(1 << (64 - k) for k in (8, 16, 24, 25, 32, 40, 48, 56, 63)), 0]  # 2^64 - 1 - X
     words = [torch.tensor([TOP - (gap >> shift & TOP) for gap in gaps], device=device) for shift in (32, 0)]
     rows = []
@@ -171,7 +172,7 @@ def constructed(device: str) -> list[dict]:
 
 
 def zipf() -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits [K] fp64 and multiplicities [K] fp64 of the groups: p of rank r is as 1 / (r + 2.7)."""
+    """Logits [K] fp64 and sizes [K] fp64 of the groups: rank r has p proportional to 1 / (r + 2.7)."""
     edges = torch.logspace(math.log10(SINGLE), math.log10(VOCABULARY), GROUPS - SINGLE + 1, dtype=torch.float64)
     edges = torch.cat((torch.arange(SINGLE, dtype=torch.float64), edges.round()))
     many = edges.diff()
@@ -184,7 +185,7 @@ def softmax(logits: torch.Tensor, many: torch.Tensor, inverse: float = 1.0) -> t
 
 
 def temperature(logits: torch.Tensor, many: torch.Tensor, counts: torch.Tensor) -> tuple[float, float]:
-    """The most likely T of the groups drawn, and its standard error."""
+    """The T with the highest likelihood for the groups drawn, and its standard error."""
     n = counts.sum()
     mean = (counts * logits).sum() / n
     low, high = 0.5, 2.0  # of 1 / T; the mean logit grows with it
@@ -198,7 +199,7 @@ def temperature(logits: torch.Tensor, many: torch.Tensor, counts: torch.Tensor) 
 
 
 def whole_vocabulary(sampler: str, count: int, generator: torch.Generator) -> torch.Tensor:
-    """How often each group is drawn, [K], by the plain argmax over the vocabulary of logits plus noise."""
+    """How often each group is drawn, [K], by the argmax of logits plus noise over the whole vocabulary."""
     device, (logits, many) = generator.device, zipf()
     group = torch.repeat_interleave(torch.arange(GROUPS), many.long()).to(device)  # [V]
     every = logits.to(device)[group]
@@ -211,10 +212,10 @@ def whole_vocabulary(sampler: str, count: int, generator: torch.Generator) -> to
 
 
 def largest_of_groups(many: torch.Tensor, rows: int, generator: torch.Generator) -> Iterator[tuple[str, torch.Tensor]]:
-    """The four samplers' noise [rows, K] of the largest of ``many`` [K] uniforms, the same for all."""
+    """The four samplers' noise [rows, K], all from the same uniforms: the largest of ``many`` [K]."""
     e = torch.empty(rows, GROUPS, dtype=torch.float64, device=generator.device).exponential_(generator=generator) / many
     yield "definition fp64", -torch.log(e)
-    u, left = torch.exp(-e), -torch.expm1(-e)  # U^(1/m) and what it lacks to 1, each to relative precision
+    u, left = torch.exp(-e), -torch.expm1(-e)  # U^(1/m) and 1 - U^(1/m), each with full relative precision
     upper = left < 0.5
     near = torch.where(upper, left, u)
     high = torch.floor(near * 2.0**32)
@@ -227,7 +228,7 @@ def largest_of_groups(many: torch.Tensor, rows: int, generator: torch.Generator)
 
 
 def grouped(count: int, generator: torch.Generator) -> dict[str, dict]:
-    """Counts of the groups drawn, and what the difference to the exact sampler adds to the mean logit."""
+    """Counts of the groups drawn, and how far their mean logit is from the exact sampler's."""
     logits, many = (x.to(generator.device) for x in zipf())
     rows = 1 << 14 if generator.device.type == "cpu" else 1 << 20
     found: dict[str, dict] = {}
@@ -308,7 +309,9 @@ def report_vocabulary(rows: int, count: int, generator: torch.Generator) -> dict
     total = float(drawn["kernel fp32"]["counts"].sum())
     variance = (expected * logits**2).sum() - (expected * logits).sum() ** 2
     rare = expected / many < 1e-6
-    print(f"\n{total:,.0f} tokens drawn by the largest of each group, from the same uniforms: T; its difference to the")
+    print(
+        f"\n{total:,.0f} tokens drawn by the largest of each group, from the same uniforms: T; its difference from the"
+    )
     print("definition's; tokens that differ from the definition's; chi-squared; share of the tokens below p = 1e-6")
     for name in SAMPLERS:
         x = drawn[name]
@@ -330,7 +333,7 @@ def report_vocabulary(rows: int, count: int, generator: torch.Generator) -> dict
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--quick", action="store_true", help="few draws: a dry run")
+    parser.add_argument("--quick", action="store_true", help="few draws, for a dry run")
     options = parser.parse_args()
     generator = torch.Generator(options.device).manual_seed(SEED)
     many, tails, rows, groups = (10_000_000, 1_000_000, 304, 1_000_000)

@@ -1,6 +1,6 @@
-"""What every kernel compiles to, without a GPU. ``python -m bench.ops.resources [arch ...]``
+"""What every kernel compiles to; needs no GPU. ``python -m bench.ops.resources [arch ...]``
 
-Registers a thread, bytes spilled, bytes of shared memory, matrix instructions, for each configuration that ships.
+For each shipped configuration: registers per thread, bytes spilled, bytes of shared memory, matrix instructions.
 """
 
 import sys

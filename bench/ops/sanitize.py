@@ -1,7 +1,7 @@
-"""compute-sanitizer's memcheck and racecheck over a small case of every kernel: ``python -m bench.ops.sanitize``.
+"""Runs compute-sanitizer's memcheck and racecheck on a small case of every kernel: ``python -m bench.ops.sanitize``.
 
-Where the tool is absent, or refuses the device, it says why and passes: that is no error of the kernels.
-``--cases`` runs the cases themselves, as the tool is made to; without a GPU, in Triton's interpreter.
+If the tool is missing or fails on this device, prints why and passes: the kernels are not at fault.
+``--cases`` runs the cases without the tool; without a GPU, in Triton's interpreter.
 """
 
 import os
@@ -22,8 +22,8 @@ from dllm_fast.kernels.gumbel import uniform
 from dllm_fast.kernels.predict import predict
 
 TOOLS = ("memcheck", "racecheck")
-LIMIT = 220  # seconds a tool
-FOUND = 9  # the exit status that a tool is told to give where it finds something
+LIMIT = 220  # seconds per tool
+FOUND = 9  # the exit status for findings, as given to the tool
 PROBE = "import torch; torch.ones(1, device='cuda').sum().item()"
 # batch, queries, heads, kv heads, head dim, slots, window: few rows, many, split over slots, ragged
 ATTENTION = ((2, 5, 4, 2, 64, 70, None), (1, 130, 2, 2, 128, 259, None), (1, 8, 2, 2, 64, 600, None),
@@ -31,7 +31,7 @@ ATTENTION = ((2, 5, 4, 2, 64, 70, None), (1, 130, 2, 2, 128, 259, None), (1, 8, 
 
 
 def run_cases(device: str) -> None:
-    """Every kernel, on sizes that divide nothing."""
+    """Run every kernel, with sizes that no tile size divides."""
     generator = torch.Generator(device).manual_seed(0)
     options = {"generator": generator, "device": device, "dtype": dtype_of(device)}
     for batch, queries, heads, kv_heads, dim, slots, window in ATTENTION:
@@ -66,7 +66,10 @@ def sanitizer() -> str | None:
 
 
 def under(tool: str, *command: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # or an overrun falls into the cache's memory
+    environment = {
+        **os.environ,
+        "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
+    }  # or an overrun would hit the caching allocator's memory
     line = [sanitizer(), "--tool", tool, "--error-exitcode", str(FOUND), sys.executable, *command]
     return subprocess.run(
         line, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=LIMIT
@@ -90,7 +93,7 @@ def main() -> int:
         try:
             probe = under(tool, "-c", PROBE)
             if probe.returncode:
-                print(f"{tool}: skipped: it fails here on a sum of one number: {last_line(probe.stdout)}")
+                print(f"{tool}: skipped: here it fails even on a sum of one number: {last_line(probe.stdout)}")
                 continue
             done = under(tool, "-m", "bench.ops.sanitize", "--cases")
         except subprocess.TimeoutExpired:

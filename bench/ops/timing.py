@@ -1,10 +1,10 @@
-"""Time of one call on the device, several implementations side by side.
+"""Times one call of each of several implementations on the device.
 
-On CUDA a graph of many calls is captured once and its replays are timed with events: a launch costs the host several
-microseconds, more than many of these kernels run. The calls rotate among input sets that are together several times
-the L2, and the outputs of one rotation are alive at once, so that what should come from memory does. What cannot be
-captured is launched call by call and says so. Implementations take turns, a replay each, so that a drift of the clock
-hits all.
+On CUDA, a graph of many calls is captured once and its replays are timed with events, because a launch costs the host
+several microseconds, more than many of these kernels run. The calls rotate among input sets that together are several
+times the size of the L2, and all outputs of a rotation are alive at once, so that data comes from memory. What cannot
+be captured is launched call by call and marked so. Implementations take turns, one replay each, so that clock drift
+affects all alike.
 """
 
 import collections
@@ -21,8 +21,8 @@ import torch
 from bench.floors import cache_bytes, percentile
 
 MAX_SETS = 64
-REPLAY_SECONDS = 2e-3  # a replay's aim: far above the 0.5 us that events resolve
-BUDGET_SECONDS = 0.6  # of one implementation's replays
+REPLAY_SECONDS = 2e-3  # a replay's target: far above the 0.5 us resolution of events
+BUDGET_SECONDS = 0.6  # for one implementation's replays
 ROUNDS, FEWEST_ROUNDS = 20, 5
 MAX_LAUNCHES = 1024
 
@@ -33,10 +33,10 @@ class WrongResult(Exception):
 
 @dataclasses.dataclass
 class Result:
-    times: list[float]  # seconds of one call, a number a round
+    times: list[float]  # seconds per call, for each round
     how: str = ""  # "graph", "stream" (with launch overhead) or "host"
     relative: float = math.nan  # |out - truth| / |truth|
-    error: str = ""  # why there are no times, in one line
+    error: str = ""  # one line on why there are no times
 
     @property
     def median(self) -> float:
@@ -49,12 +49,12 @@ def one_line(error: BaseException) -> str:
 
 
 def set_count(size: int, device: str) -> int:
-    """How many input sets of ``size`` bytes are four times the last cache."""
+    """How many input sets of ``size`` bytes make four times the last-level cache."""
     return max(1, min(MAX_SETS, math.ceil(4 * cache_bytes(device) / max(size, 1))))
 
 
 class Timer:
-    """Calls ``function`` with each of ``sets`` in turn; ``timer()`` is the seconds of one call."""
+    """Calls ``function`` with each of ``sets`` in turn; ``timer()`` returns the seconds per call."""
 
     def __init__(self, function: Callable, sets: list[tuple], device: str, pool=None):
         self.function, self.sets, self.launches, self.graph = function, sets, len(sets), None
@@ -68,7 +68,7 @@ class Timer:
         rotations = math.ceil(REPLAY_SECONDS / max(first * len(sets), 1e-9))
         self.launches = len(sets) * max(1, min(rotations, MAX_LAUNCHES // len(sets)))
         with contextlib.suppress(Exception):
-            torch.cuda.empty_cache()  # a capture cannot take back what the cache holds
+            torch.cuda.empty_cache()  # a capture cannot reuse memory in PyTorch's cache
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):
                 self._run()
@@ -95,8 +95,8 @@ class Timer:
         return start.elapsed_time(end) / 1e3 / self.launches
 
 
-def interleave(timers: dict[str, Timer], rounds: int = ROUNDS) -> dict[str, list[float]]:
-    """Each timer's seconds, taken in turns: a, b, c, a, b, c, ..."""
+def in_turns(timers: dict[str, Timer], rounds: int = ROUNDS) -> dict[str, list[float]]:
+    """Each timer's seconds, measured in turns: a, b, c, a, b, c, ..."""
     times: dict[str, list[float]] = {name: [] for name in timers}
     wanted = dict.fromkeys(timers, rounds)
     for turn in range(rounds):
@@ -110,15 +110,16 @@ def interleave(timers: dict[str, Timer], rounds: int = ROUNDS) -> dict[str, list
 
 @functools.cache
 def spare_the_collector() -> None:
-    """A capture collects garbage first: not, each time, all that torch and its compilers have loaded by now."""
+    """A capture starts with a garbage collection: exempt everything that torch and its compilers have loaded."""
     gc.collect()
     gc.freeze()
 
 
 def measure(case, device: str, quick: bool = False) -> dict[str, Result]:
-    """Check every implementation of a `bench.ops.cases.case.Case` against the truth, then time those that are right.
+    """Check every implementation of a `bench.ops.cases.case.Case` against the truth, then time the right ones.
 
-    An error of "ours" is raised; another's becomes its result. ``quick`` goes through the same in the fewest calls.
+    An error in "ours" is raised; a peer's error becomes its result. ``quick`` does the same in as few calls as
+    possible.
     """
     spare_the_collector()
     count = 2 if quick else set_count(case.bytes, device)
@@ -129,7 +130,7 @@ def measure(case, device: str, quick: bool = False) -> dict[str, Result]:
     for name, function in case.run.items():
         result = results[name] = Result([])
         try:
-            # A clone: some peers work in place.
+            # Cloned because some peers work in place.
             out = function(*(x.clone() if isinstance(x, torch.Tensor) else x for x in sets[0]))
             if name not in case.unchecked:
                 excess, result.relative = check(out)
@@ -142,7 +143,7 @@ def measure(case, device: str, quick: bool = False) -> dict[str, Result]:
             if name == "ours":
                 raise
             result.error = one_line(error)
-    for name, times in interleave(timers, 2 if quick else ROUNDS).items():
+    for name, times in in_turns(timers, 2 if quick else ROUNDS).items():
         results[name].times = times
     timers.clear()
     del sets, check

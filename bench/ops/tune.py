@@ -1,11 +1,11 @@
-"""Which tiles, warps and crossovers are best here: ``python -m bench.ops.tune [piece ...]``.
+"""Finds the best tiles, warps and crossovers for this machine: ``python -m bench.ops.tune [piece ...]``.
 
-Each knob is a value that a kernel's file pins; its candidates take its place for as long as they are timed, all in
-turns, on the shapes that the knob decides about. Printed are every candidate's times, and for each knob the geometric
-mean over its shapes relative to what is pinned. ``crossover`` times predict's two paths by rows, beside the compiled
-cuBLAS and softmax; ``whole-attention`` our attention of whole sequences and PyTorch's, and what of that
-`dllm_fast.attentions` should say. Nothing is written: pin what is printed by hand, after the tests have run with it.
-Ends with one JSON line.
+A knob is a value pinned in a kernel's file. Its candidates replace it while they are timed, in turns, on the shapes
+that the knob affects. Prints every candidate's times, and for each knob the geometric mean over its shapes relative to
+the pinned value. ``crossover`` times predict's two paths by number of rows, beside compiled cuBLAS and softmax;
+``whole-attention`` times our attention over whole sequences and PyTorch's, and prints the entry for
+`dllm_fast.attentions`. Nothing is written: pin values by hand, after running the tests with them. Ends with one JSON
+line.
 """
 
 import argparse
@@ -35,14 +35,14 @@ from dllm_fast.kernels import rope as rope_kernel
 from dllm_fast.kernels.checks import dtype_name
 
 PINNED = "pinned"
-AHEAD = 0.95  # of our time: PyTorch's attention is ahead where it takes less
+AHEAD = 0.95  # PyTorch's attention is ahead if it takes less than this share of our time
 
 
 @dataclasses.dataclass
 class Knob:
     name: str
     module: object
-    candidates: dict[str, dict]  # label -> attributes of the module that take others' place
+    candidates: dict[str, dict]  # label -> replacement values of the module's attributes
     cases: list[Case]
 
 
@@ -55,7 +55,7 @@ def with_values(function: Callable, module, values: dict) -> Callable:
 
 
 def candidate_case(case: Case, variants: dict[str, Callable]) -> Case:
-    """The case with variants of ours, and torch.compile, instead of its peers: each is checked before it is timed."""
+    """The case with variants of ours and torch.compile instead of its peers; each is checked before it is timed."""
     return dataclasses.replace(case, run=variants, strict=tuple(set(variants) - {"compile"}), unchecked=())
 
 
@@ -144,7 +144,7 @@ def loss_knobs(device: str, quick: bool) -> Iterator[Knob]:
 
 
 def tune(knob: Knob, device: str, quick: bool) -> dict:
-    """Times of every candidate on every case; the mean ratio to what is pinned of those that ran on all."""
+    """Times of every candidate on every case, and mean ratios to the pinned value for candidates that ran on all."""
     print(f"\n{knob.name}", flush=True)
     if quick:
         knob = dataclasses.replace(knob, cases=knob.cases[:1], candidates=dict(list(knob.candidates.items())[-2:]))
@@ -172,7 +172,7 @@ def tune(knob: Knob, device: str, quick: bool) -> dict:
 
 
 def crossover(device: str, quick: bool) -> dict:
-    """predict's paths by rows: up to which the fused one is at least as fast as the streamed one."""
+    """The largest number of rows at which predict's fused path is at least as fast as its streamed one."""
     found = {}
     for model in TINY[:1] if quick else (LLADA, BASE):
         for noisy in (False, True):
@@ -196,7 +196,7 @@ def crossover(device: str, quick: bool) -> dict:
 
 
 def whole_attention(device: str, quick: bool) -> dict:
-    """From how many queries on PyTorch's attention of whole sequences is ahead of ours, at all that are tried."""
+    """The least number of queries from which PyTorch's attention is ahead of ours at every size tried."""
     found = {}
     for model in TINY[:1] if quick else (LLADA, BASE):
         print(f"\nattention of whole sequences, heads of {model.head_dim}: {'queries':>9} {'ours':>10} {'SDPA':>10}")
@@ -235,7 +235,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("pieces", nargs="*", default=[*TABLES, *KNOBS], help=", ".join((*TABLES, *KNOBS)))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--quick", action="store_true", help="tiny shapes: a dry run")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes, for a dry run")
     options = parser.parse_args()
     unknown = set(options.pieces) - {*TABLES, *KNOBS}
     if unknown:

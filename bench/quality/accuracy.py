@@ -1,7 +1,7 @@
-"""Accuracy against NFE on a task with one right answer: each setting on several sets of problems.
+"""Accuracy against NFE on a task with exactly one right answer, for each setting on several sets of problems.
 
-A seed gives the problems and, where a sampler draws, its noise. Problems are evaluated many at a time; a problem's NFE
-is that of its own row, the evaluations at which something of it was masked, which it would take alone.
+A seed determines the problems and a sampler's noise. Problems run in batches, but a problem's NFE is its own row's: the
+number of forwards in which some of its positions were masked, as if it ran alone.
 """
 
 import math
@@ -12,33 +12,33 @@ import dllm_fast
 from bench import task as steps
 from bench.generation.settings import Setting
 from bench.generation.subjects import Subject
-from bench.generation.watch import own_evaluations, watching
+from bench.generation.watch import own_forwards, watching
 
 TASKS = {"steps": steps}  # modules with problems(count, seed, held_out) and TOKENS
-Z = 1.959964  # of a normal's middle 95 %
+Z = 1.959964  # standard errors on either side of a 95 % interval
 
 
 def on_task(subject: Subject, task, batch: int) -> tuple[Subject, list[str]]:
-    """The subject with the task's lengths, and ``batch`` problems' prompts. Raises ValueError for random weights."""
+    """(the subject with the task's lengths, ``batch`` prompts). Raises ValueError for random weights."""
     if not subject.trained:
-        raise ValueError(f"--task: {subject.name} has random weights, which know nothing of a task")
+        raise ValueError(f"--task: {subject.name} has random weights, which cannot do a task")
     prompts = [prompt for prompt, _ in task.problems(batch, 0, held_out=True)]
     length = len(subject.tokenizer(prompts[0])["input_ids"])
     return replace(subject, shape=replace(subject.shape, prompt=length, gen_length=task.TOKENS)), prompts
 
 
 def score(subject: Subject, setting: Setting, task, seeds: list[int], count: int, batch: int) -> dict:
-    """``count`` problems of each seed; "right" has a 1 for each that was answered without a mistake."""
+    """Score ``count`` problems for each seed; "right" has a 1 for each problem answered without a mistake."""
     found = []
     for seed in seeds:
         problems = task.problems(count, seed, held_out=True)
         right, characters, nfe = [], [], []
         for at in range(0, count, batch):
             prompts, expected = zip(*problems[at : at + batch], strict=True)
-            got, evaluations = answer(subject, setting, list(prompts), task.TOKENS, seed * count + at)
+            got, forwards = answer(subject, setting, list(prompts), task.TOKENS, seed * count + at)
             right += [mine == its for mine, its in zip(got, expected, strict=True)]
             characters += [agreement(mine, its) for mine, its in zip(got, expected, strict=True)]
-            nfe += evaluations
+            nfe += forwards
         found.append({"seed": seed, "right": "".join("01"[r] for r in right), "nfe": nfe, "token": mean(characters)})
     right = [bit == "1" for one in found for bit in one["right"]]
     return {
@@ -49,23 +49,23 @@ def score(subject: Subject, setting: Setting, task, seeds: list[int], count: int
 
 
 def answer(subject: Subject, setting: Setting, prompts: list[str], tokens: int, seed: int):
-    """Answers to prompts of one length, and each row's own evaluations."""
+    """(answers, each row's own NFE) for prompts of one length."""
     ids = subject.tokenizer(prompts, return_tensors="pt")["input_ids"].to(subject.model.device)
     with watching(look=True) as taken:
         out = dllm_fast.generate(subject.model, ids, gen_length=tokens, seed=seed, **setting.options())
     texts = subject.tokenizer.batch_decode(out.sequences[:, ids.shape[1] :], skip_special_tokens=True)
-    return texts, own_evaluations(taken, len(prompts))
+    return texts, own_forwards(taken, len(prompts))
 
 
 def agreement(mine: str, its: str) -> float:
-    """Share of the characters of ``its`` that ``mine`` has in their places."""
+    """The share of the characters of ``its`` that ``mine`` has at the same index."""
     return sum(a == b for a, b in zip(mine, its)) / len(its)
 
 
 def wilson(right: int, count: int) -> tuple[float, float]:
-    """95 % interval of a share (Wilson 1927)."""
+    """The 95 % interval of a share (Wilson 1927)."""
     share, z2 = right / count, Z * Z
     middle = (share + z2 / (2 * count)) / (1 + z2 / count)
     half = Z / (1 + z2 / count) * math.sqrt(share * (1 - share) / count + z2 / (4 * count * count))
-    # The ends lie on either side of the share but for rounding.
+    # Rounding must not move an end past the share.
     return min(share, max(0.0, middle - half)), max(share, min(1.0, middle + half))

@@ -1,7 +1,7 @@
-"""What others say of schedules, held against the scores: each claim with its figures, and what came of it.
+"""Tests other people's claims about schedules against the scores. Each claim gets its figures and a verdict.
 
-Settings are compared problem by problem, as all answer the same ones. A verdict is a rule on 95 % intervals: "holds",
-"fails", or "undecided" where the problems are too few to tell.
+All settings answer the same problems, so they are compared problem by problem. A verdict is decided by 95 % intervals:
+"holds", "fails", or "undecided" if there are too few problems to tell.
 """
 
 import math
@@ -12,7 +12,7 @@ import torch
 
 from bench.quality.accuracy import Z
 
-MARGIN = 0.01  # "costs no accuracy" is taken to mean: less than one point
+MARGIN = 0.01  # "costs no accuracy" means a cost of less than one point
 RESAMPLES = 2000
 
 
@@ -21,12 +21,12 @@ class Claim:
     said: str
     by: str
     verdict: str
-    because: str  # the figure that decided
+    because: str  # the figure that decided the verdict
     figures: list[str] = field(default_factory=list)
 
 
 class Scores:
-    """The rows of `bench.quality.accuracy.score`, by setting, with every problem's outcome."""
+    """The rows of `bench.quality.accuracy.score` by setting, with each problem's outcome."""
 
     def __init__(self, rows: list[dict]):
         self.rows = {row["setting"]["name"]: row for row in rows}
@@ -40,7 +40,7 @@ class Scores:
         }
 
     def plain(self, kind: str, cache: str = "none") -> list[str]:
-        """Names of a schedule's settings without anything else to them, by rising NFE."""
+        """Names of a schedule's settings with defaults for everything else, in order of NFE."""
         usual = {"cache": cache, "refresh": "block", "remask": "none", "confidence": "probability", "block_length": 32}
         found = [
             name for name, row in self.rows.items()
@@ -55,11 +55,11 @@ class Scores:
         return f"{name}: {row['exact']:.1%} right ({low:.1%} to {high:.1%}) at NFE {row['nfe']:.1f}"
 
     def less(self, a: str, b: str, tests: int = 1) -> tuple[float, float, float]:
-        """a's share less b's, with the interval that holds for ``tests`` of them at once (Bonferroni)."""
+        """a's share minus b's, with an interval that holds for ``tests`` comparisons at once (Bonferroni)."""
         return paired(self.right[a], self.right[b], NormalDist().inv_cdf(1 - 0.025 / tests))
 
     def curve(self, names: list[str], at: torch.Tensor, pick: torch.Tensor | None = None) -> torch.Tensor:
-        """Accuracy of a schedule at NFE ``at`` [K], straight between its settings; of the problems ``pick`` [R, N]."""
+        """A schedule's accuracy at NFE ``at`` [K], interpolated linearly, over the problems ``pick`` [R, N]."""
         pick = torch.arange(len(self.right[names[0]]))[None] if pick is None else pick
         x, order = torch.stack([self.nfe[name][pick].mean(1) for name in names], 1).sort(1)  # [R, S]
         y = torch.stack([self.right[name][pick].mean(1) for name in names], 1).gather(1, order)
@@ -71,7 +71,7 @@ class Scores:
 
 
 def paired(a: torch.Tensor, b: torch.Tensor, z: float = Z) -> tuple[float, float, float]:
-    """Difference of two shares of right answers on the same problems [N], and its interval of ``z`` standard errors.
+    """The difference of two shares of right answers to the same problems [N], with ``z`` standard errors either way.
 
     Half a problem is added to each of the four outcomes (Agresti and Min 2005), so that the interval is never empty.
     """
@@ -99,7 +99,7 @@ def harmless(difference: tuple[float, float, float]) -> str:
 
 
 def pyramid(scores: Scores) -> Claim | None:
-    """Each Pyramid against the Uniform of its NFE; the verdict is that at the lowest."""
+    """Compare each Pyramid with the Uniform of the same NFE. The lowest NFE decides."""
     pairs = []
     for name, row in scores.rows.items():
         if row["setting"]["schedule"].startswith("pyramid") and row["setting"]["cache"] == "none":
@@ -109,13 +109,13 @@ def pyramid(scores: Scores) -> Claim | None:
     if not pairs:
         return None
     pairs.sort()
-    figures = [f"NFE {nfe:g}: {a} less {b}: {points(scores.less(a, b))}" for nfe, a, b in pairs]
+    figures = [f"NFE {nfe:g}: {a} minus {b}: {points(scores.less(a, b))}" for nfe, a, b in pairs]
     verdict = better(scores.less(*pairs[0][1:]))
     return Claim("pyramid beats uniform at low NFE", "the re-masking post", verdict, figures[0], figures)
 
 
 def token_by_token(scores: Scores, tokens: int) -> Claim | None:
-    """A token a step against everything else: exact means that nothing is better, whatever the order."""
+    """Compare one token per step with everything else: exact means that nothing is better, in any order."""
     one = f"uniform={tokens} none"
     others = [name for name in scores.rows if name != one]
     if one not in scores.rows or not others:
@@ -142,7 +142,7 @@ def threshold(scores: Scores, tokens: int) -> Claim | None:
 
 
 def factor(scores: Scores) -> Claim | None:
-    """Factor's settings against Threshold's curve at the same NFE, on average over those that it reaches."""
+    """Compare Factor's settings with Threshold's curve at the same NFE, averaged over the NFE that the curve covers."""
     mine, its = scores.plain("factor"), scores.plain("threshold")
     if not mine or len(its) < 2:
         return None
@@ -161,7 +161,7 @@ def factor(scores: Scores) -> Claim | None:
     middle, drawn = gains[0].mean(), gains[1].mean(1)
     difference = (float(middle), float(drawn.quantile(0.025)), float(drawn.quantile(0.975)))
     figures = [
-        f"{name} at NFE {scores.rows[name]['nfe']:.1f}: {100 * float(gain):+.1f} points over threshold's curve"
+        f"{name} at NFE {scores.rows[name]['nfe']:.1f}: {100 * float(gain):+.1f} points above threshold's curve"
         for name, gain in zip(inside, gains[0][0])
     ]
     figures.append(f"on average {points(difference)}, by the bootstrap")
@@ -169,7 +169,7 @@ def factor(scores: Scores) -> Claim | None:
 
 
 def dual(scores: Scores) -> Claim | None:
-    """Every plain setting with the dual cache against itself without one."""
+    """Compare every plain setting with the dual cache to the same one without a cache."""
     pairs = [(name, name.replace(" dual", " none")) for kind in ("uniform", "threshold", "factor", "pyramid")
              for name in scores.plain(kind, "dual")]  # fmt: skip
     pairs = [pair for pair in pairs if pair[1] in scores.rows]
@@ -178,13 +178,13 @@ def dual(scores: Scores) -> Claim | None:
     found = [(scores.less(a, b), a, b) for a, b in pairs]
     verdicts = [harmless(difference) for difference, _, _ in found]
     verdict = next((v for v in ("fails", "undecided") if v in verdicts), "holds")
-    figures = [f"{a} less {b}: {points(difference)}" for difference, a, b in found]
+    figures = [f"{a} minus {b}: {points(difference)}" for difference, a, b in found]
     worst = min(range(len(found)), key=lambda n: found[n][0][1])
     return Claim("the dual cache costs no accuracy", "Fast-dLLM", verdict, figures[worst], figures)
 
 
 def claims(rows: list[dict], tokens: int) -> list[dict]:
-    """Those that the settings allow to be tested."""
+    """The claims that the settings allow to be tested."""
     scores = Scores(rows)
     found = [pyramid(scores), token_by_token(scores, tokens), threshold(scores, tokens), factor(scores), dual(scores)]
     return [asdict(claim) for claim in found if claim is not None]

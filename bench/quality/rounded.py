@@ -1,12 +1,15 @@
-"""What rounded weights cost in accuracy. ``python -m bench.quality.rounded``
+"""How rounded weights change accuracy. ``python -m bench.quality.rounded``
 
-Of two shipped models and of a random LLaDA in bf16: the errors of the logits against fp64, the largest relative to the
-largest logit and the root mean square relative to the logits' own, of the bf16 model itself and with ``weights="fp8"``
-and ``"int4"``. Weights are rounded alone; or e4m3 ones with the rows they multiply, as whole forwards do on Hopper, in
-PyTorch's own product by rows; and the LM head's weight with them or by itself (``head="fp8"``). Beside them at how many
-positions the most probable token changes, and how many tokens of a greedy generate. Then the share of chains of sums
-(`bench/task.py`) that ``llada-steps`` gets right, and how many of its tokens are those of the model as it is. Ends with
-one JSON line.
+Two shipped models and a random LLaDA in bf16 run as they are and with ``weights="fp8"`` and ``"int4"``. Either only
+weights are rounded, or e4m3 weights are multiplied by e4m3 rows, as whole forwards do on Hopper (in PyTorch's
+row-scaled matmul). The LM head's weight is rounded too, or alone (``head="fp8"``). Printed are:
+
+- logit errors against fp64: the largest relative to the largest logit, the root mean square relative to the logits'
+own;
+- at how many positions the most probable token changes, and how many tokens of a greedy generate;
+- the share of chains of sums (`bench/task.py`) that ``llada-steps`` gets right, and how many tokens are unchanged.
+
+Ends with one JSON line.
 """
 
 import datetime
@@ -26,7 +29,7 @@ import dllm_fast
 from dllm_fast.cli.view import print_table
 from dllm_fast.families import fp8
 
-# What is rounded: `patch`'s weights, its head, whether e4m3 weights' rows are too.
+# What is rounded: `patch`'s weights and head, and whether the rows that e4m3 weights multiply are too.
 WAYS = {
     "nothing (bf16)": (None, None, False),
     "e4m3: head": (None, "fp8", False),
@@ -37,7 +40,7 @@ WAYS = {
     "e4m3: weights, rows": ("fp8", None, True),
     "e4m3: weights, rows, head": ("fp8", "fp8", True),
 }
-# On the task: the model's dtype, `patch`'s weights and head.
+# For the task: the model's dtype, `patch`'s weights and head.
 SCORED = {
     "float32": (torch.float32, None, None),
     "bfloat16": (torch.bfloat16, None, None),
@@ -54,7 +57,7 @@ RANDOM = {"d_model": 512, "n_heads": 8, "n_layers": 8, "mlp_hidden_size": 1536, 
 
 
 def cases() -> dict:
-    """Model and padded prompts [B, P], mask [B, P] by name."""
+    """(model, padded prompts [B, P], mask [B, P]) by name."""
     found = {}
     for name, prompts in PROMPTS.items():
         batch = AutoTokenizer.from_pretrained(dllm_fast.model_path(name))(
@@ -76,7 +79,7 @@ def measured(name: str, model, prompts, mask) -> list[dict]:
     ids = torch.where(noise < 0.3, mask_id, prompts)
     wide = dllm_fast.unpatch(model).double()
     truth = wide(ids, attention_mask=mask).logits
-    model = wide.bfloat16()  # exact: the weights were bf16
+    model = wide.bfloat16()  # exact, because the weights were bf16
     rows = []
     for way, (weights, head, by_rows) in WAYS.items():
         with replaced.object(fp8, "native", lambda device, by_rows=by_rows: by_rows):
@@ -99,7 +102,7 @@ def measured(name: str, model, prompts, mask) -> list[dict]:
 
 
 def task_scores() -> list[dict]:
-    """`TASK`'s answers with each kind of weights: how many are right, and how many tokens are the fp32 model's."""
+    """For each kind of weights, how many answers to `TASK` are right, and how many tokens equal the fp32 model's."""
     model, tokenizer = task.load(TASK)
     problems, rows = task.problems(PROBLEMS, 2, held_out=True), []
     for schedule, value in SCHEDULES.items():
@@ -147,7 +150,7 @@ def main() -> None:
         [r["schedule"], r["weights"], f"{r['right'] / r['problems']:.1%}", f"{r['same']} of {r['tokens']}"]
         for r in scores
     ]
-    title = f"{TASK}: {PROBLEMS} problems in fp32 but where bfloat16 is said"
+    title = f"{TASK}: {PROBLEMS} problems, in fp32 unless bfloat16 is named"
     print_table(["schedule", "weights", "right", "tokens of the fp32 model"], cells, title)
     print(json.dumps({"bench": "rounded", "commit": commit, "rows": rows, "task": scores}))
 

@@ -1,6 +1,6 @@
-"""One self-contained HTML page of a run of `nfe`: pictures inline, nothing fetched, for a phone and a projector.
+"""One self-contained HTML page of a run of `nfe`, readable on a phone and on a projector.
 
-python -m bench.report.page bench/results/cpu-2-cores/nfe-llada-steps.json  # of a stored run
+python -m bench.report.page bench/results/cpu-2-cores/nfe-llada-steps.json  # from a stored run
 """
 
 import base64
@@ -43,13 +43,13 @@ th { color: var(--soft); font-weight: 600; }
 """
 
 CAPTIONS = {
-    "accuracy": "Accuracy against NFE. A problem's NFE is its own row's; schedules that look at the confidence take "
-    "more evaluations for problems that need them.",
+    "accuracy": "Accuracy against NFE. A problem's NFE is its own row's; schedules that use the confidence take "
+    "more forwards for problems that need them.",
     "variants": "The same schedule with other confidences, with self-correction, with caches and refreshes.",
-    "speed": "New tokens a second against NFE: median of interleaved rounds, bars from the slowest to the fastest. "
-    "Hollow: schedules other than uniform, and settings with something more to them.",
-    "parts": "Milliseconds of an evaluation. matmul: the layers' products; predict: LM head and selection; host: what "
-    "no operation accounts for.",
+    "speed": "New tokens per second against NFE: medians of interleaved rounds, bars from the slowest to the fastest. "
+    "Hollow: schedules other than uniform, and settings that are not at their defaults.",
+    "parts": "Milliseconds per forward. matmul: the layers' matmuls; predict: LM head and selection; host: time "
+    "outside of all operations.",
 }
 
 
@@ -70,15 +70,15 @@ def page(result: dict) -> str:
 def _facts(result: dict) -> list[str]:
     rates = result["rates"]
     lines = [
-        "NFE is the number of model evaluations that an answer takes. Speeds count new tokens alone, never the prompt.",
+        "NFE is the number of forwards that an answer takes. Speeds count new tokens only, never the prompt.",
         f"{result['machine']}; load average {result['load']:.2f} when it began; copies "
-        f"{rates['copy'] / 1e9:.1f} GB/s and multiplies {rates['matrix'] / 1e12:.3f} TFLOP/s, which sets the floors: a "
-        "step's bytes or FLOPs at these rates, the longer of the two.",
+        f"{rates['copy'] / 1e9:.1f} GB/s and does matmuls at {rates['matrix'] / 1e12:.3f} TFLOP/s; a step's "
+        "floor is the longer of its bytes and its FLOPs at these rates.",
     ]
     if result.get("quick"):
-        lines.append("A dry run: one round, and rates that mean nothing.")
+        lines.append("A dry run: one round, with rates that mean nothing.")
     if not result["trained"]:
-        lines.append("Random weights: a fixed schedule, not the model, sets the tokens a step, and nothing is right.")
+        lines.append("Random weights: a fixed schedule, not the model, sets the tokens per step; no answer is right.")
     return [f'<p class="soft">{escape(line)}</p>' for line in lines]
 
 
@@ -95,8 +95,9 @@ def _claims(result: dict) -> list[str]:
         )
     if not cards:
         return []
-    intro = "Differences are of the same problems, with 95 % intervals, in points of a hundred. No cost: less than one."
-    return ["<h2>What others say, tested</h2>", f'<p class="soft">{intro}</p>', '<div class="cards">', *cards, "</div>"]
+    intro = "Differences on the same problems, in percentage points, with 95 % intervals. No cost: less than one point."
+    title = "<h2>Other people's claims, tested</h2>"
+    return [title, f'<p class="soft">{intro}</p>', '<div class="cards">', *cards, "</div>"]
 
 
 def _pictures(result: dict) -> list[str]:
@@ -140,7 +141,7 @@ def _speed(result: dict) -> list[str]:
             ])  # fmt: skip
         columns = ["setting", "NFE", "full + block", "tokens/NFE", "ms full (floors)", "ms block (floors)",
                    "new tokens/s", "run / floor", "peak MiB"]  # fmt: skip
-        note = "Medians, and least to most. In brackets: how many times as long as its floor a step takes."
+        note = "Medians and ranges. In brackets: a step's time / its floor."
         found += _table(f"Speed, batch {batch}", note, columns, cells)
     peers = result["speed"]["peers"]
     if peers:
@@ -150,8 +151,8 @@ def _speed(result: dict) -> list[str]:
             for row in peers
         ]  # fmt: skip
         columns = ["who", "schedule", "batch", "new tokens/s", "against ours", "times as long", "same tokens"]
-        note = "The same weights, prompts, schedule and counted tokens, in the same interleaved rounds."
-        found += _table("Others on the same weights", note, columns, cells)
+        note = "The same weights, prompts, schedule and number of tokens, in the same interleaved rounds."
+        found += _table("Other generators on the same weights", note, columns, cells)
     return found
 
 
@@ -170,7 +171,7 @@ def _accuracy(result: dict) -> list[str]:
         seeds = " ".join(f"{one['right'].count('1') / len(one['right']):.1%}" for one in row["seeds"])
         share = "{:.1%} ({:.1%} to {:.1%})".format(row["exact"], *row["interval"])
         cells.append([row["setting"]["name"], f"{row['nfe']:.2f}", share, seeds, f"{row['token']:.2%}"])
-    note = f"{found['problems']} problems of each of {len(found['seeds'])} seeds; interval of them all, 95 %."
+    note = f"{found['problems']} problems for each of {len(found['seeds'])} seeds; 95 % intervals over all of them."
     columns = ["setting", "NFE", "right", "each seed", "characters right"]
     return _table(f"Accuracy: {found['task']}", note, columns, cells)
 
@@ -181,7 +182,7 @@ def _not_run(result: dict) -> list[str]:
 
 
 def write(result: dict, stem: Path) -> None:
-    """``stem``.json, .csv and .html, and its pictures."""
+    """Write ``stem``.json, .csv, .html and the pictures."""
     save(result, stem)
     plots.save(result, stem)
     stem.with_suffix(".html").write_text(page(result))

@@ -1,4 +1,4 @@
-"""The pictures of a run of bench/generation/nfe.py, from its result alone: for paper and screens, light and dark."""
+"""The pictures of a run of bench/generation/nfe.py, drawn from its result, in a light and a dark version."""
 
 import io
 import statistics
@@ -15,7 +15,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from bench.generation.settings import BLOCK, short_names
 from bench.generation.stack import PARTS
 
-# Okabe and Ito's colours, which people who see fewer can tell apart.
+# Okabe and Ito's colours, which colour-blind people can tell apart.
 BLUE, ORANGE, GREEN, PINK, SKY, RED, YELLOW = (
     "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#B8A90C",
 )  # fmt: skip
@@ -27,7 +27,7 @@ SCHEDULES = {
 }  # fmt: skip
 COLOURS = dict(zip(PARTS, (PINK, BLUE, ORANGE, RED, GREEN, "#888888")))
 THEMES = {"light": ("#1b1b1b", "#ffffff", "#d9d9d9"), "dark": ("#e8e8e8", "#16181d", "#3c4048")}
-SIZE = (6.0, 4.2)  # inches; with letters of 11 points it reads on a phone
+SIZE = (6.0, 4.2)  # inches; readable on a phone with letters of 11 points
 BARS = 14
 
 
@@ -49,7 +49,7 @@ def draw(result: dict, theme: str = "light") -> dict[str, Figure]:
 
 
 def save(result: dict, stem: Path) -> list[Path]:
-    """``stem``-NAME.svg and .png of each picture."""
+    """Write each picture as ``stem``-NAME.svg and .png."""
     paths = []
     for name, figure in draw(result).items():
         for kind in ("svg", "png"):
@@ -80,7 +80,7 @@ def _nfe_axis(axes, values: list[float]) -> None:
 
 
 def speed(result: dict) -> Figure | None:
-    """Tokens a second against NFE, a panel a batch size; Uniform's settings of a cache are joined."""
+    """Tokens per second against NFE, with a panel for each batch size and a line for each cache's Uniform settings."""
     rows = result["speed"]["rows"]
     if not rows:
         return None
@@ -92,7 +92,7 @@ def speed(result: dict) -> Figure | None:
         here = [row for row in rows if row["batch"] == batch]
         for cache, (colour, marker) in CACHES.items():
             _speeds(axes, [row for row in here if row["setting"]["cache"] == cache], cache, colour, marker)
-        # A generator that does not tell its evaluations takes a schedule that sets them, as it does for ours.
+        # A peer that does not report its NFE ran a schedule that fixes it: its NFE is ours.
         ours = {row["setting"]["name"]: row["nfe"] for row in here}
         peers = [row for row in result["speed"]["peers"] if row["batch"] == batch]
         _peers(axes, [row | {"nfe": row["nfe"] or ours[row["ours"]]} for row in peers], names)
@@ -101,9 +101,9 @@ def speed(result: dict) -> Figure | None:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
         _nfe_axis(axes, [row["nfe"] for row in rows])
-        axes.set_ylabel("new tokens a second")
+        axes.set_ylabel("new tokens per second")
         axes.set_title(f"batch {batch}", loc="left", fontsize=11)
-    panels[-1, 0].set_xlabel("NFE (model evaluations for an answer)")
+    panels[-1, 0].set_xlabel("NFE (forwards per answer)")
     _heading(figure, title(result))
     handles = {label: handle for axes in panels[:, 0] for handle, label in zip(*axes.get_legend_handles_labels())}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=9)
@@ -119,7 +119,7 @@ def _usual(setting: dict) -> bool:
 
 
 def _speeds(axes, rows: list[dict], cache: str, colour: str, marker: str) -> None:
-    """Medians, and how far the slowest and the fastest rounds are from them; what is not Uniform is hollow."""
+    """Medians with bars from the slowest to the fastest round; hollow unless Uniform."""
     uniform = [row for row in rows if _usual(row["setting"]) and row["setting"]["schedule"].startswith("uniform")]
     rest = [row for row in rows if row not in uniform]
     for here, line, fill, label in ((uniform, "-", "full", "uniform"), (rest, "", "none", "others")):
@@ -135,7 +135,7 @@ def _speeds(axes, rows: list[dict], cache: str, colour: str, marker: str) -> Non
 
 
 def _peers(axes, rows: list[dict], names: list[str]) -> None:
-    """In the colour of the cache that each has, if its name says so; a marker for each of ``names``."""
+    """A marker for each of ``names``, in the colour of the cache that it names, if any."""
     for name, marker in zip(names, "x+1234xx"):
         here = sorted((row for row in rows if row["peer"] == name), key=lambda row: row["nfe"])
         x, y = [row["nfe"] for row in here], [row["tokens_per_s"] for row in here]
@@ -144,7 +144,7 @@ def _peers(axes, rows: list[dict], names: list[str]) -> None:
 
 
 def accuracy(result: dict) -> Figure | None:
-    """Share of problems answered without a mistake against NFE, a line for each schedule; each seed a dot."""
+    """Share of right answers against NFE, with a line for each schedule and a dot for each seed."""
     rows = [row for row in result.get("accuracy", {}).get("rows", []) if row["setting"]["cache"] == "none"]
     rows = [row for row in rows if _usual(row["setting"]) and row["setting"]["block_length"] == BLOCK]
     if not rows:
@@ -164,8 +164,8 @@ def accuracy(result: dict) -> Figure | None:
             axes.plot([row["nfe"]] * len(seeds), seeds, ".", color=colour, markersize=3, alpha=0.7)
     _nfe_axis(axes, [row["nfe"] for row in rows])
     axes.set_ylim(-3, 103)
-    axes.set_ylabel("answers without a mistake, %")
-    axes.set_xlabel("NFE (model evaluations for an answer)")
+    axes.set_ylabel("right answers, %")
+    axes.set_xlabel("NFE (forwards per answer)")
     axes.set_title("bars: 95 % interval over all problems; dots: each seed", loc="left", fontsize=10)
     _heading(figure, f"{title(result)}, no cache")
     figure.legend(loc="outside lower center", ncols=4, fontsize=9)
@@ -173,7 +173,7 @@ def accuracy(result: dict) -> Figure | None:
 
 
 def variants(result: dict) -> Figure | None:
-    """Confidences, self-correction, caches and refreshes at one schedule each, as intervals one below the other."""
+    """Confidences, self-correction, caches and refreshes for one schedule each, as a list of intervals."""
     rows = result.get("accuracy", {}).get("rows", [])
     groups = {}
     for row in rows:
@@ -198,13 +198,13 @@ def variants(result: dict) -> Figure | None:
         axes.set_ylim(-0.7, len(group) - 0.3)
         axes.set_title(f"{schedule} (setting, then NFE)", loc="left", fontsize=11)
         axes.grid(True, axis="x", linewidth=0.6)
-    panels[-1, 0].set_xlabel("without a mistake, %, and 95 % interval")
+    panels[-1, 0].set_xlabel("right answers, %, with 95 % interval")
     _heading(figure, title(result))
     return figure
 
 
 def parts(result: dict) -> Figure | None:
-    """Milliseconds of an evaluation, stacked by what they go to."""
+    """Milliseconds per forward, stacked by part."""
     rows = _telling(result["speed"]["rows"])
     if not rows:
         return None
@@ -216,7 +216,7 @@ def parts(result: dict) -> Figure | None:
         left = [a + b for a, b in zip(left, widths)]
     axes.set_yticks(range(len(rows)), short_names(rows), fontsize=9)
     axes.invert_yaxis()
-    axes.set_xlabel("milliseconds an evaluation")
+    axes.set_xlabel("milliseconds per forward")
     _heading(figure, title(result))
     axes.grid(True, axis="x", linewidth=0.6)
     axes.set_axisbelow(True)
@@ -225,8 +225,8 @@ def parts(result: dict) -> Figure | None:
 
 
 def _telling(rows: list[dict]) -> list[dict]:
-    """Of each cache and batch the settings with the most and the fewest evaluations, which mix full and block ones most
-    differently, and of each other refresh one."""
+    """For each cache and batch size, the settings with the most and the fewest forwards, whose mixes of full and block
+    forwards differ most; and one setting for each other refresh."""
     found, groups = [], {}
     for row in rows:
         if row["setting"]["remask"] == "none" and row["setting"]["confidence"] == "probability":

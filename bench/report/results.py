@@ -1,7 +1,7 @@
-"""The tables of speeds and the pictures of docs/results.md, from what `nfe` left under bench/results/.
+"""Generates the tables of speeds and the pictures in docs/results.md from `nfe`'s results under bench/results/.
 
-python -m bench.report.results            # writes them anew
-python -m bench.report.results --check    # exits with 1 if the page says anything else
+python -m bench.report.results            # writes them
+python -m bench.report.results --check    # exits with 1 if the page is outdated
 """
 
 import json
@@ -12,11 +12,11 @@ from bench.common import spread
 
 ROOT, PAGE = Path(__file__).parents[2], Path("docs", "results.md")
 BEGIN, END = "<!-- speed: written by python -m bench.report.results -->\n", "<!-- end of speed -->\n"
-SHOWN, CACHES = ("pyramid=1", "threshold=0.9", "factor=1"), ("none", "dual")  # schedules beside Uniform; caches
+SHOWN, CACHES = ("pyramid=1", "threshold=0.9", "factor=1"), ("none", "dual")  # schedules besides Uniform; caches
 
 
 def section(root: Path) -> str:
-    """The text between the marks, from every results/MACHINE/nfe-MODEL.json."""
+    """The text between the two marks, from every results/MACHINE/nfe-MODEL.json."""
     parts = []
     for path in sorted((root / "bench" / "results").glob("*/nfe-*.json")):
         parts += _result(json.loads(path.read_text()), Path("..") / path.relative_to(root))
@@ -36,7 +36,7 @@ def _result(result: dict, path: Path) -> list[str]:
 
 
 def _told(result: dict, path: Path) -> str:
-    """Where and how it was measured; a busy machine is named one."""
+    """Where and how it was measured, and whether the machine was busy."""
     busy = f", on a **busy** machine (load average {result['load']:.1f}): not to be held against figures from elsewhere"
     weights = "" if result["trained"] else ", random weights"
     note = "; a **dry run**, whose figures mean nothing" if result["quick"] else busy if result["busy"] else ""
@@ -47,8 +47,8 @@ def _told(result: dict, path: Path) -> str:
 
 
 def shown(rows: list[dict]) -> list[dict]:
-    """A few rows that stand for all, at the smallest batch and the commonest block length, each with no cache and with
-    the dual one: Uniform at most and at fewest steps, and `SHOWN`."""
+    """Selected rows at the smallest batch size and the most common block length, without a cache and with the dual one:
+    Uniform at the most and the fewest steps, and `SHOWN`."""
     batch, pairs = min((row["batch"] for row in rows), default=0), {}
     lengths = [row["setting"]["block_length"] for row in rows]
     usual = ("block", "none", "probability", max(lengths, key=lengths.count, default=0))
@@ -65,8 +65,8 @@ def shown(rows: list[dict]) -> list[dict]:
 
 
 def _table(result: dict, rows: list[dict]) -> list[str]:
-    """Speeds, and how many times as fast as the published sampler, ours of it or LLaDA's own code, and as Fast-dLLM
-    with the same cache."""
+    """A table of speeds, with ratios to the published sampler (our transcription or LLaDA's code) and to Fast-dLLM with
+    the same cache."""
     scores = {row["setting"]["name"]: row for row in result.get("accuracy", {}).get("rows", [])}
     columns = ["schedule", "cache", "NFE, full + block", "new tokens/s", "× published", "× Fast-dLLM", "right"]
     cells = []
@@ -85,7 +85,7 @@ def _table(result: dict, rows: list[dict]) -> list[str]:
 
 
 def _times(result: dict, row: dict, name: str) -> str:
-    """How many times as fast as the peer at the same schedule and batch, round by round."""
+    """The ratio to the peer's speed at the same schedule and batch size, round by round."""
     for peer in result["speed"]["peers"]:
         if (peer["peer"], peer["schedule"], peer["batch"]) == (name, row["setting"]["schedule"], row["batch"]):
             return spread([its / ours for its, ours in zip(peer["seconds"], row["seconds"], strict=True)])
@@ -104,7 +104,7 @@ def _accuracy(result: dict, path: Path) -> str:
 
 
 def written(root: Path) -> str:
-    """The page with the section as it should be. Raises ValueError where it has no place for it."""
+    """The page with its section up to date. Raises ValueError if it has no marks for the section."""
     text = (root / PAGE).read_text()
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)

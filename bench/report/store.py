@@ -1,4 +1,4 @@
-"""The files of a run of bench/generation/nfe.py: everything as JSON, a row a line, and the rows as CSV."""
+"""The files of a run of bench/generation/nfe.py: everything as JSON, and the rows as CSV."""
 
 import csv
 import json
@@ -24,7 +24,7 @@ def save(result: dict, stem: Path) -> None:
 
 
 def _lines(value, depth: int = 0) -> str:
-    """JSON with a line for each entry of the outer dicts and lists, so that two runs can be told apart by diff."""
+    """JSON with a line for each entry of the outer dicts and lists, so that diff shows how two runs differ."""
     indent = "\n" + " " * (depth + 1)
     if depth < 2 and isinstance(value, dict) and value:
         inner = ("," + indent).join(f"{json.dumps(key)}: {_lines(item, depth + 1)}" for key, item in value.items())
@@ -35,7 +35,7 @@ def _lines(value, depth: int = 0) -> str:
 
 
 def read(path: Path) -> dict:
-    """A stored result: a .json, or a run's output with its JSON line. Raises ValueError where there is none."""
+    """A stored result, from a .json file or a run's output with its JSON line. Raises ValueError if there is none."""
     text = path.read_text()
     if path.suffix == ".json":
         return json.loads(text)
@@ -46,7 +46,7 @@ def read(path: Path) -> dict:
 
 
 def flat(result: dict) -> list[dict]:
-    """The rows of the CSV: a setting at a batch size, with its accuracy; settings that were scored alone come last."""
+    """The CSV's rows: a setting at a batch size, with its accuracy. Settings scored but not timed come last."""
     scores = {score["setting"]["name"]: score for score in result.get("accuracy", {}).get("rows", [])}
     rows = []
     for row in result["speed"]["rows"]:

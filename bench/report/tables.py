@@ -1,4 +1,4 @@
-"""What the bench prints: a line an implementation as it comes, a table of ours, one JSON line."""
+"""What the kernel bench prints: a line for each implementation, a table of ours, one JSON line."""
 
 import json
 import math
@@ -14,21 +14,22 @@ def duration(seconds: float) -> str:
     return f"{seconds * scale:.3g} {unit}"
 
 
-def spread(result: Result) -> str:
+def percentiles(result: Result) -> str:
     return f"{duration(percentile(result.times, 0.1))} to {duration(percentile(result.times, 0.9))}"
 
 
 def line(case, name: str, result: Result) -> str:
-    """One implementation's outcome, as soon as it is known."""
+    """Print one implementation's result."""
     if result.error:
         return f"  {name:<18} {result.error}"
     error = "own noise" if math.isnan(result.relative) else f"error {result.relative:.1e}"
     note = "" if result.how == "graph" else f", {result.how}"
-    return f"  {name:<18} {duration(result.median):>9}  ({spread(result)}, {len(result.times)} rounds{note}) {error}"
+    times = f"  {name:<18} {duration(result.median):>9}  ({percentiles(result)}, {len(result.times)} rounds{note})"
+    return f"{times} {error}"
 
 
 def row(case, results: dict[str, Result], floors: Floors) -> dict:
-    """What the JSON line holds of a case; ``aim`` is None where none was set."""
+    """A case's entry in the JSON line; ``aim`` is None if there is no aim."""
     ours = results["ours"].median
     limits = {"copy": case.bytes / floors.copy_bandwidth, "matrix": case.flops / floors.matrix_rate}
     bound = max(limits, key=limits.get)
@@ -37,7 +38,7 @@ def row(case, results: dict[str, Result], floors: Floors) -> dict:
     ratio = peers[best].median / ours if best and math.isfinite(peers[best].median) else None
     share = limits[bound] / ours
     aims = [] if case.aim_ratio is None or ratio is None else [ratio >= case.aim_ratio]
-    # What the cache holds can be faster than memory, and slower for its launch.
+    # Data in the cache can be read faster than memory, and a short kernel can be slower because of its launch.
     aims += [share >= case.aim_share] if case.aim_share and case.bytes > floors.cache_bytes else []
     return {
         "op": case.op, "case": case.name, "bytes": case.bytes, "flops": case.flops, "seconds": ours,
@@ -55,7 +56,7 @@ def row(case, results: dict[str, Result], floors: Floors) -> dict:
 
 
 def verdict(row: dict) -> str:
-    """The row in words, so that a run that is cut off has said it."""
+    """The row as text, printed at once in case the run is interrupted."""
     said = f"  {row['bytes']} bytes, {row['flops']} FLOPs: {row['share']:.0%} of the {row['bound']} floor"
     said += f"; {row['ratio']:.2f} of {row['best_peer']}'s speed" if row["best_peer"] else ""
     return said + {None: "", True: "; aim met", False: "; aim missed"}[row["met"]]
@@ -73,7 +74,7 @@ def table(rows: list[dict], results: dict[str, dict[str, Result]]) -> None:
         timed = results[f"{x['op']}-{x['case']}"]
         peer = x["best_peer"]
         out.add_row(
-            f"{x['op']} {x['case']}", duration(x["seconds"]), spread(timed["ours"]), f"{x['bytes'] / 1e6:.4g}",
+            f"{x['op']} {x['case']}", duration(x["seconds"]), percentiles(timed["ours"]), f"{x['bytes'] / 1e6:.4g}",
             f"{x['flops'] / 1e9:.4g}", x["bound"], f"{x['share']:.0%}", peer or "none",
             duration(timed[peer].median) if peer else "", f"{x['ratio']:.2f}" if peer else "",
             {None: "", True: "met", False: "missed"}[x["met"]],

@@ -26,7 +26,7 @@ from dllm_fast.kernels.attention import attention
 
 SDPA = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION,
         "efficient": SDPBackend.EFFICIENT_ATTENTION}  # fmt: skip
-SAMPLES = 16  # queries of a head that are held against the truth
+SAMPLES = 16  # queries per head that are compared with the truth
 
 
 def visible_pairs(queries: int, slots: int, window: int | None) -> int:
@@ -39,20 +39,20 @@ def visible_pairs(queries: int, slots: int, window: int | None) -> int:
 
 @functools.cache
 def visible_mask(queries: int, slots: int, window: int, device: str) -> torch.Tensor:
-    """[T, S] bool; kept, as a peer would keep it over the layers."""
+    """[T, S] bool; cached, as a peer would cache it across layers."""
     i, j = torch.arange(slots - queries, slots, device=device), torch.arange(slots, device=device)
     return (i[:, None] - j).abs() <= window
 
 
 def count(batch: int, queries: int, slots: int, model: Model, window: int | None, itemsize: int) -> tuple[int, int]:
-    """Bytes: q in, out out, and the visible keys and values in. FLOPs: two products of every visible pair."""
+    """Bytes: q, out, and the visible keys and values. FLOPs: two dot products per visible pair."""
     seen = slots if window is None else min(slots, queries + window)
     elements = 2 * batch * queries * model.heads * model.head_dim + 2 * batch * seen * model.heads * model.head_dim
     return elements * itemsize, 4 * batch * model.heads * model.head_dim * visible_pairs(queries, slots, window)
 
 
 def make(generator: torch.Generator, batch: int, queries: int, slots: int, model: Model) -> tuple:
-    """q [B, T, H, D], keys and values [B, S, H, D], and the rows' ranges [B]."""
+    """q [B, T, H, D], keys and values [B, S, H, D], and each row's range [B]."""
     device, dtype = generator.device, dtype_of(generator.device.type)
     shapes = [(batch, n, model.heads, model.head_dim) for n in (queries, slots, slots)]
     tensors = [torch.randn(shape, generator=generator, device=device, dtype=dtype) for shape in shapes]
@@ -61,7 +61,7 @@ def make(generator: torch.Generator, batch: int, queries: int, slots: int, model
 
 
 def check(inputs: tuple, window: int | None):
-    """Queries of the first and last row and head, in fp64, against all slots."""
+    """Queries of the first and the last row and head against all slots, in fp64."""
     q, keys, values = inputs[:3]
     batch, queries, heads, dim = q.shape
     rows, heads = sorted({0, batch - 1}), sorted({0, heads - 1})
@@ -77,13 +77,13 @@ def check(inputs: tuple, window: int | None):
         return torch.einsum("bhts,bshd->bthd", torch.softmax(score, -1), pick(values).to(wide))
 
     truth, eager = exact(torch.float64), exact(torch.float32).to(q.dtype)
-    # In fp32 both errors are chance in the last place.
+    # In fp32 both errors are random in the last place.
     ulps = 2 if q.dtype == torch.bfloat16 else 4
     return lambda out: compare([pick(out)[:, at]], [eager], [truth], ulps)
 
 
 def library_peers(batch: int, queries: int, slots: int, model: Model, window: int | None) -> Iterator[tuple[str, Run]]:
-    """Those of flash-attn 2, 3, 4 and flashinfer that are installed."""
+    """Whichever of flash-attn 2, 3, 4 and flashinfer are installed."""
     sided = {} if window is None else {"window_size": (window, window)}
     modules = {"flash-attn-2": "flash_attn", "flash-attn-3": "flash_attn_interface", "flash-attn-4": "flash_attn.cute"}
     for name, module in modules.items():
@@ -109,7 +109,7 @@ def library_peers(batch: int, queries: int, slots: int, model: Model, window: in
 
         def ragged(q, k, v, *_):
             if window is not None:
-                raise NotImplementedError("its window looks only back")
+                raise NotImplementedError("its window only covers earlier slots")
             return planned(q.device, q.dtype).run(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)).view_as(q)
 
         yield "flashinfer", ragged
@@ -140,7 +140,7 @@ def implementations(batch: int, queries: int, slots: int, model: Model, window: 
 
 
 def flex(queries: int, slots: int, window: int, device: str) -> Run:
-    """torch's compiled FlexAttention: the only back end of its own that knows a window on both sides."""
+    """torch's compiled FlexAttention: PyTorch's only back end with a two-sided window."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     def visible(b, h, i, j):

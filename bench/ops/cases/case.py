@@ -1,4 +1,4 @@
-"""A case: one op on one shape, who runs it, what is right, and what it must move and compute."""
+"""A case: one op on one shape, with its implementations, its truth, and its least bytes and FLOPs."""
 
 import dataclasses
 import importlib.metadata
@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-WRONG = 3e-2  # relative error from which a peer computes something else; bf16 is at 1e-3 to 1e-2
+WRONG = 3e-2  # a peer with a larger relative error computes something else; bf16 has 1e-3 to 1e-2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,7 +15,7 @@ class Model:
     name: str
     width: int
     layers: int
-    heads: int  # as many of keys and values
+    heads: int  # equally many for keys and values
     head_dim: int
     ffn: int
     vocabulary: int
@@ -45,34 +45,34 @@ Check = Callable[[object], tuple[float, float]]
 class Case:
     op: str
     name: str
-    inputs: Callable[[torch.Generator], tuple]  # one set of arguments, on the generator's device
+    inputs: Callable[[torch.Generator], tuple]  # makes one set of arguments on the generator's device
     run: dict[str, Run]  # "ours" first
-    # From a set of arguments, a function of an output: its largest error over what is allowed, and its relative error.
+    # From arguments, a function from an output to (its largest error / the allowed one, its relative error).
     check: Callable[[tuple], Check]
-    bytes: int  # read or written at least once
+    bytes: int  # that must be read or written
     flops: int
-    aim_ratio: float | None = None  # of the best peer's time to ours
-    aim_share: float | None = None  # of the floor in our time
-    strict: tuple[str, ...] = ("ours",)  # held to what the tests allow; the others, to computing the same
-    unchecked: tuple[str, ...] = ()  # peers with noise of their own
+    aim_ratio: float | None = None  # aim for the best peer's time / ours
+    aim_share: float | None = None  # aim for the floor / our time
+    strict: tuple[str, ...] = ("ours",)  # held to the tests' tolerance; the others only need to compute the same
+    unchecked: tuple[str, ...] = ()  # peers that draw their own noise
 
     @property
     def id(self) -> str:
         return f"{self.op}-{self.name}"
 
     def complaint(self, name: str, excess: float, relative: float) -> str:
-        """What is wrong with the result of ``name``, or nothing."""
+        """What is wrong with the result of ``name``; empty if nothing is."""
         if name in self.strict and not excess <= 1:
-            return f"error {excess:.3g} times what is allowed, relative error {relative:.3g}"
+            return f"error {excess:.3g} times the allowed one, relative error {relative:.3g}"
         return "" if relative <= WRONG else f"another result: relative error {relative:.3g}"
 
 
 def compare(
     out: list[torch.Tensor], eager: list[torch.Tensor], truth: list[torch.Tensor], ulps: float = 2
 ) -> tuple[float, float]:
-    """The largest error over what the tests allow, and the largest ``|out - truth| / |truth|`` of the tensors.
+    """(the largest error / the allowed one, the largest ``|out - truth| / |truth|`` of the tensors).
 
-    Allowed is twice the error of PyTorch in the same dtype, or ``ulps`` units of the last place of the largest truth.
+    Twice PyTorch's error in the same dtype is allowed, or ``ulps`` units in the last place of the largest truth.
     """
     excess = relative = 0.0
     for x, rough, exact in zip(out, eager, truth, strict=True):
@@ -87,18 +87,18 @@ def compare(
 
 
 def dtype_of(device: str) -> torch.dtype:
-    """bf16 on a GPU; fp32 in Triton's interpreter, which has no bf16 arithmetic."""
+    """bf16 on a GPU; fp32 in Triton's interpreter, which lacks bf16 arithmetic."""
     return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
 
 
 def compiled(function: Run, device: str, **options) -> Run:
-    """By torch.compile, whole or not at all: past its limit of recompilations it would run eagerly and not say so."""
+    """Compile the whole function or fail: beyond its recompilation limit, torch.compile would silently run eagerly."""
     torch._dynamo.config.recompile_limit = 256
     backend = "inductor" if torch.device(device).type == "cuda" else "aot_eager"
     return torch.compile(function, fullgraph=True, backend=backend, **options)
 
 
-PEERS = {  # import name -> the name that its package has in an index
+PEERS = {  # import name -> distribution name
     "flash_attn": "flash-attn",
     "flash_attn_interface": "flash-attn-3",
     "flash_attn.cute": "flash-attn-4",
@@ -111,12 +111,12 @@ PEERS = {  # import name -> the name that its package has in an index
 def installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ImportError:  # of a parent package that is there and does not load
+    except ImportError:  # the parent package is installed but does not load
         return False
 
 
 def peers_here() -> str:
-    """One line: which peers are installed, with their versions, and which are absent."""
+    """One line on which peers are installed, with versions, and which are absent."""
     here, absent = [], []
     for module, package in PEERS.items():
         if not installed(module):

@@ -1,4 +1,4 @@
-"""The training loss: LM head and cross entropy of masked rows, forward alone and with gradients."""
+"""The training loss: LM head and cross entropy of masked rows, with and without gradients."""
 
 import functools
 from collections.abc import Iterator
@@ -12,18 +12,18 @@ from dllm_fast.kernels import reference
 from dllm_fast.kernels.masked_loss import masked_loss
 
 ROWS = (2048,)
-SAMPLES = 16  # rows of each gradient that are held against the truth
+SAMPLES = 16  # rows of each gradient that are compared with the truth
 
 
 def count(rows: int, model: Model, itemsize: int, backward: bool) -> tuple[int, int]:
-    """Bytes: head, bias and rows in, and as many out with gradients. FLOPs: one product, and two more for those."""
+    """Bytes: head, bias and rows, twice with gradients. FLOPs: one matmul, and two more for gradients."""
     elements = model.vocabulary * (model.width + model.bias) + rows * model.width
     product = 2 * rows * model.width * model.vocabulary
     return elements * itemsize * (2 if backward else 1) + 12 * rows, product * (3 if backward else 1)
 
 
 def make(generator: torch.Generator, rows: int, model: Model) -> tuple:
-    """hidden, weight, bias, target [N], loss_weight [N] of ones: what every peer can weigh by."""
+    """hidden, weight, bias, target [N], loss_weight [N] of ones, because some peers have no weights."""
     hidden, weight, bias, *_ = make_head(generator, rows, model)
     target = torch.randint(0, model.vocabulary, (rows,), generator=generator, device=generator.device)
     return hidden, weight, bias, target, torch.ones(rows, device=generator.device)
@@ -71,7 +71,7 @@ def implementations(device: str, backward: bool) -> dict:
 
 
 def check(inputs: tuple, backward: bool):
-    """The loss, and rows of the gradients, against the fp64 definition."""
+    """Compare the loss, and rows of the gradients, with the fp64 definition."""
 
     def results(dtype):
         hidden, weight, bias, target, loss_weight = inputs
@@ -84,7 +84,7 @@ def check(inputs: tuple, backward: bool):
         return [x.reshape(1) if x.dim() == 0 else x[:SAMPLES] for x in results]
 
     exact, eager = few(results(torch.float64)), few(results(inputs[0].dtype))
-    # A sum of thousands of rows: its own last place says nothing about them.
+    # A sum over thousands of rows: allow rounding of its terms, not only of the sum's last place.
     return lambda out: compare([x.to(y.dtype) for x, y in zip(few(out), eager)], eager, exact, ulps=16)
 
 

@@ -1,4 +1,4 @@
-"""Prediction: rows of hidden states to token, confidence and log-sum-exp through the LM head."""
+"""Prediction: from rows of hidden states, through the LM head, to token, confidence and log-sum-exp."""
 
 import functools
 from collections.abc import Iterator
@@ -12,18 +12,18 @@ from dllm_fast.kernels.predict import predict
 
 ROWS = (1, 8, 32, 256, 2048)
 NOISE_ROWS = (32, 256)
-SAMPLES = 16  # rows that are held against the truth
+SAMPLES = 16  # rows that are compared with the truth
 SEED = 7
 
 
 def count(rows: int, model: Model, itemsize: int) -> tuple[int, int]:
-    """Bytes: the head, its bias and the rows in, 16 bytes a row out. FLOPs: the product."""
+    """Bytes: the head, its bias, the rows, and 16 bytes of output per row. FLOPs: the matmul."""
     elements = model.vocabulary * (model.width + model.bias) + rows * model.width
     return elements * itemsize + 16 * rows, 2 * rows * model.width * model.vocabulary
 
 
 def make(generator: torch.Generator, rows: int, model: Model) -> tuple:
-    """hidden [N, D], weight [V, D], bias [V] or None, row [N] and position [N]; logits of a spread of about 2."""
+    """hidden [N, D], weight [V, D], bias [V] or None, row [N], position [N]; logits with a spread of about 2."""
     device, dtype = generator.device, dtype_of(generator.device.type)
     options = {"generator": generator, "device": device, "dtype": dtype}
     hidden = torch.randn(rows, model.width, **options)
@@ -34,10 +34,10 @@ def make(generator: torch.Generator, rows: int, model: Model) -> tuple:
 
 
 def check(inputs: tuple, mask_id: int, noisy: bool):
-    """Some rows in fp64: the confidence of the token, the log-sum-exp, and the token itself.
+    """Compare some rows' token, confidence and log-sum-exp with fp64.
 
-    Right is a token whose score is the largest there is. With noise, implementations other than ours draw their own: of
-    them only what is said of the drawn token can be checked, and that is what the relative error is of.
+    A token is right if its score is the largest. Peers draw their own noise, so with noise only the confidence of the
+    token that they drew can be checked: the relative error is of that.
     """
     hidden, weight, bias, row, position = inputs
     at = torch.linspace(0, hidden.shape[0] - 1, min(SAMPLES, hidden.shape[0]), device=hidden.device).long()
@@ -61,7 +61,7 @@ def check(inputs: tuple, mask_id: int, noisy: bool):
         excess, relative = compare(*results, ulps=8)
         missed = (best - allowed.gather(1, token)[:, 0]).max() / best.abs().max()
         if not noisy:
-            relative = max(relative, float(missed))  # bf16 logits may put a near one first
+            relative = max(relative, float(missed))  # bf16 logits may rank a close one first
         return max(excess, float(missed) / (8 * torch.finfo(torch.float32).eps)), relative
 
     return judge
@@ -86,7 +86,7 @@ def implementations(model: Model, noisy: bool, device: str) -> dict[str, Run]:
         return token, p.gather(1, token[:, None])[:, 0]
 
     def published(hidden, weight, bias, *_):
-        """As LLaDA's generate does: Gumbel noise and softmax in fp64."""
+        """As in LLaDA's generate: Gumbel noise and softmax in fp64."""
         logits = F.linear(hidden, weight, bias).double()
         noise = torch.rand(logits.shape, dtype=torch.float64, device=logits.device)
         token = (logits.index_fill(1, mask_id, float("-inf")).exp() / -torch.log(noise)).argmax(-1)

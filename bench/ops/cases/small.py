@@ -1,4 +1,4 @@
-"""What memory limits: rotation into the buffers, norms with their residual, gates; and noise and commitment."""
+"""Memory-bound ops: rotation into buffers, norms with residual, gates; and noise and commit."""
 
 import functools
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from dllm_fast.kernels.norm import layer_norm, rms_norm
 from dllm_fast.kernels.rope import rope
 
 EPS, THETA, SHARE = 1e-5, 1e4, 0.85
-SAMPLES = 64  # rows that are held against the truth
+SAMPLES = 64  # rows that are compared with the truth
 KEPT = 4  # positions that a commit keeps
 NORMS = {"rms_norm": (rms_norm, reference.rms_norm, 5), "layer_norm": (layer_norm, reference.layer_norm, 8)}
 GATES = {"swiglu": (swiglu, reference.swiglu, 4), "geglu": (geglu, reference.geglu, 5)}
@@ -28,19 +28,19 @@ def _random(generator: torch.Generator, *shape: int) -> torch.Tensor:
 
 
 def _shapes(quick: bool) -> Iterator[tuple[str, int, int]]:
-    """Name, batch and positions: whole sequences and a block."""
+    """(name, batch, positions) of whole sequences and of a block."""
     lengths, block, batches = ((5,), 3, (2,)) if quick else (LENGTHS, BLOCK, BATCHES)
     for length in (*lengths, block):
         for batch in batches:
             yield f"{'block' if length == block else 'full'}{length}-batch{batch}", batch, length
 
 
-# Norms: h = x + residual, y = norm(h) * weight. FLOPs an element: 5 for RMSNorm, 8 for LayerNorm.
+# Norms: h = x + residual, y = norm(h) * weight. FLOPs per element: 5 for RMSNorm, 8 for LayerNorm.
 
 
 def norm_run(kind: str, device: str) -> dict:
     kernel, definition, _ = NORMS[kind]
-    extra = () if kind == "rms_norm" else (None,)  # no bias in either model
+    extra = () if kind == "rms_norm" else (None,)  # neither model has a bias
 
     def ours(x, residual, weight):
         return kernel(x, weight, *extra, EPS, residual)
@@ -110,7 +110,7 @@ def norm_cases(device: str, quick: bool) -> Iterator[Case]:
             )
 
 
-# Gates: gate and up are the halves of one matrix product. FLOPs an element, an exp or an erf counting one: 4 and 5.
+# Gates: gate and up are halves of one matmul's output. FLOPs per element, with exp or erf as one: 4 and 5.
 
 
 def glu_run(kind: str, device: str) -> dict:
@@ -171,7 +171,7 @@ def glu_cases(device: str, quick: bool) -> Iterator[Case]:
             )
 
 
-# Rotation: q, k and v in; rotated q out, rotated k and v into buffers. FLOPs: 3 an element of q and k.
+# Rotation: reads q, k and v; writes rotated q, and rotated k and v into buffers. FLOPs: 3 per element of q and k.
 
 
 def rope_run(heads: int, dim: int, device: str) -> dict:
@@ -234,7 +234,7 @@ def rope_check(inputs: tuple):
 
 
 def exact_rotation(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> list[torch.Tensor]:
-    """Half-split rotation of positions 0, 1, ... in fp64, as a product of complex numbers."""
+    """Half-split rotation of positions 0, 1, ... in fp64, by multiplying complex numbers."""
     turn = torch.complex(cos.double(), sin.double())[: q.shape[1], None]  # [T, 1, D/2]
     turned = (torch.complex(*x.double().chunk(2, -1)) * turn for x in (q, k))
     return [torch.cat((z.real, z.imag), -1) for z in turned]
@@ -263,7 +263,7 @@ def rope_cases(device: str, quick: bool) -> Iterator[Case]:
             )
 
 
-# Noise: nothing in, 4 bytes a number out. FLOPs of the two logarithms: 40; its integer multiplications are not counted.
+# Noise: writes 4 bytes per number. FLOPs: 40, for two logarithms; integer multiplications are not counted.
 
 
 def gumbel_run(device: str) -> dict:
@@ -306,7 +306,7 @@ def gumbel_cases(device: str, quick: bool) -> Iterator[Case]:
             )
 
 
-# Commitment: token, confidence and candidate in, what was chosen and the tokens out; a launch is what it takes.
+# Commit: reads token, confidence and candidate, writes the choice and the tokens. A launch dominates its time.
 
 
 def commit_run(device: str) -> dict:
