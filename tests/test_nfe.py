@@ -128,7 +128,8 @@ def test_random_weights_are_not_asked_how_sure_they_are(capsys):
     for schedule in ("threshold=0.9", "factor=1", "entropy-bound=0.1"):
         assert nfe.main([*quick, "--schedule", "uniform=16", schedule]) == 2
         assert (
-            f"--schedule {schedule}: quick has random weights, whose confidence says nothing" in capsys.readouterr().err
+            f"--schedule {schedule}: quick has random weights, whose confidences mean nothing"
+            in capsys.readouterr().err
         )
     assert nfe.main([*quick, "--task", "steps"]) == 2
     assert "--task: quick has random weights" in capsys.readouterr().err
@@ -302,7 +303,7 @@ def scored(schedule: str, share: float, nfe: float, cache: str = "none", count: 
 
 def test_a_verdict_comes_with_the_figure_that_decided():
     (said,) = claims.claims([scored("uniform=16", 0.9, 16), scored("uniform=16", 0.6, 16, cache="dual")], 64)
-    assert said["because"].startswith("uniform=16 dual less uniform=16 none: -30.0 points")
+    assert said["because"].startswith("uniform=16 dual minus uniform=16 none: -30.0 points")
     one, random = scored("uniform=64", 0.9, 64), scored("uniform=64", 0.7, 64, confidence="random")
     (said,) = claims.claims([one, random], 64)
     assert said["because"].startswith("in random order, uniform=64 none random: -20.0 points")

@@ -1,4 +1,4 @@
-"""Attention, rotation, norms and gates as the launchers launch them: what `resources.measured` compiles."""
+"""Attention, rotation, norms and gates, with their launchers' configurations, for `resources.measured`."""
 
 import triton
 from resources import BIG, SHARED_LIMIT, SMALL, Case
@@ -9,7 +9,7 @@ TYPES = {2: "*bf16", 4: "*fp32"}
 
 
 def _strides(**axes):
-    """Strides as real tensors have them: multiples of 16."""
+    """Strides, as multiples of 16 like those of real tensors."""
     return {f"{name}_stride_{axis}": "i32:16" for name, letters in axes.items() for axis in letters}
 
 

@@ -1,4 +1,4 @@
-"""Every kernel of gumbel, select, predict, commit and masked_loss in each configuration that ships."""
+"""Every kernel of gumbel, select, predict, commit and masked_loss in each shipped configuration."""
 
 from resources import Case
 
@@ -18,7 +18,7 @@ def _case(name, fn, signature, constexprs, config=None, matrix=False):
 
 
 def _keys(noise):
-    """Signature and constants of the noise's pointers, which are None without noise."""
+    """Signature and constants of the noise's pointers; they are None without noise."""
     return (KEYS, {}) if noise else ({}, NO_KEYS)
 
 

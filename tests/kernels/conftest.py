@@ -1,7 +1,7 @@
-"""Without a GPU, kernels run in Triton's interpreter on CPU tensors; with one, the same tests run there.
+"""Without a GPU, kernels run in Triton's interpreter on CPU tensors; with one, the same tests run on it.
 
-Where there is no Triton (Windows, macOS, a CPU build of torch alone), or its interpreter does not work with this NumPy,
-every module here that needs it is skipped, and says so.
+Without Triton (on Windows, on macOS, with only a CPU build of torch), or if its interpreter does not work with this
+NumPy, every module here that needs it is skipped, and prints why.
 """
 
 import importlib.util
@@ -12,7 +12,7 @@ from needs import missing
 
 
 def _repair_interpreter():
-    """bfloat16 and e4m3 as hardware has them: the interpreter's dot multiplies bit patterns, and its casts truncate."""
+    """bfloat16 and e4m3 as in hardware: the plain interpreter multiplies bit patterns, and its casts truncate."""
     import numpy as np
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
@@ -32,7 +32,7 @@ def _repair_interpreter():
         if kinds == (tl.float32, tl.bfloat16):
             bits = np.ascontiguousarray(src.data).view(np.uint32)
             nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16  # ties to even
-            quiet = (bits >> 16) | 0x40  # a NaN's payload must not carry into its sign
+            quiet = (bits >> 16) | 0x40  # rounding a NaN must not carry into its sign bit
             return TensorHandle(np.where(np.isnan(src.data), quiet, nearest).astype(np.uint16), tl.bfloat16)
         return cast(self, src, dst_type)
 
@@ -71,4 +71,4 @@ def device() -> str:
 
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(poisoned_outputs, strict_interpreter):
-    """In every test here."""
+    """For every test here."""

@@ -1,11 +1,12 @@
-"""Compile kernels for GPUs that are not here, and read what they use: registers, spills, shared memory, matrix units.
+"""Compiles kernels for GPUs that need not be present, and reads their registers, spills, shared memory and
+instructions.
 
 `measure` needs a process without TRITON_INTERPRET; `measured` starts one for a module of cases:
 
     CASES = [Case("name", _kernel, {"x_ptr": "*bf16", "n": "i32"}, {"BLOCK": 128}, num_warps=4, num_stages=2)]
 
-Pointers count as 16-byte aligned, as PyTorch's allocations are. An integer is known to be a multiple of 16, as a
-launch would find it to be, where its type is written "i32:16".
+Pointers count as 16-byte aligned, like PyTorch's allocations. An integer of type "i32:16" counts as a multiple of 16,
+as if a launch had found that.
 """
 
 import dataclasses
@@ -18,12 +19,12 @@ import subprocess
 import sys
 import tempfile
 
-MODULES = ("compile_cases_attention", "compile_cases_predict")  # every kernel that ships
-SHARED_LIMIT = {  # bytes a block may have, by architecture
+MODULES = ("compile_cases_attention", "compile_cases_predict")  # all shipped kernels
+SHARED_LIMIT = {  # bytes that a block may use, by architecture
     80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024,
 }  # fmt: skip
 INEXACT = r"\b[a-z0-9]+\.(?:approx|full)\.(?:ftz\.)?f32\b"
-BIG = (90, 100)  # launchers give these other tiles
+BIG = (90, 100)  # launchers use other tiles on these
 SMALL = tuple(arch for arch in SHARED_LIMIT if arch not in BIG)
 
 
@@ -31,12 +32,12 @@ SMALL = tuple(arch for arch in SHARED_LIMIT if arch not in BIG)
 class Case:
     name: str
     fn: object  # the @triton.jit function
-    signature: dict  # argument name -> Triton type, constexprs left out
+    signature: dict  # argument name -> Triton type, without constexprs
     constexprs: dict  # argument name -> value
     num_warps: int = 4
     num_stages: int = 3
-    matrix: bool = False  # whether it must use the matrix units; only then are their instructions counted
-    archs: tuple = tuple(SHARED_LIMIT)  # the architectures it is launched on
+    matrix: bool = False  # whether it must use matrix units; their instructions are counted only then
+    archs: tuple = tuple(SHARED_LIMIT)  # architectures to compile for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Resources:
     hgmma: int  # warp-group matrix instructions (sm_90)
     hmma: int  # warp matrix instructions
     tcgen05: int  # tensor-memory matrix instructions (sm_100)
-    inexact: list[str]  # the PTX instructions that approximate an fp32 function, ".ftz" left out
+    inexact: list[str]  # PTX instructions that approximate an fp32 function, without ".ftz"
 
     def matrix(self, arch: int) -> int:
         """The matrix instructions that a kernel should use on ``arch``."""
@@ -63,11 +64,11 @@ def measure(case: Case, arch: int) -> Resources:
     signature, attrs = {}, {}
     constexprs = dict(case.constexprs)
     if "CHAINED" in case.fn.arg_names:
-        constexprs["CHAINED"] = arch >= 90  # as `chain.chained` says
+        constexprs["CHAINED"] = arch >= 90  # the same as in `chain.chained`
     for i, name in enumerate(case.fn.arg_names):
         kind, _, multiple = case.signature.get(name, "constexpr").partition(":")
         if (kind == "constexpr") != (name in constexprs):
-            raise ValueError(f"{case.name}: argument {name} must be in signature or in constexprs, and not in both")
+            raise ValueError(f"{case.name}: argument {name} must be in exactly one of signature and constexprs")
         signature[name] = kind
         if kind.startswith("*") or multiple == "16":
             attrs[(i,)] = [["tt.divisibility", 16]]
@@ -79,7 +80,7 @@ def measure(case: Case, arch: int) -> Resources:
     with tempfile.TemporaryDirectory() as folder:
         cubin = pathlib.Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
-        # Disassembly takes longer than all the rest of a cached compilation: only where it is asked for.
+        # Disassembling takes longer than the rest of a cached compilation, so only on request.
         command = [tool, "-res-usage", *["-sass"] * case.matrix, cubin]
         listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     used = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", listing)}
@@ -95,10 +96,10 @@ def measure(case: Case, arch: int) -> Resources:
 
 
 def measured(module: str, arch: int, share: int = 1) -> dict[str, Resources]:
-    """`measure` of every ``share``-th case in ``module.CASES`` (a module of this folder), in a process of its own."""
+    """`measure` of every ``share``-th case in ``module.CASES`` (a module of this folder), in a new process."""
     here = pathlib.Path(__file__).resolve()
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    # The repository, too: where the package runs uninstalled, a child does not inherit pytest's sys.path.
+    # The repository too: a child process does not inherit pytest's sys.path, which finds an uninstalled package.
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(here.parents[2]), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, str(here), module, str(arch), str(share)]
     child = subprocess.run(command, check=False, env=environment, capture_output=True, text=True)
@@ -110,6 +111,6 @@ def measured(module: str, arch: int, share: int = 1) -> dict[str, Resources]:
 if __name__ == "__main__":
     arch, share = int(sys.argv[2]), int(sys.argv[3])
     cases = [case for case in importlib.import_module(sys.argv[1]).CASES if arch in case.archs]
-    # Each architecture begins with another case, so that their shares together see more of them.
+    # Each architecture starts with another case, so that together they cover more cases.
     cases = cases[arch % share :: share]
     print(json.dumps({case.name: dataclasses.asdict(measure(case, arch)) for case in cases}))

@@ -38,7 +38,7 @@ SHAPES = {
 
 
 def inputs(shape, dtype, device, seed=0):
-    """q as a slice of a wider projection, buffers with NaN in every slot outside its row's range."""
+    """q, a slice of a wider projection, and buffers with NaN in every slot outside the row's range."""
     batch, queries, heads, kv_heads, dim, slots, start, end, slot, window = shape
     make = torch.Generator().manual_seed(seed)
     q = torch.randn(batch, queries, heads + 2, dim, generator=make).to(device, dtype)[:, :, 1 : heads + 1]
@@ -57,7 +57,7 @@ def check(shape, dtype, device, seed=0, **options):
     truth = reference.attention(*(x.double() for x in clean[:3]), *clean[3:], **options)
     out = attention(*poisoned, **options)
     assert out.is_contiguous()
-    # In fp32 nothing is rounded at the end: an average's error is that of the values it is made of.
+    # fp32 results are not rounded at the end, so an average's error is on the scale of its values.
     size = clean[2].abs().max().item() if dtype == FP32 else None
     assert_as_exact(out, reference.attention(*clean, **options), truth, size=size)
     return out
@@ -112,7 +112,7 @@ def split_over(splits, monkeypatch):
 
 
 def test_parts_are_added_up_in_one_order(device, monkeypatch):
-    """Whichever program is last; the interpreter shuffles them."""
+    """Whichever program is last: the interpreter runs them in a random order."""
     split_over(5, monkeypatch)
     arguments, _ = inputs(SHAPES["block-right-padded"], FP32, device)
     first = attention(*arguments)
@@ -121,7 +121,7 @@ def test_parts_are_added_up_in_one_order(device, monkeypatch):
 
 
 def test_counts_are_left_as_they_were_found(device, monkeypatch):
-    """Also of rows that see nothing, and where one range is shorter than its splits."""
+    """Also for rows that see no slot, and for a range shorter than its number of splits."""
     split_over(4, monkeypatch)
     shape = (3, 17, 8, 2, 16, 90, [0, 30, 5], [90, 30, 7], [30, 0, 0], None)
     arguments, _ = inputs(shape, BF16, device)
@@ -132,7 +132,7 @@ def test_counts_are_left_as_they_were_found(device, monkeypatch):
             assert not kept.any()
     for few in (kept[:11], kept.new_zeros(0)):
         with counters(few):
-            assert torch.equal(attention(*arguments), expected), "zeros of its own, where those kept are too few"
+            assert torch.equal(attention(*arguments), expected), "its own zeros, if there are too few cached ones"
 
 
 def test_plan_fills_the_machine_from_shapes():
@@ -152,7 +152,7 @@ def test_plan_fills_the_machine_from_shapes():
 @pytest.mark.parametrize("window", [None, 4])
 def test_queries_that_see_nothing_get_zero(window, splits, device, monkeypatch):
     split_over(splits, monkeypatch)
-    # Empty at 0, empty inside, reversed, and a full row between them.
+    # Rows with ranges empty at 0, empty inside and reversed, and between them a full row.
     shape = (4, 6, 2, 1, 32, 70, [0, 30, 0, 50], [0, 30, 70, 20], [0, 28, 8, 30], window)
     out = check(shape, BF16, device)
     assert (out[[0, 1, 3]] == 0).all()
@@ -160,7 +160,7 @@ def test_queries_that_see_nothing_get_zero(window, splits, device, monkeypatch):
 
 
 def test_window_that_leaves_the_range(device):
-    """The first queries' windows end before the range begins, the last ones' reach into it."""
+    """The first queries' windows end before the range begins; the last queries' windows reach into it."""
     out = check((1, 80, 1, 1, 16, 200, [100], [200], [20], 3), FP32, device)
     assert (out[0, :77] == 0).all()
     assert (out[0, 77:] != 0).any(-1).all()
@@ -191,7 +191,7 @@ def test_scale(device):
 
 @pytest.mark.parametrize("name", ["block-mha", "long-ragged"])
 def test_permuted_buffers(name, device):
-    """Head-major buffers: any strides will do as long as the head dim is contiguous."""
+    """Head-major buffers: any strides work if the head dim is contiguous."""
     poisoned, _ = inputs(SHAPES[name], BF16, device)
     permuted = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in poisoned[:3]]
     assert torch.equal(attention(*permuted, *poisoned[3:]), attention(*poisoned))
@@ -211,7 +211,7 @@ def test_any_shape(device, data):
     queries = draw(st.integers(1, min(slots, 80)), "queries")
     kv_heads, group = draw(st.integers(1, 2), "kv heads"), draw(st.sampled_from([1, 2, 4]), "group")
     per_row = st.lists(st.integers(0, slots), min_size=batch, max_size=batch)
-    slot = st.lists(st.integers(0, slots - queries), min_size=batch, max_size=batch)  # a live block anywhere inside
+    slot = st.lists(st.integers(0, slots - queries), min_size=batch, max_size=batch)  # a block anywhere inside
     shape = (
         *(batch, queries, kv_heads * group, kv_heads, draw(st.sampled_from([16, 24, 32, 64]), "head dim"), slots),
         *(draw(per_row, "start"), draw(per_row, "end"), draw(slot, "slot")),

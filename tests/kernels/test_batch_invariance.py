@@ -1,4 +1,4 @@
-"""A row's bits do not depend on how many rows are evaluated with it: see docs/batch-invariance.md for where."""
+"""A row's bits do not depend on the number of rows in its batch, wherever docs/batch-invariance.md promises it."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from dllm_fast.kernels.predict import predict
 
 @pytest.mark.parametrize("confidence", ["probability", "margin"])
 def test_predict_at_batch_1_to_4(confidence, device):
-    """Blocks of 32 rows, up to 128: the fused kernel, whose tiles of the vocabulary and steps over D are the same."""
+    """Blocks of 32 rows, up to 128 rows: the fused kernel always has the same vocabulary tiles and steps over D."""
     hidden, weight, bias = problem(128, 200, 130, torch.bfloat16, device)
     options = {"mask_id": MASK, "confidence": confidence, "temperature": 0.5}
     alone = None

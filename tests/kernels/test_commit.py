@@ -1,4 +1,4 @@
-"""Which candidates a schedule keeps, and what is written, against the definition."""
+"""The candidates that a schedule keeps, and the tokens that are written, against the definition."""
 
 import hypothesis
 import hypothesis.strategies as st
@@ -15,11 +15,11 @@ SHAPES = {"1x1": (1, 1), "3x11": (3, 11), "2x32": (2, 32), "4x33": (4, 33), "1x6
 @pytest.fixture
 def poison(monkeypatch):
     empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(1))  # a bool's: everything chosen
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(1))  # for a bool: everything chosen
 
 
 def problem(batch, positions, device, seed=0):
-    """Few distinct confidences, so that many tie; the slots leave room on both sides."""
+    """Few distinct confidences, so that many are tied; slots leave room on both sides."""
     generator = torch.Generator().manual_seed(seed)
     confidence = torch.randint(0, 12, (batch, positions), generator=generator) / 12
     candidate = torch.rand(batch, positions, generator=generator) < 0.6
@@ -30,7 +30,7 @@ def problem(batch, positions, device, seed=0):
 
 
 def as_entropy(arguments, rule):
-    """For ``bound``, confidences that are negative entropies, in eighths: their sums are exact in any order."""
+    """For ``bound``: confidences that are negative entropies in eighths, whose sums are exact in any order."""
     sequence, token, confidence, *rest = arguments
     return sequence, token, ((confidence - 1) * 12 / 8 if "bound" in rule else confidence), *rest
 
@@ -95,7 +95,7 @@ def test_what_is_not_finite_goes_last_and_one_is_always_kept(device, poison):
     for rule in ({"threshold": -0.7}, {"factor": 3.1}, {"bound": 0.4}):
         chosen = assert_matches(sequence, token, confidence, candidate, slot, **rule)
         assert [row.nonzero()[:, 0].tolist() for row in chosen] == [[3], [0], [0], [2]]
-    # An entropy counts only once another candidate would follow it, and after an infinite one nothing does.
+    # An entropy counts only if another candidate follows it, and none follows an infinite one.
     for bound, first in ((0.5, [3, 5]), (1.5, [0, 3, 5]), (1e30, [0, 3, 5])):
         chosen = assert_matches(sequence, token, confidence, candidate, slot, bound=bound)
         assert [row.nonzero()[:, 0].tolist() for row in chosen] == [first, [0], [0], [2]]

@@ -1,4 +1,4 @@
-"""How many kernels Triton compiles over LLaDA's loop, for a card that is not here."""
+"""How many kernels Triton compiles for LLaDA's generation loop; needs no GPU."""
 
 import json
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("triton")
 
 ROOT = Path(__file__).parent.parent.parent
-# Integers that may be multiples of 16 at one launch of a run and not at another: of the block length alone.
+# The only integers that may be multiples of 16 in some launches of a run and not in others; they depend on the block.
 VARY = {"commit._commit_kernel T % 16", "predict._compact_kernel N % 16"}
 
 
@@ -22,8 +22,8 @@ def test_what_a_run_is_asked_for_changes_few_compilations():
     found = json.loads(lines[-1])
     added = found["added"]
     assert added["768 + 256, dual cache"] > 0 and set(found["kernels"]) >= {"norm._norm_kernel", "rope._rope_kernel"}
-    assert added["batch 3"] == 0, "beside batches of 1 and 8 none has kernels of its own"
-    # A rule, a sampler, a guided product and a block length: one kernel each, and two where blocks are ragged.
+    assert added["batch 3"] == 0, "after batches of 1 and 8, no batch size adds kernels"
+    # A schedule, a sampler, a guided head and a block length add one kernel each, or two if blocks are ragged.
     for name in ("threshold 0.9", "temperature 0.7", "guidance", "blocks of 64"):
         assert added[name] <= 1, name
     assert added["blocks of 24"] <= 2

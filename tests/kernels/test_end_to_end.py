@@ -1,4 +1,4 @@
-"""Both families on the kernels: the same logits and the same tokens as in PyTorch."""
+"""Both families give the same logits and tokens on the kernels as in PyTorch."""
 
 import pytest
 import torch

@@ -13,7 +13,7 @@ SHAPES = {"one": (1,), "odd": (3, 5, 77), "past-a-tile": (2, 1025), "two-tiles":
 
 
 def halves(shape, dtype, device, seed=0):
-    """gate and up as the two halves of one matrix product."""
+    """gate and up as the two halves of one matmul's output."""
     make = torch.Generator().manual_seed(seed)
     both = torch.randn(*shape[:-1], 2 * shape[-1], generator=make).mul(3).to(dtype).to(device)
     return both.chunk(2, -1)
@@ -34,7 +34,7 @@ def test_reference(shape, dtype, name, device):
 
 
 def largest_error(name, gate, y):
-    """By how much each element of a gate (times 1) may be off before it is rounded to its dtype, fp64."""
+    """The error bound of each element of a gate (times 1) before rounding to its dtype, fp64."""
     if name == "swiglu":
         # exp's share of 1 + exp(-g), the sum, the division. Beyond 88.72 exp is infinite and the quotient 0, where the
         # truth is at most 88.72 e^-88.72 < 2^-121.
@@ -53,7 +53,7 @@ def largest_error(name, gate, y):
 @pytest.mark.parametrize("name", GATES)
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
 def test_tails(dtype, name, device):
-    """Where exp overflows, and where the gate has left float32's normal range, each on its own scale."""
+    """Inputs for which exp overflows, and for which the gate leaves float32's normal range, each on its own scale."""
     sizes = torch.tensor([1e-30, 1e-3, 20.0, 88.0, 89.0, 1e4], dtype=dtype, device=device)
     gate = torch.cat([sizes, -sizes])
     kernel, definition = GATES[name]

@@ -1,4 +1,4 @@
-"""Gumbel and uniform noise: the definition's numbers to a few fp32 ulp, both tails, the distribution, the contract."""
+"""Gumbel and uniform noise: within a few fp32 ulp of the definition, both tails, the distribution, the contract."""
 
 import math
 
@@ -44,7 +44,7 @@ def poison(monkeypatch):
 
 
 def indices(n, device, dtype=torch.int64):
-    """Rows and positions that differ, some at the ends of their range."""
+    """Different rows and positions, some at the ends of their ranges."""
     row = torch.arange(n, device=device, dtype=dtype) % 3
     position = torch.arange(n, device=device, dtype=dtype) * 5 + 2
     position[-1] = (1 << 31) - 1
@@ -72,13 +72,13 @@ def test_words_at_the_extremes(device):
 
     def exact(h, low):
         bits = h << 32 | low
-        small = min(bits, (1 << 64) - 1 - bits) + 0.5  # below 2^63, so what fp64 rounds here is 2^-53 of it
+        small = min(bits, (1 << 64) - 1 - bits) + 0.5  # below 2^63, so fp64 rounds it by a relative 2^-53
         small *= 2.0**-64
         return -math.log(-math.log1p(-small) if bits >= 1 << 63 else -math.log(small))
 
     truth = torch.tensor([exact(*pair) for pair in pairs], device=device, dtype=torch.float64)
     assert_close(out, truth)
-    assert truth.max() > 45.05 and out.max() > 45.05  # far past the 16.6 of 24-bit uniforms
+    assert truth.max() > 45.05 and out.max() > 45.05  # far beyond 16.6, the end of 24-bit uniforms
     assert truth.min() < -3.8 and (truth > 16.7).sum() > 10
 
 
@@ -110,7 +110,7 @@ def test_distribution(device):
     assert distance * n**0.5 < 1.63  # Kolmogorov, 1 %
     assert abs(noise.mean() - 0.5772156649) < 3 * (math.pi**2 / 6 / n) ** 0.5
     assert abs(noise.var() / (math.pi**2 / 6) - 1) < 3 * (4.4 / n) ** 0.5  # kurtosis 5.4
-    # What a sampler sees: E exp(G / 3) = Gamma(2/3) weighs the upper tail and moves if the temperature does.
+    # E exp(G / 3) = Gamma(2/3) weights the upper tail as a sampler does, and changes with the temperature.
     heavy = torch.exp(noise / 3)
     assert abs(heavy.mean() - math.gamma(2 / 3)) < 3 * heavy.std() / n**0.5
 
@@ -131,7 +131,7 @@ def test_device_scalars_and_int32(device):
     expected = gumbel(9, 4, row, position, columns)
     assert torch.equal(gumbel(seed, step, row.int(), position.int(), columns.int()), expected)
     assert torch.equal(uniform(seed, step, row, position), uniform(9, 4, row, position))
-    step += 1  # what a captured graph does between replays
+    step += 1  # as between replays of a captured graph
     assert not torch.equal(gumbel(seed, step, row, position, columns), expected)
 
 

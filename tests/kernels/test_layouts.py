@@ -1,6 +1,6 @@
-"""Where its arguments lie changes no bit of a kernel's results: rows apart, odd strides, addresses of no alignment.
+"""The layout of a kernel's arguments changes no bit of its results: rows far apart, odd strides, unaligned addresses.
 
-Each launcher once, and a list of them, so that a new one is not forgotten.
+Every launcher has a case, and a test checks that the list is complete.
 """
 
 import pytest
@@ -58,7 +58,7 @@ def _four_bits():
     return {"packed": packed, "scale": scale, "zero": zero}
 
 
-# A launcher, its arguments, and those whose rows may lie apart. The others are contiguous, and at any address.
+# A launcher, its arguments, and the names of those whose rows may be apart. Others are contiguous, at any address.
 CASES = {
     "rms_norm": (rms_norm, lambda: {"x": _normal(3, 40), "weight": _normal(40), "eps": 1e-5,
                                     "residual": _normal(3, 40, seed=1)}, ("x", "residual")),
@@ -92,26 +92,25 @@ CASES = {
     "uniform": (uniform, lambda: {"seed": 3, "step": 1, "row": _rows(4), "position": _rows(4) + 1}, ()),
 }  # fmt: skip
 
-# A library multiplies them, and may do so in another order where they are aligned otherwise.
+# A library multiplies them, and may sum in another order at another alignment.
 LIBRARY = {"predict streamed": ("hidden", "weight", "uncond")}
 
 
 def shifted(x):
-    """``x`` contiguous, one element behind an address of full alignment; rounded weights are read in words of four
-    bytes."""
+    """``x``, contiguous, one element after an aligned address; rounded weights are read in words of four bytes."""
     by = 4 if x.dtype in (torch.float8_e4m3fn, torch.uint8) else 1
     base = torch.empty(x.numel() + 2 * by, dtype=x.dtype, device=x.device)
     return base[by : by + x.numel()].view(x.shape).copy_(x)
 
 
 def apart(x):
-    """``x`` with its last dimension dense and all others at odd strides, one element behind a full alignment."""
+    """``x`` with a dense last dimension and odd strides elsewhere, one element after an aligned address."""
     wide = torch.empty([n + 1 for n in x.shape[:-1]] + [x.shape[-1] + 3], dtype=x.dtype, device=x.device)
     return wide[(*[slice(1, None)] * (x.dim() - 1), slice(1, x.shape[-1] + 1))].copy_(x)
 
 
 def run(name, device, lay=None):
-    """Results and what was written in place, with tensors laid out by ``lay(argument's name, tensor)``."""
+    """Results and tensors written in place, with arguments laid out by ``lay(argument's name, tensor)``."""
     launch, make, _ = CASES[name]
     arguments = {key: x.to(device) if isinstance(x, torch.Tensor) else x for key, x in make().items()}
     if lay:
@@ -143,6 +142,6 @@ def test_each_argument_has_strides_of_its_own(name, device):
 
 
 def test_no_launcher_is_forgotten():
-    """Those that models and the loop call."""
+    """The launchers that models and the loop call."""
     called = {name for names in launchers.KERNELS.values() for name in names} - {"counters", "fits", "fits_int4"}
     assert called <= {name.split()[0] for name in CASES}

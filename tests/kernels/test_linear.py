@@ -1,4 +1,4 @@
-"""`kernels.linear`: few rows times a weight, tiles shared between programs, gates and e4m3 weights."""
+"""`kernels.linear`: a few rows times a weight, with tiles shared between programs, gates and e4m3 weights."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def test_reference(name, dtype, gated, device):
 
 @pytest.fixture(params=[False, True], ids=["widened", "split"])
 def split(request, monkeypatch):
-    """Both ways of bf16 rows with e4m3 weights."""
+    """Both ways to multiply bf16 rows by e4m3 weights."""
     monkeypatch.setattr(kernel, "SPLIT", request.param)
 
 
@@ -42,7 +42,7 @@ def split(request, monkeypatch):
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 @pytest.mark.parametrize("name", ["one-row", "tiles-cut-anywhere", "most-rows"])
 def test_e4m3_weights(name, dtype, gated, split, device):
-    """Nothing but the weights is rounded: the truth is that of the rounded weights."""
+    """Only the weights are rounded: the truth is computed from the rounded weights."""
     x, weight = inputs(name, dtype, device)
     copy, scale = rounded(weight)
     truth = reference.linear(x.double(), copy.double(), scale.double(), gated)
@@ -51,7 +51,7 @@ def test_e4m3_weights(name, dtype, gated, split, device):
 
 
 def test_e4m3_weights_of_rows_with_outliers(split, device):
-    """A row's largest number sets its scale; what is a thousandth of it is not rounded for that."""
+    """A row's largest number sets its scale, but does not cost a number a thousandth of its size any precision."""
     x, weight = inputs("tiles-cut-anywhere", BF16, device)
     x[:, 3] *= 1000
     copy, scale = rounded(weight)
@@ -61,7 +61,7 @@ def test_e4m3_weights_of_rows_with_outliers(split, device):
 
 
 def test_every_e4m3_number(split, device):
-    """Each of the 254 finite ones, times 1: subnormal ones and -0 among them."""
+    """Each of the 254 finite e4m3 numbers times 1, including subnormals and -0."""
     codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
     weight = torch.where(codes.float().isfinite(), codes.float(), 0).to(torch.float8_e4m3fn)
     weight = weight[:, None].expand(256, 128).contiguous().to(device)
@@ -108,7 +108,7 @@ def test_op(device):
     torch.library.opcheck(linear, (x, weight))
     torch.library.opcheck(linear, (x, weight), {"gated": True})
     copy, scale = rounded(weight)
-    # Its schema test multiplies e4m3 by numbers, which PyTorch does not do.
+    # opcheck's schema test multiplies e4m3 tensors by numbers, which PyTorch cannot do.
     kinds = ("test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic")
     torch.library.opcheck(linear, (x, copy, scale), test_utils=kinds)
 
@@ -126,8 +126,8 @@ def test_what_fits(device):
     assert fits(x, rounded(weight)[0]) == kernel._measured(x.device)
     copy = rounded(weight)[0]
     shifted = torch.cat((copy.view(torch.uint8).flatten()[:1], copy.view(torch.uint8).flatten()))[1:]
-    assert not fits(x, shifted.view(copy.dtype).view(copy.shape))  # its words of four bytes would begin in between
-    assert not fits(x, weight)  # cuBLAS is ahead
+    assert not fits(x, shifted.view(copy.dtype).view(copy.shape))  # words of four bytes would be misaligned
+    assert not fits(x, weight)  # cuBLAS is faster
     assert not fits(x.float(), rounded(weight)[0])
     with pytest.raises(ValueError, match=r"weight is torch.float32"):
         linear(x, weight.float())

@@ -1,4 +1,4 @@
-"""`kernels.linear_int4`: few rows times four-bit weights, and those weights written out."""
+"""`kernels.linear_int4`: a few rows times four-bit weights, and the same weights widened."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ BF16, FP16 = torch.bfloat16, torch.float16
 
 def inputs(name, dtype, device):
     x, weight = linear_inputs(name)
-    weight[0], weight[1], weight[2] = 0, weight[1].abs(), 1000 * weight[2]  # all q alike; zero points of 0
+    weight[0], weight[1], weight[2] = 0, weight[1].abs(), 1000 * weight[2]  # all q equal; zero points of 0
     return x.to(dtype).to(device), [part.to(device) for part in reference_int4.round_int4(weight)]
 
 
@@ -24,7 +24,7 @@ def inputs(name, dtype, device):
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 @pytest.mark.parametrize("name", LINEARS)
 def test_reference(name, dtype, gated, device):
-    """Nothing but the weights is rounded: the truth is that of the rounded weights."""
+    """Only the weights are rounded: the truth is computed from the rounded weights."""
     x, four_bits = inputs(name, dtype, device)
     widened = reference_int4.widen_int4(*four_bits, x.shape[-1])
     truth = reference.linear(x.double(), widened.double(), gated=gated)
@@ -32,7 +32,7 @@ def test_reference(name, dtype, gated, device):
 
 
 def test_every_q_and_zero(device):
-    """W x for one input at a time: each of the 16 x 16 pairs, at each place of a group."""
+    """W x for one input at a time: each of the 16 x 16 pairs, at each index in a group."""
     weight = torch.zeros(256, 128)
     zeros, values = torch.arange(256) // 16, torch.arange(256) % 16
     q = values[:, None].expand(256, 128).to(torch.uint8)
@@ -106,7 +106,7 @@ def test_what_fits(device):
 @torch.no_grad()
 @pytest.mark.parametrize("rows, served", [(16, "linear_int4"), (80, "widen_int4")], ids=["few", "many"])
 def test_a_model_is_served_by_them(rows, served, device, monkeypatch):
-    """In fp16, which the interpreter has: the logits of the same four bits under PyTorch, to fp16's rounding."""
+    """In fp16, which the interpreter supports: PyTorch's logits from the same four bits, to fp16's rounding."""
     model = make_llada(d_model=128, n_heads=2, mlp_hidden_size=128, n_layers=2).half().to(device)
     ids = torch.arange(rows, device=device)[None] % 99
     calls = []

@@ -22,7 +22,7 @@ ULP = 2.0**-24
 
 @pytest.fixture
 def poison(monkeypatch):
-    """Fill what kernels allocate with NaN; returns the largest number of elements asked for, in a list."""
+    """Fill tensors that kernels allocate with NaN; return a list with the largest number of elements asked for."""
     empty, largest = torch.empty, [0]
 
     def filled(*args, **options):
@@ -46,7 +46,7 @@ def problem(rows, vocabulary, width, dtype, device, seed=0):
 
 
 def gradients(function, hidden, weight, bias, target, loss_weight, dtype=None):
-    """The loss, then the gradients of the four that have one (None for a missing bias)."""
+    """The loss, then the gradients of the four differentiable arguments (None for a missing bias)."""
     leaves = [
         None if x is None else x.detach().to(dtype or x.dtype).requires_grad_()
         for x in (hidden, weight, bias, loss_weight)
@@ -57,7 +57,7 @@ def gradients(function, hidden, weight, bias, target, loss_weight, dtype=None):
 
 
 def assert_matches(*arguments):
-    """Each result at most twice as far from the truth as eager's in the same dtype, or 16 ulp of its largest."""
+    """Each result is at most twice as far from the truth as eager's in the same dtype, or 16 ulp of its largest."""
     truth = gradients(reference.masked_loss, *arguments, dtype=torch.float64)
     eager = gradients(reference.masked_loss, *arguments)
     ours = gradients(masked_loss, *arguments)

@@ -31,7 +31,7 @@ def inputs(shape, dtype, device, residual, seed=0, weight_dtype=None):
 
 
 def call(kind, where, x, weight, bias, residual):
-    """The norm of that kind by the kernel or by the reference; only the last kind has a bias."""
+    """Call the kernel or the reference for that kind of norm; only the last kind has a bias."""
     if kind == "rms_norm":
         return (rms_norm if where == "kernel" else reference.rms_norm)(x, weight, EPS, residual)
     bias = bias if kind == "layer_norm_bias" else None
@@ -65,17 +65,17 @@ def test_fp16_and_mixed_weights(weight_dtype, kind, device):
 
 
 def test_rms_norm_rounds_before_the_weight(device):
-    """The model's bits: a weight of 1 + 2^-7 in bfloat16 tells the two orders apart."""
+    """Equal to the model's bits: a weight of 1 + 2^-7 in bfloat16 distinguishes the two orders of operations."""
     x, _, _, residual = inputs(SHAPES["modernbert"], BF16, device, True)
     weight = torch.full((768,), 1 + 2**-7, dtype=BF16, device=device)
     y, expected = rms_norm(x, weight, EPS, residual)[0], reference.rms_norm(x, weight, EPS, residual)[0]
-    assert (y == expected).float().mean() > 0.995  # the mean's last bit may move a value across a tie
+    assert (y == expected).float().mean() > 0.995  # the last bit of the mean may move a value across a tie
 
 
 def largest_error(kind, x, weight, y):
-    """By how much each element of a norm may be off before it is rounded to its dtype: [rows, d], fp64.
+    """The error bound of each element of a norm before rounding to its dtype: [rows, d], fp64.
 
-    The sum of the errors of its fp32 operations, and of those that the manual states for the division and the root.
+    It adds up the errors of the fp32 operations, and those that the manual states for the division and the root.
     """
     h, weight, d = x.double(), weight.double().abs(), x.shape[-1]
     mean_error = torch.zeros_like(h[:, :1])
@@ -88,9 +88,9 @@ def largest_error(kind, x, weight, y):
         mean_error = torch.where((x == x[:, :1]).all(-1, keepdim=True), 0.0, summed)
         h = h - mean
     inverse = (h.square().mean(-1, keepdim=True) + EPS).rsqrt()
-    # Squares, d additions and that of eps, and the division, of which a root takes half.
+    # Squares, d additions, the addition of eps and the division; a root halves the relative error.
     under_root = (d + 2) * ROUNDED + INSTRUCTIONS["div.full.f32"] + (mean_error * inverse).square()
-    # The root, its product, and with a mean its subtraction.
+    # The root, the multiplication by it, and the subtraction of a mean.
     relative = under_root / 2 + INSTRUCTIONS["rsqrt.approx.f32"] + 2 * ROUNDED
     normed = h.abs() * inverse
     error = normed * relative + mean_error * inverse
@@ -101,7 +101,7 @@ def largest_error(kind, x, weight, y):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_constant_and_large_rows(kind, device):
-    """A constant row has variance 0 and not less; squares of 1e4 pass fp16's largest number."""
+    """A constant row has variance 0, never below; squares of 1e4 exceed fp16's largest number."""
     x, weight, bias, _ = inputs((4, 96), FP16, device, False)
     x[0], x[1], x[2] = 0, 7, 1e4
     y, _ = call(kind, "kernel", x, weight, bias, None)

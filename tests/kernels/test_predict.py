@@ -1,4 +1,4 @@
-"""The fused and the streamed head against the fp64 definition."""
+"""The fused and the streamed prediction against the fp64 definition."""
 
 import hypothesis
 import hypothesis.strategies as st
@@ -25,7 +25,7 @@ MASK = 1
 
 @pytest.fixture
 def poison(monkeypatch):
-    """Fill what kernels allocate with NaN; returns the largest number of elements asked for, in a list."""
+    """Fill tensors that kernels allocate with NaN; return a list with the largest number of elements asked for."""
     empty, largest = torch.empty, [0]
 
     def filled(*args, **options):
@@ -38,7 +38,7 @@ def poison(monkeypatch):
 
 
 def problem(rows, vocabulary, width, dtype, device, seed=0):
-    """hidden, weight, bias of which the logits have a standard deviation of about 2."""
+    """hidden, weight, bias; their logits have a standard deviation of about 2."""
     generator = torch.Generator().manual_seed(seed)
     shapes = ((rows, width), (vocabulary, width), (vocabulary,))
     hidden, weight, bias = (torch.randn(shape, generator=generator) for shape in shapes)
@@ -61,7 +61,7 @@ def definition(hidden, weight, bias=None, **options):
 
 
 def eager(hidden, weight, bias=None, uncond=None, cfg_scale=0.0, **options):
-    """PyTorch's own, in the model's dtype, with everything after the logits in fp32."""
+    """PyTorch's result, with logits in the model's dtype and everything after them in fp32."""
     logits = F.linear(hidden, weight, bias)
     if uncond is not None:
         base = F.linear(uncond, weight, bias)
@@ -72,14 +72,14 @@ def eager(hidden, weight, bias=None, uncond=None, cfg_scale=0.0, **options):
 def assert_matches(hidden, weight, bias=None, path="fused", **options):
     """Tokens equal; confidence and log-sum-exp at most twice as far from the truth as eager's, or 8 ulp of the logits.
 
-    The logits are fp32 sums, whose last digits are chance: eager's error in a handful of rows can be next to nothing.
+    The last digits of logits, which are fp32 sums, are random: eager's error in a few rows may happen to be tiny.
     """
     result = predict(hidden, weight, bias, _path=path, **options)
     truth = definition(hidden, weight, bias, **options)
     rough = eager(hidden, weight, bias, **options)
     assert [x.dtype for x in result] == [torch.int64, torch.float32, torch.float32]
     assert torch.equal(result[0], truth[0])
-    scale = truth[2].abs().max().clamp(1, 64)  # of the logits, where it is not that of one huge one
+    scale = truth[2].abs().max().clamp(1, 64)  # of the logits, unless a single huge one sets it
     for ours, theirs, exact in zip(result[1:], rough[1:], truth[1:], strict=True):
         finite = exact.isfinite()
         assert torch.equal(ours[~finite].double(), exact[~finite])
@@ -93,7 +93,7 @@ def assert_matches(hidden, weight, bias=None, path="fused", **options):
 @pytest.mark.parametrize("path", PATHS)
 def test_matches_definition(shape, path, device, poison):
     hidden, weight, bias = problem(*shape, torch.bfloat16, device)
-    for confidence in CONFIDENCES if shape[0] < 60 else CONFIDENCES[:1]:  # the widest group is for this one alone
+    for confidence in CONFIDENCES if shape[0] < 60 else CONFIDENCES[:1]:  # only this one uses the widest group
         options = {"mask_id": MASK, "confidence": confidence, **noise_key(shape[0], device)}
         assert_matches(hidden, weight, None if confidence == "margin" else bias, path, **options)
 
@@ -139,7 +139,7 @@ def test_ties_go_to_the_lowest_id(path, device):
         "streamed": [2, 9, 128, 2047, 2048, 4190],
     }[path]
     weight = torch.randint(-2, 2, (twins[-1] + 6, 16), generator=generator).to(device, torch.bfloat16)
-    weight[twins] = 2.0  # larger than every other row, and exact
+    weight[twins] = 2.0  # larger than all others, and exact
     for lowest in (0, 2, 4):
         options = {"mask_id": 0, "banned": tuple(twins[:lowest]), "confidence": "margin"}
         token, score, _ = predict(hidden, weight, **options, _path=path)
@@ -150,7 +150,7 @@ def test_ties_go_to_the_lowest_id(path, device):
 
 @pytest.mark.parametrize("path", PATHS)
 def test_extreme_logits(path, device, poison):
-    # Multiples of 1/16, which fp32 adds to 1e4 exactly: the definition's tokens are then the fp32 ones, too.
+    # Multiples of 1/16, which fp32 adds to 1e4 exactly, so fp32 and the definition choose the same tokens.
     hidden, weight = ((x * 4).round() / 4 for x in problem(3, 200, 16, torch.float32, device)[:2])
     biases = {
         "huge": torch.randn(200) * 1e30,
@@ -178,7 +178,7 @@ def test_two_admissible_tokens(path, device, poison):
 
 @pytest.mark.parametrize("path", PATHS)
 def test_banned_and_deferred_ids(path, device, poison):
-    """At temperature 0 and 1, in ranges and alone, at a tile's edges: each among the best of some row."""
+    """At temperature 0 and 1, as ranges and as single ids, at a tile's edges: each is among the best of some row."""
     hidden, weight, bias = problem(18, 2100 if path == "streamed" else 260, 16, torch.float32, device)
     best = definition(hidden, weight, bias, mask_id=MASK)[0].tolist()
     sets = {"banned": (best[0], 0, 127, 128, 129), "deferred": (*best[1:9], 64, 65, len(weight) - 1)}
@@ -208,7 +208,7 @@ def test_noise_is_the_definitions(path, device, poison):
     token, _, _ = assert_matches(hidden, weight, bias, path, **options, **noise_key(18, device))
     later = {**noise_key(18, device), "step": torch.tensor([4], device=device)}
     assert not torch.equal(token, assert_matches(hidden, weight, bias, path, **options, **later)[0])
-    # A row alone, in another place of another tile size, draws the same.
+    # A row alone, at another index in a tile of another size, draws the same.
     alone = {
         name: x[7:8].contiguous() if isinstance(x, torch.Tensor) else x for name, x in noise_key(18, device).items()
     }
@@ -248,7 +248,7 @@ def test_sampler_chi_squared(device):
     logits[MASK] = -torch.inf
     key = {"seed": 29, "step": 1, "row": torch.zeros(rows, dtype=torch.int64, device=device)}
     key["position"] = torch.arange(rows, device=device)
-    # bf16's widest groups, to spare the interpreter; the products of these integers of bf16 are exact.
+    # bf16's widest groups save time in the interpreter; products of these integers are exact in bf16.
     same = torch.zeros(rows, 8, dtype=torch.bfloat16, device=device)
     zero = torch.zeros(vocabulary, 8, dtype=torch.bfloat16, device=device)
     token, _, _ = predict(same, zero, logits.float(), mask_id=MASK, temperature=0.8, _path="fused", **key)

@@ -1,4 +1,4 @@
-"""The head with e4m3 weights, fused and streamed, against the fp64 definition."""
+"""Prediction from a head with e4m3 weights, fused and streamed, against the fp64 definition."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from dllm_fast.kernels.predict import predict
 
 @triton.jit
 def _widen(words):
-    """`linear._widen` in plain Triton, for the interpreter: its instructions are a GPU's."""
+    """`linear._widen` in plain Triton, because the interpreter cannot run its GPU instructions."""
     words = words.to(tl.uint32, bitcast=True)
     return _byte(words), _byte(words >> 8), _byte(words >> 16), _byte(words >> 24)
 
@@ -32,10 +32,10 @@ def widened(monkeypatch):
 
 @pytest.mark.parametrize("path", PATHS)
 def test_e4m3_weights(path, device, widened):
-    """Against fp64 with the widened weights, which bf16 rows multiply without another rounding; eager's are bf16."""
+    """Against fp64 with widened weights, which are exact for bf16 rows; eager rounds them to bf16."""
     for shape, confidence in (((1, 300, 40), "margin"), ((19, 130, 100), "entropy")):
         hidden, weight, bias = problem(*shape, torch.bfloat16, device)
-        weight *= torch.logspace(-3, 0, shape[1], device=device)[:, None]  # each row has a scale of its own
+        weight *= torch.logspace(-3, 0, shape[1], device=device)[:, None]  # each row has its own scale
         weight8, scale = reference.round_rows(weight)
         options = {"mask_id": MASK, "confidence": confidence, "temperature": 0.7, **noise_key(shape[0], device)}
         if shape[0] == 19:
@@ -47,7 +47,7 @@ def test_e4m3_weights(path, device, widened):
         for ours, exact in zip(rest, truth[1:], strict=True):
             finite = exact.isfinite()
             assert torch.equal(ours[~finite].double(), exact[~finite])
-            # What fp32 sums cost; a logit that is rounded to bf16, or a bf16 weight, would be off by a thousand times.
+            # The error of fp32 sums. Rounding a logit or a weight to bf16 would give a thousand times as much.
             assert (ours - exact)[finite].abs().max() <= 64 * ULP * exact[finite].abs().max().clamp(min=1)
 
 

@@ -1,5 +1,5 @@
-"""Every kernel, compiled for chips that are not here: no spills, no more shared memory than there is, matrix units,
-and no approximate instruction whose error the tests' bounds leave out."""
+"""Every kernel, compiled for several GPUs, has no spills, fits into shared memory, uses matrix units, and has no
+approximate instruction whose error the tests' bounds leave out."""
 
 import importlib
 
@@ -9,7 +9,11 @@ from truth import INSTRUCTIONS
 
 from dllm_fast import launchers
 
-WHOLE = (80, 90, 100)  # of the others `make test` compiles a share: they differ from sm_80 in what a block may have
+WHOLE = (
+    80,
+    90,
+    100,
+)  # `make test` compiles only a share for the others, which differ from sm_80 in their shared memory
 SHARE = 6
 
 
@@ -36,7 +40,7 @@ def check(module, arch, share):
     assert len(found) >= len(cases) // share > 0
     for name, used in found.items():
         instructions = used.matrix(arch)
-        # The big matrix instructions of sm_90 and sm_100 take 64 rows; smaller tiles do without.
+        # The large matrix instructions of sm_90 and sm_100 take 64 rows, so smaller tiles cannot use them.
         rows = cases[name].constexprs.get("BM", 64)
         if used.spill:
             complaints.append(f"{name}: {used.spill} bytes spilled")
@@ -45,5 +49,5 @@ def check(module, arch, share):
         if cases[name].matrix and (arch not in BIG or rows >= 64) and not instructions:
             complaints.append(f"{name}: no matrix instructions")
         if unknown := set(used.inexact) - set(INSTRUCTIONS):
-            complaints.append(f"{name}: {', '.join(unknown)} of an error that truth.INSTRUCTIONS does not state")
+            complaints.append(f"{name}: {', '.join(unknown)} with errors that truth.INSTRUCTIONS does not state")
     assert not complaints, "\n".join([f"sm_{arch}", *complaints])

@@ -26,7 +26,7 @@ SHAPES = {
 
 
 def inputs(shape, dtype, device, seed=0):
-    """q, k and v as unbound from one projection where the head counts allow; the tables; random buffers."""
+    """q, k and v, unbound from one projection if the head counts allow; the tables; random buffers."""
     batch, rows, heads, kv_heads, dim, positions, slots, position, slot = shape
     make = torch.Generator().manual_seed(seed)
     packed = torch.randn(batch, rows, heads + 2 * kv_heads, dim, generator=make).to(dtype).to(device)
@@ -74,7 +74,7 @@ def test_int32_rows(device):
 
 
 def test_permuted_buffers(device):
-    """Head-major buffers, and the layers' slices of one allocation, are written through their strides."""
+    """Head-major buffers, and slices of one allocation for all layers, are written through their strides."""
     *tensors, keys, values = inputs(SHAPES["gqa"], BF16, device)
     permuted = torch.stack((keys, values), 3).permute(3, 0, 2, 1, 4).contiguous().transpose(2, 3)
     out = rope(*tensors, keys, values)
@@ -143,7 +143,7 @@ def test_opcheck(device):
 
 
 def test_compiles_whole(device):
-    """The buffers' new contents, too, reach what follows in the compiled graph."""
+    """Later operations of the compiled graph see the buffers' new contents too."""
     mine, eager = inputs(SHAPES["gqa"], BF16, device), inputs(SHAPES["gqa"], BF16, device)
 
     def step(*arguments):

@@ -8,7 +8,7 @@ from dllm_fast.kernels.round_rows import round_rows, split_rows
 
 
 def by_definition(x):
-    """On the CPU: on a GPU PyTorch multiplies by the rounded 1 / 448 instead of dividing."""
+    """On the CPU, because PyTorch on a GPU multiplies by the rounded 1 / 448 instead of dividing."""
     return (part.to(x.device) for part in reference.round_rows(x.cpu()))
 
 
@@ -36,7 +36,7 @@ def test_rows_of_zeros_and_rows_that_are_apart(device):
 
 def test_op(device):
     x = torch.randn(2, 64, device=device)
-    # Its schema test multiplies the results by numbers, which PyTorch does not do in e4m3.
+    # opcheck's schema test multiplies the results by numbers, which PyTorch cannot do in e4m3.
     kinds = ("test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic")
     torch.library.opcheck(round_rows, (x,), test_utils=kinds)
     with pytest.raises(ValueError, match=r"x is torch.float32 \[64\]"):
@@ -46,7 +46,7 @@ def test_op(device):
 @pytest.mark.parametrize("size", [1e-30, 1e-3, 1.0, 3e4], ids=str)
 @pytest.mark.parametrize("shape", [(1, 1), (3, 40), (2, 769), (5, 4096)], ids=str)
 def test_two_parts_are_a_bf16_row(shape, size, device):
-    """High and low make up the number: all its bits, but of those far below the row's largest."""
+    """High plus low is the number, to the last bit, unless it is far below the row's largest."""
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).mul(size).bfloat16()
     x[:, ::3] *= 1e-3
     parts, scale = split_rows(x.to(device))
@@ -63,7 +63,7 @@ def test_two_parts_are_a_bf16_row(shape, size, device):
 
 
 def test_two_parts_of_every_bf16_number(device):
-    """Beside 1: whatever is not below 2^-13 comes back, 0 and -0 too. NaN stays NaN."""
+    """In a row with a 1, numbers from 2^-13 survive, and so do 0 and -0. NaN stays NaN."""
     x = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16)
     x = x[(x.abs() <= 1) & ((x.abs() >= 2.0**-13) | (x == 0))]
     x = torch.stack((x, torch.ones_like(x)), 1)

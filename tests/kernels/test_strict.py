@@ -1,4 +1,4 @@
-"""The interpreter of these tests finds what a GPU would: faults in tiny kernels, which it lets pass as it comes."""
+"""The strict interpreter of these tests finds faults in tiny kernels that the plain one misses."""
 
 import pytest
 import torch
@@ -7,17 +7,17 @@ import triton.language as tl
 from interpreter import poison, strict
 from triton.runtime.interpreter import InterpreterError
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="of a GPU's own programs nothing is promised")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="only the interpreter is strict")
 
 
 @pytest.fixture
 def strict_interpreter():
-    """The interpreter as it comes, in place of this folder's, until a test makes it strict."""
+    """Undo this folder's strictness, until a test asks for it."""
 
 
 @triton.jit
 def _running_sum_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
-    """Counts on the program before it to have written."""
+    """Wrong: relies on the previous program having written."""
     i = tl.program_id(0)
     before = tl.load(out_ptr + i - 1, mask=i > 0, other=0.0)
     tl.store(out_ptr + i, before + tl.load(x_ptr + i))
@@ -25,7 +25,7 @@ def _running_sum_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _arrivals_kernel(x_ptr, part_ptr, count_ptr, out_ptr, BLOCK: tl.constexpr):
-    """Right in any order: the last to arrive adds up."""
+    """Right in any order: the last program to arrive adds up."""
     i = tl.program_id(0)
     tl.store(part_ptr + i, tl.load(x_ptr + i))
     if tl.atomic_add(count_ptr, 1) == BLOCK - 1:
@@ -34,7 +34,7 @@ def _arrivals_kernel(x_ptr, part_ptr, count_ptr, out_ptr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _add_to_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
-    """Reads what it has not written."""
+    """Wrong: reads memory that it has not written."""
     at = tl.arange(0, BLOCK)
     tl.store(out_ptr + at, tl.load(out_ptr + at) * 0 + tl.load(x_ptr + at))
 
@@ -74,10 +74,10 @@ def test_programs_run_in_any_order():
             part, total = torch.zeros(8), torch.zeros(1)
             _arrivals_kernel[(8,)](x, part, torch.zeros(1, dtype=torch.int32), total, BLOCK=8)
             assert total == 36
-    assert len(orders) > 1, "a kernel that counts on its order is found out"
+    assert len(orders) > 1, "a kernel that relies on an order fails"
     out = torch.zeros(8)
     _running_sum_kernel[(8,)](x, out, BLOCK=8)
-    assert torch.equal(out, x.cumsum(0)), "which the interpreter as it comes does not show"
+    assert torch.equal(out, x.cumsum(0)), "which the plain interpreter misses"
 
 
 def test_every_program_runs_once(monkeypatch):
@@ -117,7 +117,7 @@ def test_new_memory_is_poisoned(dtype):
 def test_an_integer_of_one_is_a_constant(monkeypatch):
     x, out = torch.arange(8.0), torch.zeros(8)
     _stride_kernel[(1,)](x, out, 1, BLOCK=8)
-    assert torch.equal(out, x), "which the interpreter as it comes does not show"
+    assert torch.equal(out, x), "which the plain interpreter misses"
     strict(monkeypatch, 0)
     with pytest.raises(InterpreterError, match="'int' object has no attribute 'to'"):
         _stride_kernel[(1,)](x, out, 1, BLOCK=8)

@@ -1,4 +1,4 @@
-"""What the tests of this folder share: how far from the truth a kernel may be, and tensors that reach past 2^31."""
+"""Shared by the tests in this folder: bounds on a kernel's error, and tensors with indices beyond 2^31."""
 
 import numpy as np
 import torch
@@ -17,15 +17,15 @@ ROUNDED = 2**-24  # relative error of one fp32 addition, multiplication or fused
 
 
 def exp_error(x: float | torch.Tensor) -> float | torch.Tensor:
-    """Relative error of ``tl.exp(x)``: ex2.approx of x log2(e), a rounded product with a rounded constant.
+    """Relative error of ``tl.exp(x)``, which is ex2.approx of a rounded product of x and a rounded log2(e).
 
-    An exponent that is off by a fraction of x makes a result that is off by as much.
+    A relative error in the exponent multiplies x, and adds the result to the relative error of exp.
     """
     return INSTRUCTIONS["ex2.approx.f32"] + 2 * ROUNDED * abs(x)
 
 
 def assert_within(out: torch.Tensor, truth: torch.Tensor, bound: torch.Tensor) -> None:
-    """Every element of ``out`` is within ``bound`` of ``truth`` (both fp64) and out's own rounding to its dtype."""
+    """Every element of ``out`` is within ``bound`` of ``truth`` (both fp64), plus rounding to out's dtype."""
     assert out.shape == truth.shape == bound.shape
     limits = torch.finfo(out.dtype)
     allowed = bound + limits.eps / 2 * (truth.abs() + bound) + limits.smallest_normal * limits.eps / 2
@@ -37,8 +37,8 @@ def assert_within(out: torch.Tensor, truth: torch.Tensor, bound: torch.Tensor) -
     )
 
 
-# Of few-row matmuls: rows, output and input channels. The interpreter has 4 programs: tiles of one program, of two, of
-# all.
+# For few-row matmuls: rows, output channels, input channels. The interpreter has 4 programs, so tiles belong to one
+# program, to two or to all.
 LINEARS = {
     "one-row": (1, 128, 256),
     "a-tile-for-all": (5, 128, 1024),
@@ -49,7 +49,7 @@ LINEARS = {
 
 
 def linear_inputs(name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [rows, K] and a weight [N, K], fp32, of one of `LINEARS`."""
+    """x [rows, K] and a weight [N, K], fp32, for one of `LINEARS`."""
     rows, n, k = LINEARS[name]
     make = torch.Generator().manual_seed(0)
     return torch.randn(rows, k, generator=make), torch.randn(n, k, generator=make) * k**-0.5
@@ -65,8 +65,8 @@ def assert_as_exact(
     """The largest error is at most twice eager's, or ``ulps`` units in the last place of ``size``, by default the
     largest true value.
 
-    The second limit is for eager results that happen to be exact. A sum whose terms cancel is rounded at their size,
-    not at its own: then ``size`` is the terms'.
+    The second limit is for eager results that happen to be exact. If the terms of a sum cancel, it has rounding errors
+    of the terms' size, which ``size`` then is.
     """
     assert out.shape == truth.shape
     assert out.dtype == eager.dtype
@@ -79,9 +79,9 @@ def assert_as_exact(
 
 
 def far_apart(x: torch.Tensor) -> torch.Tensor:
-    """A copy of bfloat16 x whose two first-dimension entries are more than 2^31 elements apart.
+    """A copy of bfloat16 x whose two entries in the first dimension are more than 2^31 elements apart.
 
-    On a CPU only the pages that hold x become memory.
+    On a CPU only the pages that hold x take up memory.
     """
     assert x.dtype == torch.bfloat16
     assert x.shape[0] == 2
