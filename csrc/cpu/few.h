@@ -104,7 +104,7 @@ __attribute__((noinline)) void few_columns(float* out, int64_t columns, const T*
         const int64_t i = line + t * TILE;
         const int first = g * W + t * (W / TILES);
 #pragma GCC unroll 16
-        for (int l = first; l < first + W / TILES; ++l) fetch_early(next + l * w_stride);
+        for (int l = first; l < first + W / TILES; ++l) fetch(next + l * w_stride);
         if (i < whole)
           add_tile<T, R, true>(c[g], weight + g * W * w_stride + i, w_stride, x + i / PER_WORD<T> * R, W, TILE);
       };

@@ -109,16 +109,11 @@ inline Vec rounded_to_bf16(Vec x) {
 #endif
 }
 
-// Ask main memory for the cache line at x.
+// Ask main memory for the cache line at x, into the second cache: in the first it would take the room of lines that are
+// being read now.
 inline void fetch(const void* x) {
-  __builtin_prefetch(x);
-  asm volatile("");  // GCC takes a function that does nothing else for one without effect, and drops its calls
-}
-
-// The same for a line that is read later: into the second cache, where it takes no room from those that are read now.
-inline void fetch_early(const void* x) {
   __builtin_prefetch(x, 0, 2);
-  asm volatile("");
+  asm volatile("");  // GCC takes a function that does nothing else for one without effect, and drops its calls
 }
 
 constexpr float LOG2E = 1.4426950408889634f;
