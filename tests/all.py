@@ -1,12 +1,12 @@
-"""Pieces of the tests: `make test` runs the daily ones, `make test-all` all others, or those that ARGS names.
+"""The tests in pieces: `make test` runs the daily ones; `make test-all` runs all others, or those that ARGS names.
 
     python tests/all.py test                            # what make test runs: the suite, then older processors
     make test-all ARGS="level-avx2 seed-1"              # some pieces; --list names them
     make test-all ARGS="--envs /big/disk torch-2.11"    # where environments are made, a few GB each
 
-A piece is one command in one environment, with the minutes that two cores should take at most; one that takes longer
-says so. Its output goes to runs/test-all, what came out to the table bench/results/<machine>/test-all.txt, a line a
-piece, with date and commit: a piece that was run at this commit is not run again unless it is named.
+A piece is one command in one environment, with a budget of minutes on two cores; a piece that exceeds it says so. Its
+output goes to runs/test-all, and its result to a line of bench/results/<machine>/test-all.txt, with date and commit. A
+piece that has run at this commit is skipped unless it is named.
 """
 
 import argparse
@@ -25,7 +25,7 @@ import environments
 ROOT = Path(__file__).parent.parent
 RUNS = ROOT / "runs" / "test-all"
 DAILY_MINUTES = 45
-# What holds oneDNN, ATen and MKL down to a level of the extension.
+# Variables that limit oneDNN, ATen and MKL to the instruction set of one of the extension's levels.
 HELD = {
     "avx512bf16": {},
     "avx512": {
@@ -40,7 +40,7 @@ SUITE = ("-m", "pytest", "-q", "-n", "2", "--dist", "loadfile")
 CPU_TESTS = ("-m", "pytest", "-q", "-n", "2", "tests/test_compiled.py", "tests/test_compiled_predict.py",
              "tests/test_compiled_elementwise.py")  # fmt: skip
 QUICK_BENCH = ("-m", "bench.generation.engine", "--quick")
-# 64-bit Arm, emulated, and what the compiler made of each level.
+# 64-bit Arm, emulated; and each level's machine code.
 ARM_TESTS = ("-m", "pytest", "-q", "-rs", "-m", "long", "tests/test_arm.py", "tests/test_instructions.py")
 # As if it were not installed: imports fail, and a search finds nothing.
 WITHOUT_TRITON = "import sys\nsys.modules['triton'] = None\n"
@@ -48,15 +48,15 @@ WITHOUT_TRITON = "import sys\nsys.modules['triton'] = None\n"
 
 @dataclass
 class Piece:
-    """A command of a Python, its environment, and the minutes that two cores should take at most."""
+    """A Python command, its environment variables, and its budget of minutes on two cores."""
 
     name: str
     command: tuple[str, ...]
     minutes: int
     environment: dict[str, str] = field(default_factory=dict)
-    obstacle: str | None = None  # why it cannot be run here
+    obstacle: str | None = None  # why it cannot run here
     daily: bool = False  # make test runs it
-    apart: environments.Setting | None = None  # other packages than this Python has
+    apart: environments.Setting | None = None  # an environment with other packages than this Python's
 
 
 def _held(level: str) -> dict[str, str]:
@@ -64,7 +64,7 @@ def _held(level: str) -> dict[str, str]:
 
 
 def pieces() -> dict[str, Piece]:
-    """Every piece by its name, what cannot be run here included."""
+    """Every piece by name, including those that cannot run here."""
     every = [Piece("suite", SUITE, 25, daily=True), *_levels()]
     every += [Piece(f"seed-{seed}", SUITE, 45, {"DLLM_TEST_SEED": str(seed)}) for seed in (1, 2, 3)]
     distribution = "tests/test_distribution.py"
@@ -80,7 +80,7 @@ def pieces() -> dict[str, Piece]:
 
 
 def compiled_levels() -> tuple[str, ...]:
-    """The extension's levels that this processor has, the best one last; none where it is not built."""
+    """The extension's levels that this processor supports, the best last; none if it is not built."""
     sys.path.insert(0, str(ROOT))
     from dllm_fast.cpu import compiled
 
@@ -88,7 +88,7 @@ def compiled_levels() -> tuple[str, ...]:
 
 
 def _levels() -> list[Piece]:
-    """At each level: the whole suite, the CPU's tests, a quick bench. The suite itself runs at the best level."""
+    """For each level: the whole suite, the CPU's tests, a quick bench. Piece `suite` already covers the best level."""
     here, every = compiled_levels(), []
     for level in reversed(HELD):
         lacks = None if level in here else "the processor lacks it" if here else "the extension is not built"
@@ -107,7 +107,7 @@ def _blocked() -> Path:
 
 
 def run(piece: Piece, envs: Path) -> dict:
-    """What came out: minutes, the closing line, whether it passed. A daily piece's output is shown as it comes."""
+    """Run a piece; return its minutes, its closing line and whether it passed. A daily piece also prints its output."""
     obstacle = piece.obstacle or (piece.apart and environments.obstacle(piece.name, piece.apart, envs))
     if obstacle:
         return {"outcome": "skipped", "line": obstacle, "minutes": 0.0, "versions": ""}
@@ -159,7 +159,7 @@ def commit() -> str:
 
 
 def table(results: dict[str, dict]) -> str:
-    """The results as lines of columns."""
+    """The results as a table."""
     lines = [f"{'piece':18} {'outcome':8} {'minutes':>7}  {'date':10} {'commit':9} closing line; versions"]
     for name, result in results.items():
         what = "; ".join(filter(None, [result["line"], result["versions"]]))
@@ -170,10 +170,10 @@ def table(results: dict[str, dict]) -> str:
 
 
 def choose(known: dict[str, Piece], names: list[str]) -> list[str]:
-    """The pieces that ``names`` stands for: `test` for what make test runs, nothing for all that it does not cover."""
+    """The pieces for ``names``: `test` means those of make test, no names mean all others."""
     if names == ["test"]:
         return [piece.name for piece in known.values() if piece.daily]
-    covered = [name for name in known if name == "suite" or name.startswith("cpu-")]  # by level-*
+    covered = [name for name in known if name == "suite" or name.startswith("cpu-")]  # level-* covers it
     unknown = [name for name in names if name not in known]
     if unknown:
         raise ValueError(f"no such piece: {', '.join(unknown)}; there are {', '.join(known)}")
@@ -185,7 +185,9 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help="pieces; `test`: those of make test; none: all others")
     parser.add_argument("--list", action="store_true", help="name the pieces and why some cannot be run here")
     parser.add_argument("--machine", default=f"cpu-{os.cpu_count()}-cores", help="folder of bench/results")
-    parser.add_argument("--envs", type=Path, default=environments.FOLDER, help="where environments are made and kept")
+    parser.add_argument(
+        "--envs", type=Path, default=environments.FOLDER, help="folder for environments, which are kept"
+    )
     options = parser.parse_args()
     known = pieces()
     if options.list:

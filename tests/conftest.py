@@ -1,4 +1,4 @@
-"""Fixtures: small models, made anew for each test, and prompts for them."""
+"""Fixtures: small models, new for each test, and prompts for them."""
 
 import importlib.util
 import os
@@ -6,13 +6,13 @@ import os
 import torch
 
 if not torch.cuda.is_available():
-    # Without a GPU kernels run in Triton's interpreter. It is chosen when Triton is imported, as transformers does.
+    # Without a GPU, kernels run in Triton's interpreter, which must be chosen before transformers imports Triton.
     os.environ["TRITON_INTERPRET"] = "1"
-# No test hangs on which matmul a busy machine finds faster. Both serve: with these rows, and with fewer.
+# Fixed, so that no test depends on timings of a busy machine. Both matmuls serve: PyTorch's from this many rows.
 os.environ.setdefault("DLLM_FAST_MATMUL", "float32:never,bfloat16:97")
 
-# `torch.device` as a context remembers, on first use, which functions it redirects. It must not remember a poisoned
-# `torch.empty`: a model that a later test makes on the meta device would then be made in memory, 32 GB of it.
+# As a context, `torch.device` looks up the functions that it redirects on first use and keeps them. If it kept a
+# poisoned `torch.empty`, a later test's model on the meta device would be made in memory: 32 GB of it.
 with torch.device("meta"):
     torch.empty(1)
 
@@ -23,7 +23,7 @@ from tiny import EOS, MAKERS, SEED, make_llada, make_modernbert
 
 @pytest.fixture
 def device() -> str:
-    """Where models and prompts are. A module whose tests the GPU round runs has a fixture of this name of its own."""
+    """The device of models and prompts. Modules that also run on a GPU override this fixture."""
     return "cpu"
 
 
@@ -49,13 +49,13 @@ def modernbert(device):
 
 @pytest.fixture
 def ids(device):
-    """Three prompts of 24 ids, none of them special."""
+    """Three prompts of 24 ids, without special ids."""
     return torch.randint(0, EOS, (3, 24), generator=torch.Generator().manual_seed(1)).to(device)
 
 
 @pytest.fixture
 def padded(device):
-    """A mask over `ids`: whole, 7 padded on the left, 5 on the right."""
+    """A mask over `ids`: one row without padding, one with 7 on the left, one with 5 on the right."""
     mask = torch.ones(3, 24, dtype=torch.int64)
     mask[1, :7] = 0
     mask[2, -5:] = 0
@@ -64,7 +64,7 @@ def padded(device):
 
 @pytest.fixture
 def poisoned_outputs(monkeypatch):
-    """What a kernel does not write, it does not get by luck: new memory holds NaN, -1 and the largest numbers."""
+    """Fill new memory with NaN, -1 and the largest numbers, so that an unwritten result cannot be right by luck."""
 
     def poisoned(make):
         return lambda *args, **options: poison(make(*args, **options))
@@ -75,6 +75,6 @@ def poisoned_outputs(monkeypatch):
 
 @pytest.fixture
 def strict_interpreter(request, monkeypatch):
-    """Kernels run by `interpreter.strict`, in an order that the test's name and DLLM_TEST_SEED decide."""
+    """Run kernels with `interpreter.strict`, in an order that depends on the test's name and DLLM_TEST_SEED."""
     if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
         strict(monkeypatch, f"{SEED} {request.node.nodeid}")

@@ -1,7 +1,7 @@
-"""Environments for pieces of the tests: a Python, packages by name from the registry, a copy of the tree built there.
+"""Environments for pieces of the tests: a Python, packages from the registry, and a copy of the tree built there.
 
-One takes this Python's packages and puts others before them, or has a Python of its own with everything, torch as the
-registry gives it included, which on Linux brings gigabytes of CUDA. All lie in a folder outside the tree and are kept.
+An environment either puts packages in front of this Python's, or has its own Python with everything, including the
+registry's torch, which on Linux brings gigabytes of CUDA. All are kept in a folder outside the tree.
 """
 
 import os
@@ -16,8 +16,8 @@ from typing import TextIO
 
 ROOT = Path(__file__).parent.parent
 FOLDER = Path("~/.cache/dllm_fast-envs")
-ROOM = 12  # GB that torch with CUDA and the rest take while they are installed
-# What is made anew, or is this checkout's own.
+ROOM = 12  # GB that torch with CUDA and the rest need during installation
+# Not copied: built files, and files of this checkout alone.
 LEFT_OUT = (
     ".git",
     ".venv",
@@ -41,10 +41,10 @@ print(", ".join([f"Python {platform.python_version()}"] + [f"{n} {found[n]}" for
 
 @dataclass(frozen=True)
 class Setting:
-    """What is installed, and whether there is a C++ compiler."""
+    """The packages to install, and whether there is a C++ compiler."""
 
     packages: tuple[str, ...] = ()
-    python: str | None = None  # such as "3.12"; None: this Python, over the packages that it has
+    python: str | None = None  # "3.12", for example; None: this Python and its packages
     compiler: bool = True
 
 
@@ -64,7 +64,7 @@ SETTINGS = {
 
 @cache
 def find_python(version: str) -> str | None:
-    """A Python of this version on the search path, or one that pyenv keeps; None where there is none."""
+    """A Python of this version on the search path or from pyenv, or None."""
     pyenv = Path(os.environ.get("PYENV_ROOT", "~/.pyenv")).expanduser() / "versions"
     candidates = [sys.executable, shutil.which(f"python{version}"), *sorted(pyenv.glob(f"{version}.*/bin/python"))]
     for candidate in filter(None, candidates):
@@ -92,7 +92,7 @@ def registry_answers() -> bool:
 
 
 def obstacle(name: str, setting: Setting, folder: Path) -> str | None:
-    """Why the environment cannot be made here."""
+    """Why the environment cannot be made here, or None."""
     if setting.python and not find_python(setting.python):
         return f"there is no Python {setting.python}"
     if not registry_answers():
@@ -104,7 +104,7 @@ def obstacle(name: str, setting: Setting, folder: Path) -> str | None:
 
 
 def make(name: str, setting: Setting, folder: Path, out: TextIO) -> tuple[str, Path]:
-    """The environment's Python and a copy of the tree as it is now, built there; what is run goes to ``out``.
+    """The environment's Python, and a new copy of the tree built with it; commands print to ``out``.
 
     Raises:
         subprocess.CalledProcessError: a command failed; its output is in ``out``.
@@ -136,12 +136,12 @@ def make(name: str, setting: Setting, folder: Path, out: TextIO) -> tuple[str, P
 
 
 def copy_tree(to: Path) -> None:
-    """The files of this tree, without what is built from them."""
+    """The files of this tree, without built ones."""
     shutil.copytree(ROOT, to, symlinks=True, ignore=shutil.ignore_patterns(*LEFT_OUT))
 
 
 def borrow(python: Path) -> None:
-    """The packages of the Python that runs this stand behind those of the environment of ``python``."""
+    """Make the running Python's packages available to the environment of ``python``, after its own."""
     code = "import sysconfig; print(sysconfig.get_path('purelib'))"
     own = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
     paths = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}

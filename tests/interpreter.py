@@ -1,11 +1,11 @@
-"""Triton's interpreter as hard to please as a GPU: `strict` makes it so for the launches of a test.
+"""`strict` makes Triton's interpreter find faults that otherwise show only on a GPU, for the launches of a test.
 
-- Programs run in a random order. On a GPU they run in any, and a kernel that counts on one is wrong there alone.
-- An integer of 1 that a launch would specialise is a plain number in the kernel, as it is a constant when compiled:
+- Programs run in a random order, because a GPU promises none.
+- An integer of 1 that a launch would specialise is a plain number in the kernel, because compiling makes it a constant:
   ``n.to(tl.int64)`` of it is an error.
-- An access outside the memory of the kernel's arguments is an error. On a GPU it reads or ruins something else.
+- An access outside the memory of the kernel's arguments is an error. A GPU would read or overwrite something else.
 
-`poison` is what memory holds before a kernel writes it.
+`poison` fills memory before a kernel writes it.
 """
 
 import itertools
@@ -28,7 +28,7 @@ class Bounds:
         self.ends = np.array([begin + storages[begin] for begin in begins], dtype=np.uint64)
 
     def check(self, at, mask) -> None:
-        """Raise IndexError where a handle's addresses, those of ``mask`` if there is one, are not of an argument."""
+        """Raise IndexError if an address of a handle (where ``mask`` is True, if given) is in no argument."""
         size = at.dtype.scalar.element_ty.primitive_bitwidth // 8
         addresses = at.data if mask is None else at.data[np.broadcast_to(mask.data, at.data.shape).astype(bool)]
         if not addresses.size:
@@ -56,7 +56,7 @@ def _tensors(values):
 
 
 def strict(monkeypatch, seed) -> None:
-    """Until ``monkeypatch`` is undone. ``seed`` decides the orders."""
+    """Make the interpreter strict until ``monkeypatch`` is undone. ``seed`` decides the orders."""
     from triton.runtime import interpreter
 
     builder, function, executor = (
@@ -100,7 +100,7 @@ def strict(monkeypatch, seed) -> None:
 
         monkeypatch.setattr(builder, name, checked)
 
-    # Loads and stores without a mask go through those with one; the mask's place is counted from the pointer.
+    # Loads and stores without a mask call those with one; the mask's index is counted from the pointer.
     accesses = {"create_masked_load": 0, "create_masked_store": 1, "create_atomic_cas": None}
     for name, masked in accesses.items():
         within(name, masked)
@@ -119,9 +119,9 @@ def strict(monkeypatch, seed) -> None:
 
 
 def poison(x: torch.Tensor) -> torch.Tensor:
-    """Fill with NaN and the largest number, or the largest and -1, in turns: a maximum or a minimum hides one of them.
+    """Fill alternately with NaN and the largest number, or the largest and -1: one alone could hide in a max or min.
 
-    Truth values are all True. What holds no memory, as tracing makes it, is left alone.
+    Booleans become True. Tensors without memory, made by tracing, are left alone.
     """
     if type(x) is not torch.Tensor or x.is_meta:
         return x

@@ -1,4 +1,4 @@
-"""What a machine may lack: marks that skip a test and print why, or None where nothing is in the way."""
+"""Requirements that a machine may lack: marks that skip a test and print why, or None if nothing is missing."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from dllm_fast import ops
 
 
 def missing(impl: str) -> str | None:
-    """Why the models of these tests cannot be patched with ``impl``: the compiled extension's are on the CPU."""
+    """Why these tests' models cannot be patched with ``impl``; the compiled extension needs them on the CPU."""
     try:
         device = "cuda" if impl == "triton" and torch.cuda.is_available() else "cpu"
         ops.resolve(impl, torch.device(device), torch.float32)

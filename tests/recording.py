@@ -1,10 +1,10 @@
-"""A stand-in for recording a CUDA graph, on the CPU and over a whole engine.
+"""A stand-in for recording CUDA graphs, on the CPU and for a whole engine.
 
-A recording keeps the operations of a step with the tensors and numbers that they were given. A replay does those again
-and runs no line of the step's Python: what the host would have to look at, or what Python has changed since, is not
-seen, as with CUDA. While one is recorded these raise: reads of a tensor's values, tensors made from the host's numbers,
-shapes that depend on values, kernels that were not compiled before, and memory of the recording that is kept elsewhere.
-A garbage collection is noted.
+A recording keeps a step's operations with their tensors and numbers. A replay repeats them without running the step's
+Python. As with CUDA, it therefore misses anything that the host would have to read and anything that Python has changed
+since. While recording, these raise: reads of a tensor's values, tensors made from the host's numbers, shapes that
+depend on values, kernels not compiled before, and memory of the recording that is kept elsewhere. Garbage collections
+are noted.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from dllm_fast.decoding import graphs
 from dllm_fast.kernels import reference
 
 READS = ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__", "__array__", "unique")
-# Shapes that depend on values, values that are read, and numbers that come from the host.
+# Operations with shapes that depend on values, reads of values, and numbers from the host.
 FORBIDDEN = (
     "_local_scalar_dense",
     "nonzero",
@@ -49,7 +49,7 @@ def _storage(x: torch.Tensor) -> int:
 
 
 class Reads(TorchFunctionMode):
-    """Raises where Python reads a tensor. On one device `.cpu()` is no operation that `Operations` would see."""
+    """Raises if Python reads a tensor. `Operations` would not see `.cpu()`, which does nothing on the CPU."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         name = function.__name__
@@ -61,12 +61,12 @@ class Reads(TorchFunctionMode):
 
 
 class Operations(TorchDispatchMode):
-    """Takes down what is done and with what."""
+    """Records operations with their arguments."""
 
     def __init__(self):
         super().__init__()
         self.entries = []  # function, arguments, options, results
-        self.fresh = {}  # storages that the step allocated, held
+        self.fresh = {}  # storages that the step allocated, kept alive
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function._schema.name.partition("::")[2]
@@ -76,7 +76,7 @@ class Operations(TorchDispatchMode):
         return self.take(function, args, kwargs or {})
 
     def take(self, function, args, kwargs):
-        """Call, and note: ``function`` sees neither this mode nor `Reads`."""
+        """Call ``function`` outside of this mode and `Reads`, and record it."""
         with _disable_current_modes(), torch._C.DisableTorchFunction():
             out = function(*args, **kwargs)
         given = {_storage(x) for x in _tensors((args, kwargs))}
@@ -92,15 +92,15 @@ class Operations(TorchDispatchMode):
             made = [x for x in _tensors(out) if _storage(x) not in given]
             schema = getattr(function, "_schema", None)
             if not made and schema is not None and not schema.is_mutable:
-                continue  # a view of what is there
+                continue  # a view of existing memory
             results = function(*args, **kwargs)
             for old, new in zip(_tensors(out), _tensors(results), strict=True):
                 if _storage(old) not in given:
                     old.copy_(new)
 
     def kept_elsewhere(self) -> list[torch.Tensor]:
-        """Tensors in the recording's memory that something else holds."""
-        aliases = {}  # the recording holds these from now on, and nobody else does
+        """Tensors in the recording's memory that something else keeps alive."""
+        aliases = {}  # from now on only the recording keeps these alive
 
         def alias(x):
             if not isinstance(x, torch.Tensor) or _storage(x) not in self.fresh:
@@ -114,7 +114,7 @@ class Operations(TorchDispatchMode):
 
 
 class Recorder:
-    """Stands in for `torch.cuda`'s graphs in `graphs.Graphs`, which are on whatever the device is."""
+    """Stands in for `torch.cuda`'s graphs in `graphs.Graphs`, which then uses graphs on any device."""
 
     def __init__(self, monkeypatch):
         self.now: Operations | None = None
@@ -131,7 +131,7 @@ class Recorder:
         monkeypatch.setattr(torch.cuda, "Stream", lambda device: device)
 
     def opaque(self, function):
-        """A launcher that is one operation, as kernels are."""
+        """A launcher as one operation, like a kernel."""
 
         @functools.wraps(function)
         def launch(*args, **kwargs):
@@ -171,7 +171,7 @@ class Graph:
         return None
 
     def replay(self):
-        # On the CPU a recording has run already, which is its first replay.
+        # On the CPU, recording has run the step, which counts as the first replay.
         if self.begun:
             self.operations.again()
         self.begun = True
@@ -179,7 +179,7 @@ class Graph:
 
 
 def watch_compilations(monkeypatch, recorder: Recorder) -> None:
-    """What a launch would compile anew: other constants, dtypes, alignments, or integers of 1 and multiples of 16."""
+    """Record what each launch compiles, by its constants, dtypes, alignments, integers of 1 and multiples of 16."""
     from triton.runtime.interpreter import InterpretedFunction
 
     run = InterpretedFunction.run
@@ -207,7 +207,7 @@ def _kind(name: str, value, function, kept):
 
 
 def launchers_of_pytorch(monkeypatch, recorder: Recorder) -> None:
-    """``impl="triton"`` with the definitions in place of the kernels: the engine's own code at the speed of a CPU."""
+    """``impl="triton"`` with definitions instead of kernels, so that the engine's code runs at a CPU's speed."""
 
     def attention(q, keys, values, start, end, slot, window):
         return reference.attention(q, keys, values, start, end, slot, window=window)

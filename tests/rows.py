@@ -1,5 +1,5 @@
-"""Random requests for several rows, run row by row, as one batch, and through seats: one row's results must not depend
-on which it is."""
+"""Random requests for several rows, run row by row, as one batch, and with seats: each way must give a row the same
+results."""
 
 import copy
 import math
@@ -42,9 +42,9 @@ class Request:
 
 
 def draw_request(rng: random.Random, rows=(3, 4), blocks=BLOCKS, most_blocks: int = 3, longest: int = 30) -> Request:
-    """Prompts of any lengths, many beginning with [MASK]s, and options of every kind.
+    """Prompts of any length, many of them starting with [MASK]s, and options of every kind.
 
-    A prompt has up to ``longest`` ids, and before them up to 12 [MASK]s, or ``longest`` if that is fewer.
+    A prompt has up to ``longest`` ids after up to ``min(12, longest)`` [MASK]s.
     """
     block = rng.choice(blocks)
     options = {"block_length": block, "gen_length": block * rng.randint(0, most_blocks)}
@@ -77,7 +77,7 @@ def draw_request(rng: random.Random, rows=(3, 4), blocks=BLOCKS, most_blocks: in
 
 
 def _planned(prompts: list[torch.Tensor], gen_length: int, block: int, rng: random.Random) -> list:
-    """Schedules with counts that fit every prompt's number of blocks."""
+    """Schedules whose counts fit every prompt's number of blocks."""
     plans = [plan_blocks(torch.cat((p == MASK, torch.ones(gen_length, dtype=torch.bool))), block) for p in prompts]
     steps = math.lcm(*map(len, plans))
     found = [Pyramid(rng.choice([1, 2])), FirstHitting()]
@@ -89,7 +89,7 @@ def _planned(prompts: list[torch.Tensor], gen_length: int, block: int, rng: rand
 
 
 def alone(model, request: Request) -> list[Result]:
-    """Each prompt by itself, under its row's noise."""
+    """Each prompt alone, with its row's noise."""
     found = []
     for row, prompt in enumerate(request.prompts):
         (done,) = dllm_fast.generate_many(model, [prompt], batch_size=1, noise_rows=[row], **request.options)
@@ -111,14 +111,14 @@ def together(model, request: Request) -> list[Result]:
 
 
 def seated(model, request: Request, seats: int) -> list[Result]:
-    """``seats`` prompts at a time."""
+    """``seats`` prompts at a time, through `generate_many`."""
     done = dllm_fast.generate_many(model, request.prompts, batch_size=seats, **request.options)
     return [(row.sequence.tolist(), row.nfe) for row in done]
 
 
 @torch.no_grad()
 def is_level(model, request: Request, row: int, found: Result, rounding: float = 2.0**-22) -> bool:
-    """Whether the row by itself gets what was ``found`` when each weight is moved by about ``rounding`` of itself."""
+    """Whether the row alone gives ``found`` if every weight changes by about a factor of 1 + ``rounding``."""
     for seed in range(40):
         moved = copy.deepcopy(model)
         torch.manual_seed(seed)

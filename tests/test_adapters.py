@@ -1,4 +1,4 @@
-"""Adapters and quantised modules, put on before patching and after: they act, or the module is named."""
+"""Adapters and quantised modules, added before or after patching, take effect, or an error names the module."""
 
 import copy
 
@@ -29,7 +29,7 @@ READ = {
 
 
 class Adapted(nn.Module):
-    """As PEFT's layers are: the base's weight can be read through it, and the call does more."""
+    """Like PEFT's layers: the base's weight can be read through it, but a call does more."""
 
     def __init__(self, base, width):
         super().__init__()
@@ -50,7 +50,7 @@ class Adapted(nn.Module):
 
 
 class Wrapper(nn.Module):
-    """As a PeftModel is: the adapted model inside, its config passed on."""
+    """Like a PeftModel: wraps the adapted model and forwards its config."""
 
     def __init__(self, model):
         super().__init__()
@@ -116,7 +116,7 @@ def test_an_adapter_on_a_norm_or_the_head_acts_or_is_named(family, name, ids):
 @torch.no_grad()
 @pytest.mark.parametrize("wrap", [Wrapper, lambda model: Wrapper(Wrapper(model)), nn.DataParallel, "compile"])
 def test_a_wrapper_may_be_handed_in(either, ids, wrap):
-    """The model inside is patched; what comes back is what was handed in."""
+    """The wrapped model is patched; the wrapper is returned."""
     expected = tokens(dllm_fast.patch(copy.deepcopy(either)), ids)
     wrapped = torch.compile(either, backend="eager") if wrap == "compile" else wrap(either)
     assert dllm_fast.patch(wrapped) is wrapped and patch_of(either) is not None and patch_of(wrapped) is None
@@ -135,7 +135,7 @@ def test_a_wrapper_may_be_handed_in(either, ids, wrap):
 
 
 def test_a_learned_prompt_is_refused(llada, ids):
-    """The model inside a PEFT prompt tuning knows nothing of its tokens."""
+    """With PEFT's prompt tuning, the wrapped model does not see the learned tokens."""
     wrapped = Wrapper(dllm_fast.patch(llada))
     wrapped.peft_config = {"default": type("Config", (), {"is_prompt_learning": True})()}
     with pytest.raises(ValueError, match="the learned prompt of adapter 'default' would be left out"):
@@ -144,7 +144,7 @@ def test_a_learned_prompt_is_refused(llada, ids):
 
 
 class Packed(nn.Module):
-    """As GPTQ's and HQQ's linears are: integers and scales, and no weight at all."""
+    """Like GPTQ's and HQQ's linears: integers and scales, without a weight."""
 
     def __init__(self, linear, width):
         super().__init__()
@@ -158,11 +158,11 @@ class Packed(nn.Module):
 
 
 class Int8Weight(nn.Parameter):
-    """As bitsandbytes' are: a Parameter of another type."""
+    """Like bitsandbytes' weights: another Parameter class."""
 
 
 class EightBit(nn.Linear):
-    """As bitsandbytes' linears are: a subclass whose weight holds integers."""
+    """Like bitsandbytes' linears: a subclass whose weight holds integers."""
 
     def __init__(self, linear, width):
         super().__init__(linear.in_features, linear.out_features, linear.bias is not None)
@@ -203,7 +203,7 @@ def test_quantised_linears_are_called(either, ids, kind, after):
     plain = either(ids).logits
     dllm_fast.patch(quantise(either, kind, head=False))
     got, own = either(ids).logits, patch_of(either).forward(ids).logits
-    # Dynamic quantisation rounds x too: a last bit may become a step of it, which is what all of it may be off by.
+    # Dynamic quantisation rounds x too, so a last bit may become a whole step: this is the tolerance.
     tolerance = float((own - plain).abs().max()) if kind == "dynamic" else 1e-5
     torch.testing.assert_close(got, own, atol=tolerance, rtol=1e-4)
     assert not torch.allclose(got, plain, atol=1e-6, rtol=0)
@@ -232,7 +232,7 @@ def test_a_quantised_head_is_refused_by_name(either, ids, kind):
 @pytest.mark.parametrize("after", [False, True], ids=["quantised-first", "patched-first"])
 @pytest.mark.parametrize("weights", ["fp8", "int4"])
 def test_quantised_linears_have_no_rounded_copies(either, ids, weights, after):
-    """Dynamic quantisation's class is called Linear too: the message says whose."""
+    """Dynamic quantisation's class is also called Linear, so the message has its module's name."""
     if after:
         dllm_fast.patch(either, weights=weights)
     quantise(either, "dynamic", head=False)
@@ -247,7 +247,7 @@ TARGETS = {"llada": (["q_proj", "ff_proj", "wte"], ["ln_f", "ff_out"]), "modernb
 @pytest.mark.parametrize("after", [False, True], ids=["adapted-first", "patched-first"])
 @pytest.mark.parametrize("family", TARGETS)
 def test_peft_itself(family, after, ids):
-    """LoRA on the layers acts everywhere; on the head in every forward, and `generate` names it until it is merged."""
+    """LoRA on the layers always acts. On the head it acts in forwards; `generate` refuses it until it is merged."""
     peft = pytest.importorskip("peft", reason="peft is not installed")
     layers, heads = TARGETS[family]
     for targets in (layers, heads[-1:]):
@@ -275,7 +275,7 @@ def test_peft_itself(family, after, ids):
             expected = adapted(input_ids=ids).logits
         assert not torch.allclose(expected, MAKERS[family]()(ids).logits, atol=1e-3)
         if targets is not layers and family == "modernbert":
-            continue  # its head is tied: merged, the adapter would be the embedding's too
+            continue  # its head is tied, so merging would change the embedding too
         merged = dllm_fast.patch(adapted.merge_and_unload())
         torch.testing.assert_close(merged(ids).logits, expected, atol=1e-4, rtol=1e-3)
         assert tokens(merged, ids).shape == (3, 32)

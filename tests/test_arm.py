@@ -1,6 +1,6 @@
 """The compiled extension on 64-bit Arm, cross-compiled and emulated, against the plain build for this processor.
 
-The latter is held against fp64 by test_compiled*.py. Debian's g++-aarch64-linux-gnu and qemu-user are all it takes.
+test_compiled*.py compare the latter with fp64. Needs Debian's g++-aarch64-linux-gnu and qemu-user.
 """
 
 import platform
@@ -36,7 +36,7 @@ def results(compiler: str, options: list[str], folder: Path, *emulator: str) -> 
 
 
 def test_every_function_gives_the_same_values_on_arm(tmp_path, monkeypatch):
-    """To rounding: Arm has fused multiplication and addition, plain x86-64 has not."""
+    """Up to rounding: Arm has fused multiply-add, plain x86-64 does not."""
     options = build_settings(monkeypatch)["OPTIONS"]
     here, arm = results("g++", options, tmp_path), results(COMPILER, options, tmp_path, EMULATOR)
     assert here.keys() == arm.keys() and len(here) == 4 * (2 + 7 + 4 * 3 * 3 + 2 + 1 + 3)
@@ -48,7 +48,7 @@ def test_every_function_gives_the_same_values_on_arm(tmp_path, monkeypatch):
         narrow = "bf16" in name and not name.startswith(("score", "lse"))
         limit = np.abs(expected) * 2.0**-7 + 2e-6 * np.abs(expected).max() if narrow else 4e-6 * np.abs(expected).max()
         assert (np.abs(arm[name] - expected) <= limit).all(), name
-    for name in arm:  # nor does it depend on the number of threads
+    for name in arm:  # independent of the number of threads
         assert np.array_equal(arm[name], arm[name.replace("threads3", "threads1")]), name
 
 

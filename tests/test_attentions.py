@@ -1,4 +1,4 @@
-"""Which attention serves whole sequences where the kernels do: by card and shape, said, fixed, and recorded."""
+"""Which attention serves whole sequences on a GPU: chosen by card and shape, printed, set by hand, and recorded."""
 
 import warnings
 
@@ -20,14 +20,14 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 @pytest.fixture(autouse=True)
 def unsettled(monkeypatch):
-    """As in a process that has patched nothing yet, with nothing fixed."""
+    """As in a new process, with no table settled or set."""
     monkeypatch.setattr(attentions, "pytorch_from", {})
     monkeypatch.delenv("DLLM_FAST_ATTENTION", raising=False)
 
 
 @pytest.fixture
 def served(monkeypatch):
-    """The numbers of queries and slots of each call of PyTorch's attention."""
+    """The (queries, slots) of each call of PyTorch's attention."""
     calls, own = [], torch.nn.functional.scaled_dot_product_attention
 
     def counted(q, keys, values, **options):
@@ -120,7 +120,7 @@ def inputs(queries=24, slots=24, heads=4, kv_heads=4):
 
 
 def check(impl, q, keys, values, start=None, end=None, slot=None, window=None):
-    """Against the reference in fp64, within twice the reference's own error."""
+    """Within twice the reference's own error against fp64."""
     seen = ops.visible(q, keys.shape[1], start, end, slot, window, impl=impl)
     out = ops.attention(q, keys, values, seen, impl=impl)
     zero = torch.zeros(q.shape[0], dtype=torch.int64)
@@ -177,7 +177,7 @@ def test_it_is_traced_whole(monkeypatch, served):
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("make", [make_llada, make_modernbert])
 def test_recorded_steps_of_prompts_that_fill_their_slots_and_of_others(monkeypatch, served, make, options):
-    """An engine records full steps with a range and without; a prefix cache of two rows has slots that none may see."""
+    """Recorded full steps have ranges or none; a prefix cache of two rows has slots that no row may see."""
     recorder = Recorder(monkeypatch)
     launchers_of_pytorch(monkeypatch, recorder)
     monkeypatch.setattr("dllm_fast.decoding.server.records", lambda device, impl: True)

@@ -1,4 +1,4 @@
-"""The benches on tiny shapes: they measure, they check what they measure, and a GPU round can be cut anywhere."""
+"""The benches on tiny shapes: they measure, they check results, and `make gpu` can be interrupted anywhere."""
 
 import json
 import math
@@ -23,7 +23,9 @@ from bench.report.tables import row
 from dllm_fast.kernels import gumbel as gumbel_kernel
 from dllm_fast.kernels import reference
 
-on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a dry run in the interpreter; the GPU round runs it all")
+on_cpu = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="a dry run in the interpreter; on a GPU, make gpu runs it all"
+)
 
 
 def test_floors_are_rates_with_a_spread(capsys, monkeypatch):
@@ -36,7 +38,7 @@ def test_floors_are_rates_with_a_spread(capsys, monkeypatch):
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the levels are those of x86-64")
 def test_floors_where_onednn_has_no_bf16():
-    """Without AVX-512 oneDNN refuses a bf16 product, and every bench asks for the machine's floors."""
+    """Without AVX-512 oneDNN refuses bf16 matmuls, but every bench measures the machine's floors."""
     held = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
     code = "import torch; from bench import floors; print(floors.has_onednn(torch.bfloat16)); floors.main()"
     done = subprocess.run(
@@ -65,7 +67,7 @@ def test_modernbert_beside_transformers(capsys):
 
 
 def chosen() -> list[case.Case]:
-    """Of every op one case."""
+    """One case for every op."""
     attentions = {x.name: x for x in attention.cases("cpu", True)}
     makers = (predict.cases, small.norm_cases, small.rope_cases, small.glu_cases, small.commit_cases,
               small.gumbel_cases, loss.cases)  # fmt: skip
@@ -114,7 +116,7 @@ def test_visible_pairs_are_counted(queries, slots, window):
 
 
 def doubling(**run) -> case.Case:
-    """y = 2 x, by those given."""
+    """y = 2 x, with the given implementations."""
     return case.Case(
         op="double", name="3", bytes=24, flops=3, run=run, inputs=lambda g: (torch.rand(3, generator=g) + 1,),
         check=lambda inputs: lambda out: case.compare([out], [2 * inputs[0]], [2 * inputs[0].double()]),
@@ -137,7 +139,7 @@ def test_what_is_wrong_is_not_timed():
 
 
 class PretendedEvent:
-    """A CUDA event on a clock that gains 3 ms an event."""
+    """A CUDA event; each one is 3 ms after the last."""
 
     now = 0.0
 
@@ -157,7 +159,7 @@ class PretendedEvent:
 
 @pytest.mark.parametrize("captured", [True, False])
 def test_timer_on_a_pretended_device(monkeypatch, captured):
-    """The code that needs a GPU, without one: what it counts, and that it says what could not be captured."""
+    """The code for GPUs, without one: it counts right, and marks what could not be captured."""
     calls = []
 
     class Graph:
@@ -206,7 +208,7 @@ def test_pytest_benchmark_gets_the_times(tmp_path):
     pytest.importorskip("pytest_benchmark")
     saved = tmp_path / "saved.json"
     command = "-m pytest -q -p no:cacheprovider --import-mode=importlib bench/ops/kernels.py --quick --device cpu -k"
-    # Not as one of xdist's workers, in which pytest-benchmark does nothing.
+    # Not in an xdist worker, where pytest-benchmark does nothing.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     done = subprocess.run(
         [sys.executable, *command.split(), "commit", f"--benchmark-json={saved}"],
@@ -313,7 +315,7 @@ def test_a_piece_is_written_whole_and_known_to_have_run(tmp_path, capsys):
     assert gpu.has_run(tmp_path / "piece.txt", "abc")
     assert not gpu.has_run(tmp_path / "piece.txt", "abd")
     assert not gpu.has_run(tmp_path / "other.txt", "abc")
-    (tmp_path / "piece.txt").write_text("".join(text.splitlines(True)[:-1]))  # cut off with its machine
+    (tmp_path / "piece.txt").write_text("".join(text.splitlines(True)[:-1]))  # interrupted together with its machine
     assert not gpu.has_run(tmp_path / "piece.txt", "abc")
 
 
@@ -359,7 +361,7 @@ def test_without_a_gpu_the_round_says_so(monkeypatch, capsys):
 
 
 def test_pieces_of_the_gpu_round_fit_into_slices_of_eight_minutes():
-    """And name files that are there."""
+    """Commands name existing files."""
     for name, (limit, command) in gpu.PIECES.items():
         assert limit <= 480, name
         for path in (word for word in command.split() if word.endswith(".py")):

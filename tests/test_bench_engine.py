@@ -20,7 +20,7 @@ from bench import common, peers  # noqa: E402
 from bench.generation import bare, breakdown, engine  # noqa: E402
 
 CPU = torch.device("cpu")
-# PyTorch's counter knows the flash attention of GPUs alone.
+# PyTorch's counter knows only the flash attention of GPUs.
 FLASH = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, **_: sdpa_flop_count(q, k, v),
 }
@@ -38,7 +38,7 @@ def job(model):
 
 
 def test_quick_run_ends_with_a_json_line():
-    """The whole bench on a tiny shape: in fp32 it exits with 1 unless ours without a cache has the published tokens."""
+    """The whole bench on a tiny shape: in fp32 it exits with 1 unless our uncached tokens equal the published ones."""
     command = [sys.executable, "-m", "bench.generation.engine", "--quick", "--refresh", "window=8,0"]
     command += ["--weights", "fp8", "int4"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
@@ -67,7 +67,7 @@ def test_other_dual_caches_are_held_against_each_of_ours(capsys):
 
 
 def test_tokens_are_worth_comparing(model, job):
-    """The bench's weights: many tokens, [MASK] never, and each cache leaves others."""
+    """The bench's weights give many different tokens, never [MASK], and other tokens with each cache."""
     dllm_fast.patch(model)
     found = [
         dllm_fast.generate(
@@ -83,7 +83,7 @@ def test_tokens_are_worth_comparing(model, job):
 
 @pytest.mark.parametrize("steps, masked", [(8, [16, 12, 8, 4]), (10, [16, 12, 9, 6, 3]), (2, [16]), (32, None)])
 def test_bare_operations_are_those_of_the_run(model, job, steps, masked):
-    """FLOPs as counted while they run, and those of the run itself, which may make a few that it does not need."""
+    """FLOPs counted while the bare operations run, and those of the run, which may do a little more than needed."""
     operations = bare.Bare(model, job, steps, fastest=False)
     assert operations.masked == (masked or list(range(16, 0, -1)))
     products = [torch.ops.aten.mm, torch.ops.aten.addmm]
@@ -93,7 +93,7 @@ def test_bare_operations_are_those_of_the_run(model, job, steps, masked):
     attention = sum(flops for op, flops in counted.items() if op not in products)
     needed = sum(operations.flops(queries, rows) for queries, rows in operations.plan)
     assert sum(counted.values()) == needed
-    dllm_fast.patch(model, impl="torch")  # whose products the counter knows
+    dllm_fast.patch(model, impl="torch")  # so that the counter knows its matmuls
     with FlopCounterMode(display=False, custom_mapping=FLASH) as counter:
         dllm_fast.generate(model, job.ids, gen_length=32, block_length=16, schedule=dllm_fast.Uniform(steps))
     made = sum(flops for op, flops in counter.get_flop_counts()["Global"].items() if op in products)
@@ -101,7 +101,7 @@ def test_bare_operations_are_those_of_the_run(model, job, steps, masked):
 
 
 def test_fastest_forms_are_the_same_products(model, job):
-    """Every form that may win a race gives F.linear's, or SDPA's, result."""
+    """Every form gives the result of F.linear or SDPA."""
     operations = bare.Bare(model, job, 8, fastest=True)
     weight = model.model.transformer.blocks[0].ff_proj.weight.detach()
     x, out = operations.x[56, 64], torch.empty(56, 96)
@@ -128,7 +128,7 @@ def test_fastest_forms_are_the_same_products(model, job):
     ],
 )
 def test_breakdown_names_what_was_run(impl, head, model, job):
-    """The head's product apart from the selection, where they are not one kernel."""
+    """The head's matmul and the selection are separate unless one kernel does both."""
     dllm_fast.patch(model, impl=impl)
     options = {"gen_length": 32, "block_length": 16, "schedule": job.schedule}
     shares = breakdown.break_down(lambda: dllm_fast.generate(model, job.ids, **options), CPU, 1.0)
@@ -145,7 +145,7 @@ import torch
 import helper
 
 def generate(model, prompt, steps=128, gen_length=128, block_length=128, mask_id=0):
-    """Every new token is the one the model is surest of at the prompt's end."""
+    """Every new token is the most probable one at the prompt's end."""
     token = model(prompt).logits[:, -1:].argmax(-1)
     return torch.cat((prompt, token.expand(-1, helper.length(gen_length))), 1)
 '''
@@ -182,7 +182,7 @@ def test_a_peer_that_cannot_run_says_why(model, clone):
 
 
 def test_a_twin_has_the_same_storage(model, job):
-    """Of a patched model too, whose weights `patch` has moved together; and is not patched itself."""
+    """A twin shares storage with a patched model too, whose weights `patch` has moved, and is itself unpatched."""
     dllm_fast.patch(model)
     other = peers.twin(model)
     expected = other(job.ids).logits

@@ -1,4 +1,4 @@
-"""What bench.generation.steps replaces for a way of a block step, and the bytes that it holds a step to."""
+"""bench.generation.steps: what each variant of a block step replaces, and the bytes of its floor."""
 
 import sys
 from pathlib import Path
@@ -24,7 +24,7 @@ def steps():
 
 
 def served(weights):
-    """Whether a kernel of few rows serves 32 rows of bf16 against such weights."""
+    """Whether the few-rows kernel serves 32 rows of bf16 with such weights."""
     from dllm_fast.kernels import linear, linear_int4
 
     x = torch.empty(32, 256, dtype=torch.bfloat16)
@@ -58,7 +58,7 @@ def test_a_way_is_in_force_within_it_and_gone_after_it(steps, weights):
 @pytest.mark.parametrize("head", [None, "fp8"])
 @pytest.mark.parametrize("weights", [None, "fp8", "int4"])
 def test_the_floor_is_the_bytes_that_are_held(steps, weights, head):
-    """Of bf16 weights, of what rounded ones are held in but for a scale a row of e4m3, and of keys and values."""
+    """Bytes of weights (bf16, or rounded without e4m3's scales per row), and of keys and values."""
     model = make_llada(d_model=128, mlp_hidden_size=256).bfloat16()
     family = bound_family(dllm_fast.patch(model, weights=weights, head=head))
     if weights is None:

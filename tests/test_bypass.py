@@ -1,4 +1,4 @@
-"""What the patched forward does not call: hooks, forwards, adapters and weights elsewhere are seen, never left out."""
+"""Modules that the patched forward does not call: their hooks, forwards, adapters and weights are never ignored."""
 
 import pytest
 import torch
@@ -73,7 +73,7 @@ def published_tokens(model, ids):
 
 
 def changed(out):
-    """What a hook or a forward makes of a module's output, a tensor or a tuple or transformers' output of them."""
+    """A hook's or forward's change to a module's output: a tensor, a tuple, or transformers' output of tensors."""
     if isinstance(out, torch.Tensor):
         return out.roll(1, -1)
     if isinstance(out, tuple):
@@ -115,7 +115,7 @@ def wrapped(module):
 )
 @pytest.mark.parametrize("family,name", PLACES)
 def test_what_is_attached_to_a_module_that_is_passed_by_acts(family, name, attach, ids):
-    """The model's own forward answers, `generate` names the module, and both are as before once it is removed."""
+    """The model's own forward runs, `generate` names the module, and removing the change restores both."""
     model = dllm_fast.patch(MAKERS[family]())
     before, tokens = model(ids).logits, generate(model, ids)
     module = model.get_submodule(name)
@@ -202,7 +202,7 @@ def test_gradient_hooks_act_and_leave_generate_alone(either, ids):
 
 @torch.no_grad()
 def test_hooks_that_transformers_leaves_behind_are_no_obstacle(modernbert, ids):
-    """Asked for hidden states once, it keeps its hooks on the layers."""
+    """After hidden states were asked for once, transformers' hooks stay on the layers."""
     dllm_fast.patch(modernbert)
     before = generate(modernbert, ids)
     assert len(modernbert(ids, output_hidden_states=True).hidden_states) == 6
@@ -239,7 +239,7 @@ def test_dropout_that_is_switched_on_alone_drops(ids):
 
 @torch.no_grad()
 def test_an_attn_norm_that_does_nothing(modernbert, ids):
-    """Any layer may go without, as the first does."""
+    """Any layer may lack the norm, as the first one does."""
     modernbert.model.layers[2].attn_norm = nn.Identity()
     own = modernbert(ids).logits
     torch.testing.assert_close(dllm_fast.patch(modernbert)(ids).logits, own, atol=1e-5, rtol=1e-4)
@@ -252,7 +252,7 @@ def test_an_attn_norm_that_does_nothing(modernbert, ids):
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("family", MAKERS)
 def test_a_weight_on_the_meta_device_is_an_error(family, impl, ids):
-    """Each weight of one layer and those outside the layers, put there after patching; every call names it."""
+    """For each weight of one layer and outside the layers, moved after patching: every call names it."""
     model = dllm_fast.patch(MAKERS[family](), impl=impl)
     names = [name for name, _ in model.named_parameters() if not any(f".{layer}." in name for layer in (0, 2, 3, 4))]
     assert len(names) > 8
@@ -276,7 +276,7 @@ def test_a_weight_on_the_meta_device_is_an_error(family, impl, ids):
 
 @pytest.mark.skipif(compiled.missing() is not None, reason=f"no compiled extension: {compiled.missing()}")
 def test_a_compiled_op_does_not_take_its_fake_for_an_answer():
-    """One argument of each on the meta device, in turn."""
+    """For each op, every argument in turn is on the meta device."""
     x, weight, head = torch.randn(2, 3, 8), torch.randn(8), torch.randn(2, 3, 2, 4)
     cos, at = torch.randn(16, 2), torch.zeros(2, dtype=torch.int64)
     buffer = torch.zeros(2, 8, 2, 4)
@@ -298,7 +298,7 @@ def test_a_compiled_op_does_not_take_its_fake_for_an_answer():
 @torch.no_grad()
 @pytest.mark.parametrize("offload", ["disk", "cpu", "some"])
 def test_offloaded_weights_are_loaded_or_refused(either, ids, tmp_path, offload):
-    """Accelerate's hooks bring weights from disk or memory at each module's call: the model's own forward has them."""
+    """Accelerate's hooks load weights from disk or memory at each module's call: the model's own forward runs."""
     own = either(ids).logits
     dllm_fast.patch(either)
     if offload == "disk":
@@ -320,7 +320,7 @@ def test_offloaded_weights_are_loaded_or_refused(either, ids, tmp_path, offload)
 
 @torch.no_grad()
 def test_what_stands_in_a_modules_place_is_refused_by_patch(llada, modernbert, ids):
-    """And answered by the model's own forward where it came later."""
+    """If it was put on later, the model's own forward runs."""
 
     class Twice(nn.Module):
         def __init__(self, block):

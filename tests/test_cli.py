@@ -1,4 +1,4 @@
-"""The command line, as a user starts it."""
+"""The command line, as a user runs it."""
 
 import io
 import os

@@ -1,4 +1,4 @@
-"""`torch.compile` of a patched model: one graph without a mask, the same logits, and the weights as they are.
+"""`torch.compile` of a patched model: one graph without a mask, the same logits, always with the current weights.
 
 The backend is ``aot_eager``, which traces, functionalises and runs without a compiler; one case goes through Inductor.
 """
@@ -24,7 +24,7 @@ PRODUCTS = (torch.nn.functional.linear, compiled_ops.linear)
 
 
 class Counting:
-    """``aot_eager``, counting graphs and the linear products in them."""
+    """``aot_eager``, counting graphs and their matmuls."""
 
     def __init__(self):
         self.graphs = self.linears = 0
@@ -62,7 +62,7 @@ def test_a_patched_model_compiles_to_one_graph(family, weights, ids):
 @torch.no_grad()
 @pytest.mark.parametrize("family", MAKERS)
 def test_a_mask_costs_a_graph_break_and_nothing_else(family, ids, padded):
-    """Whether a row has a hole is read on the host; the layers are compiled all the same."""
+    """The host reads whether a row has a hole, but the layers are compiled all the same."""
     model = dllm_fast.patch(MAKERS[family]())
     backend = Counting()
     compiled = torch.compile(model, backend=backend)
@@ -74,7 +74,7 @@ def test_a_mask_costs_a_graph_break_and_nothing_else(family, ids, padded):
 @torch.no_grad()
 @pytest.mark.parametrize("weights", [None, "fp8", "int4"])
 def test_a_compiled_model_follows_its_weights(weights, ids):
-    """Written in place, moved apart, fused again: nothing stale is baked in. e4m3 copies follow when made anew."""
+    """Weights written in place, moved apart, fused again: no stale value is compiled in. e4m3 copies follow a patch."""
     model = dllm_fast.patch(MAKERS["llada"](), weights=weights)
     compiled = torch.compile(model, backend="aot_eager")
     before = compiled(ids).logits
@@ -109,7 +109,7 @@ def test_compiling_survives_patching_and_unpatching(ids):
 @pytest.mark.skipif(shutil.which("c++") is None, reason="Inductor needs a C++ compiler, and there is no c++")
 @pytest.mark.skipif(" " in torch.__file__, reason="Inductor does not quote the path of PyTorch, which has a space here")
 def test_inductor_compiles_a_patched_model(ids, tmp_path, monkeypatch):
-    # Inductor's cache is blind to ATEN_CPU_CAPABILITY: code kept for longer vectors fails, or is wrong with others.
+    # Inductor's cache ignores ATEN_CPU_CAPABILITY: cached code for longer vectors fails or gives wrong results.
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     model = dllm_fast.patch(make_llada(n_layers=1))
     close(torch.compile(model, fullgraph=True)(ids).logits, model(ids).logits)

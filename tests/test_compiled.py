@@ -82,7 +82,7 @@ def assert_as_exact_on_average(out, eager, truth, times=2.0):
 
 
 def check(shape, dtype, seeds=(0,), judge=assert_as_exact):
-    """As exact as PyTorch over all seeds together: the largest error of a handful of numbers is a matter of luck."""
+    """As exact as PyTorch over all seeds together: the largest error of a few numbers is a matter of luck."""
     outs, eagers, truths = [], [], []
     for seed in seeds:
         poisoned, (q, keys, values, *ranges) = inputs(shape, dtype, seed)
@@ -111,7 +111,7 @@ def test_attention(name, dtype, level, use):
 @pytest.mark.parametrize("window", [None, 4])
 def test_queries_that_see_nothing_get_zero(window, level, use):
     use(level)
-    # Empty at 0, empty inside, reversed, and a full row between them.
+    # Rows with ranges empty at 0, empty inside and reversed, and between them a full row.
     out = check((4, 6, 2, 1, 32, 70, [0, 30, 0, 50], [0, 30, 70, 20], [0, 28, 8, 30], window), BF16)
     assert (out[[0, 1, 3]] == 0).all()
     assert (out[2] != 0).any()
@@ -119,7 +119,7 @@ def test_queries_that_see_nothing_get_zero(window, level, use):
 
 @every_level
 def test_window_that_leaves_the_range(level, use):
-    """The first queries' windows end before the range begins, the last ones' reach into it."""
+    """The first queries' windows end before the range begins; the last queries' windows reach into it."""
     use(level)
     out = check((1, 80, 1, 1, 16, 200, [100], [200], [20], 3), FP32)
     assert (out[0, :77] == 0).all()
@@ -145,13 +145,13 @@ def test_one_valid_slot_is_returned_as_it_is(level, use):
 def test_extreme_scores(level, use):
     use(level)
     (q, keys, values, *rest), _ = inputs(SHAPES["block"], FP32)
-    # The best slot takes everything, however far below 0 the others, or all, may be.
+    # The best slot takes all the weight, however far below 0 the others, or all scores, are.
     for factor in (1e6, -1e18):
         out = compiled.attention(q * factor, keys, values, *rest)
         best = torch.einsum("bthd,bshd->bhts", q.double() * factor, keys.double()).argmax(-1)  # [1, H, T]
         expected = values[0, best[0].T, torch.arange(4)]
         torch.testing.assert_close(out[0], expected, rtol=0, atol=1e-6)
-    # NaN and infinite inputs are not hidden.
+    # NaN and infinite inputs show in the result.
     q[0, 0, 0, 0] = float("nan")
     out = compiled.attention(q, keys, values, *rest)
     assert out[0, 0, 0].isnan().all() and out[0, 1:].isfinite().all()

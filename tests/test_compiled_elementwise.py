@@ -15,7 +15,7 @@ from dllm_fast.kernels import reference
 
 BF16, FP32 = torch.bfloat16, torch.float32
 EPS = 1e-5
-NEAR = 2.0**-20  # relative: what fp32 arithmetic may be off before bf16's rounding
+NEAR = 2.0**-20  # relative error of fp32 arithmetic before rounding to bf16
 
 pytestmark = pytest.mark.skipif(bool(compiled.missing()), reason=str(compiled.missing()))
 every_level = pytest.mark.parametrize("level", () if compiled.missing() else compiled.levels())
@@ -27,7 +27,7 @@ every_shape = pytest.mark.parametrize(
 
 @pytest.fixture(autouse=True)
 def poisoned_outputs(monkeypatch):
-    """What a kernel does not write, it does not get by luck."""
+    """Fill new memory, so that an unwritten result cannot be right by luck."""
     empty_like = torch.empty_like
     monkeypatch.setattr(torch, "empty_like", lambda x, **options: empty_like(x, **options).fill_(float("nan")))
 
@@ -42,7 +42,7 @@ def randn(*shape, dtype, seed=0):
 
 
 def check(ours, eager, truth):
-    """Error at most twice eager PyTorch's, or three roundings of the largest: of a few, PyTorch is exact by luck."""
+    """Error at most twice eager PyTorch's, or three roundings of the largest: PyTorch may be exact by luck on few."""
     assert ours.dtype == eager.dtype and ours.shape == truth.shape and ours.isfinite().all()
     error, allowed = ((x.double() - truth).abs().max() for x in (ours, eager))
     assert error <= max(2 * allowed, 1.5 * torch.finfo(ours.dtype).eps * truth.abs().max())
@@ -92,7 +92,7 @@ def test_rms_norm(shape, dtype, level, use):
 @every_level
 @both_dtypes
 def test_rms_norm_of_exact_rows(dtype, level, use):
-    """Where the sum of squares and its root are exact, so is everything: bit for bit the definition."""
+    """If the sum of squares and its root are exact, everything is: equal to the definition, bit for bit."""
     use(level)
     weight = randn(96, dtype=dtype)
     sign = randn(7, 96, dtype=dtype, seed=1).sign()
@@ -134,7 +134,7 @@ def test_swiglu_of_extremes(dtype, level, use):
 
 
 def inputs(batch, queries, heads, kv_heads, head_dim, slots, dtype):
-    """q, k, v as slices of one product; cos, sin; keys and values, poisoned."""
+    """q, k, v as slices of one matmul's output; cos, sin; poisoned keys and values."""
     widths = [n * head_dim for n in (heads, kv_heads, kv_heads)]
     qkv = randn(batch, queries, sum(widths), dtype=dtype)
     q, k, v = (x.unflatten(-1, (-1, head_dim)) for x in qkv.split(widths, -1))
@@ -273,7 +273,7 @@ def test_threads_change_nothing():
 
 @both_dtypes
 def test_ops_dispatch(dtype, monkeypatch):
-    """What a model's forward calls, and that it is these kernels that answer."""
+    """A model's forward calls these kernels, and no others."""
     called = []
     run = elementwise._run
     monkeypatch.setattr(elementwise, "_run", lambda kernel, *rest: (called.append(kernel), run(kernel, *rest)))
@@ -293,7 +293,7 @@ def test_ops_dispatch(dtype, monkeypatch):
 
 
 def test_under_autocast():
-    """Products are then bf16, what they are added to is fp32."""
+    """Under autocast, matmuls give bf16, and the residual stream is fp32."""
     x, residual, weight = randn(5, 33, dtype=BF16), randn(5, 33, dtype=FP32, seed=1), randn(33, dtype=FP32, seed=2)
     for pair in ((x, residual), (residual, x)):
         ours, expected = (f(pair[0], weight, EPS, pair[1]) for f in (elementwise.rms_norm, reference.rms_norm))
@@ -382,7 +382,7 @@ def test_custom_ops():
 
 
 def test_compiles_whole():
-    """The buffers' new contents, too, reach what follows in the compiled graph."""
+    """Later operations of the compiled graph see the buffers' new contents too."""
     q, k, v, cos, sin, keys, values = inputs(2, 5, 2, 2, 16, 9, BF16)
     at, weight = torch.tensor([1, 4]), randn(32, dtype=BF16)
 

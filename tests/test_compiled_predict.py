@@ -1,4 +1,4 @@
-"""Prediction and products of the compiled extension, on every instruction set that this CPU has, against fp64."""
+"""Prediction and matmuls of the compiled extension, on every instruction set that this CPU has, against fp64."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def use(monkeypatch):
 
 
 def problem(rows, vocabulary, width, dtype, seed=0):
-    """hidden, weight, bias of which the logits have a standard deviation of about 2."""
+    """hidden, weight, bias; their logits have a standard deviation of about 2."""
     make = torch.Generator().manual_seed(seed)
     hidden, weight, bias = (torch.randn(s, generator=make) for s in ((rows, width), (vocabulary, width), (vocabulary,)))
     return hidden.to(dtype), (weight * 2 / width**0.5).to(dtype), bias.to(dtype)
@@ -58,7 +58,7 @@ def definition(hidden, weight, bias=None, **options):
 
 
 def eager(hidden, weight, bias=None, uncond=None, cfg_scale=0.0, **options):
-    """PyTorch's own, in the model's dtype, with everything after the logits in fp32."""
+    """PyTorch's result, with logits in the model's dtype and everything after them in fp32."""
     logits = F.linear(hidden, weight, bias)
     if uncond is not None:
         base = F.linear(uncond, weight, bias)
@@ -69,14 +69,14 @@ def eager(hidden, weight, bias=None, uncond=None, cfg_scale=0.0, **options):
 def assert_matches(hidden, weight, bias=None, **options):
     """Tokens equal; confidence and log-sum-exp at most twice as far from the truth as eager's, or 8 ulp of the logits.
 
-    The logits are fp32 sums, whose last digits are chance: eager's error in a handful of rows can be next to nothing.
+    The last digits of logits, which are fp32 sums, are random: eager's error in a few rows may happen to be tiny.
     """
     result = compiled.predict(hidden, weight, bias, **options)
     truth = definition(hidden, weight, bias, **options)
     rough = eager(hidden, weight, bias, **options)
     assert [x.dtype for x in result] == [torch.int64, FP32, FP32]
     assert torch.equal(result[0], truth[0])
-    scale = truth[2].abs().max().clamp(1, 64)  # of the logits, where it is not that of one huge one
+    scale = truth[2].abs().max().clamp(1, 64)  # of the logits, unless a single huge one sets it
     for ours, theirs, exact in zip(result[1:], rough[1:], truth[1:], strict=True):
         finite = exact.isfinite()
         assert torch.equal(ours[~finite].double(), exact[~finite])
@@ -118,7 +118,7 @@ def test_ties_go_to_the_lowest_id(level, use):
     hidden = torch.randint(1, 4, (4, 16), generator=torch.Generator().manual_seed(1)).bfloat16()
     twins = [2, 9, 63, 64, 70, 511, 512, 1300]  # in one stretch of ids, in several, in several tasks
     weight = torch.randint(-2, 2, (twins[-1] + 6, 16), generator=torch.Generator().manual_seed(2)).bfloat16()
-    weight[twins] = 2.0  # larger than every other row, and exact
+    weight[twins] = 2.0  # larger than all others, and exact
     for lowest in range(len(twins) - 1):
         options = {"mask_id": 0, "banned": tuple(twins[:lowest]), "confidence": "margin"}
         token, score, _ = compiled.predict(hidden, weight, **options)
@@ -130,7 +130,7 @@ def test_ties_go_to_the_lowest_id(level, use):
 @every_level
 def test_extreme_logits(level, use):
     use(level)
-    # Multiples of 1/16, which fp32 adds to 1e4 exactly: the definition's tokens are then the fp32 ones, too.
+    # Multiples of 1/16, which fp32 adds to 1e4 exactly, so fp32 and the definition choose the same tokens.
     hidden, weight = ((x * 4).round() / 4 for x in problem(3, 700, 16, FP32)[:2])
     at = torch.arange(700)
     biases = {
@@ -194,7 +194,7 @@ def test_noise_is_the_definitions(level, use):
     token, _, _ = assert_matches(hidden, weight, bias, **options, **noise_key(50))
     later = {**noise_key(50), "step": torch.tensor([4])}
     assert not torch.equal(token, assert_matches(hidden, weight, bias, **options, **later)[0])
-    # A row alone, in another lane, draws the same.
+    # A row alone, in another SIMD lane, draws the same.
     alone = {name: x[7:8] if isinstance(x, torch.Tensor) else x for name, x in noise_key(50).items()}
     assert compiled.predict(hidden[7:8], weight, bias, **options, **alone)[0] == token[7]
 
@@ -202,7 +202,7 @@ def test_noise_is_the_definitions(level, use):
 @every_level
 @pytest.mark.parametrize("position", [7070, 12404, 32832])
 def test_noise_in_its_tails(position, level, use):
-    """Rows whose largest draws are 21.0, 17.7 and 19.8, past what 24-bit uniforms reach, set against their smallest."""
+    """Rows whose largest draws are 21.0, 17.7 and 19.8, beyond 24-bit uniforms, which must beat their smallest."""
     use(level)
     key = {"seed": 7, "step": 0, "row": torch.zeros(1, dtype=torch.int64), "position": torch.tensor([position])}
     noise = reference.gumbel(*key.values(), torch.arange(2048))[0]
@@ -255,7 +255,7 @@ def test_any_prediction(rows, vocabulary, width, seed, confidence, temperature, 
     assert_matches(hidden, weight, bias, **options, temperature=temperature, **noise_key(rows))
 
 
-# Products
+# Matmuls
 
 
 def check_linear(x, weight, bias=None):
@@ -279,7 +279,7 @@ def test_linear(shape, dtype, level, use):
 @every_level
 @both_dtypes
 def test_linear_over_long_rows(dtype, level, use):
-    """More inputs than one sum takes; rows of W 4096 bytes apart; x and W as parts of larger ones."""
+    """More inputs than one partial sum; rows of W 4096 bytes apart; x and W as parts of larger tensors."""
     use(level)
     for rows, inputs in ((3, 5000), (50, 2500), (16, 4096 // dtype.itemsize), (2, 1)):
         x, weight, _ = problem(rows, 70, inputs + 3, dtype)
@@ -292,10 +292,10 @@ def test_linear_over_long_rows(dtype, level, use):
 @both_dtypes
 @pytest.mark.parametrize("width", [1, 2, 31, 250, 1000, 1152, 5001])
 def test_a_row_does_not_depend_on_its_neighbours(width, dtype, level, use):
-    """Nor on their number: few rows are multiplied by another function than many, whose sums have the same order."""
+    """Nor on the number of rows: a separate function for few rows sums in the same order."""
     use(level)
     hidden, weight, bias = problem(70, 141, width, dtype)
-    weight = F.pad(weight, (2, 3), value=torch.nan)[:, 2:-3]  # what lies beside a row is not its own
+    weight = F.pad(weight, (2, 3), value=torch.nan)[:, 2:-3]  # memory beside a row is not part of it
     linear = compiled.linear(hidden, weight, bias)
     for guided in (None, hidden.flip(0)):
         options = {"mask_id": MASK, "confidence": "entropy", "cfg_scale": 1.5}
@@ -323,7 +323,7 @@ def test_threads_change_nothing():
 
 
 def test_ops_predict_takes_expanded_rows():
-    """What the engine hands over for a batch of one: a row's number with stride 0."""
+    """As the engine passes it for a batch of one: a row number with stride 0."""
     hidden, weight, bias = problem(4, 40, 8, FP32)
     row = torch.tensor([2]).expand(4)
     options = {"mask_id": MASK, "temperature": 0.7, "seed": 3, "row": row, "position": torch.arange(4)}

@@ -1,4 +1,4 @@
-"""`show_config` says what runs, and what it says is so."""
+"""What `show_config` prints, and that it is true."""
 
 import inspect
 import os

@@ -49,7 +49,7 @@ def test_a_shallow_copy_answers_whoever_is_unpatched(either, ids, first):
 
 @torch.no_grad()
 def test_a_shallow_copy_has_a_mode_of_its_own(llada, ids):
-    """What a bound forward that was copied along would not see."""
+    """Changes that a copied bound forward would not see."""
     llada.config.attention_dropout = 0.5
     twin = copy.copy(dllm_fast.patch(llada))
     before = llada(ids).logits
@@ -101,7 +101,7 @@ def test_what_comes_from_a_pickle_is_not_patched(either, ids, shallow):
 
 @torch.no_grad()
 def test_a_wrapper_round_a_patched_forward_survives_unpatching(either, ids):
-    """Accelerate and others keep the forward that they found, and put it back later."""
+    """Accelerate and others save the forward that they replace, and restore it later."""
     own = either(ids).logits
     dllm_fast.patch(either)
     add_hook_to_module(either, ModelHook())

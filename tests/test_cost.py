@@ -1,4 +1,4 @@
-"""The paper model of a step: its floors are those that were written down, its kernels those that a step launches."""
+"""The cost model of a step: its floors are the documented ones, its kernels the ones that a step launches."""
 
 import sys
 from collections import Counter
@@ -21,10 +21,10 @@ from bench.generation.cost import Card, Cost, Kernel, by_group, floor, shape_cos
 
 H200 = Card(copy=4.19e12, matrix=779e12)  # as measured there, bench/results/nvidia-h200
 BLOCK, WHOLE = (1, 1024, 32, 32, 32), (1, 1024, 1024, 32, 32)  # batch, slots, positions, live, masked
-# Launches of a step on an H200 by kernel, from profiles of it: bench/results/nvidia-h200/steps.txt and steps-fp8.txt,
-# and a run of whole steps alone. Of cuBLAS's names those with splitK in them twice, for the sums. Not measured anew
-# since attention adds up its own parts: its 32 _combine_kernel of a block step, 1 of a whole one, are taken out. What
-# else attention or the layers no longer launch is to be taken out here, too.
+# Launches of a step on an H200 by kernel, from profiles (bench/results/nvidia-h200/steps.txt and steps-fp8.txt, and a
+# run of whole steps only). A cuBLAS kernel with splitK in its name counts twice, for its sums. Not measured again since
+# attention adds up its own parts: 32 _combine_kernel of a block step, and 1 of a whole one, are removed from the
+# profile. Remove whatever else attention or the layers no longer launch.
 PROFILES = {
     ("block", None): {
         "": 128, "splitKreduce": 64, "_attention_kernel": 32, "_norm_kernel": 65, "_combine_kernel": 1,
@@ -57,7 +57,7 @@ def launches(kernels: list[Kernel]) -> Counter:
 def test_floors_are_those_of_the_h200(llada_8b):
     assert floor(llada_8b, H200, *BLOCK) / 1e3 == pytest.approx(3.71, abs=0.005)
     assert floor(llada_8b, H200, *BLOCK, "fp8") / 1e3 == pytest.approx(2.04, abs=0.005)
-    # The whole step's 19.06 has every row through the last layer, and no LM head.
+    # The 19.06 of the whole step runs every row through the last layer, without an LM head.
     assert llada_8b.flops(1024, 1024, 0, 1024) / H200.matrix * 1e3 == pytest.approx(19.06, abs=0.01)
     assert 18.6 < floor(llada_8b, H200, *WHOLE) / 1e3 < 19.06
     assert 9 < floor(llada_8b, H200, *WHOLE, "fp8") / 1e3 < 11
@@ -69,7 +69,7 @@ def test_launches_are_those_of_the_h200(kind, weights, llada_8b):
     found = launches(step_kernels(llada_8b, H200, *(BLOCK if kind == "block" else WHOLE), weights))
     expected = PROFILES[kind, weights]
     assert {name: found[name] for name in expected} == expected
-    # What is so short that a profile of the longest left it out.
+    # Kernels so short that a profile of the longest ones leaves them out.
     assert found.keys() - expected.keys() <= {"_compact_kernel", "_commit_kernel"}
 
 
@@ -77,7 +77,7 @@ def test_launches_are_those_of_the_h200(kind, weights, llada_8b):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts launches of the interpreter")
 @pytest.mark.parametrize("weights", [None, "fp8", "int4"])
 def test_a_step_launches_these_kernels(weights, monkeypatch):
-    """In the interpreter: a kernel that a layer gains or loses must be in `bench.generation.cost._layer`, too."""
+    """In the interpreter: a change to a layer's kernels must be made in `bench.generation.cost._layer` too."""
     from triton.runtime.interpreter import InterpretedFunction
 
     model = make_llada(d_model=128, n_heads=2, n_layers=2, mlp_hidden_size=128).half()
@@ -121,10 +121,10 @@ def test_a_kernel_takes_its_bytes_or_its_flops_and_its_launches():
 
 @needs_triton
 def test_bytes_of_rounded_weights(llada_8b):
-    """A layer's weights at half and at a quarter, and 3 % more; the head in bf16."""
+    """A layer's weights take half or a quarter of the bytes, plus 3 %; the head is in bf16."""
     layers = 32 * (4 * 4096**2 + 3 * 4096 * 12288)
     own, fp8, int4 = (sum(k.bytes for k in step_kernels(llada_8b, H200, *BLOCK, w)) for w in (None, "fp8", "int4"))
-    assert own - fp8 == pytest.approx(layers + 32 * 4 * 32 * 12288 * 2)  # and what the gate's own kernel moves
+    assert own - fp8 == pytest.approx(layers + 32 * 4 * 32 * 12288 * 2)  # and what the separate gate kernel moves
     assert fp8 - int4 == pytest.approx(layers * (0.5 - 3 / 128))
 
 

@@ -1,6 +1,6 @@
-"""What a script sets for its whole process changes no result: default dtypes, default devices, determinism.
+"""A script's process-wide settings change no result: default dtypes, default devices, determinism.
 
-On a CPU the default device "meta" shows every tensor that would follow the setting instead of its model.
+On a CPU, the default device "meta" exposes every tensor that follows the setting instead of its model.
 """
 
 import ast
@@ -85,7 +85,7 @@ SETTINGS = {
 }
 
 
-QUICK = ("bfloat16", "meta")  # the settings that scripts have most
+QUICK = ("bfloat16", "meta")  # scripts' most common settings
 
 
 @pytest.fixture(params=[pytest.param(name, marks=() if name in QUICK else pytest.mark.long) for name in SETTINGS])
@@ -102,7 +102,7 @@ def prompts(device="cpu"):
 
 
 def run(model, impl, weights=None, cases=ALL):
-    """What every public function makes of a fresh copy of the model."""
+    """The result of every public function on a new copy of the model."""
     ids, mask = prompts()
     gap = ids[0].masked_fill(ids[0] == ids[0, 4], MASK)
     model, found = copy.deepcopy(model), {}
@@ -139,7 +139,7 @@ def same(found, expected):
 
 @functools.cache
 def plain_run(family, *how):
-    """`run` with PyTorch's defaults, and the model."""
+    """(`run`'s results with PyTorch's defaults, the model)."""
     model = MAKERS[family]()
     return run(model, *how), model
 
@@ -237,7 +237,7 @@ PLACED = FLOATING | {"arange", "randint", "randperm", "as_tensor", "asarray", "G
 
 
 def test_every_tensor_says_its_dtype_and_its_device():
-    """The modules of the native LLaDA excepted: like all modules they are made where and as PyTorch's defaults say."""
+    """Except in the native LLaDA's modules: like any module, they follow PyTorch's defaults."""
     found = []
     for path in sorted([*ROOT.rglob("*.py"), *(ROOT / "kernels").glob("*.py")]):
         for node in ast.walk(ast.parse(path.read_text())):

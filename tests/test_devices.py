@@ -1,4 +1,4 @@
-"""Under autocast, beside another GPU that is current, and with weights on several devices."""
+"""Under autocast, with another GPU as the current one, and with weights on several devices."""
 
 import contextlib
 
@@ -28,7 +28,7 @@ def test_generation_and_likelihoods_are_the_same_under_autocast(family, impl, dt
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_patched_forward_under_autocast_is_the_models_own(family, dtype):
     model, (ids, mask) = MAKERS[family](), prompts()
-    for parameter in model.parameters():  # rotary buffers stay fp32: `patch` would mend rounded ones
+    for parameter in model.parameters():  # rotary buffers stay fp32, because `patch` repairs rounded ones
         parameter.data = parameter.data.to(dtype)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         expected = model(ids).logits, model(ids, attention_mask=mask).logits
@@ -44,7 +44,7 @@ def test_a_patched_forward_under_autocast_is_the_models_own(family, dtype):
 
 
 class Current:
-    """A stand-in for the GPU that is current."""
+    """A stand-in for the current GPU."""
 
     def __init__(self, monkeypatch):
         self.device = torch.device("cuda", 0)
@@ -103,7 +103,7 @@ def test_every_block_and_evaluation_is_within_it(either, monkeypatch):
 
 
 class Elsewhere(nn.Parameter):
-    """A weight that says it is on another GPU."""
+    """A weight that claims to be on another GPU."""
 
     device = torch.device("cuda", 1)
     is_meta = False
@@ -126,5 +126,5 @@ def test_weights_on_several_devices_are_refused_by_name(either):
     with pytest.raises(ValueError, match=f"{name} lies on cuda:1, and others on cpu; move them to one"):
         dllm_fast.generate(model, ids, gen_length=8, block_length=4)
     with torch.no_grad():
-        torch.testing.assert_close(model(ids).logits, expected)  # the model's own forward, as hooks are passed to it
+        torch.testing.assert_close(model(ids).logits, expected)  # the model's own forward, since there are hooks
     module._parameters["weight"] = kept

@@ -1,4 +1,4 @@
-"""Source distribution and wheel, built and installed under a path with spaces, with this Python's torch behind them."""
+"""Source distribution and wheel, built and installed in a path with spaces, using this Python's torch."""
 
 import os
 import shutil
@@ -19,7 +19,7 @@ HERE = "import dllm_fast, sys; print(dllm_fast.__file__); from dllm_fast import 
 
 
 def run(*command, cwd, **environment) -> str:
-    """What a command that has to succeed printed."""
+    """The output of a command that must succeed."""
     done = subprocess.run(
         list(map(str, command)), cwd=cwd, env={**os.environ, **environment}, stdin=subprocess.DEVNULL, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=1200, check=False,
@@ -29,7 +29,7 @@ def run(*command, cwd, **environment) -> str:
 
 
 def install(folder: Path, wheel: Path) -> Path:
-    """The Python of a new environment that holds the wheel, and behind it what this Python has."""
+    """The Python of a new environment that has the wheel and this Python's packages."""
     run(sys.executable, "-m", "venv", folder, cwd=folder.parent)
     python = folder / "bin" / "python"
     borrow(python)
@@ -54,7 +54,7 @@ def built(tmp_path_factory):
 
 
 def generate(python: Path, cwd: Path, *before) -> str:
-    """What the shipped model writes, in a folder that has no package in it."""
+    """The shipped model's text, in a folder without the package."""
     command = python.with_name("dllm-fast")
     return run(
         *before,
@@ -104,7 +104,7 @@ def test_without_a_compiler_the_extension_is_left_out_and_pytorch_generates(buil
 
 
 def test_nothing_is_written_to_site_packages(built):
-    """Root writes where it likes; without that capability it does not."""
+    """Root can write anywhere, so it gives up that capability first."""
     before = ()
     if os.geteuid() == 0:
         if not shutil.which("setpriv"):

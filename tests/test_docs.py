@@ -1,4 +1,4 @@
-"""Commands in docs/ are ones that this package takes, links lead somewhere, and README's quickstart runs."""
+"""This package accepts the commands in docs/, links are not dead, and README's quickstart runs."""
 
 import inspect
 import re
@@ -59,7 +59,7 @@ PAGES = sorted(
 
 
 def anchors(page: Path) -> set[str]:
-    """The names under which a page's headings can be linked to."""
+    """The anchors of a page's headings."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.M)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 

@@ -1,4 +1,4 @@
-"""What a user sees of an error: one line and exit code 2; of Ctrl-C, 130."""
+"""A user sees an error as one line, with exit code 2; Ctrl-C gives 130."""
 
 import io
 import os
@@ -31,7 +31,7 @@ def last_line(error: str) -> str:
 
 
 def fails(capsys, arguments) -> str:
-    """The line that a command ends with."""
+    """The last line that a command prints."""
     assert cli.main(arguments) == 2
     out, error = capsys.readouterr()
     assert not out and error.startswith("error: ") and error.count("\n") == 1, error

@@ -1,4 +1,4 @@
-"""The native LLaDA, and both families' one forward: against the models' own, with and without a cache."""
+"""The native LLaDA, and both families' forward against the models' own, with and without a cache."""
 
 import pytest
 import torch
@@ -67,7 +67,7 @@ def test_hidden_rows_are_rows_of_hidden(model, ids):
 @torch.no_grad()
 @pytest.mark.parametrize("start", [None, (0, 7, 2)], ids=["whole", "padded"])
 def test_a_block_against_a_fresh_cache_is_the_full_forward(model, ids, start):
-    """Re-evaluating unchanged ids against their own full forward's cache changes nothing, block anywhere inside."""
+    """Running a block of unchanged ids against the full forward's cache changes nothing, wherever the block is."""
     family = family_of(model)
     start = None if start is None else torch.tensor(start)
     cache = cache_of(family, 3, 24)
@@ -83,7 +83,7 @@ def test_a_block_against_a_fresh_cache_is_the_full_forward(model, ids, start):
 
 @torch.no_grad()
 def test_a_block_reads_stale_neighbours_and_writes_its_own_keys(either, ids):
-    """After the block's ids change, its cached forward is layer by layer what the definition of "dual" says."""
+    """After the block's ids change, each layer of its cached forward matches the definition of "dual"."""
     family = family_of(either)
     cache = cache_of(family, 3, 24)
     zero = torch.zeros(3, dtype=torch.int64)
@@ -94,7 +94,7 @@ def test_a_block_reads_stale_neighbours_and_writes_its_own_keys(either, ids):
     assert torch.equal(cache.buffers[:, :, :, :8], before[:, :, :, :8])
     assert torch.equal(cache.buffers[:, :, :, 16:], before[:, :, :, 16:])
     assert not torch.isclose(cache.buffers[:, :, :, 8:16], before[:, :, :, 8:16]).all()
-    # The whole sequence evaluated afresh gives other hidden states than the stale suffix does, but first-layer
+    # A new forward over the whole sequence gives other hidden states than the stale suffix does, but first-layer
     # keys and values depend on the ids alone.
     new = ids.clone()
     new[:, 8:16] = changed
@@ -119,7 +119,7 @@ def test_modernbert_sliding_layers_see_64_on_either_side():
 
 
 def test_a_first_forward_in_inference_mode_leaves_gradients_possible(either, ids):
-    """Rotary tables made there could not be saved for a later backward."""
+    """Rotary tables made in inference mode could not be saved for a later backward."""
     family = family_of(either)
     with torch.inference_mode():
         family.hidden(ids)

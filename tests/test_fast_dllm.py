@@ -1,4 +1,4 @@
-"""`generate` with a cache against Fast-dLLM's algorithms written out plainly: same tokens, same evaluations."""
+"""`generate` with a cache against a plain transcription of Fast-dLLM's algorithms: same tokens, same NFE."""
 
 from functools import cache, partial
 
@@ -30,17 +30,17 @@ SHAPES = {"llada": make_llada, "llada-gqa": partial(make_llada, n_kv_heads=2), "
 
 
 def lively(name, device):
-    """A tiny model that looks about and is sure of itself, and its plain twin: the first that tells the caches apart.
+    """A tiny model with sharp attention and high confidence, and its plain twin: the first on which caches differ.
 
-    As they are initialised, all positions see nearly the same average, most predict one token, and a stale cache
-    changes nothing."""
+    With the default initialisation, all positions attend to nearly the same average and most predict the same token, so
+    a stale cache changes nothing."""
     return sharp(name, device, first_that_tells_the_caches_apart(name, device))
 
 
 @cache
 def first_that_tells_the_caches_apart(name, device):
-    """The seed of a model that without a cache, with the prefix's and with the dual one leaves different tokens, and
-    many different ones."""
+    """The seed of a model that generates many distinct tokens, and different ones without a cache, with the prefix
+    cache and with the dual cache."""
     for seed in range(20):
         model, _ = sharp(name, device, seed)
         dllm_fast.patch(model)
@@ -62,7 +62,7 @@ def sharp(name, device, seed):
         for layer in model.model.layers:
             layer.attn.Wqkv.weight[: 2 * model.config.hidden_size] *= 4
             layer.attn.Wo.weight *= 3
-        model.decoder.weight.data = 4 * model.decoder.weight  # a new tensor: it was tied to the embeddings
+        model.decoder.weight.data = 4 * model.decoder.weight  # a new tensor, because it was tied to the embeddings
         return model, PlainModernBert(model)
     for block in model.model.transformer.blocks:
         block.q_proj.weight *= 4
@@ -98,7 +98,8 @@ def test_tokens_and_evaluations(name, prompt, gen, block, rule, cache, device):
 def test_the_plain_models_are_the_models(name, device):
     """Logits in fp64 against the model's own (both rotate in fp32), and against a cache of the same ids.
 
-    Not of a `lively` model, whose sharp attention makes of one rounding what a wrong angle makes of it here."""
+    Not with a `lively` model, whose sharp attention would turn a rounding error into as much as a wrong angle gives
+    here."""
     model = SHAPES[name]().to(device).double()
     plain = (PlainModernBert if hasattr(model, "decoder") else PlainLLaDA)(model)
     ids, at = prompts(40, device)[0], torch.arange(40, device=device)

@@ -1,4 +1,4 @@
-"""A patched model answers as its own forward does, whatever it is asked for and however it is asked."""
+"""A patched model returns what its own forward returns, for all arguments, however they are given."""
 
 import inspect
 
@@ -32,7 +32,7 @@ MASKS = {
     "holes": HOLES,
     "4d": PADDED.bool()[:, None, None].expand(3, 1, 24, 24),
 }
-# What may be asked beside ids and a mask: for both families, or the one that takes it.
+# Arguments besides ids and a mask, for both families or for the one that takes them.
 ASKED = {
     "nothing": {},
     "embeds": {"inputs_embeds": None},
@@ -48,13 +48,13 @@ MODERNBERT = {
 }
 CASES = [(family, name, mask) for family in MAKERS for name in ASKED for mask in MASKS]
 CASES += [("modernbert", name, mask) for name in MODERNBERT for mask in ("none", "padded", "holes")]
-# LLaDA's masks have two dimensions, and in transformers 4 ModernBERT's too.
+# LLaDA's masks have two dimensions; in transformers 4, so do ModernBERT's.
 FOUR = {"modernbert"} if int(transformers.__version__.split(".")[0]) > 4 else set()
 CASES = [case for case in CASES if case[2] != "4d" or case[0] in FOUR]
 
 
 def close(got, own):
-    """Every tensor of an output, padding's positions included."""
+    """Every tensor of an output, including padded positions."""
     assert type(got) is type(own) and len(got) == len(own)
     pairs = zip(got, own) if isinstance(own, tuple) else ((got[name], own[name]) for name in own)
     for ours, theirs in pairs:
@@ -67,7 +67,7 @@ def close(got, own):
 @torch.no_grad()
 @pytest.mark.parametrize("family", MAKERS)
 def test_a_patched_forward_is_the_models_own(family):
-    """Under `no_grad`, for every argument and mask; the plain ones take the patched path."""
+    """Under `no_grad`, for every argument and mask; plain calls take the patched path."""
     model = MAKERS[family]()
     own = {}
     cases = [(name, mask) for maker, name, mask in CASES if maker == family]
@@ -98,7 +98,7 @@ def arguments(model, name, mask):
 )
 @pytest.mark.parametrize("family", MAKERS)
 def test_what_the_config_asks_for_is_answered(family, field, value):
-    """Set on the config before or after patching, it is as good as an argument."""
+    """An option set on the config, before or after patching, acts like an argument."""
     changes = {"attn_implementation": "eager"} if family == "modernbert" else {}
     model = MAKERS[family]() if not changes else make_modernbert(**changes)
     dllm_fast.patch(model)

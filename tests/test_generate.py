@@ -86,7 +86,7 @@ def test_every_combination_fills_every_position(either, ids, padded, cache, conf
 @pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_a_rows_tokens_are_those_it_gets_alone(either, ids, padded, cache, temperature):
-    """Same seed and row index: row 0 of a batch against itself; greedy, every row, its padding gone."""
+    """Same seed and row index: row 0 of a batch against itself alone; greedy, every row against itself unpadded."""
     dllm_fast.patch(either)
     options = {"gen_length": 16, "block_length": 8, "cache": cache, "temperature": temperature, "seed": 5}
     options["schedule"] = Threshold(0.1)
@@ -112,7 +112,7 @@ def test_padding_on_the_right_is_padding_on_the_left(either, ids, device):
 
 @pytest.mark.parametrize("cache", ["prefix", "dual"])
 def test_a_cache_refreshed_at_every_step_is_no_cache(either, ids, cache):
-    """Blocks of one step each are all full forwards, so the cache can change nothing."""
+    """With one step per block, every forward is full, so the cache changes nothing."""
     dllm_fast.patch(either)
     options = {"gen_length": 16, "block_length": 2, "schedule": Uniform(8)}
     exact = dllm_fast.generate(either, ids, cache="none", **options)
@@ -159,7 +159,7 @@ def test_end_of_text_stops_a_row_and_fills_the_rest(llada, ids):
     llada.model.transformer.ff_out.weight.data[EOS] = 0
     free = dllm_fast.generate(llada, ids, gen_length=32, block_length=8, cache="none")
     tokens = free.sequences[0, 24:].tolist()
-    eos = tokens[9]  # stands in the second block, so blocks three and four need not run for this row
+    eos = tokens[9]  # in the second block, so this row needs no third and fourth block
     out = dllm_fast.generate(llada, ids[:1], gen_length=32, block_length=8, cache="none", eos_id=eos)
     first = tokens.index(eos)
     assert out.sequences[0, 24:].tolist() == tokens[:first] + [eos] * (32 - first)
@@ -169,7 +169,7 @@ def test_end_of_text_stops_a_row_and_fills_the_rest(llada, ids):
 @pytest.mark.parametrize("pad", [None, 3])
 @pytest.mark.parametrize("kind", [list, tuple])
 def test_the_first_of_several_ends_of_text_stops_a_row(llada, ids, kind, pad):
-    """Alone, in a batch and through `generate_many`; the rest becomes the id that was found, or ``pad_id``."""
+    """Alone, in a batch and through `generate_many`; later ids become the end-of-text id, or ``pad_id``."""
     dllm_fast.patch(llada)
     options = {"gen_length": 32, "block_length": 8, "cache": "none", "schedule": Uniform(16)}
     free = dllm_fast.generate(llada, ids, **options).sequences[:, 24:].tolist()
@@ -187,7 +187,7 @@ def test_the_first_of_several_ends_of_text_stops_a_row(llada, ids, kind, pad):
 
 
 def test_an_end_of_text_in_the_prompt_ends_nothing(llada, ids):
-    """Nor does filling a gap behind it; an end of text in a gap ends what is open after it, and no given token."""
+    """Nor does filling a gap after it. An end of text in a gap ends the masked positions after it, not given tokens."""
     dllm_fast.patch(llada)
     gaps = ids[:1].clone()
     gaps[0, 2], gaps[0, 6:10], gaps[0, 15:18] = EOS, MASK, MASK
@@ -285,7 +285,7 @@ def test_half_precision_fills_every_position(either, ids, padded, dtype, cache):
 
 
 def sure(logits, confidence):
-    """How sure of its most probable token but [MASK], [L], from logits [L, V] fp64."""
+    """The confidence of the most probable token other than [MASK], [L], from logits [L, V] fp64."""
     probability = logits.softmax(-1)
     entropy = torch.special.entr(probability).sum(-1)
     best, second = probability.index_fill(1, torch.tensor(MASK, device=logits.device), 0.0).topk(2).values.T
@@ -297,10 +297,10 @@ def sure(logits, confidence):
 @pytest.mark.parametrize("confidence, threshold", [("probability", 0.1), ("margin", 0.02), ("entropy", -4.2)])
 @pytest.mark.parametrize("schedule", [Uniform, Threshold], ids=lambda s: s.__name__)
 def test_half_precision_decides_as_exactly_as_the_model_itself(either, ids, dtype, confidence, threshold, schedule):
-    """Each step, from the tokens before it: what was written, and where, are the best of the model in fp64. Values may
-    be off by twice the error of the model's own forward in this dtype, so two of them nearer by four."""
+    """At each step, the tokens and positions written are the best ones by the model in fp64, given the tokens before.
+    Each value may have twice the error of the model's own forward in this dtype, so a difference of two, four times."""
     own, wide = copy.deepcopy(either).to(dtype), copy.deepcopy(either)
-    wide.load_state_dict(own.state_dict())  # after it the buffers, which are not in there, get fp64
+    wide.load_state_dict(own.state_dict())  # then the buffers, which it lacks, become fp64
     wide.double()
     seen = Recorder()
     dllm_fast.generate(

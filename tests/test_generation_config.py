@@ -1,4 +1,4 @@
-"""What a generation config asks for: honoured, or refused by name; and the config through its file."""
+"""A generation config's fields are honoured or refused by name, and the config survives its file."""
 
 import copy
 import functools
@@ -24,7 +24,7 @@ def plain(model, ids, **options):
         return dllm_fast.generate(model, ids, **{"gen_length": 8, "block_length": 8, **options}).sequences
 
 
-ASKED = {  # of fields that are refused, a value as users give it
+ASKED = {  # for refused fields, a value that users may give
     "top_k": 5, "top_p": 0.5, "min_p": 0.1, "top_h": 0.4, "typical_p": 0.9, "epsilon_cutoff": 3e-4, "eta_cutoff": 3e-4,
     "repetition_penalty": 1.2, "encoder_repetition_penalty": 1.2, "length_penalty": 2.0, "no_repeat_ngram_size": 2,
     "bad_words_ids": [[3]], "begin_suppress_tokens": [3], "forced_bos_token_id": 3, "forced_eos_token_id": 3,
@@ -38,14 +38,14 @@ ASKED = {  # of fields that are refused, a value as users give it
 
 @pytest.mark.parametrize("name", sorted(FIELDS | set(HONOURED)))
 def test_no_field_is_dropped(name, llada, ids):
-    """Whatever transformers is installed: a field is honoured (below), of no part, or refused by name."""
+    """With any version of transformers, a field is honoured (below), irrelevant, or refused by name."""
     free = llada.generate(ids, max_new_tokens=8).sequences
     if name in HONOURED:
         assert any(name in asked for asked, _ in HONOURED_CASES)
         return
     value = ASKED.get(name, "asked")
     config = GenerationConfig()
-    setattr(config, name, value)  # a constructor might refuse it before we do
+    setattr(config, name, value)  # a constructor might refuse it first
     if name in NO_PART:
         assert torch.equal(llada.generate(ids, generation_config=config, max_new_tokens=8).sequences, free)
         return
@@ -58,7 +58,7 @@ def test_no_field_is_dropped(name, llada, ids):
         for arguments in ({name: value}, {"generation_config": config}):
             with pytest.raises(ValueError, match=f"{name}="):
                 call(**arguments)
-    llada.generation_config = config  # a hub's file
+    llada.generation_config = config  # as from a hub's file
     with pytest.raises(ValueError, match=f"generation_config: {name}="):
         llada.generate(ids, max_new_tokens=8)
 
@@ -111,7 +111,7 @@ def test_arguments_that_cannot_be_honoured_are_named(llada, ids):
 
 
 SAMPLED = {"temperature": 0.7, "seed": 3}
-HONOURED_CASES = [  # what is asked for, and `dllm_fast.generate`'s arguments for it
+HONOURED_CASES = [  # fields, and the same as `dllm_fast.generate`'s arguments
     ({"max_new_tokens": 16}, {"gen_length": 16, "block_length": 16}),
     ({"max_length": 40}, {"gen_length": 16, "block_length": 16}),
     ({"eos_token_id": [3, EOS]}, {"eos_id": [3, EOS]}),
@@ -138,7 +138,7 @@ HONOURED_CASES = [  # what is asked for, and `dllm_fast.generate`'s arguments fo
 
 @pytest.mark.parametrize("asked,options", HONOURED_CASES, ids=lambda case: "-".join(case))
 def test_fields_are_honoured(asked, options, llada, ids):
-    """As keywords, in a config of ours, in one of transformers', in the model's own, and through `custom_generate`."""
+    """As keywords, in our config, in transformers', in the model's own, and through `custom_generate`."""
     lengths = {} if {"max_new_tokens", "max_length"} & asked.keys() else {"max_new_tokens": 8}
     llada.generation_config = DiffusionGenerationConfig()
     expected = plain(llada, ids, **options)
@@ -175,7 +175,7 @@ def test_several_answers_to_each_prompt_are_rows_of_their_own(llada, ids, padded
 
 
 def test_defaults_of_a_models_config_outside_its_vocabulary_are_no_hindrance(ids):
-    """LLaDA-8B's ids in a smaller model's config, which nobody chose; chosen ones raise."""
+    """LLaDA-8B's default ids in a smaller model's config are ignored; ids that were chosen raise."""
     model = make_llada(eos_token_id=126081, pad_token_id=126081)
     assert torch.equal(model.generate(ids, max_new_tokens=8).sequences, plain(model, ids))
     with pytest.raises(ValueError, match="eos_token_id=126082 is not an id"):

@@ -1,4 +1,4 @@
-"""`graphs.Graphs` over a stand-in for CUDA's recording."""
+"""`graphs.Graphs` with a stand-in for CUDA's recording."""
 
 import gc
 import weakref
@@ -10,7 +10,7 @@ from dllm_fast.decoding.graphs import Graphs
 
 
 class Recorder:
-    """Keeps what is recorded; a collection while it records is an error, as on CUDA where graphs get freed by it."""
+    """Keeps recordings. A garbage collection while recording is an error, since on CUDA it may free graphs."""
 
     def __init__(self, monkeypatch):
         self.recording, self.streams = False, []
@@ -64,7 +64,7 @@ def test_the_second_run_is_recorded_and_later_ones_replay(recorder):
 
 
 def test_nothing_is_collected_while_recording(recorder):
-    """Cycles made by a step are left until the recording has ended."""
+    """Reference cycles made by a step are only collected after recording."""
     graphs, seen = Graphs(True, torch.device("cpu")), []
 
     class Cycle:
@@ -118,7 +118,7 @@ def test_release_frees_graphs_at_once(recorder):
 
 
 def test_steps_are_recorded_on_a_stream_of_their_own_device(recorder):
-    """The current device is another: PyTorch's own stream would be its, and would see nothing of the step."""
+    """If another device is current, PyTorch's default stream would be on it, and would record nothing of the step."""
     for index in (1, 0):
         graphs = Graphs(True, torch.device("cuda", index))
         for key in ("full", "full", "block", "block"):

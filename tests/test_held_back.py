@@ -1,4 +1,4 @@
-"""Tokens that may not be chosen, and tokens whose confidence counts as -inf: LLaDA's evaluation options."""
+"""Suppressed tokens, and deferred ones, whose confidence counts as -inf: options of LLaDA's evaluations."""
 
 import itertools
 
@@ -28,7 +28,7 @@ def published(model, ids, mask=None, **options):
 
 
 def favourites(model, ids, **options) -> list[int]:
-    """Ids that a plain run chooses, the most frequent first."""
+    """The ids that a plain run chooses, most frequent first."""
     return by_frequency(published(model, ids, **{"steps": 32, **GEN, **options}))
 
 
@@ -50,7 +50,9 @@ def sets_of(best: list[int]) -> list[dict]:
 def test_the_published_tokens(make, ids, left, cfg_scale):
     plain_options = {**GEN, "steps": 8, "cfg_scale": cfg_scale}
     compared = set()
-    for seed in range(20):  # models until each way has changed something: where all is deferred, nothing does
+    for seed in range(
+        20
+    ):  # try models until each option has changed tokens; if everything is deferred, nothing changes
         model = make(seed)
         plain = published(model, ids, left, **plain_options)
         for chosen in sets_of(by_frequency(plain)):
@@ -106,7 +108,7 @@ def test_caches_temperature_and_many_prompts(either, ids, left, cache, schedule)
 
 
 def test_a_position_that_is_held_back_is_filled_when_no_other_is_left(llada, ids):
-    """With every id deferred each step keeps the first open position, whatever the schedule hopes for."""
+    """With every id deferred, each step commits the first masked position, whatever the schedule."""
     dllm_fast.patch(llada)
     everything = [i for i in range(VOCAB) if i != MASK]
     for schedule in (Threshold(1e-6), Factor(100.0)):
@@ -133,11 +135,11 @@ class Drafts:
 
 
 def test_an_end_of_text_that_is_held_back_comes_last(llada, ids):
-    """What the options are for: a model that would end at once writes on first."""
+    """The options' purpose: a model that would end at once writes text first."""
     dllm_fast.patch(llada)
     early = 0
     for word, prompt in itertools.product(range(3, 13), ids.split(1)):
-        with torch.no_grad():  # an end of text wherever this word would have been likely
+        with torch.no_grad():  # the end of text is likely wherever this word would have been
             llada.model.transformer.ff_out.weight[EOS] = 40 * llada.model.transformer.ff_out.weight[word]
         plain, held, without = (
             ends_that_came_early(llada, prompt, **more)
@@ -152,7 +154,7 @@ def test_an_end_of_text_that_is_held_back_comes_last(llada, ids):
 
 @torch.no_grad()
 def ends_that_came_early(model, prompt, **more) -> tuple[int, int]:
-    """Ends of text written, and how many of them while the model would have written something else elsewhere."""
+    """(ends of text committed, how many of them while another position had another token to commit)."""
     drafts = [torch.full((8,), MASK)]
     options = {"gen_length": 8, "block_length": 8, "schedule": Uniform(8), "cache": "none", "streamer": Drafts(drafts)}
     dllm_fast.generate(model, prompt, **options, **more)
@@ -181,7 +183,7 @@ def test_remasks_end(either, ids, remask, schedule):
 
 
 def test_a_kept_tokens_probability_counts_deferred_ids():
-    """What a remask reads: the softmax of all but the suppressed ids, deferred ones and guidance included."""
+    """The probabilities that remasking reads: a softmax without suppressed ids, with deferred ones and guidance."""
     torch.manual_seed(0)
     hidden, uncond, weight, bias = torch.randn(9, 8), torch.randn(9, 8), torch.randn(40, 8), torch.randn(40)
     token = torch.tensor([5, 6, 7, 8, 9, 5, 6, 7, 8])

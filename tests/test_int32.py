@@ -1,7 +1,7 @@
-"""No index of a kernel passes 2^31 in int32 at the sizes of LLaDA-8B and iLLaDA, in batches of over 2^31 elements.
+"""No kernel's int32 index overflows at the sizes of LLaDA-8B and iLLaDA, in batches of over 2^31 elements.
 
-In the interpreter, with a whole launch's grid of which only the last program runs, where indices are largest, over
-memory that nothing else touches. Any sum or product of int32 that int32 does not hold is an error.
+Runs in the interpreter. Only the last program of each launch's grid runs, because it has the largest indices, over
+memory that nothing else touches. Any int32 sum or product that overflows is an error.
 """
 
 import numpy as np
@@ -11,7 +11,7 @@ from needs import needs_triton
 
 pytestmark = [
     needs_triton,
-    pytest.mark.skipif(torch.cuda.is_available(), reason="watches the interpreter's arithmetic"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="checks the interpreter's arithmetic"),
 ]
 BF16 = torch.bfloat16
 SIZES = {  # width, heads, K/V heads, FFN, positions, vocabulary
@@ -21,13 +21,13 @@ SIZES = {  # width, heads, K/V heads, FFN, positions, vocabulary
 
 
 def lazy(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
-    """Zeros of which only the pages that are touched become memory."""
+    """Zeros that take up memory only in the pages that are touched."""
     return torch.from_numpy(np.zeros(shape, np.int16)).view(dtype)
 
 
 @pytest.fixture
 def last_program(monkeypatch):
-    """Launches run the last program of their grid alone, and watch its int32."""
+    """Make launches run only the last program of their grid, and check its int32 arithmetic."""
     from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
 
     run, set_dim, set_idx = InterpretedFunction.run, InterpreterBuilder.set_grid_dim, InterpreterBuilder.set_grid_idx
@@ -86,7 +86,7 @@ def test_last_program(op, name, last_program):
         else:
             attention(q, keys, keys, slot - 64, slot + 32, slot)
     elif op == "gumbel":
-        row = torch.zeros(2**31 // vocabulary + 2, dtype=torch.int64)  # the last one begins past 2^31
+        row = torch.zeros(2**31 // vocabulary + 2, dtype=torch.int64)  # the last program begins beyond 2^31
         gumbel(0, 0, row, row, torch.arange(vocabulary))
     elif op == "predict":
         predict(lazy(64, width, dtype=torch.float16), lazy(vocabulary, width, dtype=torch.float16), mask_id=5)
@@ -95,7 +95,7 @@ def test_last_program(op, name, last_program):
 
 
 def test_int32_is_watched(last_program):
-    """What a kernel would compute that left its rows in int32."""
+    """The overflow of a kernel with row offsets in int32."""
     import triton
     import triton.language as tl
 

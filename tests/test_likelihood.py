@@ -1,4 +1,4 @@
-"""The likelihood bound against its definition, summed over every mask; the greedy check against `generate`."""
+"""The likelihood bound against its definition, a sum over all masks; the greedy check against `generate`."""
 
 import itertools
 import math
@@ -31,7 +31,7 @@ def all_masks(length):
 
 @torch.no_grad()
 def terms(model, prompt, answer, cfg_scale=0.0):
-    """(L / l) sum ln p of every mask [2^L - 1], from the whole logits of all sequences."""
+    """(L / l) sum ln p for every mask, [2^L - 1], from all logits of all sequences."""
     masks = all_masks(len(answer))
     ids = torch.cat((prompt, answer)).expand(len(masks), -1)
     open_ = torch.cat((torch.zeros(len(masks), len(prompt), dtype=torch.bool), masks), 1)
@@ -47,7 +47,7 @@ def terms(model, prompt, answer, cfg_scale=0.0):
 
 
 def expectation(values, length):
-    """`E_l E_S` of values [2^L - 1] in the order of `all_masks`: counts weigh the same, and so do sets of a count."""
+    """`E_l E_S` of values [2^L - 1] in the order of `all_masks`: all l weigh the same, and so do all S of one size."""
     counts = all_masks(length).sum(1).tolist()
     return sum(float(v) / (length * math.comb(length, c)) for v, c in zip(values, counts))
 
@@ -55,12 +55,12 @@ def expectation(values, length):
 @pytest.mark.parametrize("cfg_scale", [0.0, 1.5])
 @pytest.mark.parametrize("prompt", [6, 0], ids=["prompt", "no-prompt"])
 def test_the_bound_is_its_definition(model, prompt, cfg_scale, monkeypatch):
-    """Given every mask as often as the definition weighs it, the estimate is the bound, to fp64 rounding."""
+    """With every mask drawn in proportion to its weight, the estimate is the bound, up to fp64 rounding."""
     model = dllm_fast.patch(model.double())
     [(prompt, answer)] = make_pairs((prompt, 3))
     exact = expectation(terms(model, prompt, answer, cfg_scale), 3)
     masks = all_masks(3)
-    every = masks.repeat_interleave(torch.tensor([3 if mask.all() else 1 for mask in masks]), 0)  # 3 of each count
+    every = masks.repeat_interleave(torch.tensor([3 if mask.all() else 1 for mask in masks]), 0)  # 3 of each size
     monkeypatch.setattr(likelihood, "draw_masks", lambda length, samples, generator: every)
     found = log_likelihood(model, prompt, answer, samples=9, batch_size=4, cfg_scale=cfg_scale)
     assert found == pytest.approx(exact, rel=1e-12)
@@ -68,7 +68,7 @@ def test_the_bound_is_its_definition(model, prompt, cfg_scale, monkeypatch):
 
 @pytest.mark.parametrize("length,samples", [(1, 1), (3, 1), (3, 2), (4, 3), (4, 6), (5, 4), (3, 16)])
 def test_masks_are_unbiased(length, samples):
-    """Each mask is drawn as often as its weight in the expectation says, within 4.5 standard errors of 6000 draws."""
+    """Each mask is drawn as often as its weight says, within 4.5 standard errors of 6000 draws."""
     draws, generator = 6000, torch.Generator().manual_seed(0)
     place = 2 ** torch.arange(length - 1, -1, -1)
     share = torch.zeros(draws, 2**length, dtype=torch.float64)
@@ -90,12 +90,12 @@ def test_masks_come_in_antithetic_counts_and_cover_evenly(length, samples):
     assert int(each.max() - each.min()) <= 2
     for count in (count for count in range(1, length) if length % count == 0):
         served = masks[masks.sum(1) == count].sum(0)  # how often each position is masked, by sets of this size
-        # Whole decks serve each position once; the first was begun by smaller sets, and the last is not used up.
+        # A whole deck masks each position once. Smaller sets began the first deck, and the last is not used up.
         assert int(served.max() - served.min()) <= 2
 
 
 def test_variance_is_far_below_plain_monte_carlo():
-    """On the shipped model, 16 and 128 samples: standard errors of 400 estimates each, and both means on the truth."""
+    """On the shipped model, with 16 and 128 samples: standard errors of 400 estimates, and unbiased means."""
     model = dllm_fast.from_pretrained("llada-gsm8k", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(dllm_fast.model_path("llada-gsm8k"))
     prompt, answer = (
@@ -125,7 +125,7 @@ def test_variance_is_far_below_plain_monte_carlo():
             means = [table[(draw(length, samples, generator) * place).sum(1)].mean() for _ in range(400)]
             error[draw] = float(torch.stack(means).std())
             assert abs(float(torch.stack(means).mean()) - truth) <= 4 * error[draw] / 400**0.5
-        assert error[draw_masks] < 0.6 * error[plain]  # measured: half, so a quarter of the samples do
+        assert error[draw_masks] < 0.6 * error[plain]  # measured: half the error, so a quarter of the samples suffice
 
 
 def test_neighbours_batches_and_containers_do_not_matter(either):

@@ -1,4 +1,4 @@
-"""lm-eval's model: what is asked with text, and three local tasks in one process and in two."""
+"""lm-eval's model: requests with text, and three local tasks in one process and in two."""
 
 import json
 import os
@@ -82,7 +82,7 @@ def harness():
     yield harness
     from accelerate.state import AcceleratorState
 
-    AcceleratorState._reset_state(reset_partial_state=True)  # other tests begin without Accelerate's singletons
+    AcceleratorState._reset_state(reset_partial_state=True)  # other tests must start without Accelerate's singletons
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def test_it_is_registered(harness):
 
 @pytest.fixture(scope="module")
 def evaluated(harness, tmp_path_factory):
-    """Values of each document and the results of the three tasks, in this process."""
+    """(values of each document, results of the three tasks) in this process."""
     import datasets
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
@@ -120,13 +120,13 @@ def evaluated(harness, tmp_path_factory):
 
 
 def by_document(samples):
-    """Of each document what the model said: text, a number, or a number and a bool a choice, in one list."""
+    """The model's responses to each document, in one list: text, a number, or a number and a bool per choice."""
     found = {sample["doc_id"]: sample["filtered_resps"] for sample in samples}
     return {i: [y for x in told for y in (x if isinstance(x, list | tuple) else [x])] for i, told in found.items()}
 
 
 def test_three_local_tasks(evaluated, tokenizer):
-    """What lm-eval was told is what the package's own functions say of the documents."""
+    """lm-eval gets what the package's own functions give for the documents."""
     values, results = evaluated
     model = dllm_fast.from_pretrained("llada-gsm8k", dtype=torch.float32)
     lines = (ROOT / "tests/data/lm_eval/words.jsonl").read_text().splitlines()
@@ -157,7 +157,7 @@ def test_three_local_tasks(evaluated, tokenizer):
 
 
 def test_two_processes_find_what_one_does(evaluated, tmp_path):
-    """Through the command line, in two processes that share the documents."""
+    """Through the command line, with the documents split over two processes."""
     values, results = evaluated
     arguments = ",".join(f"{name}={value}" for name, value in MODEL.items())
     command = [
@@ -203,7 +203,7 @@ def test_long_documents_go_in_windows(lm, tokenizer, monkeypatch):
     ids, eos = tokenizer(text)["input_ids"], tokenizer.eos_token_id
     assert 15 < len(ids) < 30
     rest = len(ids) - 15
-    # Each id is asked for once; the first stands after the end of another text, the last after all that fits.
+    # Each id is scored once: the first after an end of text, the last after as much context as fits.
     pairs = [([eos], ids[:15]), (ids[15 - (16 - rest) : 15], ids[15:])]
     expected = sum(log_likelihood(lm.model, *pair, 8, seed=3) for pair in pairs)
     found = lm.loglikelihood_rolling(requests((text,)), disable_tqdm=True)
@@ -231,7 +231,7 @@ def test_requests_that_differ_keep_their_places(lm):
 
 
 def test_a_document_with_a_mask_in_it_comes_back_as_it_is(lm):
-    """What is asked and what is answered: no id of either is the mask, so nothing of the question is filled in."""
+    """Neither prompts nor answers contain the mask id, so nothing in a question is filled in."""
     sentence = "Replace the token [MASK] in BERT"
     assert lm.tokenizer.decode(lm.tok_encode(sentence)) == sentence
     assert lm.model.config.mask_token_id not in lm.tok_encode(sentence)

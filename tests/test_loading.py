@@ -163,7 +163,7 @@ ENGLISH = {
 
 @pytest.mark.parametrize("name", ENGLISH)
 def test_shipped_models_know_english(name):
-    """Each token of two sentences hidden in turn: luck would guess 1 in 2048."""
+    """Each token of two sentences is masked in turn: guessing would be right 1 time in 2048."""
     assert name in dllm_fast.shipped()
     model = dllm_fast.from_pretrained(name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(dllm_fast.model_path(name))
@@ -178,8 +178,8 @@ def test_shipped_models_know_english(name):
     assert right >= 0.4 * total
 
 
-# What LLaDA's published file does that transformers 5 does not accept, in a model of our own: it reads
-# config.use_cache, never calls post_init, and its tie_weights takes no arguments. It takes the name llada, too.
+# A model of ours that, like LLaDA's published file, breaks under transformers 5: it reads config.use_cache, never calls
+# post_init, and its tie_weights takes no arguments. It also registers the name llada.
 REMOTE = """
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast

@@ -1,7 +1,7 @@
-"""The decoding loop on the kernels gives PyTorch's tokens: on a GPU, or in Triton's interpreter where there is none.
+"""The decoding loop on the kernels gives PyTorch's tokens, on a GPU or else in Triton's interpreter.
 
-A rounding may decide between two candidates that are level. A row that differs must be one of those: weights that are
-moved by a rounding give it the same tokens on PyTorch, too.
+Rounding may decide between two candidates that are nearly equal. If a row differs, this must be the reason: on PyTorch,
+weights changed by a rounding error must give it the same tokens.
 """
 
 import functools
@@ -18,7 +18,7 @@ from dllm_fast import Drift, Every, ReMDM, Threshold, Uniform, Verify, Window
 
 pytestmark = [needs_triton, pytest.mark.usefixtures("strict_interpreter", "poisoned_outputs")]
 
-# About a unit in the last place, by which weights are moved.
+# By how much weights are changed: about a unit in the last place.
 ROUNDINGS = {torch.float32: 2.0**-22, torch.float16: 2.0**-10}
 # In the interpreter a position of a layer takes milliseconds.
 FAMILIES = {
@@ -47,7 +47,7 @@ def check(ours, plain, request: Request, run, rounding: float = ROUNDINGS[torch.
 
 
 def draw(seed: int, rows: tuple[int, ...], **limits) -> tuple[str, Request]:
-    """A family and a request; half of those for several rows are of one length, so that nothing is padded."""
+    """A family and a request. Half of the requests for several rows have one length, and so no padding."""
     rng = random.Random(seed)
     name, request = rng.choice(sorted(FAMILIES)), draw_request(rng, rows, **limits)
     if rng.random() < 0.5:
@@ -76,7 +76,7 @@ def test_many_requests(seed, rows, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("seed", [302, 303, 309])
 def test_a_request_through_seats(seed, dtype, device):
-    """Three rows through `generate_many`'s two seats, so that one is seated beside a row that has begun."""
+    """Three rows through two seats of `generate_many`, so that one is seated beside a row that has already begun."""
     name, request = draw(seed, (3,), blocks=(4,), most_blocks=1, longest=4)
     run = functools.partial(seated, seats=2)
     check(*pair(name, seed, device, dtype), request, run, ROUNDINGS[dtype])
@@ -128,6 +128,6 @@ EVERY = [
 @pytest.mark.parametrize("options", EVERY, ids=str)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_each_kind_of_option(name, options, rows, device):
-    """So that none is left to chance."""
+    """Every kernel must have run: chance may not leave one out."""
     request = fixed({"gen_length": 8, "block_length": 4, "schedule": Uniform(4), **options}, rows)
     check(*pair(name, 0, device), request, together)

@@ -1,4 +1,4 @@
-"""Which matmul serves on a CPU: measured once, kept, said, and fixed by the environment."""
+"""Which matmul serves on a CPU: measured once, kept, printed, and set by the environment."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(bool(compiled.missing()), reason=str(compiled.mi
 
 @pytest.fixture(autouse=True)
 def unsettled(monkeypatch):
-    """As in a process that has patched nothing yet, with nothing fixed."""
+    """As in a new process, with no table measured or set."""
     monkeypatch.setattr(matmuls, "pytorch_from", {})
     monkeypatch.delenv("DLLM_FAST_MATMUL", raising=False)
 
@@ -80,7 +80,7 @@ def test_linear_goes_where_the_table_says(dtype, monkeypatch):
 
 
 def test_a_measurement_leaves_no_trace():
-    """Nor does it mind what the caller set: random numbers, a default device, a default dtype, autocast, gradients."""
+    """Nor does it change or depend on random numbers, a default device, a default dtype, autocast or gradients."""
     torch.manual_seed(3)
     before = torch.get_rng_state()
     with torch.device("meta"), torch.autocast("cpu", dtype=BF16):

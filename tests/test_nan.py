@@ -1,4 +1,4 @@
-"""NaN logits are an error, never a token: in every implementation, however few of them there are."""
+"""Even one NaN logit is an error, never a token, in every implementation."""
 
 import functools
 import math
@@ -15,7 +15,7 @@ from dllm_fast.evaluate.likelihood import are_greedy, log_likelihoods
 from dllm_fast.kernels import reference
 
 NAN, INF = float("nan"), float("inf")
-# Arithmetic makes 0x7FC00000; memory that was never written, or filled with ones, holds the others.
+# Arithmetic gives 0x7FC00000; unwritten memory, or memory full of ones, holds the others.
 PATTERNS = [0x7FC00000, 0xFFFFFFFF, 0x7FFFFFFF, 0x7FC00101, 0xFFC00001]
 LENGTHS = {"gen_length": 16, "block_length": 8}
 ERROR = "logits are NaN or infinite at step"
@@ -57,7 +57,7 @@ def test_ops_hand_on_nan(impl, dtype, bits):
     for name, tensor in (("q", q), ("k", k)):
         kept, tensor[0, 4, 1, 3] = tensor[0, 4, 1, 3].clone(), bad
         out = ops.attention(q, k, v, ops.visible(q, 9, impl=impl), impl=impl)
-        seen = torch.zeros(9, 2, dtype=torch.bool)  # a key's NaN is in what every query of its head sees
+        seen = torch.zeros(9, 2, dtype=torch.bool)  # every query of its head sees a key's NaN
         seen[4 if name == "q" else slice(None), 1] = True
         assert torch.equal(out[0].isnan().all(-1), seen) and torch.equal(out[0].isnan().any(-1), seen), name
         tensor[0, 4, 1, 3] = kept
@@ -147,7 +147,7 @@ def test_the_row_and_the_step_are_named(llada, ids, impl):
     model = dllm_fast.patch(llada, impl)
     ids = ids.clamp(max=90)
     out = dllm_fast.generate(model, ids, schedule=Uniform(16), cache="none", **LENGTHS).sequences
-    # A token that is first written at some step: from the next one on its own row's logits are NaN.
+    # A token that some step writes first: from the next step, its row's logits are NaN.
     embedding = model.get_input_embeddings().weight.data
     ids[1, 5] = 91
     embedding[91] = NAN
@@ -156,7 +156,7 @@ def test_the_row_and_the_step_are_named(llada, ids, impl):
     found = dllm_fast.generate(model, ids[::2], schedule=Uniform(16), cache="none", **LENGTHS).sequences
     assert not (out == 91).any() and torch.equal(found[0], out[0])
     head = model.get_output_embeddings().weight.data
-    head.zero_()  # every logit is alike: the lowest id is chosen, from left to right
+    head.zero_()  # all logits are equal: the lowest id is chosen, from left to right
     embedding[0] = NAN
     with pytest.raises(ValueError, match=f"{ERROR} 1 of block 0 of row 0:"):
         dllm_fast.generate(model, ids[:1].clamp(min=1), schedule=Uniform(16), **LENGTHS)

@@ -1,4 +1,4 @@
-"""The native LLaDA's config: every published field is honoured or refused by name, and follows a resized vocabulary."""
+"""The native LLaDA: every published config field is honoured or refused by name; the vocabulary can be resized."""
 
 import json
 
@@ -134,7 +134,7 @@ def test_a_resized_vocabulary_is_followed(tmp_path, ids, family, words, patched)
     else:
         with pytest.raises(ValueError, match=f"mask_id={MASK} is not an id of the vocabulary of {words}"):
             dllm_fast.generate(model, ids, **options)
-        model.config.pad_token_id = 0  # ModernBERT's embedding will not be built with one outside
+        model.config.pad_token_id = 0  # ModernBERT cannot be built with an id outside the vocabulary
         tokens = dllm_fast.generate(model, ids, mask_id=words - 1, **options).sequences
     model.save_pretrained(tmp_path)
     loaded = dllm_fast.from_pretrained(tmp_path)
@@ -155,7 +155,7 @@ def test_a_vocabulary_padded_to_a_multiple(tmp_path, ids):
 
 
 class Published(PretrainedConfig):
-    """As LLaDA's published file has it: fields as they come, and the name taken when it is imported."""
+    """Like LLaDA's published file: accepts any field, and registers the name on import."""
 
     model_type = "llada"
 
@@ -183,7 +183,7 @@ def test_a_native_load_is_native_whoever_has_the_name(tmp_path, llada, ids):
 
 
 def test_the_names_are_ours_after_a_remote_load(tmp_path, llada, taken):
-    """`from_pretrained` gives them back; so does `register`."""
+    """`from_pretrained` restores the names; so does `register`."""
     dllm_fast.families.native.register()
     llada.save_pretrained(tmp_path)
     for auto in (AutoModel, AutoModelForMaskedLM):

@@ -31,7 +31,7 @@ from bench.quality import accuracy, claims  # noqa: E402
 from bench.report import results as page_of_results  # noqa: E402
 
 CPU = torch.device("cpu")
-# PyTorch's counter knows the flash attention of GPUs alone.
+# PyTorch's counter knows only the flash attention of GPUs.
 FLASH = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, **_: sdpa_flop_count(q, k, v)}
 
 
@@ -40,7 +40,7 @@ FLASH = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A dry run of the few settings of the study, on two problems, with the published sampler beside."""
+    """A dry run of the study's few settings on two problems, with the published sampler as a peer."""
     out = tmp_path_factory.mktemp("nfe")
     command = [sys.executable, "-m", "bench.generation.nfe", "--device", "cpu", "--model", "llada-steps", "--few"]
     command += ["--task", "steps", "--quick", "--seeds", "2", "--problems", "2", "--peer", "published"]
@@ -63,7 +63,7 @@ def test_a_run_counts_evaluations_and_tokens(run):
         assert set(row["ms_per_nfe"]) == set(PARTS) and min(row["ms_per_nfe"].values()) >= 0
     peers = {row["schedule"]: row for row in result["speed"]["peers"]}
     assert {"uniform=64", "uniform=16", "pyramid=1", "threshold=0.9"} <= peers.keys()
-    for row in peers.values():  # in fp32 the published sampler has our tokens, and takes as many evaluations
+    for row in peers.values():  # in fp32 the published sampler gives our tokens in as many forwards
         assert row["same_tokens"] == row["new_tokens"] == 64 and row["same_algorithm"]
         assert row["nfe"] == rows[row["ours"]]["nfe"]
 
@@ -112,7 +112,7 @@ def test_scoring_goes_on_where_it_was_cut_off(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         nfe.scores(options, subject, settings)
     (kept,) = (tmp_path / "new").iterdir()
-    kept.write_text(kept.read_text() + '{"job": {"mod')  # cut off in the middle of writing, too
+    kept.write_text(kept.read_text() + '{"job": {"mod')  # even if interrupted in the middle of a write
     again = []
     monkeypatch.setattr(nfe, "score", lambda *given: again.append(given[1]) or score(*given))
     found = nfe.scores(options, subject, settings)
@@ -192,7 +192,7 @@ def test_a_sweep_leaves_out_what_differs_in_nothing():
 
 
 def test_steps_are_watched_and_rows_are_counted_on_their_own():
-    """Evaluations of a row of a batch are those that it takes alone."""
+    """A row of a batch has the NFE that it has alone."""
     model, tokenizer = task.load("llada-steps")
     prompts = tokenizer([prompt for prompt, _ in task.problems(4, 7, True)], return_tensors="pt")["input_ids"]
     for extra in ({}, {"remask": dllm_fast.Verify(0.9)}, {"cache": "dual", "refresh": dllm_fast.Drift(0.2)}):
@@ -225,7 +225,7 @@ def test_llada_costs_what_its_bare_operations_count(steps):
 
 @pytest.mark.parametrize("make, rows", [(make_llada, 1), (make_modernbert, 2)], ids=["llada", "modernbert"])
 def test_a_forward_costs_what_pytorch_counts(make, rows):
-    """A whole forward, short enough for every window: all that it multiplies, but for what the last layer may leave."""
+    """All FLOPs of a whole forward that is shorter than any window, except those that the last layer may skip."""
     model = dllm_fast.patch(make(), impl="torch")
     cost, family = Cost.of(model), model.__dict__["_dllm_fast"].family
     ids = torch.randint(0, 40, (rows, 6))
@@ -256,7 +256,7 @@ def test_parts_add_up_to_the_wall():
 
 
 def test_tied_weights_are_worth_generating_with():
-    """iLLaDA's kind: grouped keys, tied embeddings, [MASK] among the first ids."""
+    """Like iLLaDA: grouped keys, tied embeddings, [MASK] among the first ids."""
     config = {**SHAPES["quick"].config, "n_kv_heads": 2, "weight_tying": True, "mask_token_id": 5}
     shape = type(SHAPES["quick"])(config, 24, 32, 16, "uniform=16")
     model = build_model(shape, torch.float32, CPU)
@@ -273,7 +273,7 @@ def test_tied_weights_are_worth_generating_with():
 
 
 def test_intervals_of_shares():
-    """Wilson's, at published values; and that of a difference holds the truth in about 95 of 100 samples."""
+    """Wilson's interval at published values; a difference's interval contains the truth in about 95 of 100 samples."""
     assert accuracy.wilson(0, 10) == pytest.approx((0.0, 0.27753), abs=1e-5)
     assert accuracy.wilson(5, 10) == pytest.approx((0.23659, 0.76341), abs=1e-5)
     assert accuracy.wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)  # Newcombe 1998
@@ -291,7 +291,7 @@ def test_intervals_of_shares():
 
 
 def scored(schedule: str, share: float, nfe: float, cache: str = "none", count: int = 600, **changes) -> dict:
-    """A row as `accuracy.score` makes it, the first problems being right."""
+    """A row like those of `accuracy.score`, with the first problems right."""
     right = round(share * count)
     bits = "1" * right + "0" * (count - right)
     seeds = [{"seed": 0, "right": bits, "nfe": [nfe] * count, "token": 1.0}]

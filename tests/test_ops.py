@@ -1,4 +1,4 @@
-"""The PyTorch path of `ops` against the definitions in fp64: at most twice the definition's own error in the dtype."""
+"""The PyTorch path of `ops`: at most twice the error, against fp64, of the plain definition in the same dtype."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.
 
 
 def check(got, eager, truth):
-    """Error of ``got`` against fp64, at most twice that of the plain definition in the same dtype plus half an ulp."""
+    """The error of ``got`` against fp64 is at most twice the plain definition's in the same dtype, plus half an ulp."""
     for g, e, t in zip(got, eager, truth, strict=True):
         assert g.dtype == e.dtype and g.shape == t.shape
         ulp = torch.finfo(g.dtype).eps * t.abs().amax().item()
@@ -60,7 +60,7 @@ def test_attention(dtype, window, ranged):
 
 
 def block_in_a_window():
-    """Queries 5 slots long against 64, a window of 6 to either side: at the left end, inside, at the right end."""
+    """5 queries against 64 slots with a window of 6 on either side: at the left end, inside, at the right end."""
     torch.manual_seed(0)
     q = torch.randn(4, 5, 4, 16)
     keys, values = torch.randn(2, 4, 64, 2, 16)
@@ -118,7 +118,7 @@ def test_predict(dtype, kind, some):
             logits = base + 2.0 * (logits - base)
         names = {k: x for k, x in extra.items() if k not in ("uncond", "cfg_scale")}
         eager = reference.select(logits, candidate=candidate, **names)
-        # A token may differ from fp64's only where eager's does too, or rounding decides a near tie.
+        # A token may differ from fp64's only if eager's does too, or if rounding decides a near tie.
         agree = got[0] == truth[0]
         assert agree.all() or dtype != torch.float32
         keep = agree & (eager[0] == truth[0]) & (truth[1] > float("-inf"))
@@ -158,7 +158,7 @@ def test_an_implementation_that_cannot_be_had_raises(monkeypatch):
 
 @needs_triton
 def test_auto_is_triton_where_it_can_be_had(monkeypatch):
-    """Of a device that is not here, too."""
+    """Also for a device that this machine lacks."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "H100")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

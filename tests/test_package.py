@@ -1,4 +1,4 @@
-"""The package as files: importable without Triton, `kernels/` no top-level package, the pages' trees are true."""
+"""The package's files: it imports without Triton, `kernels/` is not a top-level package, trees in pages are right."""
 
 import importlib.metadata
 import os
@@ -55,7 +55,7 @@ def test_without_the_compiled_extension_pytorch_is_used_and_that_is_said_once():
 
 
 def test_the_compiled_extension_is_built_where_there_is_a_compiler():
-    """An installation without it is right only where it could not be compiled; a bare checkout has none."""
+    """An installation may lack the extension only if it could not be compiled; a bare checkout has none."""
     installed = any(True for _ in importlib.metadata.distributions(name="dllm_fast"))
     if installed and shutil.which("g++"):
         assert compiled.missing() is None
@@ -91,7 +91,7 @@ def test_a_lower_instruction_set_is_taken_from_the_environment(level, printed):
 
 def test_kernels_is_a_plain_folder_behind_a_relative_link():
     assert not (ROOT / "kernels" / "__init__.py").exists()
-    if os.path.islink(ROOT / "dllm_fast" / "kernels"):  # a wheel and an unpacked sdist have the files themselves
+    if os.path.islink(ROOT / "dllm_fast" / "kernels"):  # a wheel and an unpacked sdist have files instead of the link
         assert os.readlink(ROOT / "dllm_fast" / "kernels") == "../kernels"
     import dllm_fast.kernels.reference as reference
 
@@ -100,7 +100,7 @@ def test_kernels_is_a_plain_folder_behind_a_relative_link():
 
 
 def test_a_checkout_without_symbolic_links_says_what_to_do(tmp_path):
-    """git makes a text file of a link where the file system, or the user, has none."""
+    """git writes a link as a text file if the file system or its settings forbid links."""
     ignored = shutil.ignore_patterns("kernels", "models", "*.so", "__pycache__")
     shutil.copytree(ROOT / "dllm_fast", tmp_path / "dllm_fast", ignore=ignored)
     (tmp_path / "dllm_fast" / "kernels").write_text("../kernels")
@@ -133,13 +133,13 @@ def entries(page: Path) -> set[str]:
 
 
 def test_the_trees_are_true():
-    """README names the rooms, docs/architecture.md every module; all that they name exists."""
+    """README's tree has the rooms, docs/architecture.md's has every module; all of it exists."""
     readme, pages = entries(ROOT / "README.md"), entries(ROOT / "docs" / "architecture.md")
     assert not [name for name in readme | pages if not (ROOT / name).exists()]
     rooms = {f"dllm_fast/{path.parent.name}/" for path in (ROOT / "dllm_fast").glob("*/__init__.py")}
     assert rooms <= {re.sub(r"^(dllm_fast/\w+/).*", r"\1", name) for name in readme}
     modules = {str(p.relative_to(ROOT)) for f in ("dllm_fast", "kernels", "bench") for p in (ROOT / f).rglob("*.py")}
-    linked = ("dllm_fast/kernels/", "dllm_fast/hub/")  # files that lie elsewhere too
+    linked = ("dllm_fast/kernels/", "dllm_fast/hub/")  # files that are elsewhere too
     assert not [m for m in modules - pages if not m.startswith(linked) and not m.endswith("/__init__.py")]
 
 

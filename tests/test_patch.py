@@ -1,4 +1,4 @@
-"""`patch`, `unpatch`, `patched`: the same logits, this instance only, restored exactly, also after an error."""
+"""`patch`, `unpatch`, `patched`: the same logits, this instance only, restored exactly even after an error."""
 
 import copy
 
@@ -36,7 +36,7 @@ def unchanged(model, before):
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "padded"])
 @pytest.mark.parametrize("family", MAKERS)
 def test_patched_logits_are_the_models_own(family, masked, dtype, tolerance, ids, padded, device):
-    """Relative to the largest logit; bf16 rounding differs by a few ulp where the order of operations does."""
+    """Relative to the largest logit; in bf16, another order of operations changes a few ulp."""
     model = MAKERS[family]().to(device)
     fp32 = copy.deepcopy(model).double()
     model = model.to(dtype)
@@ -49,7 +49,7 @@ def test_patched_logits_are_the_models_own(family, masked, dtype, tolerance, ids
     assert ours.dtype == own.dtype and ours.shape == own.shape
     scale = own.float().abs().max()
     assert (ours - own).float().abs().max() <= tolerance * scale
-    if "llada" in family:  # ModernBERT's rotary tables are fp32 at best, so fp64 is no truth for it
+    if "llada" in family:  # ModernBERT's rotary tables are at most fp32, so its fp64 forward is not the truth
         truth = fp32(ids, attention_mask=mask).logits
         error = (ours.double() - truth).abs().max()
         assert error <= 2 * (own.double() - truth).abs().max() + 1e-6 * scale
@@ -70,7 +70,7 @@ def test_unpatch_restores_the_same_objects_and_bits(model, ids):
     assert dllm_fast.unpatch(model) is model
     unchanged(model, before)
     assert torch.equal(model(ids).logits, own)
-    dllm_fast.unpatch(model)  # of a model that is not patched: nothing happens
+    dllm_fast.unpatch(model)  # on an unpatched model this does nothing
     unchanged(model, before)
 
 
@@ -150,11 +150,11 @@ def test_unknown_models_are_refused_by_name():
 
 @torch.no_grad()
 def test_a_cast_modernbert_gets_its_rotary_tables_back(device):
-    """`.to(bfloat16)` rounds inv_freq; far positions show it."""
+    """`.to(bfloat16)` rounds inv_freq, which shows at far positions."""
     model = make_modernbert(max_position_embeddings=4096, num_hidden_layers=4, initializer_range=0.3).to(device)
     ids = torch.randint(0, 99, (1, 1500), generator=torch.Generator().manual_seed(0)).to(device)
     holes = torch.ones_like(ids)
-    holes[0, 5] = 0  # answered by the model's own forward, which must be right too
+    holes[0, 5] = 0  # runs the model's own forward, which must be right too
     right = copy.deepcopy(model).to(torch.bfloat16)
     for module, name, fresh in fresh_rotary(right):
         module._buffers[name] = fresh
@@ -173,7 +173,7 @@ def test_calls_that_want_more_go_to_the_models_own_forward(either, ids):
     labels = ids.clone()
     dllm_fast.patch(either)
     logits = either(ids).logits
-    assert logits.requires_grad  # gradients are never dropped silently
+    assert logits.requires_grad  # gradients are never silently lost
     with torch.no_grad():
         assert isinstance(either(ids, return_dict=False), tuple)
         holes = torch.ones_like(ids)

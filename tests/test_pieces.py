@@ -1,4 +1,4 @@
-"""The pieces of make test and make test-all: budgets, choice, what a failed or late piece leaves in the table."""
+"""The pieces of make test and make test-all: budgets, selection, and the table's lines for failed or late pieces."""
 
 import sys
 from pathlib import Path

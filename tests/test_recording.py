@@ -1,4 +1,4 @@
-"""Steps of the whole engine can be recorded, and replays give the tokens of steps that are run: over a stand-in."""
+"""The engine's steps can be recorded, and replays give the same tokens as running them, with a stand-in for CUDA."""
 
 import random
 import warnings
@@ -40,21 +40,21 @@ SMALL = {
 
 @pytest.fixture
 def recorder(monkeypatch):
-    # A step that cannot be recorded is said to go on without, which a run of these tests must not.
+    # The warning for a step that cannot be recorded is an error in these tests.
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="steps go on without CUDA graphs")
         yield Recorder(monkeypatch)
 
 
 def unrecorded(monkeypatch, run):
-    """What ``run`` gives where every step is run."""
+    """The result of ``run`` without recordings."""
     with monkeypatch.context() as patch:
         patch.setattr(Graphs, "run", lambda self, key, step: step())
         return run()
 
 
 def compare(monkeypatch, recorder, name, run):
-    """``run(model)`` recorded, against the same run step by step."""
+    """``run(model)`` with recordings, compared with the same run without."""
     models = [dllm_fast.patch(SMALL[name](), impl="triton") for _ in range(2)]
     expected = unrecorded(monkeypatch, lambda: run(models[0]))
     assert recorder.recorded == 0
@@ -113,7 +113,7 @@ def test_any_request(monkeypatch, recorder, seed):
     ids=str,
 )
 def test_on_the_kernels(monkeypatch, recorder, ids, options):
-    """With what they would compile: nothing while recording."""
+    """Also watch compilations: there must be none while recording."""
     watch_compilations(monkeypatch, recorder)
 
     def run(model):

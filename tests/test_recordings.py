@@ -1,4 +1,4 @@
-"""How many steps are recorded, over prompts of many lengths, and that what makes them few changes no token."""
+"""How many steps are recorded for prompts of many lengths; keeping them few changes no token."""
 
 import random
 
@@ -17,7 +17,7 @@ from dllm_fast.patch import bound_pool
 
 
 class Counted(Graphs):
-    """Runs every step eagerly, and counts those that a GPU would have recorded: a key's second run."""
+    """Runs every step eagerly, and counts those that a GPU would record: each key's second run."""
 
     recorded = 0
 
@@ -33,7 +33,7 @@ class Counted(Graphs):
 
 @pytest.fixture
 def recorded(monkeypatch):
-    """Engines are laid out and kept as on a GPU; how many steps were recorded, when called."""
+    """Lay out and keep engines as on a GPU. Returns a function that counts recorded steps."""
     monkeypatch.setattr("dllm_fast.decoding.engine.Graphs", Counted)
     monkeypatch.setattr(server_module, "records", lambda device, impl: True)
     monkeypatch.setattr(Counted, "recorded", 0)
@@ -52,7 +52,7 @@ def test_layouts_of_recorded_steps_change_no_tokens_of_many_requests(seed, monke
 
 
 def check_layouts(seed, monkeypatch):
-    """Slots rounded up, and seats that stay empty, for prompts alone, in a batch, and through seats."""
+    """Rounded-up slots and empty seats, for prompts alone, in a batch, and with seats."""
     rng = random.Random(seed)
     make = rng.choice([make_llada, make_modernbert])
     model = dllm_fast.patch(make(seed).double(), impl="torch")
@@ -69,7 +69,7 @@ def check_layouts(seed, monkeypatch):
 @pytest.mark.parametrize("schedule", [Uniform(6), Threshold(0.02)], ids=str)
 @pytest.mark.parametrize("refresh", ["block", Window(8, 0), Drift(0.1)], ids=str)
 def test_an_empty_seat_is_idle(schedule, refresh, monkeypatch):
-    """Of five rows the shortest ends last, so that up to two of four seats are empty; none evaluates for them."""
+    """Of five rows the shortest ends last, so up to two of four seats are empty; no forward includes them."""
     monkeypatch.setattr(server_module, "records", lambda device, impl: True)
     shapes = []
     load = Engine.load
@@ -107,7 +107,7 @@ GSM8K = {"gen_length": 256, "block_length": 32, "schedule": Uniform(16), "seed":
 @pytest.mark.parametrize("options", [{}, {"cache": "none"}, {"refresh": Window(32, 0)}], ids=str)
 @pytest.mark.parametrize("batch", [1, 8])
 def test_at_most_a_dozen_recordings_over_gsm8k(recorded, monkeypatch, batch, options):
-    """Every length there is, as often as it takes to make 1,319 prompts, in any order; answers cost nothing here."""
+    """1,319 prompts of every length, in random order; answers cost nothing here."""
     monkeypatch.setattr(Engine, "_step", lambda self, kind, tail: None)
     model = dllm_fast.patch(make_llada(), impl="torch")
     lengths = [LENGTHS[n % len(LENGTHS)] for n in range(PROBLEMS)]
@@ -136,7 +136,7 @@ def test_an_engine_serves_calls_in_and_out_of_inference_mode(recorded):
         with torch.inference_mode(inside):
             assert torch.equal(dllm_fast.generate(model, ids, **options).sequences, expected)
         assert len(bound_pool(model)) == 1
-    model.model.transformer.ff_out.weight.sum().backward()  # what was read in inference mode can still be trained
+    model.model.transformer.ff_out.weight.sum().backward()  # a model used in inference mode can still be trained
 
 
 def test_memory_that_the_pool_holds_is_given_back_before_a_batch_is_refused(recorded, monkeypatch):
@@ -183,7 +183,7 @@ def test_show_config_tells_of_recordings(recorded, ids, capsys):
 
 
 def test_an_engine_that_is_kept_needs_no_memory_of_its_own(recorded, ids, monkeypatch):
-    """What is free beside it would not hold another: it is used again, and no other is let go for it."""
+    """There is no memory for a second engine: the kept one is reused, and no other is dropped for it."""
     model = dllm_fast.patch(make_llada(), impl="torch")
     options = {"gen_length": 16, "block_length": 8}
     expected = dllm_fast.generate(model, ids, **options).sequences

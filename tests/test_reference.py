@@ -1,4 +1,4 @@
-"""The definitions themselves, against loops, PyTorch, transformers and published constants, in fp64."""
+"""The definitions against loops, PyTorch, transformers and published constants, in fp64."""
 
 import inspect
 import math
@@ -153,7 +153,7 @@ def test_sampled_tokens_follow_the_softmax():
 
 @pytest.mark.parametrize("deferred", [(), (4, 7, 12)], ids=["none-deferred", "some-deferred"])
 def test_predict_counts_the_mask_but_neither_banned_nor_deferred_ids(deferred):
-    """LLaDA's `logits_eos_inf` and `confidence_eos_eot_inf`, as its generate.py writes them at temperature 0."""
+    """LLaDA's `logits_eos_inf` and `confidence_eos_eot_inf`, as in its generate.py at temperature 0."""
     hidden, weight, bias = torch.randn(60, 8, **DOUBLE), torch.randn(20, 8, **DOUBLE), torch.randn(20, **DOUBLE)
     bias[[3, 7, 11]] += 50  # by far the most probable
     logits = hidden @ weight.T + bias
@@ -272,7 +272,7 @@ META = torch.device("meta")
 @pytest.mark.parametrize("seeded", [False, True], ids=["plain-seed", "seed-on-the-device"])
 @pytest.mark.parametrize("confidence", ["probability", "margin", "entropy", "random"])
 def test_predict_on_any_device(confidence, seeded):
-    """Plain numbers and tensors made on the way are where the arguments are."""
+    """Intermediate tensors are on the arguments' device."""
 
     def on(*shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device=META)
@@ -294,7 +294,7 @@ def test_noise_on_any_device():
 
 
 def test_every_function_on_any_device(monkeypatch):
-    """Each public one is called, be it by another; a new one is missed here until it has a call."""
+    """Each public function is called, directly or by another; a new one fails here until it is."""
     public = {name for name, x in vars(reference).items() if inspect.isfunction(x) and name[0] != "_"}
     public = {name for name in public if getattr(reference, name).__module__ == reference.__name__}
     called = set()

@@ -1,4 +1,4 @@
-"""Refresh policies: their limits are the exact cache, what they compute is counted, and rows stay independent."""
+"""Refresh policies: extreme ones give the exact cache, their forwards are counted, and rows stay independent."""
 
 import functools
 
@@ -66,7 +66,7 @@ def test_drift_computes_more_the_lower_its_bound(run):
 
 @torch.no_grad()
 def test_drift_recomputes_from_the_first_layer_that_moved(llada, ids):
-    """Recomputing layer 1 on from kept hidden states, when nothing changed, gives what is there."""
+    """If nothing has changed, recomputing from layer 1 with kept hidden states changes nothing."""
     from dllm_fast.families.cache import BlockCache
     from dllm_fast.patch import bound_family
 

@@ -1,6 +1,6 @@
-"""requirements.txt and the extras can be installed: pip resolves them against the registry, and installs nothing.
+"""requirements.txt and the extras can be installed: pip resolves them against the registry, without installing.
 
-A requirement that only this machine's own builds can meet fails here, as it would on any other.
+A requirement that only this machine's local builds meet fails here, as it would on any other machine.
 """
 
 import json
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 VERSIONS = ("3.12", "3.13", "3.11", "3.10")
 FIRST = next((version for version in VERSIONS if find_python(version)), None)
 EXTRAS = ("cli", "train", "bench", "eval", "dev", "docs")
-# What the registry's torch demands on Linux; docs/install.md names them.
+# Requirements of the registry's torch on Linux, as in docs/install.md.
 TRITON = {"2.8": "3.4.0", "2.9": "3.5", "2.10": "3.6.0", "2.11": "3.6.0", "2.12": "3.7", "2.13": "3.7.1", "2.14": "3.8"}
 
 
@@ -74,7 +74,7 @@ def test_an_extra_resolves_by_itself(tmp_path, extra):
 @pytest.mark.skipif(sys.platform != "linux", reason="torch demands Triton on Linux alone")
 @pytest.mark.parametrize("torch", TRITON)
 def test_each_torch_has_the_triton_that_the_page_names(tmp_path, torch):
-    # Python 3.12 is the one that all of them support and no local build is likely to be for.
+    # All of them support Python 3.12, and local builds for it are unlikely.
     assert resolve(tmp_path, "3.12", f"torch=={torch}.*", *required("cli"))["triton"].startswith(TRITON[torch])
     assert TRITON[torch] in (ROOT / "docs" / "install.md").read_text()
 

@@ -1,4 +1,4 @@
-"""Self-correction: what is masked again, and that every run ends within its bound."""
+"""Remasking: which tokens are masked again, and that every run ends within its bound."""
 
 import functools
 
@@ -36,7 +36,7 @@ def device() -> str:
 
 
 def committed(**changes):
-    """A block of six: 0 to 3 committed, 4 and 5 masked, of which the step kept one."""
+    """A block of six: 0 to 3 committed, 4 and 5 masked, one of which the step commits."""
     given = {
         "before": torch.tensor([[True, True, True, True, False, False]]),
         "now": torch.tensor([[0.9, 0.2, 0.5, 0.6, 0.8, 0.1]]),
@@ -88,7 +88,7 @@ class Drafts:
 @pytest.mark.parametrize("schedule", PLANNED, ids=str)
 @pytest.mark.parametrize("policy", [ReMDM(1.0), Verify(1.0), P2(1.0)], ids=str)
 def test_planned_schedules_keep_their_steps_and_counts(either, ids, schedule, policy):
-    """However much is opened, as many positions are filled after each step as without it."""
+    """However many are remasked, as many positions are committed after each step as without remasking."""
     dllm_fast.patch(either)
     options = {"gen_length": 16, "block_length": 16, "schedule": schedule, "seed": 3}
     plain, drafts = Drafts(), Drafts()
@@ -96,7 +96,7 @@ def test_planned_schedules_keep_their_steps_and_counts(either, ids, schedule, po
     out = dllm_fast.generate(either, ids[:1], streamer=drafts, remask=policy, **options)
     assert out.nfe == expected.nfe and not (out.sequences == MASK).any()
     assert [int((x == MASK).sum()) for x in drafts.seen] == [int((x == MASK).sum()) for x in plain.seen]
-    if isinstance(policy, Verify):  # at a threshold of 1 every step opens what it may
+    if isinstance(policy, Verify):  # at a threshold of 1 every step remasks as many as allowed
         again = [bool(((a != MASK) & (b == MASK)).any()) for a, b in zip(drafts.seen, drafts.seen[1:])]
         assert any(again)
 
@@ -114,7 +114,7 @@ def test_adaptive_schedules_end_within_twice_the_block(either, ids, schedule):
 
 
 def test_a_row_that_is_filled_is_not_opened_in_its_neighbours_steps(llada, ids):
-    """Rows of 8, 3 and 1 positions to fill, one at a step, where every step opens what it may."""
+    """Rows with 8, 3 and 1 positions to fill, one per step, where every step remasks as many as allowed."""
     dllm_fast.patch(llada)
     ids[0, 10:18] = ids[1, [10, 12, 17]] = ids[2, 13] = MASK
     options = {"gen_length": 0, "block_length": 8, "schedule": Threshold(1.0), "remask": Verify(1.0), "cache": "none"}

@@ -1,4 +1,4 @@
-"""Bad input: an error that names the argument and the value, before any work, with nothing changed."""
+"""Bad input raises an error that names the argument and the value, before any work, and changes nothing."""
 
 import dataclasses
 import inspect

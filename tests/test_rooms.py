@@ -1,4 +1,4 @@
-"""Imports go one way through the package's rooms: what is above imports what is below, never the other way."""
+"""Imports go one way: a room of the package imports only rooms below it."""
 
 import ast
 from pathlib import Path
@@ -22,12 +22,12 @@ ROOMS = [
     {"cli"},
 ]
 RANK = {room: rank for rank, rooms in enumerate(ROOMS) for room in rooms} | {"errors": 0}
-# A native model's `generate` is the package's, which stands above it: imported when it is called.
+# A native model's `generate` is the package's, from a higher room, so it is imported when it is called.
 UPWARDS = {("families/mixin.py", "hf"), ("families/mixin.py", "generation_config")}
 
 
 def imported(path: Path) -> set[str]:
-    """The rooms and top modules of the package that a file imports, anywhere in it."""
+    """The rooms and top-level modules of the package that a file imports, anywhere in it."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module == "dllm_fast":
@@ -40,7 +40,7 @@ def imported(path: Path) -> set[str]:
 
 
 def upwards(root: Path) -> set[tuple[str, str]]:
-    """(file, what it imports) of every import of something higher."""
+    """(file, import) for every import of a higher room."""
     files = [path for path in root.rglob("*.py") if "kernels" not in path.parts and "hub" not in path.parts]
     found = set()
     for path in files:

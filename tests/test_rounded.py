@@ -1,4 +1,4 @@
-"""e4m3 and 4-bit weights: rounded as defined, multiplied within what rounding allows, always of the present weights."""
+"""e4m3 and 4-bit weights: rounded as defined, matmuls within rounding, always copies of the current weights."""
 
 import copy
 
@@ -14,7 +14,7 @@ from dllm_fast.kernels import reference, reference_int4
 from dllm_fast.patch import bound_family
 
 E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
-VALUES = E4M3[E4M3.isfinite()].unique()  # every number that e4m3 has, sorted; those with an even last bit are even here
+VALUES = E4M3[E4M3.isfinite()].unique()  # all e4m3 numbers, sorted; an even last bit means an even index
 ZERO = int((VALUES == 0).nonzero())
 
 
@@ -24,7 +24,7 @@ def device() -> str:
 
 
 def nearest(x, scale):
-    """x [N, K], a row over its scale in fp32 put to the nearest number of e4m3, ties to even; and back, in fp64."""
+    """x [N, K] rounded: each row over its fp32 scale to the nearest e4m3 number, ties to even, and back, in fp64."""
     values, scaled = VALUES.to(x.device), (x.float() / scale).contiguous()
     above = torch.searchsorted(values, scaled).clamp(1, len(values) - 1)
     to_low, to_high = scaled.double() - values[above - 1], values[above] - scaled.double()
@@ -37,7 +37,7 @@ def scale_of(x):
 
 
 def nearest_of_16(weight):
-    """weight [N, K], each group of 128 inputs put on 16 equal steps that have a 0, group by group; in fp64."""
+    """weight [N, K] with each group of 128 inputs rounded to 16 equal steps that include 0, in fp64."""
     groups = []
     for group in weight.float().split(128, 1):
         low, high = group.amin(1, keepdim=True).clamp(max=0), group.amax(1, keepdim=True).clamp(min=0)
@@ -61,7 +61,7 @@ def linears_of(model):
 
 
 def rounded_twin(model, kind):
-    """A copy of an unpatched model whose layers' weights are rounded and widened, so that nothing else differs."""
+    """A copy of an unpatched model with its layers' weights rounded and widened, and nothing else changed."""
     twin = copy.deepcopy(model)
     for linear in linears_of(dllm_fast.patch(twin)):
         linear.weight.data = ROUNDED[kind](linear.weight.data).to(linear.weight.dtype)
@@ -94,13 +94,13 @@ def test_four_bits_are_the_nearest_of_each_groups_16(width, dtype):
     widened = reference_int4.widen_int4(packed, scale, zero, width).double()
     assert torch.equal(widened, nearest_of_16(weight))
     step = scale.t().double().repeat_interleave(128, 1)[:, :width]
-    # Half a step, and at the ends what rounding zero and the step leaves over: half of each, the step's 15 times.
+    # Half a step, plus at the ends half a rounding of the zero point and 15 half roundings of the step.
     assert ((widened - weight.float()).abs() <= (0.5 + 0.5 + 15 * 2**-9) * step).all()
     assert (widened == 0)[weight == 0].all()
 
 
 def test_where_the_four_bits_lie():
-    """Of a group, in words of 8: input ``16 j + c`` in bits ``4 j`` of word c."""
+    """A group's words of 8 weights: input ``16 j + c`` is at bit ``4 j`` of word c."""
     for place in (0, 1, 15, 16, 17, 100, 127, 128, 255):
         weight = torch.zeros(1, 256)
         weight[0, place] = 15
@@ -114,7 +114,7 @@ def test_where_the_four_bits_lie():
 
 
 def check_product(y, x, weight, bound):
-    """y = x W^T to within ``bound`` of |x| |W|^T."""
+    """y = x W^T within ``bound`` times |x| |W|^T."""
     truth = x.double() @ weight.double().T
     assert y.shape == truth.shape and y.isfinite().all()
     assert ((y.double() - truth).abs() <= bound * (x.double().abs() @ weight.double().abs().T) + 1e-30).all()
@@ -123,7 +123,7 @@ def check_product(y, x, weight, bound):
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_products_are_those_of_the_rounded_weights(kind, dtype, monkeypatch):
-    """Weights of 37 rows in pieces of 16: to the rounding of the weight and of the result in x's dtype."""
+    """Weights of 37 rows in pieces of 16: up to rounding of the weight, and of the result in x's dtype."""
     torch.manual_seed(0)
     for module in (fp8, int4):
         monkeypatch.setattr(module, "CHUNK", 16)
@@ -141,7 +141,7 @@ def test_products_are_those_of_the_rounded_weights(kind, dtype, monkeypatch):
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_the_scaled_product_is_that_of_rounded_rows_and_rounded_weights(dtype, monkeypatch):
-    """What runs on Hopper is PyTorch's own op, which its CPU build has too."""
+    """Hopper runs an op of PyTorch's that its CPU build has too."""
     torch.manual_seed(0)
     monkeypatch.setattr(fp8, "native", lambda device: True)
     linear = nn.Linear(64, 48, bias=False, dtype=dtype)
@@ -150,7 +150,7 @@ def test_the_scaled_product_is_that_of_rounded_rows_and_rounded_weights(dtype, m
         try:
             (y,) = Copies("fp8")(x, linear)
         except RuntimeError as error:
-            pytest.skip(f"torch {torch.__version__} has no scaled product by rows on the CPU: {error}")
+            pytest.skip(f"torch {torch.__version__} has no row-scaled matmul on the CPU: {error}")
         weight, x8 = (nearest(a, scale_of(a)) for a in (linear.weight, x))
         assert y.dtype == dtype
         check_product(y, x8, weight, 2**-8)
@@ -160,7 +160,7 @@ def test_the_scaled_product_is_that_of_rounded_rows_and_rounded_weights(dtype, m
 @torch.no_grad()
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "padded"])
 def test_a_model_is_the_one_with_rounded_weights(model, kind, ids, padded, masked):
-    """In fp32 to its rounding; the LM head, embeddings and norms are as they were."""
+    """In fp32, up to rounding; the LM head, embeddings and norms are unchanged."""
     expected = rounded_twin(model, kind)(ids, attention_mask=padded if masked else None).logits
     own = model(ids, attention_mask=padded if masked else None).logits
     dllm_fast.patch(model, weights=kind)
@@ -185,7 +185,7 @@ def tensors_of(model):
 
 
 def bytes_of(kind, n, k):
-    """A byte a weight and a scale a channel; or half a byte a weight, and three bytes a group of 128."""
+    """A byte per weight and a scale per channel; or half a byte per weight and three bytes per group of 128."""
     return n * k + 4 * n if kind == "fp8" else n * -(-k // 128) * (64 + 3)
 
 
@@ -202,7 +202,7 @@ def test_what_the_copies_take(llada, kind):
 
 @pytest.mark.parametrize("kind, step", [(None, 15.0), ("fp8", 8.0), ("int4", 4.7)])
 def test_bytes_that_a_step_of_llada_8b_reads(kind, step):
-    """Layers and head, in 10^9 bytes: on the meta device nothing of it is made."""
+    """Layers and head in 10^9 bytes, on the meta device, which allocates nothing."""
     with torch.device("meta"):
         model = dllm_fast.LLaDAModelLM(dllm_fast.LLaDAConfig()).bfloat16()
     block, head = model.model.transformer.blocks[0], model.model.transformer.ff_out.weight
@@ -218,10 +218,10 @@ def test_bytes_that_a_step_of_llada_8b_reads(kind, step):
 @pytest.mark.parametrize("kind, largest", [("fp8", 0.03), ("int4", 0.11)])
 @pytest.mark.parametrize("n, k", [(12288, 4096), (4096, 12288)], ids=["gate", "down"])
 def test_error_at_llada_8bs_shapes(kind, largest, n, k):
-    """Of x W^T with normal weights against fp64, root mean square over root mean square; bf16 W is at 0.002.
+    """The relative root mean square error of x W^T with normal weights, against fp64; bf16 W has 0.002.
 
-    e4m3 has 3 bits after the first: rounding errors uniform within 1/16 of a number's power of two. 16 steps share
-    the range of 128 normal numbers, 5.2 deviations on average: a step's 1 / sqrt(12) is 0.10 of a deviation.
+    e4m3 has 3 bits after the first, so errors are uniform within 1/16 of a number's power of two. In int4, 16 steps
+    cover the range of 128 normal numbers, 5.2 standard deviations on average; a step / sqrt(12) is 0.10 of a deviation.
     """
     torch.manual_seed(0)
     weight, x = torch.randn(n, k) * k**-0.5, torch.randn(8, k)
@@ -250,7 +250,7 @@ def move(model, ids):
 
 
 def write_data(model, ids):
-    """Through ``.data``, which PyTorch does not count: patching again is what sees it."""
+    """Through ``.data``, which PyTorch's version counters miss: patching again notices it."""
     for parameter in model.parameters():
         parameter.data.mul_(1.25)
     dllm_fast.patch(model, weights=bound_family(model).products.kind)
@@ -275,7 +275,7 @@ def test_copies_follow_the_weights(either, kind, ids, change):
 
 @torch.no_grad()
 def test_copies_are_rewritten_where_they_lie(llada, kind, ids):
-    """A CUDA graph that was recorded on them goes on reading there."""
+    """A CUDA graph recorded on them keeps reading the same memory."""
     with torch.inference_mode():
         dllm_fast.patch(llada, weights=kind)
     before = [x.data_ptr() for x in tensors_of(llada)]
@@ -295,7 +295,7 @@ def test_gradients_are_those_of_the_weights_themselves(llada, kind, ids):
 
 
 def test_gradients_of_the_input_are_those_of_the_weights_themselves(kind):
-    """Where the weights are frozen, as below an adapter."""
+    """If the weights are frozen, as below an adapter."""
     linear = nn.Linear(16, 8, bias=False).requires_grad_(False)
     x = torch.randn(3, 16, requires_grad=True)
     Copies(kind)(x, linear)[0].sum().backward()
@@ -320,7 +320,7 @@ def test_rounding_comes_and_goes_with_patching(either, kind, ids):
 
 
 def test_what_is_attached_to_a_linear_is_named(llada, kind):
-    """A linear's weight alone is read: what is called with it would be passed by."""
+    """Only a linear's weight is read, so hooks and other forwards would be ignored."""
 
     def count_calls(*args):
         pass
@@ -372,5 +372,5 @@ def test_what_cannot_be_had_is_refused_by_name(llada, kind, monkeypatch, device)
 
 
 def test_makers_cover_biases():
-    """`Copies` adds a module's own bias; the models above must have some, or nothing here shows it."""
+    """`Copies` adds a module's own bias: some model above must have one, or no test here covers that."""
     assert any(linear.bias is not None for linear in linears_of(dllm_fast.patch(MAKERS["modernbert-bias"]())))

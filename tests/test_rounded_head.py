@@ -1,4 +1,4 @@
-"""`patch(head="fp8")`: logits of the LM head's weight in e4m3, always of the present one, and nothing else rounded."""
+"""`patch(head="fp8")`: logits from an e4m3 copy of the current LM head's weight, with nothing else rounded."""
 
 import copy
 import pickle
@@ -23,13 +23,13 @@ IMPLS = [
 
 
 def widened(weight):
-    """The weight rounded as `tests/test_rounded.py` holds `round_rows` to, and back."""
+    """The weight rounded as `tests/test_rounded.py` defines it, and widened."""
     rounded, scale = reference.round_rows(weight)
     return (rounded.float() * scale).to(weight.dtype)
 
 
 def rounded_twin(model):
-    """A copy whose head is a weight of its own that was rounded and widened; its embedding is the model's."""
+    """A copy whose head is a separate weight, rounded and widened; its embedding is the model's."""
     twin = copy.deepcopy(model)
     if hasattr(twin, "decoder"):
         twin.decoder.weight = nn.Parameter(widened(twin.decoder.weight.detach()))
@@ -92,7 +92,7 @@ def test_tokens_of_the_kernels_are_pytorchs():
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_other_dtypes(either, dtype, ids):
-    """The widened head is rounded to the model's dtype, and then it is that model."""
+    """Equal to a model whose head is the widened copy, rounded to the model's dtype."""
     model = either.to(dtype)
     expected = dllm_fast.patch(rounded_twin(model), "torch")(ids).logits
     got = dllm_fast.patch(model, "torch", head="fp8")(ids).logits
@@ -112,7 +112,7 @@ def test_likelihoods_are_those_of_the_rounded_head(either, ids):
 
 
 def write_data(model, ids):
-    """Through ``.data``, which PyTorch does not count: patching again is what sees it."""
+    """Through ``.data``, which PyTorch's version counters miss: patching again notices it."""
     model.get_output_embeddings().weight.data.mul_(1.25)
     dllm_fast.patch(model, head="fp8")
 
@@ -120,7 +120,7 @@ def write_data(model, ids):
 @torch.no_grad()
 @pytest.mark.parametrize("change", [train, load, write_data, lambda model, ids: model.double()])
 def test_the_copy_follows_the_weight_where_it_lies(model, change, ids):
-    """A CUDA graph that was recorded on it goes on reading there."""
+    """A CUDA graph recorded on it keeps reading the same memory."""
     with torch.inference_mode():
         dllm_fast.patch(model, head="fp8")
     before = model(ids).logits
@@ -145,7 +145,7 @@ def test_it_comes_and_goes_with_patching(model, ids):
     assert not torch.allclose(rounded, plain, atol=1e-4)
     assert torch.equal(model(ids).logits, plain) and torch.equal(twin(ids).logits, rounded)
     assert torch.equal(pickle.loads(pickled)(ids).logits, own)
-    dllm_fast.generate(shallow, ids, gen_length=4, block_length=4)  # patches it, as its original was
+    dllm_fast.generate(shallow, ids, gen_length=4, block_length=4)  # patches the copy like its original
     assert torch.equal(shallow(ids).logits, rounded)
     with dllm_fast.patched(twin, weights="int4"):
         assert not torch.allclose(twin(ids).logits, rounded, atol=1e-4)
@@ -168,7 +168,7 @@ def test_loading_with_it_is_patching_with_it(weights, ids):
 
 
 def test_what_it_takes(llada):
-    """A byte a weight and four a vocabulary entry; the parameter stays where it is."""
+    """A byte per weight and four per vocabulary entry; the parameter stays in place."""
     weight = llada.get_output_embeddings().weight
     place = weight.data_ptr()
     matrix, _, scale = bound_family(dllm_fast.patch(llada, head="fp8")).head_operands()

@@ -1,8 +1,8 @@
-"""A row's tokens, evaluations, keys, values and hidden states are its own, whatever its batch.
+"""A row's tokens, NFE, keys, values and hidden states do not depend on its batch.
 
-Models are fp64 where PyTorch runs them: the order of a sum, which may hang on the size of the batch, then decides
-nothing. In fp32 it may decide between two candidates that are level to rounding; a row that differs must be one of
-those: weights that are moved by a rounding give it the other tokens when it is alone, too.
+Models run in fp64 on PyTorch, where the order of a sum, which may depend on the batch size, does not matter. In fp32 it
+may decide between two candidates that are nearly equal. If a row differs, this must be the reason: alone, with weights
+changed by a rounding error, it must give the other tokens too.
 """
 
 import random
@@ -76,12 +76,12 @@ def test_rows_on_the_kernels():
         assert torch.equal(own.sequence, many[row].sequence) and own.nfe == many[row].nfe
 
 
-# What stays of a row
+# What a row leaves in the cache
 
 
 @pytest.fixture
 def after_blocks(monkeypatch):
-    """By noise row: what the row has in the cache after each of its blocks, and the block's evaluations."""
+    """By noise row: the row's cache entries after each of its blocks, and the block's NFE."""
     found = {}
     block = Engine.block
 

@@ -1,4 +1,4 @@
-"""Models that are loaded rounded: the logits of rounding afterwards, never the layers as they were, and refusals."""
+"""Models loaded with rounded weights: logits as if rounded later, peak memory without unrounded layers, refusals."""
 
 import copy
 import gc
@@ -68,14 +68,14 @@ def test_the_dtype_is_that_asked_for(tmp_path, kind, ids, dtype):
 
 @torch.no_grad()
 def test_its_own_forward_multiplies_the_same_weights(folder, kind, ids):
-    """Asked for hidden states, which the patched forward leaves to it; and of a model that is copied or moved."""
+    """When asked for hidden states, which the patched forward does not give; and after copies and moves."""
     loaded = dllm_fast.from_pretrained(folder, weights=kind)
     expected = loaded(ids).logits
     own = loaded(ids, output_hidden_states=True)
     assert own.hidden_states is not None
     torch.testing.assert_close(own.logits, expected, atol=2e-5, rtol=1e-4)
     assert torch.equal(copy.deepcopy(loaded)(ids).logits, expected)
-    back = loaded.double().float()  # to another dtype, in which e4m3 and bf16 scales would be lost
+    back = loaded.double().float()  # to another dtype, which would destroy e4m3 weights and bf16 scales
     assert torch.equal(back(ids).logits, expected)
 
 
@@ -106,7 +106,7 @@ def test_what_such_a_model_cannot_do_is_refused(tmp_path, kind, ids):
 
 
 def change_weight(folder, change):
-    """The second layer's ``up_proj``, in the file that has it."""
+    """The second layer's ``up_proj``, and the file that has it."""
     name = "model.transformer.blocks.1.up_proj.weight"
     for file in folder.glob("*.safetensors"):
         tensors = load_file(file)
@@ -142,11 +142,11 @@ def test_only_safetensors_are_read(tmp_path, kind):
 
 
 def live_bytes():
-    """Of all tensors that can be reached, each storage once."""
+    """Bytes of all reachable tensors, counting each storage once."""
     gc.collect()
     found = {}
     for thing in gc.get_objects():
-        # A compiler's, of other tests, is fake: it has no memory.
+        # A fake tensor of another test's compiler has no memory.
         real = issubclass(type(thing), torch.Tensor) and not isinstance(thing, FakeTensor)
         if real and not thing.is_meta and thing.layout == torch.strided:
             storage = thing.untyped_storage()
@@ -155,7 +155,7 @@ def live_bytes():
 
 
 def test_layers_are_never_held_as_they_were(tmp_path, kind, monkeypatch):
-    """Beside what is rounded so far and what stays as it is, one weight."""
+    """At most one unrounded weight, besides rounded ones and unrounded parameters."""
     saved_llada(tmp_path, n_layers=8, d_model=128, mlp_hidden_size=384)
     write, peak, before = shards._write, [0], live_bytes()
 
@@ -191,7 +191,7 @@ print((kilobytes("VmHWM") - before) * 1024)
 @pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc/self/status is Linux's")
 def test_peak_memory_of_a_model_of_a_gigabyte(tmp_path):
-    """654 million weights in bf16, in shards of 200 MB: the process's peak beyond what imports take."""
+    """654 million weights in bf16, in shards of 200 MB: the process's peak memory, without imports."""
     torch.manual_seed(0)
     config = dllm_fast.LLaDAConfig(
         d_model=2048, n_heads=16, n_layers=12, mlp_hidden_size=6144, vocab_size=1000,
@@ -213,5 +213,5 @@ def test_peak_memory_of_a_model_of_a_gigabyte(tmp_path):
         found[weights] = int(done.stdout.split()[-1]) / layers
     print(json.dumps(found))
     assert found["None"] > 0.95
-    # Rounded weights, an open shard of 200 MB, one weight in fp32 and what rounding makes of it.
+    # Rounded weights, an open shard of 200 MB, one weight in fp32 and temporaries of rounding.
     assert found["fp8"] < 0.5 + 0.3 and found["int4"] < 0.26 + 0.3

@@ -1,4 +1,4 @@
-"""Text that spells the mask token is text, wherever it comes from; tokens that are named; answers as text."""
+"""Text that spells the mask token stays text, wherever it comes from; named tokens; answers as text."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ def load(name="llada-gsm8k"):
 
 
 def like_llada():
-    """Another spelling, among other special tokens and before them, which the tokenizer does not call its mask."""
+    """Another spelling, mixed with other special tokens, that the tokenizer does not declare as its mask."""
     tokenizer = load()
     more = ["<|mdm_mask|>", "<|eot_id|>", "<|start_header_id|>"]
     tokenizer.add_special_tokens({"additional_special_tokens": more})
@@ -28,7 +28,7 @@ def like_llada():
 
 
 def that_swallows_spaces():
-    """As ModernBERT's: the space before a [MASK] is part of it."""
+    """Like ModernBERT's: a [MASK] includes the space before it."""
     tokenizer = load()
     tokenizer.add_tokens([AddedToken("<mask>", lstrip=True, rstrip=True, special=True)], special_tokens=True)
     return tokenizer, tokenizer.convert_tokens_to_ids("<mask>")
@@ -178,7 +178,7 @@ def test_the_command_line_hands_them_on(monkeypatch, capsys):
 
 
 def test_the_plugins_entry_point_is_the_model():
-    """What lm-eval's main branch does with the group `lm_eval.models`: a name, loaded when it is asked for."""
+    """lm-eval's main branch loads a name in the group `lm_eval.models` when it is asked for."""
     import importlib.metadata
 
     tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has no tomllib")
@@ -192,5 +192,5 @@ def test_the_plugins_entry_point_is_the_model():
     from lm_eval.api.registry import get_model
 
     assert issubclass(loaded, LM)
-    # Its decorator and the entry point must name one object, or lm-eval refuses the second registration.
+    # The decorator and the entry point must register the same object, or lm-eval refuses the second.
     assert get_model("dllm_fast") is loaded and value == f"{loaded.__module__}:{loaded.__name__}"

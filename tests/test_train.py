@@ -1,4 +1,4 @@
-"""The trainer: the loss it minimises, exact resume, the record it leaves, and its errors."""
+"""The trainer: its loss, exact resuming, its records, and its errors."""
 
 import json
 import math
@@ -56,7 +56,7 @@ def tensors(folder):
 
 @pytest.mark.parametrize("command, family", [("pretrain", "llada"), ("pretrain", "modernbert"), ("sft", "llada")])
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, text, asked, command, family, monkeypatch):
-    """Stopped after step 5 of 8, past its checkpoint of step 4: the same weights, bit for bit."""
+    """Stopped after step 5 of 8, and resumed from the checkpoint of step 4: the same weights, bit for bit."""
     options = ["--family", family, "--steps", "8", "--save-every", "4"]
     text = asked if command == "sft" else text
     whole = run(tmp_path / "whole", text, *options, command=command)
@@ -69,7 +69,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, text, asked, command, 
     monkeypatch.setattr(training, "LossRecord", lambda: Stop())
     assert training.main([command, "--data", str(text), "--out", str(tmp_path / "cut"), *SMALL, *options]) == 130
     monkeypatch.undo()
-    torch.randn(17)  # another process would not share this one's generator
+    torch.randn(17)  # as another process would have another generator
     resumed = run(tmp_path / "cut", text, *options, "--resume", command=command)
     a, b = tensors(whole), tensors(resumed)
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
@@ -151,7 +151,7 @@ def test_mask_ratios_are_uniform_and_spread_over_the_batch():
     share = torch.histc(ratios, 10, 0, 1) / ratios.numel()
     assert (share - 0.1).abs().max() < 0.01
     for row in ratios[:50]:
-        assert (row * 8).floor().clamp(max=7).unique().numel() >= 7  # one in each eighth, but for rounding
+        assert (row * 8).floor().clamp(max=7).unique().numel() >= 7  # one in each eighth, up to rounding
 
 
 def test_draws_are_of_the_row_and_not_of_its_micro_batch():
@@ -166,7 +166,7 @@ def test_draws_are_of_the_row_and_not_of_its_micro_batch():
 
 
 def test_the_loss_is_the_published_one(either):
-    """Against LLaDA's guideline code written out: mean over all tokens of CE / p at the masked ones."""
+    """Against a transcription of LLaDA's guideline code: CE / p at masked tokens, averaged over all tokens."""
     ids = torch.randint(0, EOS, (4, 20))
     got = losses.DiffusionLoss(either, MASK)(ids, seed=3, step=2)
     ratio = losses.mask_ratios(3, 2, range(4), 4)
@@ -194,7 +194,7 @@ def test_one_step_in_a_hundred_is_cut():
 
 
 def test_fine_tuning_goes_on_from_a_model_and_learns_answers(tmp_path, text, asked):
-    """The held-out loss of the answers falls, from the weights that pre-training left."""
+    """The held-out loss of answers falls, starting from pre-trained weights."""
     first = run(tmp_path / "first", text, "--steps", "2", "--save-every", "2")
     options = ["--model", str(first), "--steps", "80", "--save-every", "20", "--lr", "1e-2", "--eval-data", str(asked)]
     final = run(tmp_path / "run", asked, *options, command="sft")
@@ -219,7 +219,7 @@ def test_prompts_are_seen_and_answers_end():
 
 
 def test_the_fine_tuning_loss_is_the_published_one(llada):
-    """Against LLaDA's guideline code written out: prompts unmasked, CE / p / answer length, mean over rows."""
+    """Against a transcription of LLaDA's guideline code: unmasked prompts, CE / p / answer length, mean over rows."""
     ids, prompt = torch.randint(0, EOS, (4, 20)), torch.tensor([0, 5, 12, 19])
     loss = losses.DiffusionLoss(llada)
     got = loss(ids, prompt, seed=3)
@@ -273,7 +273,7 @@ def test_a_binary_file_is_named(tmp_path, command, name, capsys):
 @pytest.mark.parametrize("template", ["{text}", "{text.x}", "{0}", "{text"])
 def test_a_line_that_the_template_does_not_fit_is_one_line_of_error(tmp_path, line, template, capsys):
     if (line, template) == ('{"text": 1}', "{text}"):
-        return  # a number is written as it is
+        return  # a number is formatted as it is
     path = tmp_path / "x.jsonl"
     path.write_text('{"text": "a"}\n' * (template == "{text}") + line + "\n")
     options = ["--data", str(path), "--template", template, "--out", str(tmp_path / "x")]
@@ -298,7 +298,9 @@ def test_errors_of_the_machine_are_a_line(tmp_path, text, capsys, monkeypatch, e
         raise error
 
     monkeypatch.setattr(training, "train", fail)
-    with (tmp_path / "printed").open("w") as printed:  # what a closed pipe redirects: not pytest's own output
+    with (tmp_path / "printed").open(
+        "w"
+    ) as printed:  # a closed pipe redirects it, which must not be pytest's own output
         monkeypatch.setattr("sys.stdout", printed)
         assert training.main(["pretrain", "--data", str(text), "--out", str(tmp_path / "x"), *SMALL]) == code
     printed = capsys.readouterr().err

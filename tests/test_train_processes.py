@@ -1,4 +1,4 @@
-"""Training on two processes: one model, the one that a single process with the same total batch gets."""
+"""Training on two processes gives the model of a single process with the same total batch."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def split(batch: int, accumulate: int) -> list[str]:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """The data of KINDS; the held-out text fills 19 rows, which no number of processes divides."""
+    """The data of KINDS. The held-out text fills 19 rows, a number that two processes cannot share evenly."""
     folder = tmp_path_factory.mktemp("data")
     (folder / "text.txt").write_text(TEXT)
     (folder / "held.txt").write_text(TEXT[: 2 * len(TEXT) // 5])
@@ -45,9 +45,9 @@ def arguments(kind, files):
 
 @pytest.fixture(scope="module")
 def pair(files, tmp_path_factory):
-    """What two processes leave behind, a folder a run."""
+    """A folder with the files of each run on two processes."""
     out = tmp_path_factory.mktemp("pair")
-    # Without --cpu, as on a machine without a GPU: each process must not train alone.
+    # Without --cpu, as on a machine without a GPU, where processes must not train separately.
     halves = [word for word in split(2, 2) if word != "--cpu"]
     runs = {kind: ([*arguments(kind, files), *halves, *STEPS], None) for kind in KINDS}
     plain = [*arguments("pretrain", files), *split(2, 1), *CUT]
@@ -75,7 +75,8 @@ def logged(folder, key):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_is_the_model_of_one_process_with_the_same_batch(pair, files, tmp_path, kind):
-    """8 x 1, 4 x 2 and 2 x 2 x 2 processes: the same rows and draws, so equal to rounding; losses are true means."""
+    """Rows x micro-batches x processes of 8 x 1, 4 x 2 and 2 x 2 x 2 give the same rows and draws, so results are equal
+    up to rounding; losses are true means."""
     expected = torch.load(pair / kind / "rank0.pt")
     for batch, accumulate in ((8, 1), (4, 2)):
         out = tmp_path / str(batch)
@@ -83,7 +84,7 @@ def test_it_is_the_model_of_one_process_with_the_same_batch(pair, files, tmp_pat
         assert run(out, [*arguments(kind, files), *split(batch, accumulate), *STEPS], None) == 0
         found = torch.load(out / "rank0.pt")
         for name, values in expected.items():
-            # Adam divides by the gradient's size, so where a gradient is all rounding, so is the step.
+            # Adam divides by the gradient's size, so a gradient that is only rounding error gives such a step.
             torch.testing.assert_close(found[name], values, atol=2e-3, rtol=1e-3)
         for key in ("loss", "eval_loss"):
             assert logged(out, key) == pytest.approx(logged(pair / kind, key), rel=2e-3)

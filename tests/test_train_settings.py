@@ -1,4 +1,4 @@
-"""A Trainer's settings act: bf16, torch.compile, gradient checkpointing, adapters; what cannot act is refused."""
+"""A Trainer's settings take effect (bf16, torch.compile, gradient checkpointing, adapters) or are refused."""
 
 import copy
 
@@ -13,7 +13,7 @@ ROWS = [{"input_ids": row} for row in torch.randint(0, EOS, (16, 24), generator=
 
 
 def trained(tmp_path, model, **settings) -> list[float]:
-    """Losses of three steps of four rows."""
+    """The losses of three steps on four rows each."""
     args = TrainingArguments(
         output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=4, learning_rate=5e-3, logging_steps=1,
         save_strategy="no", report_to=[], use_cpu=True, dataloader_pin_memory=False, disable_tqdm=True, **settings,

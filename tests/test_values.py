@@ -1,4 +1,4 @@
-"""What a schedule, a refresh or a remask is made with is checked then, and any kind of real number will do."""
+"""Schedules, refreshes and remasks check their numbers when they are made, and accept any real number type."""
 
 import copy
 import dataclasses

@@ -1,4 +1,4 @@
-"""`dllm-fast verify`: what agrees is said to agree, and what does not is found, with exit 1."""
+"""`dllm-fast verify`: reports agreement, and finds differences and exits with 1."""
 
 import json
 
@@ -30,7 +30,7 @@ def test_tokens_and_logits_agree(either, quick):
 
 
 def spoil(monkeypatch, change):
-    """`patched` as if the patch were wrong: with ``change`` made to the weights, and unmade after."""
+    """Make `patched` simulate a wrong patch: ``change`` modifies the weights inside and restores them afterwards."""
 
     def wrong(model, impl="auto", weights=None):
         context = patched(model, impl, weights)
@@ -50,13 +50,13 @@ def spoil(monkeypatch, change):
 
 
 def turn_round(model, sign):
-    """In `make_paired`'s model this makes each word's logit that of another, and no confidence another."""
+    """In `make_paired`'s model, exchange each word's logit with another's without changing any confidence."""
     head = model.model.transformer.ff_out
     head.weight.data = -head.weight.data
 
 
 def make_paired():
-    """A model whose words come in pairs with opposite logits; [MASK]'s is 0."""
+    """A model whose words form pairs with opposite logits; [MASK]'s logit is 0."""
     model = make_llada()
     weight = model.model.transformer.ff_out.weight.data
     weight[1:MASK:2], weight[MASK] = -weight[:MASK:2], 0
@@ -70,13 +70,13 @@ def test_a_wrong_patch_is_found(quick, monkeypatch):
     assert logits.differ and verify.print_logits(logits)
     for found in verify.compare_tokens(model, PROMPTS, MASK, "torch"):
         assert found.same == 0 and all(x.step == 0 for x in found.differences)
-        # The same positions are kept, with the least likely word: nats away, where rounding is a millionth.
+        # The same positions are committed with the least likely word: a gap of nats, where rounding is a millionth.
         assert all(x.gap > 0.1 for x in found.differences)
         assert verify.print_tokens(found, 1e-6)
 
 
 def test_a_tie_is_rounding(quick, monkeypatch, capsys):
-    """Two words whose logits are one another's but for 1e-6: which one is chosen, rounding says."""
+    """Two words whose logits differ by a relative 1e-6, so that rounding decides between them."""
     model = make_llada()
 
     def swap(model, sign):

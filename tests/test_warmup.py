@@ -1,4 +1,4 @@
-"""After `warmup` a call of the same options compiles nothing and records nothing, and its tokens are what they were."""
+"""After `warmup`, a call with the same options compiles and records nothing, and gives the same tokens."""
 
 import subprocess
 import sys
@@ -70,7 +70,7 @@ def test_a_call_after_it_records_nothing_and_gives_the_same_tokens(monkeypatch, 
 @needs_triton
 @on_the_stand_in
 def test_prompts_that_fill_their_slots_have_recordings_of_their_own(monkeypatch, recorder):
-    """Where PyTorch's attention serves whole sequences."""
+    """If PyTorch's attention serves whole sequences."""
     launchers_of_pytorch(monkeypatch, recorder)
     monkeypatch.setattr(attentions, "pytorch_from", {})
     monkeypatch.setenv("DLLM_FAST_ATTENTION", "float32:32:64")
@@ -87,7 +87,7 @@ def test_prompts_that_fill_their_slots_have_recordings_of_their_own(monkeypatch,
 @on_the_stand_in
 @pytest.mark.parametrize("options", [{}, {"refresh": Window(4, 0), "temperature": 0.5}], ids=str)
 def test_a_call_after_it_compiles_nothing(monkeypatch, recorder, options):
-    """On the kernels, with what they would compile."""
+    """On the kernels, watching what they would compile."""
     watch_compilations(monkeypatch, recorder)
     model = dllm_fast.patch(SMALL["llada"](), impl="triton")
     options = {"gen_length": 8, "block_length": 4, "schedule": Uniform(4), "seed": 1, **options}
@@ -245,7 +245,7 @@ print(*sorted(found))
 
 @needs_triton
 def test_every_kernel_of_the_steps_is_compiled_beforehand(monkeypatch):
-    """Without a launch: what kernels would have written is not there, and no step minds."""
+    """Without launches: steps must work although kernels have written nothing."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     root = Path(__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", STEPS], cwd=root, capture_output=True, text=True, timeout=120)

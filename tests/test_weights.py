@@ -1,4 +1,4 @@
-"""Fused weights: the same parameters and the same products, whatever is done to the model while it is patched."""
+"""Fused weights: the same parameters and the same results, whatever is done to the model while it is patched."""
 
 import copy
 import importlib
@@ -20,7 +20,7 @@ from dllm_fast.patch import bound_family, bound_pool
 
 @pytest.fixture(autouse=True)
 def always(monkeypatch):
-    """Fuse in every dtype and on every device, so that fp32's tight tolerances hold the fused products."""
+    """Fuse in every dtype and on every device, so that fp32's tight tolerances test the fused matmuls."""
     monkeypatch.setattr(linears, "pays", lambda weight: True)
 
 
@@ -30,7 +30,7 @@ def groups_of(model):
 
 
 def storages(model):
-    """Bytes of every storage that the parameters lie in, by address."""
+    """Bytes of every storage of the parameters, by address."""
     return {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
 
 
@@ -44,7 +44,7 @@ def same_values(model, values):
 
 
 def is_fused(model):
-    """Of every group, in evaluation without gradients."""
+    """For every group, in eval mode without gradients."""
     with torch.no_grad():
         found = {linears.fused(group) is not None for group in groups_of(model)}
     assert len(found) == 1
@@ -59,7 +59,7 @@ def own_logits(model, ids):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 @torch.no_grad()
 def test_products_are_each_linears_product(dtype):
-    """Error against fp64 at most twice that of the linears one by one, sizes that share no factor."""
+    """At most twice the error of separate linears against fp64, with sizes that share no factor."""
     torch.manual_seed(0)
     group = [nn.Linear(37, rows, bias=False, dtype=dtype) for rows in (5, 1, 23)]
     x = torch.randn(2, 7, 37).to(dtype)
@@ -82,11 +82,11 @@ def test_products_are_each_linears_product(dtype):
 
 @torch.no_grad()
 def test_neighbouring_storages_are_not_taken_for_one():
-    """Allocators put equal blocks side by side; no view may span them."""
+    """Allocators put equal blocks next to each other, but no view may span two blocks."""
     memory = torch.randn(3, 4, 8)
     group = [nn.Linear(8, 4, bias=False) for _ in range(3)]
     for linear, part in zip(group, memory, strict=True):
-        # A storage of its own over part of the same memory.
+        # A separate storage over part of the same memory.
         linear.weight.data = torch.from_numpy(part.numpy())
     assert group[1].weight.data_ptr() == group[0].weight.data_ptr() + group[0].weight.nbytes
     assert linears.fused(group) is None
@@ -120,7 +120,7 @@ def quantised(linear):
 
 
 def pruned(linear):
-    """`torch.nn.utils.prune` puts a plain tensor in the parameter's place, and makes it anew before each call."""
+    """`torch.nn.utils.prune` replaces a parameter by a plain tensor, and computes it again before each call."""
     prune.l1_unstructured(linear, "weight", amount=0.5)
     return linear
 
@@ -134,7 +134,7 @@ def biased(linear):
 @pytest.mark.parametrize("change", [adapter, hooked, offloaded, quantised, pruned, biased])
 @pytest.mark.parametrize("after", [False, True], ids=["before-patch", "while-patched"])
 def test_what_is_no_plain_linear_is_called(llada, ids, change, after):
-    """Before patching and after it, in one layer; the others stay fused."""
+    """In one layer, before or after patching; the others stay fused."""
     own = copy.deepcopy(llada)
     plain = own(ids).logits
     own.model.transformer.blocks[1].k_proj = change(own.model.transformer.blocks[1].k_proj)
@@ -204,7 +204,7 @@ def test_one_weight_that_was_moved_is_not_read_from_its_old_place(llada, ids):
 
 @torch.no_grad()
 def test_a_patched_model_is_saved_and_loaded_bit_for_bit(tmp_path, llada, ids):
-    """By everyone who tells tied weights from others by where they are stored."""
+    """For everyone who finds tied weights by their storage."""
     values = values_of(llada)
     dllm_fast.patch(llada)
     llada.save_pretrained(tmp_path / "hf", max_shard_size="40KB")
@@ -212,7 +212,7 @@ def test_a_patched_model_is_saved_and_loaded_bit_for_bit(tmp_path, llada, ids):
     save_file(llada.state_dict(), tmp_path / "file.safetensors")
     Accelerator().save_model(llada, tmp_path / "accelerate")
     torch.save(llada.state_dict(), tmp_path / "state.pt")
-    assert is_fused(llada)  # saving left it as it was
+    assert is_fused(llada)  # saving did not change it
     assert same_values(dllm_fast.LLaDAModelLM.from_pretrained(tmp_path / "hf"), values)
     for file in ("st.safetensors", "file.safetensors", "accelerate/model.safetensors", "state.pt"):
         file = tmp_path / file
@@ -282,7 +282,7 @@ def reassign(model):
 @torch.no_grad()
 @pytest.mark.parametrize("move", [cast, reload, reassign])
 def test_weights_that_were_moved_apart_are_right_and_fused_again(llada, ids, move):
-    """By `.to()`, an assigning load, or new data: first the modules are called, and `generate` fuses them again."""
+    """By `.to()`, an assigning load, or new data: forwards call the modules, and `generate` fuses them again."""
     dllm_fast.patch(llada, impl="torch")
     move(llada)
     assert not is_fused(llada)
@@ -291,7 +291,7 @@ def test_weights_that_were_moved_apart_are_right_and_fused_again(llada, ids, mov
     apart = llada(ids).logits
     torch.testing.assert_close(apart, own_logits(llada, ids), **tolerance)
     values = values_of(llada)
-    with torch.inference_mode():  # must not leave parameters that can never be trained again
+    with torch.inference_mode():  # must not make parameters that can never be trained again
         dllm_fast.generate(llada, ids, gen_length=4, block_length=4)
     assert is_fused(llada) and same_values(llada, values)
     assert not any(parameter.is_inference() for parameter in llada.parameters())
@@ -324,7 +324,7 @@ def test_a_failure_half_way_leaves_the_model_as_it_was(llada, ids, monkeypatch, 
 
 
 def test_shared_memory_and_shared_parameters_are_left_where_they_are():
-    """Other processes read the one; of two layers that share a weight only one could have it beside its own."""
+    """Other processes read shared memory; a weight of two layers could be next to only one layer's others."""
     shared = [nn.Linear(8, 4, bias=False).share_memory() for _ in range(2)]
     assert linears.fuse(shared) is None
     twice = [nn.Linear(8, 4, bias=False)] * 2
@@ -338,7 +338,7 @@ def test_shared_memory_and_shared_parameters_are_left_where_they_are():
 
 @torch.no_grad()
 def test_layers_that_share_their_weights_stay_right(ids):
-    """The second layer's fusing takes the weights from the first one's, which is then multiplied one by one."""
+    """Fusing the second layer takes the shared weights out of the first one's buffer, which then runs separately."""
     model = make_llada()
     blocks = model.model.transformer.blocks
     blocks[2].k_proj.weight = blocks[0].k_proj.weight
@@ -378,7 +378,7 @@ def test_unpatching_waits_for_who_holds_the_lock(llada):
 
 
 def test_fusing_is_left_where_it_costs(llada, monkeypatch):
-    """In fp32 on a CPU: not at patching, and not at a generate."""
+    """In fp32 on a CPU, neither `patch` nor `generate` fuses."""
     monkeypatch.undo()
     before = storages(llada)
     bound_family(dllm_fast.patch(llada))

@@ -1,6 +1,6 @@
 """Small random models of both families.
 
-DLLM_TEST_SEED draws other weights: a test that holds under one seed alone holds by luck.
+DLLM_TEST_SEED changes the weights: a test that passes with only one seed passes by luck.
 """
 
 import os

@@ -1,6 +1,7 @@
-"""Runs of `dllm_fast.train` in this process, each rank's parameters kept: what torchrun starts for
-test_train_processes.py. ``OUT JSON``: a folder, and {name: (arguments of training.main, step to stop after or None)}.
-Then three steps of a loop without Trainer, its `DiffusionLoss` wrapped for data-parallel training and sharded."""
+"""Runs that torchrun starts for test_train_processes.py; they save each rank's parameters.
+
+First `dllm_fast.train`, as ``OUT JSON`` says: a folder, and {name: (arguments of training.main, step to stop after or
+None)}. Then three steps of a loop without Trainer, with `DiffusionLoss` under data parallelism and sharded."""
 
 import json
 import os
@@ -35,7 +36,7 @@ def run(out: Path, arguments: list[str], stop: int | None) -> int:
 
 
 def loop(loss: nn.Module, rank: int = 0, processes: int = 1) -> dict[str, torch.Tensor]:
-    """Parameters after three steps of eight rows, shared by the processes."""
+    """The parameters after three steps of eight rows, split over the processes."""
     ids = torch.randint(0, EOS, (8, 24), generator=torch.Generator().manual_seed(4))
     optimizer, rows = torch.optim.SGD(loss.parameters(), 0.1), 8 // processes
     for step in range(3):
@@ -62,10 +63,10 @@ def wrapped(out: Path) -> None:
 
 if __name__ == "__main__":
     for name, (arguments, stop) in json.loads(sys.argv[2]).items():
-        # A name may come back, to be resumed: everything after the dot only tells it from the first.
+        # A repeated name resumes its run: whatever follows the dot only makes it distinct.
         code = run(Path(sys.argv[1]) / name.split(".")[0], arguments, stop)
         if code != (0 if stop is None else 130):
             sys.exit(f"{name}: exit code {code}")
     wrapped(Path(sys.argv[1]))
-    # Threads of a group that is still there as Python ends now and then abort the process.
+    # Threads of a process group that is still alive at Python's exit sometimes abort the process.
     torch.distributed.destroy_process_group()
