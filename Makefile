@@ -1,5 +1,5 @@
-# `make demo` and `make test` set up .venv by themselves; PYTHON chooses the interpreter it is made from.
-# SYSTEM=1 takes the torch that this Python has already (a CUDA image, a cluster's module) and downloads no other.
+# `make demo` and `make test` set up .venv first, with the interpreter PYTHON.
+# SYSTEM=1 uses that interpreter's torch (of a CUDA image or a cluster's module) and downloads no other.
 PYTHON ?= python3
 BIN := .venv/bin
 PINS := $(if $(SYSTEM),,-r requirements.txt)
@@ -9,23 +9,23 @@ PINS := $(if $(SYSTEM),,-r requirements.txt)
 demo: .venv/.core
 	$(BIN)/dllm-fast demo
 
-# The suite, then the CPU's tests and a quick bench as on older processors: 45 minutes on two cores at most.
+# The suite, then the CPU tests and a quick bench with older processors' instructions: at most 45 minutes on two cores.
 test: .venv/.dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/python tests/all.py test
 
-# Hours: other seeds, levels and environments, in pieces. make test-all ARGS=--list names them, ARGS="seed-1" runs one.
+# Other seeds, instruction sets and environments, for hours. ARGS=--list lists the pieces, ARGS="seed-1" runs one.
 test-all: .venv/.dev
 	$(BIN)/python tests/all.py $(ARGS)
 
-# The CPU round, within ten minutes on two idle cores; the first step looks whether they are, ARGS=--force measures anyway.
+# CPU benches, in ten minutes on two idle cores. Refuses to measure on a busy machine unless ARGS=--force.
 bench: .venv/.dev
 	$(BIN)/python -m bench.generation.nfe --model llada-steps --task steps --few --problems 40 --out runs/bench --peer published $(ARGS)
 	$(BIN)/python -m bench.generation.nfe --model cpu-768 --schedule uniform=16 --rounds 2 --out runs/bench --force
 	$(BIN)/python -m bench.generation.engine --quick
 	$(BIN)/python -m bench.report.results --check
 
-# On a machine with a GPU, with the Python that has torch there; installs nothing. In slices: make gpu ARGS="--minutes 9".
+# For a machine with a GPU, with its Python that has torch; installs nothing. In slices: make gpu ARGS="--minutes 9".
 gpu:
 	PYTHONPATH=. $(PYTHON) -m bench.gpu $(ARGS)
 

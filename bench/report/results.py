@@ -98,8 +98,8 @@ def _accuracy(result: dict, path: Path) -> str:
     problems = found["problems"] * len(found["seeds"])
     return (
         f"Accuracy of `{result['model']}` on the task `{found['task']}`, {problems} problems, "
-        f"{len(found['rows'])} settings ([page]({path.with_suffix('.html')}), with all figures). What others say of "
-        "schedules, on this task:\n\n" + "\n".join(claims) + "\n"
+        f"{len(found['rows'])} settings ([page]({path.with_suffix('.html')}), with all figures). Other people's "
+        "claims about schedules, on this task:\n\n" + "\n".join(claims) + "\n"
     )  # fmt: skip
 
 
