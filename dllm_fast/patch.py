@@ -22,7 +22,7 @@ from dllm_fast.families.bypass import (
 )
 from dllm_fast.families.family import Family
 from dllm_fast.families.forward import STATE, like, patch_of
-from dllm_fast.families.linears import Fused, fuse, products
+from dllm_fast.families.linears import Fused, fuse, matmuls
 from dllm_fast.families.mixin import generation_config_of, lend_generate, take_back, would_replace
 from dllm_fast.families.rounded import KINDS, Copies, RoundedHead, loaded_kind, require_kind
 from dllm_fast.families.rounded import check as check_rounded
@@ -118,7 +118,7 @@ def patch(model: nn.Module, impl: str = "auto", weights: str | None = None, head
         return wrapper
     _check_weights(model)
     with state.pool.lock if state is not None else nullcontext():
-        copies = products if weights is None else Copies(weights)
+        copies = matmuls if weights is None else Copies(weights)
         family = family_class(model, impl, copies, None if head is None else RoundedHead())
         if weights is not None:
             check_rounded(weights, model, family.groups(), parameter.device)
@@ -213,7 +213,7 @@ def _put_back_buffers(state: _Patch) -> None:
 def _prepare(state: _Patch) -> None:
     """Bring what the forward multiplies up to date with the model's parameters."""
     if state.weights is not None:
-        state.family.products.refresh(state.family.groups())
+        state.family.matmuls.refresh(state.family.groups())
     else:
         _fuse(state)
     if state.head is not None:
@@ -278,7 +278,7 @@ def bound_pool(model: nn.Module) -> Pool:
 
 def family_and_pool(model: nn.Module) -> tuple[Family, Pool]:
     """`bound_family` and `bound_pool` of a patched model; of another that `patch` takes, its family over the weights as
-    they lie, for one call: nothing is moved, and each linear is a product of its own. Raises ValueError as they do, or
+    they lie, for one call: nothing is moved, and each linear is a matmul of its own. Raises ValueError as they do, or
     as `patch`."""
     require_no_learned_prompt(model)
     model = unwrapped(model)

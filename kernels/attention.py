@@ -4,17 +4,18 @@ Query i of a (row, head) sees the slots j of its range [start, end), with |slot 
 
     out_i = sum_j exp(c q_i.k_j) v_j / sum_j exp(c q_i.k_j)
 
-Slots arrive a tile at a time. A row keeps the running maximum m of its scores s = c log2(e) q.k, the running sum
-l = sum 2^(s - m) and the running numerator a = sum 2^(s - m) v; when a tile raises m to m', l and a are multiplied
-by 2^(m - m') (arXiv:2205.14135; bases of 2 because that is what the hardware exponentiates).
+Slots are read a tile at a time. A row keeps the running maximum m of its scores s = c log2(e) q.k, the running sum
+l = sum 2^(s - m) and the running numerator a = sum 2^(s - m) v. When a tile raises m to m', l and a are multiplied
+by 2^(m - m') (arXiv:2205.14135; base 2 because the hardware computes 2^x).
 
-The tile loop runs over what the program's rows can see and no more: bounds come from device memory, so a CUDA graph
-replays with other ranges. It starts at the first visible slot, hence without a window only the last tile needs masks.
+The loop visits only the tiles that the program's rows can see. Its bounds are read from device memory, so a CUDA graph
+can be replayed with other ranges. It starts at the first visible slot, so without a window only the last tile needs a
+mask.
 
-The H/G query heads that share a K/V head are rows of one tile, (t, head) in that order, so a slot is read once for
-all of them. Few rows cannot fill a GPU: then the visible slots are shared out between ``splits`` programs, each
-leaves out_s and L_s = m + log2 l, and the last of them to arrive computes sum_s 2^L_s out_s / sum_s 2^L_s, in the order
-of s, so that replays give the same bits.
+The H/G query heads that share a K/V head are rows of one tile, in the order (t, head), so each slot is read once for
+all of them. A few rows do not fill a GPU. The visible slots are then divided between ``splits`` programs: each writes
+out_s and L_s = m + log2 l, and the last one to finish computes sum_s 2^L_s out_s / sum_s 2^L_s, in the order of s, so
+that replays give the same bits.
 """
 
 import math
@@ -27,13 +28,13 @@ from dllm_fast.kernels.chain import chained, start_next, wait_for_inputs
 from dllm_fast.kernels.checks import FLOATS, INTEGERS, check_tensors, one_device
 from dllm_fast.kernels.tiles import is_last, zero_counts
 
-# (BM query rows, BN slots, warps, stages, masks in every tile) of a program with few rows or a window, and of one with
-# many rows. By (bytes an element, padded head dim, whether a block may have 227 KB of shared memory). Compiled without
-# spills on each such chip, not searched:
-# - 64 rows and 4 warps are the smallest shape of Hopper's matrix instructions. Few rows should wait for memory, not for
-#   the padding, nor for masks in every tile: a second loop body without them spills on sm_80.
-# - A window of 64 makes every tile a boundary tile, and 128 rows see 256 slots to use 129.
-# - fp32 dots are unrolled over the head dim without matrix instructions: larger tiles spill by kilobytes.
+# (BM query rows, BN slots, warps, stages, mask every tile): first for few rows or a window, then for many rows. The key
+# is (bytes an element, padded head dim, whether a block may use 227 KB of shared memory). These compile without spills
+# on every such chip; they were not searched for.
+# - 64 rows and 4 warps are the smallest shape of Hopper's matrix instructions. Few rows are limited by memory, so
+#   neither padded rows nor masks in every tile cost time; a second loop body without masks spills on sm_80.
+# - A window of 64 makes every tile a boundary tile, and 128 rows would read 256 slots to use 129.
+# - fp32 dots are unrolled over the head dim without matrix instructions: larger tiles spill kilobytes.
 CONFIGS = {
     (2, 64, True): ((64, 64, 4, 3, True), (128, 128, 8, 3, False)),
     (2, 128, True): ((64, 64, 4, 3, True), (128, 128, 8, 3, False)),
@@ -44,27 +45,27 @@ CONFIGS = {
     **{(4, d, big): ((16, 32, 8, 1, True),) * 2 for d in (64, 128, 256) for big in (True, False)},
 }
 FEW_QUERIES = 64
-THREADS = 132 * 256  # fills 132 multiprocessors; fewer are split over the slots
-MERGED = tl.constexpr(32)  # query rows of which parts are added up at once: a block's, in half the registers of a tile
-SPLIT_SLOTS = 128  # a program with fewer slots spends its time on starting and on leaving its part
+THREADS = 132 * 256  # enough to fill 132 multiprocessors; a launch with fewer splits the slots
+MERGED = tl.constexpr(32)  # query rows merged at once: a block's, with half the registers of a tile
+SPLIT_SLOTS = 128  # with fewer slots a program spends its time on starting and on writing its part
 
 
 @triton.jit
 def _load(
-    at,  # [BN, BD] pointers
+    pointers,  # [BN, BD]
     j,  # [BN] int32
     d,  # [BD] int32
     hi,
     D: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Slots j of K or V, [BN, BD]. From ``hi`` on there may be NaN, and 0 x NaN is NaN: those are not read."""
+    """Slots j of K or V, [BN, BD]. Slots from ``hi`` on are not read: they may hold NaN, and 0 x NaN is NaN."""
     if MASKED:
-        return tl.load(at, mask=(j < hi)[:, None] & (d < D)[None, :], other=0.0)
-    elif at.shape[1] > D:
-        return tl.load(at, mask=(d < D)[None, :], other=0.0)
+        return tl.load(pointers, mask=(j < hi)[:, None] & (d < D)[None, :], other=0.0)
+    elif pointers.shape[1] > D:
+        return tl.load(pointers, mask=(d < D)[None, :], other=0.0)
     else:
-        return tl.load(at)
+        return tl.load(pointers)
 
 
 @triton.jit
@@ -85,7 +86,7 @@ def _absorb(
     MASKED: tl.constexpr,
     WINDOW: tl.constexpr,
 ):
-    """One tile of slots into the running softmax."""
+    """Add one tile of slots to the running softmax."""
     k = _load(k_at, j, d, hi, D, MASKED)  # [BN, BD]
     score = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BM, BN]
     if MASKED:
@@ -94,7 +95,7 @@ def _absorb(
             visible = visible & (tl.abs(i[:, None] - j[None, :]) <= window)
         score = tl.where(visible, score, float("-inf"))
     new_peak = tl.maximum(peak, tl.max(score, 1) * scale)
-    # A row that has seen nothing yet has -inf here, and -inf - -inf is NaN.
+    # A row that has not seen a slot yet has -inf here, and -inf - -inf is NaN.
     base = tl.where(new_peak == float("-inf"), 0.0, new_peak) if MASKED else new_peak
     weight = tl.exp2(score * scale - base[:, None])  # [BM, BN]
     shrink = tl.exp2(peak - base)
@@ -109,8 +110,8 @@ def _merge_rows(
     part_ptr,  # [splits, B T H, D] fp32
     lse_ptr,  # [splits, B T H] fp32
     out_ptr,  # [B T H, D]
-    first,  # row 0 of this batch row and head, of B T H
-    m,  # [BR] int32: query rows of those
+    first_row,  # of this batch row and K/V head, among B T H
+    m,  # [BR] int32: which of its query rows
     queries,
     heads,
     splits,
@@ -119,26 +120,27 @@ def _merge_rows(
     GROUP: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """``out = sum_s 2^L_s out_s / sum_s 2^L_s`` of some rows, in the order of s."""
+    """``out = sum_s 2^L_s out_s / sum_s 2^L_s`` for some rows, in the order of s."""
     d = tl.arange(0, BD)  # [BD]
-    row = first + (m // GROUP).to(tl.int64) * heads + m % GROUP  # [BR]
+    row = first_row + (m // GROUP).to(tl.int64) * heads + m % GROUP  # [BR]
     real = m // GROUP < queries  # [BR]
-    here = real[:, None] & (d < D)[None, :]  # [BR, BD]
-    acc = tl.zeros(here.shape, tl.float32)
+    inside = real[:, None] & (d < D)[None, :]  # [BR, BD]
+    acc = tl.zeros(inside.shape, tl.float32)
     total = tl.zeros(row.shape, tl.float32)
     peak = tl.full(row.shape, float("-inf"), tl.float32)
-    for s in tl.range(0, splits, num_stages=3):  # a stage: the next parts are on their way while one is added
-        at = row + s * tl.cast(rows, tl.int64)
-        lse = tl.load(lse_ptr + at, mask=real, other=float("-inf"), cache_modifier=".cg")  # [BR]
-        part = tl.load(part_ptr + at[:, None] * D + d[None, :], mask=here, other=0.0, cache_modifier=".cg")
+    for s in tl.range(0, splits, num_stages=3):  # the next parts are loaded while one is added
+        part_row = row + s * tl.cast(rows, tl.int64)
+        lse = tl.load(lse_ptr + part_row, mask=real, other=float("-inf"), cache_modifier=".cg")  # [BR]
+        part = tl.load(part_ptr + part_row[:, None] * D + d[None, :], mask=inside, other=0.0, cache_modifier=".cg")
         new_peak = tl.maximum(peak, lse)
         base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        shrink, weight = tl.exp2(peak - base), tl.exp2(lse - base)
+        shrink = tl.exp2(peak - base)
+        weight = tl.exp2(lse - base)
         acc = acc * shrink[:, None] + part * weight[:, None]
         total = total * shrink + weight
         peak = new_peak
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    tl.store(out_ptr + row[:, None] * D + d[None, :], acc.to(out_ptr.dtype.element_ty), mask=here)
+    tl.store(out_ptr + row[:, None] * D + d[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["queries", "slots", "kv_heads", "splits", "rows", "window"])
@@ -182,7 +184,7 @@ def _attention_kernel(
     if CHAINED:
         start_next()
         wait_for_inputs()
-    # Neighbouring programs share K and V: tiles of one (row, head) come first.
+    # 1. This program's rows. Neighbouring programs share K and V: tiles of one (row, head) come first.
     tiles = tl.cdiv(queries * GROUP, BM)
     tile = tl.program_id(0) % tiles
     rest = tl.program_id(0) // tiles
@@ -198,6 +200,7 @@ def _attention_kernel(
     h = head * GROUP + m % GROUP  # [BM]
     real = (t < queries)[:, None] & (d < D)[None, :]  # [BM, BD]
 
+    # 2. The slots [lo, hi) that some of its rows may see.
     slot = tl.load(slot_ptr + b).to(tl.int64)
     lo = tl.maximum(tl.load(start_ptr + b).to(tl.int64), 0)
     hi = tl.minimum(tl.load(end_ptr + b).to(tl.int64), slots)
@@ -206,18 +209,19 @@ def _attention_kernel(
         lo = tl.maximum(lo, slot + tile * BM // GROUP - window)
         hi = tl.minimum(hi, slot + last + window + 1)
     if SPLIT:
-        # Whole tiles, so that the parts of an unwindowed range have one ragged tile in all.
+        # Shares are whole tiles, so that a range without a window has only one ragged tile in all.
         share = tl.cdiv(tl.cdiv(tl.maximum(hi - lo, 0), splits), BN) * BN
         lo = lo + split * share
         hi = tl.minimum(hi, lo + share)
     lo = tl.minimum(lo, slots).to(tl.int32)
     hi = tl.maximum(hi, lo).to(tl.int32)
 
+    # 3. Tile by tile through the running softmax.
     q_at = b * q_stride_b + t.to(tl.int64)[:, None] * q_stride_t + h.to(tl.int64)[:, None] * q_stride_h
     q = tl.load(q_ptr + q_at + d[None, :], mask=real, other=0.0)  # [BM, BD]
-    first = (lo + n).to(tl.int64)[:, None]
-    k_at = k_ptr + b * k_stride_b + head.to(tl.int64) * k_stride_g + first * k_stride_s + d[None, :]  # [BN, BD]
-    v_at = v_ptr + b * v_stride_b + head.to(tl.int64) * v_stride_g + first * v_stride_s + d[None, :]  # [BN, BD]
+    first_slots = (lo + n).to(tl.int64)[:, None]
+    k_at = k_ptr + b * k_stride_b + head.to(tl.int64) * k_stride_g + first_slots * k_stride_s + d[None, :]  # [BN, BD]
+    v_at = v_ptr + b * v_stride_b + head.to(tl.int64) * v_stride_g + first_slots * v_stride_s + d[None, :]  # [BN, BD]
     k_step = tl.cast(k_stride_s, tl.int64) * BN
     v_step = tl.cast(v_stride_s, tl.int64) * BN
     i = (slot + t).to(tl.int32)  # [BM]
@@ -226,17 +230,17 @@ def _attention_kernel(
     total = tl.zeros([BM], tl.float32)
     peak = tl.full([BM], float("-inf"), tl.float32)
     if MASKED:
-        for at in tl.range(lo, hi, BN):
+        for begin in tl.range(lo, hi, BN):
             acc, total, peak = _absorb(
-                acc, total, peak, q, k_at, v_at, at + n, i, d, hi, window, scale, D, MASKED=True, WINDOW=WINDOW
+                acc, total, peak, q, k_at, v_at, begin + n, i, d, hi, window, scale, D, MASKED=True, WINDOW=WINDOW
             )
             k_at += k_step
             v_at += v_step
     else:
         whole = lo + (hi - lo) // BN * BN
-        for at in tl.range(lo, whole, BN):
+        for begin in tl.range(lo, whole, BN):
             acc, total, peak = _absorb(
-                acc, total, peak, q, k_at, v_at, at + n, i, d, hi, window, scale, D, MASKED=False, WINDOW=False
+                acc, total, peak, q, k_at, v_at, begin + n, i, d, hi, window, scale, D, MASKED=False, WINDOW=False
             )
             k_at += k_step
             v_at += v_step
@@ -245,6 +249,7 @@ def _attention_kernel(
                 acc, total, peak, q, k_at, v_at, whole + n, i, d, hi, window, scale, D, MASKED=True, WINDOW=False
             )
 
+    # 4. Store the rows; or, with SPLIT, this program's part, and the last program to finish merges them.
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     row = (b * queries + t) * (kv_heads * GROUP) + h  # [BM]
     if SPLIT:
@@ -266,7 +271,7 @@ def _attention_kernel(
 
 
 def _plan(batch, queries, kv_heads, group, head_dim, slots, window, itemsize, big):
-    """(config, padded head dim, splits): from shapes alone, never from device values, so that a graph stays valid."""
+    """(config, padded head dim, splits), from shapes alone: a CUDA graph must stay valid whatever the device holds."""
     padded = max(16, triton.next_power_of_2(head_dim))
     few, many = CONFIGS[itemsize, max(64, padded), big]
     config = few if queries <= FEW_QUERIES or window is not None else many

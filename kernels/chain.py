@@ -1,13 +1,14 @@
-"""Programmatic dependent launch: a kernel that begins while the one before it is still at work.
+"""Programmatic dependent launch: a kernel may start while the one before it is still running.
 
-Kernels of a chain are launched with ``**chained(device)`` and say two things:
+Kernels of a chain are launched with ``**chained(device, programs)`` and call two functions:
 
-- `start_next`: the next kernel may take what room is left on the chip. It can then do what depends on nothing, such as
-  ask for its weights;
-- `wait_for_inputs`: until the kernel before has ended and its writes are seen. Since that one has waited too, so have
-  all before it. No kernel of a chain reads what others write, or writes at all, before it has waited.
+- `start_next` lets the next kernel start where the chip has room, and do what needs no input, such as loading weights;
+- `wait_for_inputs` waits until the previous kernel has ended and its writes are visible. That kernel has waited too, so
+  all earlier ones have ended. Before it has waited, a kernel of a chain writes nothing and reads nothing that another
+  kernel writes.
 
-Hopper and later. Elsewhere, and in Triton's interpreter, CHAINED is False and kernels follow one another as ever.
+This is for Hopper and later. Elsewhere, and in Triton's interpreter, CHAINED is False and each kernel starts when the
+previous one has ended.
 """
 
 import functools
@@ -16,15 +17,15 @@ import torch
 import triton
 import triton.language as tl
 
-PROGRAMS = 1024
+PROGRAMS = 1024  # a larger launch is not chained
 
 
 @functools.cache
 def chained(device: torch.device, programs: int) -> dict:
-    """Launch options of a kernel with a CHAINED constexpr on ``device``, of so many ``programs``.
+    """Launch options for a kernel with a CHAINED constexpr, of this many ``programs``, on ``device``.
 
-    Large launches are left out: the next kernel's programs would wait on the chip in place of theirs. A whole step of
-    LLaDA-8B took 5 to 10 % longer (H200).
+    Large launches are not chained: waiting programs of the next kernel would occupy the chip. A whole step of LLaDA-8B
+    took 5 to 10 % longer (H200).
     """
     if programs > PROGRAMS:
         return {"CHAINED": False}
@@ -44,8 +45,13 @@ def wait_for_inputs():
 
 
 @triton.jit
-def prefetch(at):
-    """Bring the 128 bytes around each pointer into L2."""
+def prefetch(pointers):
+    """Load the 128 bytes around each pointer into L2."""
     tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
+        "=r,l",
+        [pointers.to(tl.int64)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
     )

@@ -1,4 +1,4 @@
-"""What the launchers ask of their arguments. A ValueError names the argument and what it is, before any work."""
+"""The launchers' checks of their arguments. A ValueError names the argument and its value, before any work."""
 
 import functools
 from collections.abc import Callable
@@ -18,12 +18,12 @@ def dtype_name(dtype: torch.dtype) -> str:
 def check_tensors(
     device: torch.device,
     /,
-    contiguous: bool = True,  # else the last dimension alone must be
+    contiguous: bool = True,  # False: only the last dimension must be
     **expected: tuple[torch.Tensor | None, list[int | None], tuple[torch.dtype, ...]],
 ) -> None:
-    """Raise ValueError unless each tensor is on ``device`` with the shape and one of the dtypes given, and contiguous.
+    """Raise ValueError unless each tensor is contiguous, on ``device``, and has the given shape and one of the dtypes.
 
-    A tensor may be None, and so may a length of its shape: any.
+    A tensor may be None; a length of None in a shape allows any.
     """
     for name, (x, shape, kinds) in expected.items():
         if x is None:
@@ -40,10 +40,10 @@ def check_tensors(
 
 
 def one_device(fake: Callable) -> Callable:
-    """The fake of a custom op that raises RuntimeError, as PyTorch does, where its tensors are on several devices.
+    """A custom op's fake that raises RuntimeError, as PyTorch does, if its tensors are on several devices.
 
-    The dispatcher takes the fake as soon as one tensor is on the meta device: a weight that was offloaded would give
-    uninitialised memory on the device of the others.
+    The dispatcher runs the fake if any tensor is on the meta device: an offloaded weight would then give uninitialised
+    memory on the device of the others.
     """
 
     @functools.wraps(fake)
@@ -59,8 +59,8 @@ def one_device(fake: Callable) -> Callable:
 def as_scalar(name: str, value: int | torch.Tensor, device: torch.device) -> torch.Tensor:
     """``value`` as an int64 tensor [1] on ``device``.
 
-    A tensor is used as it is, so that a CUDA graph reads its present value at each replay. An int is filled in on
-    the device: a copy from the host could not be captured in a graph.
+    A tensor is used as it is, so that a CUDA graph reads its current value at each replay. An int is written by a fill
+    on the device: a CUDA graph cannot capture a copy from the host.
     """
     if not isinstance(value, torch.Tensor):
         if not -(1 << 63) <= value < 1 << 64:
@@ -83,9 +83,9 @@ def check_choice(
     row,
     position,
 ) -> tuple[list[int], list[int], bool]:
-    """What `predict` is asked for: banned and deferred ids as ranges [low, high), and whether it needs noise.
+    """Check `predict`'s options; the banned and deferred ids as ranges [low, high), and whether it needs noise.
 
-    Raises ValueError for what does not fit. Of ``row`` and ``position`` only their absence is looked at.
+    Raises ValueError for an option that does not fit. ``row`` and ``position`` are only checked for being None.
     """
     if confidence not in CONFIDENCES:
         raise ValueError(f"confidence={confidence!r} is not one of {', '.join(map(repr, CONFIDENCES))}")
@@ -103,7 +103,7 @@ def check_choice(
 
 
 def ranges_of(ids: tuple[int, ...]) -> list[int]:
-    """``ids`` as ranges [low, high), one after the other, upwards."""
+    """``ids`` as ascending ranges: [low, high, low, high, ...]."""
     ranges = []
     for i in sorted(set(ids)):
         if ranges and ranges[-1] == i:

@@ -1,16 +1,17 @@
 """A schedule's choice among the candidates of each row, written into the sequence in place.
 
-A candidate's rank is how many candidates of its row go before it: those of higher confidence, and those of the same
-at a lower position; what is not finite counts as -inf. With ranks 0, 1, ... the row keeps those below k:
+A candidate's rank is the number of candidates of its row that go before it: those with a higher confidence, and those
+with the same confidence at a lower position. A confidence that is not finite counts as -inf. The row keeps the
+candidates of ranks 0 to k - 1:
 
     count       k = count[b]
-    threshold   k = how many reach it
+    threshold   k = the number of candidates that reach it
     factor      k = the largest r + 1 with (r + 2) (1 - c_r) < factor, c_r the confidence of rank r
     bound       k = the largest r + 1 with -(c_0 + ... + c_{r-1}) <= bound, c the negative entropy
 
-and all but ``count`` at least one. Counting comparisons, T^2 of them, needs no sort, no scratch and no word from the
-host, and they also sum the entropies that ``bound`` wants; for the blocks of up to 1024 positions that this is for, one
-program a row does it in microseconds.
+All rules but ``count`` keep at least one. Ranks come from T^2 comparisons: that needs no sort, no scratch memory and no
+value from the host, and the same comparisons sum the entropies for ``bound``. One program a row takes microseconds for
+blocks of up to 1024 positions.
 """
 
 import torch
@@ -19,8 +20,8 @@ import triton.language as tl
 
 from dllm_fast.kernels.checks import INTEGERS, check_tensors, one_device
 
-MAX_POSITIONS = 8192  # the tile of comparisons is as tall as the block is long
-COMPARISONS = 8192  # of a tile
+MAX_POSITIONS = 8192  # a tile of comparisons has a row for every position
+COMPARISONS = 8192  # in a tile
 RULES = ("count", "threshold", "factor", "bound")
 
 
@@ -39,7 +40,7 @@ def _commit_kernel(
     candidate_ptr,  # [B, T] bool
     slot_ptr,  # [B] int
     count_ptr,  # [B] int, for the rule "count"
-    limit,  # fp32, for the others
+    limit,  # fp32, for the other rules
     T,
     S,
     sequence_stride,
@@ -52,16 +53,18 @@ def _commit_kernel(
     candidate = tl.load(candidate_ptr + b * T + t, mask=t < T, other=0) != 0  # [BT]
     confidence = _load_confidence(confidence_ptr + b * T + t, t < T)  # [BT]
     rank = tl.zeros([BT], tl.int32)
-    entropy = tl.zeros([BT], tl.float32)  # of those that go before
+    entropy = tl.zeros([BT], tl.float32)  # of the candidates that go before
+    # 1. Ranks: every candidate against every other.
     for start in range(0, T, BJ):
         j = start + tl.arange(0, BJ)  # [BJ]
         rival = tl.load(candidate_ptr + b * T + j, mask=j < T, other=0) != 0  # [BJ]
         other = _load_confidence(confidence_ptr + b * T + j, j < T)  # [BJ]
-        level = (other[None, :] == confidence[:, None]) & (j[None, :] < t[:, None])  # [BT, BJ]
-        before = rival[None, :] & ((other[None, :] > confidence[:, None]) | level)  # [BT, BJ]
+        tied = (other[None, :] == confidence[:, None]) & (j[None, :] < t[:, None])  # [BT, BJ]
+        before = rival[None, :] & ((other[None, :] > confidence[:, None]) | tied)  # [BT, BJ]
         rank += tl.sum(before.to(tl.int32), 1)
         if RULE == "bound":
             entropy += tl.sum(tl.where(before, -other[None, :], 0.0), 1)
+    # 2. How many the rule keeps.
     if RULE == "count":
         k = tl.load(count_ptr + b)
     elif RULE == "threshold":
@@ -72,10 +75,11 @@ def _commit_kernel(
         else:
             enough = entropy <= limit
         k = tl.maximum(tl.max(tl.where(candidate & enough, rank + 1, 0), 0), 1)
+    # 3. Write them where they belong.
     chosen = candidate & (rank < k)
-    at = tl.load(slot_ptr + b).to(tl.int64) + t  # [BT]
+    index = tl.load(slot_ptr + b).to(tl.int64) + t  # [BT]
     token = tl.load(token_ptr + b * T + t, mask=chosen, other=0)  # [BT]
-    tl.store(sequence_ptr + b * sequence_stride + at, token, mask=chosen & (at >= 0) & (at < S))
+    tl.store(sequence_ptr + b * sequence_stride + index, token, mask=chosen & (index >= 0) & (index < S))
     tl.store(chosen_ptr + b * T + t, chosen, mask=t < T)
 
 
@@ -93,12 +97,12 @@ def _commit(
     batch, positions = token.shape
     chosen = torch.empty(batch, positions, dtype=torch.bool, device=token.device)
     if chosen.numel():
-        tall = triton.next_power_of_2(positions)
+        padded = triton.next_power_of_2(positions)
         with torch.cuda.device_of(token):
             _commit_kernel[(batch,)](
                 chosen, sequence, token, confidence, candidate, slot, count, limit,
                 positions, sequence.shape[1], sequence.stride(0),
-                RULE=rule, BT=tall, BJ=max(1, min(tall, COMPARISONS // tall)), num_warps=8 if tall > 128 else 4,
+                RULE=rule, BT=padded, BJ=max(1, min(padded, COMPARISONS // padded)), num_warps=8 if padded > 128 else 4,
             )  # fmt: skip
     return chosen
 
@@ -122,8 +126,8 @@ def commit(
     bound: float | None = None,
 ) -> torch.Tensor:
     """`reference.commit`: the chosen candidates [B, T] bool, now in ``sequence``. Writes nothing outside [0, S)."""
-    given = dict(zip(RULES, (count, threshold, factor, bound), strict=True))
-    rules = [name for name, value in given.items() if value is not None]
+    limits = dict(zip(RULES, (count, threshold, factor, bound), strict=True))
+    rules = [name for name, value in limits.items() if value is not None]
     if len(rules) != 1:
         raise ValueError(f"exactly one of {', '.join(RULES)} must be given, not {rules}")
     if token.dim() != 2 or token.shape[1] > MAX_POSITIONS:
@@ -138,5 +142,5 @@ def commit(
         slot=(slot, [batch], INTEGERS),
         count=(count, [batch], INTEGERS),
     )
-    limit = 0.0 if count is not None else float(given[rules[0]])
+    limit = 0.0 if count is not None else float(limits[rules[0]])
     return _commit(sequence, token, confidence, candidate, slot, count, rules[0], limit)

@@ -3,8 +3,8 @@
     swiglu   g / (1 + exp(-g)) * u
     geglu    g (1 + erf(g / sqrt(2))) / 2 * u
 
-in fp32, rounded once. gate and up are often the two halves of one matrix product, so their rows may lie further
-apart than they are long; only the last dimension must be contiguous. The kernel is bound by memory.
+in fp32, rounded once. gate and up are often the two halves of one matmul's output, so a row's stride may be larger than
+its length; only the last dimension must be contiguous. The kernel is bound by memory.
 """
 
 import torch
@@ -48,13 +48,14 @@ def _glu_kernel(
 @torch.library.custom_op("dllm_fast::glu", mutates_args=())
 def _glu(gate: torch.Tensor, up: torch.Tensor, gelu: bool) -> torch.Tensor:
     if gate.dim() == 0:
-        raise ValueError("gate is []: it must have a dimension or more")
+        raise ValueError("gate is []: it must have at least one dimension")
     shape, f = gate.shape, gate.shape[-1]
     check_tensors(gate.device, contiguous=False, gate=(gate, shape, FLOATS), up=(up, shape, (gate.dtype,)))
     out = torch.empty(shape, dtype=gate.dtype, device=gate.device)
     if gate.numel() == 0:
         return out
-    gate, up = gate.reshape(-1, f), up.reshape(-1, f)
+    gate = gate.reshape(-1, f)
+    up = up.reshape(-1, f)
     block = min(BLOCK, triton.next_power_of_2(f))
     programs = gate.shape[0] * triton.cdiv(f, block)
     with torch.cuda.device_of(gate):

@@ -2,18 +2,19 @@
 
 ``G = -ln E``, ``E = -ln U``, ``U = (X + 1/2) / 2^64``, X the 64 bits of Philox4x32-10 (Salmon et al., SC 2011) at
 counter (index // 2, position, row, step) under the seed: words 0 and 1 for an even vocabulary index, 2 and 3 for an
-odd one. One Philox call is thus the noise of two neighbouring columns.
+odd one. So one Philox call gives the noise of two neighbouring columns.
 
-fp32 cannot hold U near 1, so what is kept is ``s = min(U, 1 - U)``, 1 - U from the complemented bits, to relative
-precision. Both branches of E and the outer logarithm then share one form, ``ln x = k ln 2 + log1p(f)``, |f| <= 1/3:
+fp32 cannot hold U near 1. The kernel keeps ``s = min(U, 1 - U)`` instead, which has full relative precision: 1 - U
+comes from the complemented bits. Both branches of E and the outer logarithm are ``ln x = k ln 2 + log1p(f)`` with
+|f| <= 1/3:
 
     U < 1/2              x = s = 2^k (1 + f), split by its bits
-    U > 1/2, s <= 1/3    x = 1 - s:  k = 0,  f = -s       nothing is rounded, so E keeps s's relative precision
-    U > 1/2, s > 1/3     x = 1 - s:  k = -1, f = 1 - 2s   exact as well
+    U > 1/2, s <= 1/3    x = 1 - s:  k = 0,  f = -s       exact, so E has the relative precision of s
+    U > 1/2, s > 1/3     x = 1 - s:  k = -1, f = 1 - 2s   also exact
 
-``log1p(f) = f + f^2 Q(f)``, Q of degree 8, minimax in relative error (2^-27.7) on [-1/3, 1/3]; with fp32 rounding
-a logarithm is good to 2 ulp. The noise is within 4 * 2^-24 * max(1, |G|) of the definition, for G from -3.82 to
-45.05. No libdevice and no hardware logarithm: those of the latter are off by 2^-22 near 1, where E lives.
+``log1p(f) = f + f^2 Q(f)`` with Q of degree 8, minimax in relative error (2^-27.7) on [-1/3, 1/3]. With fp32 rounding
+a logarithm is off by at most 2 ulp, and the noise by 4 * 2^-24 * max(1, |G|) from the definition, for G from -3.82 to
+45.05. The hardware's logarithm is not used: near 1, where E often is, it is off by 2^-22.
 """
 
 import torch
@@ -22,7 +23,7 @@ import triton.language as tl
 
 from dllm_fast.kernels.checks import INTEGERS, as_scalar, check_tensors, one_device
 
-BLOCK = 1024  # columns of a program of `gumbel`, rows of one of `uniform`
+BLOCK = 1024  # a program's columns in `gumbel`, its rows in `uniform`
 
 
 @triton.jit
@@ -41,7 +42,7 @@ def _log_parts(f, k):
 
 @triton.jit
 def _split(x):
-    """f and k, with ``x = 2^k (1 + f)``, |f| <= 1/3, of a positive normal fp32 x."""
+    """f and k such that ``x = 2^k (1 + f)`` and |f| <= 1/3, for a positive normal fp32 x."""
     bits = x.to(tl.int32, bitcast=True)
     k = (bits - 0x3F2AAAAB) >> 23  # 0x3F2AAAAB is 2/3; the shift is arithmetic
     return (bits - (k << 23)).to(tl.float32, bitcast=True) - 1.0, k.to(tl.float32)
@@ -72,7 +73,7 @@ def gumbel_tile(
     BV: tl.constexpr,  # columns, even
     BN: tl.constexpr,
 ):
-    """Noise [BV, BN] fp32 of BV neighbouring vocabulary indices for BN rows: BV / 2 x BN Philox calls."""
+    """Noise [BV, BN] fp32 for BV neighbouring vocabulary indices and BN rows, from BV / 2 x BN Philox calls."""
     pair = (first // 2 + tl.arange(0, BV // 2)).to(tl.uint32)[:, None]  # [BV/2, 1]
     w0, w1, w2, w3 = tl.philox(seed, pair, position, row, step)  # [BV/2, BN] each
     both = tl.join(gumbel_from_words(w0, w1), gumbel_from_words(w2, w3))  # [BV/2, BN, 2]
@@ -81,7 +82,7 @@ def gumbel_tile(
 
 @triton.jit
 def uniform_from_key(seed, step, row, position):
-    """Uniform noise on (0, 1], fp32, for uint32 tensors of one shape; rounded once, as the definition's fp64 is."""
+    """Uniform noise on (0, 1], fp32, for uint32 tensors of one shape: the definition's fp64 value, rounded once."""
     # The first counter word is 2^32 - 1, which no vocabulary index // 2 reaches.
     word, _, _, _ = tl.philox(seed, position | 0xFFFFFFFF, position, row, step)
     return ((word.to(tl.float64) + 0.5) * 2.0**-32).to(tl.float32)
@@ -99,16 +100,16 @@ def _gumbel_kernel(
     BV: tl.constexpr,
 ):
     n = tl.program_id(0).to(tl.int64)
-    at = tl.program_id(1) * BV + tl.arange(0, BV)  # [BV]
-    column = tl.load(column_ptr + at, mask=at < V, other=0)  # [BV]
+    v = tl.program_id(1) * BV + tl.arange(0, BV)  # [BV]
+    column = tl.load(column_ptr + v, mask=v < V, other=0)  # [BV]
     position = tl.load(position_ptr + n).to(tl.uint32)
     row = tl.load(row_ptr + n).to(tl.uint32)
     step = tl.load(step_ptr).to(tl.uint32)
-    # The columns are arbitrary here, so each makes its own call and keeps half of it; kernels use `gumbel_tile`.
+    # Columns are arbitrary here, so each makes its own Philox call and uses half of it; kernels use `gumbel_tile`.
     w0, w1, w2, w3 = tl.philox(tl.load(seed_ptr), (column // 2).to(tl.uint32), position, row, step)  # [BV]
     odd = column % 2 == 1
     noise = gumbel_from_words(tl.where(odd, w2, w0), tl.where(odd, w3, w1))
-    tl.store(out_ptr + n * V + at, noise, mask=at < V)
+    tl.store(out_ptr + n * V + v, noise, mask=v < V)
 
 
 @triton.jit

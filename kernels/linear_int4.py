@@ -1,10 +1,10 @@
 """A few rows times a weight in four bits: ``y = x W^T``, ``W[n, k] = scale[g, n] (q[n, k] - zero[g, n])``.
 
-The grid, the order of the sums and the gate are `linear.py`'s. A step is one group g of 128 inputs: q - zero is whole
-and exact in 16 bits, the group's products are summed in fp32, and scale multiplies that sum. A word holds 8 q, of 8
-slices of the group's inputs (`reference_int4.round_int4`): x is read slice by slice, and nothing is put in order.
+The grid, the order of the sums and the gate are those of `linear.py`. A step is one group g of 128 inputs: q - zero is
+an integer that 16 bits hold exactly, the group's terms are summed in fp32, and scale multiplies that sum. A word holds
+8 q from 8 slices of the group's inputs (`reference_int4.round_int4`), so x is read slice by slice and no q is moved.
 
-`widen_int4` writes W out, rounded to a dtype, for products of many rows.
+`widen_int4` writes W, rounded to a dtype, for matmuls of many rows.
 """
 
 import torch
@@ -17,8 +17,8 @@ from dllm_fast.kernels.linear import HALVES, ROWS, TILE
 from dllm_fast.kernels.tiles import end_tile, multiprocessors, source_rows, sum_parts, zero_counts
 
 GROUP = 128  # inputs that share a scale
-# By rows of x, padded. Not measured: what compiles without spills on every GPU that the kernels are for. Of 64 rows
-# times 128 channels Triton 3.7 makes an empty kernel on sm_100.
+# By rows of x, padded. Not measured: these compile without spills on every supported GPU. For 64 rows and 128 channels
+# Triton 3.7 compiles an empty kernel on sm_100.
 CONFIGS = {
     16: {"BM": 16, "BN": 128, "num_warps": 4, "num_stages": 5},
     32: {"BM": 32, "BN": 128, "num_warps": 8, "num_stages": 4},
@@ -30,9 +30,9 @@ WIDEN = {"BN": 32, "num_warps": 4}
 
 @triton.jit
 def _eight(words, zero):
-    """Words [...] int32 of 8 q each, less ``zero`` [...] int32, as eight bf16 [...]: from the lowest bits on.
+    """q - ``zero`` of words [...] int32 that hold 8 q each, as eight bf16 tensors [...], the lowest bits first.
 
-    ``q | 0x4300`` is 128 + q in bf16; what is then added is - 128 - zero. Both are exact.
+    ``q | 0x4300`` is 128 + q in bf16, to which -128 - zero is added. Both are exact.
     """
     return tl.inline_asm_elementwise(
         """{
@@ -77,7 +77,7 @@ def _eight(words, zero):
 
 @triton.jit
 def _one(words, zero, j: tl.constexpr, kind: tl.constexpr):
-    """The j-th of `_eight`, by plain operations, as ``kind``."""
+    """The j-th result of `_eight`, from plain operations, in dtype ``kind``."""
     return (((words >> (4 * j)) & 15) - zero).to(tl.float32).to(kind)
 
 
@@ -88,19 +88,21 @@ def _linear_int4_kernel(
     scale_ptr,  # [K / 128, N] bf16
     zero_ptr,  # [K / 128, N] uint8
     out_ptr,  # [M, N], or [M, N / 2] with GATED
-    part_ptr,  # [programs, 2, BN, BM] fp32: what a program leaves of its first tile, and of its last
-    count_ptr,  # [N / BN] int32: programs that have left their part of a tile; 0 before and after
+    part_ptr,  # [programs, 2, BN, BM] fp32: a program's parts of its first and its last tile
+    count_ptr,  # [N / BN] int32: how many programs have written their part of a tile; 0 before and after
     x_stride,
     rows,  # M
     N,
     K,
     GATED: tl.constexpr,
-    PACKED: tl.constexpr,  # by `_eight`
+    PACKED: tl.constexpr,  # unpack by `_eight`
     CHAINED: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    program, programs = tl.program_id(0), tl.num_programs(0)
+    # 1. This program's steps, of all the tiles' steps in order.
+    program = tl.program_id(0)
+    programs = tl.num_programs(0)
     steps = K // 128  # of a tile
     total = N // BN * steps
     first = program * total // programs
@@ -118,11 +120,12 @@ def _linear_int4_kernel(
         wait_for_inputs()
         start_next()
 
+    # 2. A group of inputs at each step; a tile's sum is stored or kept as a part where the tile or the program ends.
     acc = tl.zeros([BN, BM], tl.float32)
     for i in range(first, last):
         tile = i // steps
         group = i - tile * steps
-        at = group * 128
+        k = group * 128
         words = tl.load(w_at + tl.cast(tile * tile_rows, tl.int64) * (K // 8) + group * 16)  # [BN, 16]
         place = tl.cast(group, tl.int64) * N + tile * tile_rows + source  # [BN]
         scale = tl.load(scale_ptr + place).to(tl.float32)  # [BN]
@@ -130,22 +133,27 @@ def _linear_int4_kernel(
         if PACKED:
             w0, w1, w2, w3, w4, w5, w6, w7 = _eight(words, zero)  # [BN, 16] each
         else:
-            w0, w1 = _one(words, zero, 0, kind), _one(words, zero, 1, kind)
-            w2, w3 = _one(words, zero, 2, kind), _one(words, zero, 3, kind)
-            w4, w5 = _one(words, zero, 4, kind), _one(words, zero, 5, kind)
-            w6, w7 = _one(words, zero, 6, kind), _one(words, zero, 7, kind)
-        y = tl.dot(w0, tl.trans(tl.load(x_at + at)))  # [BN, BM]
-        y = tl.dot(w1, tl.trans(tl.load(x_at + at + 16)), y)
-        y = tl.dot(w2, tl.trans(tl.load(x_at + at + 32)), y)
-        y = tl.dot(w3, tl.trans(tl.load(x_at + at + 48)), y)
-        y = tl.dot(w4, tl.trans(tl.load(x_at + at + 64)), y)
-        y = tl.dot(w5, tl.trans(tl.load(x_at + at + 80)), y)
-        y = tl.dot(w6, tl.trans(tl.load(x_at + at + 96)), y)
-        y = tl.dot(w7, tl.trans(tl.load(x_at + at + 112)), y)
+            w0 = _one(words, zero, 0, kind)
+            w1 = _one(words, zero, 1, kind)
+            w2 = _one(words, zero, 2, kind)
+            w3 = _one(words, zero, 3, kind)
+            w4 = _one(words, zero, 4, kind)
+            w5 = _one(words, zero, 5, kind)
+            w6 = _one(words, zero, 6, kind)
+            w7 = _one(words, zero, 7, kind)
+        y = tl.dot(w0, tl.trans(tl.load(x_at + k)))  # [BN, BM]
+        y = tl.dot(w1, tl.trans(tl.load(x_at + k + 16)), y)
+        y = tl.dot(w2, tl.trans(tl.load(x_at + k + 32)), y)
+        y = tl.dot(w3, tl.trans(tl.load(x_at + k + 48)), y)
+        y = tl.dot(w4, tl.trans(tl.load(x_at + k + 64)), y)
+        y = tl.dot(w5, tl.trans(tl.load(x_at + k + 80)), y)
+        y = tl.dot(w6, tl.trans(tl.load(x_at + k + 96)), y)
+        y = tl.dot(w7, tl.trans(tl.load(x_at + k + 112)), y)
         acc += y * scale[:, None]
         if (group + 1 == steps) | (i + 1 == last):
             end_tile(acc, part_ptr, out_ptr, None, None, tile, first, i + 1, steps, rows, N, GATED, BM, BN)
             acc = tl.zeros([BN, BM], tl.float32)
+    # 3. Tiles that several programs share.
     sum_parts(part_ptr, count_ptr, out_ptr, None, None, first, last, steps, total, rows, N, GATED, BM, BN)
 
 
@@ -159,7 +167,8 @@ def _widen_int4_kernel(
     width,
     BN: tl.constexpr,
 ):
-    group, groups = tl.program_id(1), tl.num_programs(1)
+    group = tl.program_id(1)
+    groups = tl.num_programs(1)
     n = (tl.program_id(0) * BN + tl.arange(0, BN)).to(tl.int64)  # [BN]
     c = tl.arange(0, 16)  # [16]
     words = tl.load(weight_ptr + n[:, None] * (groups * 16) + group * 16 + c[None, :], mask=(n < N)[:, None], other=0)
@@ -174,7 +183,7 @@ def _widen_int4_kernel(
 
 
 def fits_int4(x: torch.Tensor, packed: torch.Tensor) -> bool:
-    """Whether `linear_int4` takes these: few rows of half precision, widths of whole tiles and groups."""
+    """Whether `linear_int4` takes these: few bf16 or fp16 rows, and widths of whole tiles and groups."""
     rows = x.numel() // max(1, x.shape[-1])
     whole = packed.shape[0] % TILE == 0 and x.shape[-1] % GROUP == 0
     return 1 <= rows <= ROWS and x.dtype in HALVES and whole and packed.is_contiguous() and x.stride(-1) == 1

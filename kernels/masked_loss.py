@@ -2,19 +2,19 @@
 
     z = h W^T + b,  nll[n] = logsumexp(z[n]) - z[n, target[n]],  loss = sum_n loss_weight[n] nll[n]
 
-Forward: every program multiplies a tile of rows by a tile of weights and keeps, for each row, the tile's peak m and
-S = sum e^(z - m), and the target's logit where it falls in the tile; a second kernel merges them: M = max m_i,
+Forward: every program multiplies a tile of rows by a tile of weights. For each row it stores the tile's peak m,
+S = sum e^(z - m), and the target's logit if it is in the tile. A second kernel merges them: M = max m_i and
 lse = M + ln sum S_i e^(m_i - M). Logits stay in fp32; they are never rounded to the model's dtype.
 
 Backward, with g the gradient of nll and p = e^(z - lse) = softmax(z):
 
     dz = g (p - onehot(target)),  dh = dz W,  dW = dz^T h,  db = sum_n dz
 
-z is computed again, a chunk of the vocabulary at a time, by cuBLAS: training has thousands of rows, where its products
-are the fastest there are, so the memory is rows x chunk. Between the products one kernel turns the fp32 logits into dz
-in the model's dtype, where the tensor cores want it, as PyTorch's own backward does. A chunk's dW and db are complete
-and rounded once; dh gathers the chunks in fp32 and is rounded at the end. What d(loss)/d(loss_weight) needs is nll
-itself, so autograd has it from the weighted sum, which is left to PyTorch.
+z is computed again by cuBLAS, a chunk of the vocabulary at a time: training has thousands of rows, for which its
+matmuls are the fastest, and memory is rows x chunk. Between the matmuls one kernel turns the fp32 logits into dz in the
+model's dtype, which the tensor cores need and PyTorch's own backward uses too. A chunk's dW and db are complete and
+rounded once; dh sums the chunks in fp32 and is rounded at the end. The gradient of loss_weight is nll itself, so
+PyTorch computes the weighted sum and differentiates it.
 """
 
 import torch
@@ -23,14 +23,14 @@ import triton.language as tl
 
 from dllm_fast.kernels.checks import FLOATS, check_tensors, one_device
 
-# Large products: both tiles are read from L2, which 128 x 128 halves against 64 x 64.
+# Large matmuls: 128 x 128 tiles read half as much from L2 as 64 x 64 ones.
 CONFIGS = {
     2: {"BN": 128, "BV": 128, "BK": 64, "num_warps": 8, "num_stages": 3},
     4: {"BN": 32, "BV": 64, "BK": 32, "num_warps": 4, "num_stages": 2},  # fp32, without tensor cores
 }
-GROUP = 8  # vocabulary tiles that go through all rows together, so that rows and weights are both found in L2
+GROUP = 8  # vocabulary tiles that go through all rows together, so that rows and weights stay in L2
 GRADIENT = {"BV": 2048, "num_warps": 8}
-CHUNK_ELEMENTS = 1 << 25  # of logits at once in the backward: 128 MB of fp32
+CHUNK_ELEMENTS = 1 << 25  # logits at once in the backward: 128 MB of fp32
 
 
 @triton.jit(do_not_specialize=["N", "S"])
@@ -52,6 +52,7 @@ def _masked_loss_kernel(
     BK: tl.constexpr,
     GROUP: tl.constexpr,
 ):
+    # 1. This program's tile: bands of GROUP vocabulary tiles, through all rows.
     rows = tl.cdiv(N, BN)
     band = tl.program_id(0) // (rows * GROUP)
     height = tl.minimum(S - band * GROUP, GROUP)
@@ -59,13 +60,13 @@ def _masked_loss_kernel(
     tile = band * GROUP + within % height
     n = (within // height).to(tl.int64) * BN + tl.arange(0, BN)  # [BN]
     column = tile * BV + tl.arange(0, BV)  # [BV]
-    # Past the ends the last row is read again, which is cheaper than a mask in the loop, and dropped below.
+    # Past the end the last row is read again, which is cheaper than a mask in the loop; its results are not stored.
     source = tl.minimum(column, V - 1).to(tl.int64)
     k = tl.arange(0, BK)
     w_ptr = weight_ptr + source[:, None] * D + k[None, :]
     h_ptr = hidden_ptr + tl.minimum(n, N - 1)[:, None] * D + k[None, :]
-    # Rows are on the M side, of which there are plenty here: a thread then holds many columns of few rows, and the
-    # reductions over the vocabulary stay mostly within it.
+    # 2. The logits. Rows are on the M side, of which there are plenty here: a thread then holds many columns of few
+    # rows, and reduces mostly over its own registers.
     z = tl.zeros([BN, BV], tl.float32)
     for start in range(0, D, BK):
         inside = (start + k < D)[None, :]  # [1, BK]
@@ -76,16 +77,17 @@ def _masked_loss_kernel(
         h_ptr += BK
     if BIAS:
         z += tl.load(bias_ptr + source).to(tl.float32)[None, :]
+    # 3. What the tile contributes to each row.
     z = tl.where(column[None, :] < V, z, float("-inf"))
     peak = tl.max(z, 1)  # [BN]
-    # A tile of -inf alone: -inf - -inf would be NaN.
+    # If all of the tile is -inf, z - peak would be NaN.
     mass = tl.sum(tl.exp(z - tl.where(peak == float("-inf"), 0.0, peak)[:, None]), 1)  # [BN]
     tl.store(peak_ptr + n * S + tile, peak, mask=n < N)
     tl.store(mass_ptr + n * S + tile, mass, mask=n < N)
     target = tl.load(target_ptr + n, mask=n < N, other=-1)  # [BN]
     logit = tl.sum(tl.where(column[None, :] == target[:, None], z, 0.0), 1)  # [BN]
-    here = (target >= tile * BV) & (target < tl.minimum((tile + 1) * BV, V))
-    tl.store(logit_ptr + n, logit, mask=(n < N) & here)
+    inside = (target >= tile * BV) & (target < tl.minimum((tile + 1) * BV, V))
+    tl.store(logit_ptr + n, logit, mask=(n < N) & inside)
 
 
 @triton.jit(do_not_specialize=["V"])
@@ -107,10 +109,10 @@ def _masked_loss_merge_kernel(
     peak = tl.max(peaks, 0)
     shift = tl.where(peak == float("-inf"), 0.0, peak)
     log_mass = tl.log(tl.sum(masses * tl.exp(peaks - shift), 0))
-    # Peak minus logit first: it is exact where they are close, and lse would have lost log_mass's digits.
+    # Peak minus logit comes first: it is exact where they are close, and peak + log_mass loses digits of log_mass.
     nll = (shift - tl.load(logit_ptr + n)) + log_mass
     target = tl.load(target_ptr + n)
-    # No program has such a target, and the host cannot look: let it be seen in the loss.
+    # No tile has a target outside the vocabulary, and the host does not read targets: make the loss NaN.
     nll = tl.where((target >= 0) & (target < V), nll, float("nan"))
     tl.store(nll_ptr + n, nll)
     tl.store(lse_ptr + n, shift + log_mass)
@@ -130,17 +132,17 @@ def _masked_loss_gradient_kernel(
     BV: tl.constexpr,
 ):
     n = tl.program_id(0).to(tl.int64)
-    at = tl.program_id(1) * BV + tl.arange(0, BV)  # [BV]
-    z = tl.load(logits_ptr + n * C + at, mask=at < C, other=0.0)  # [BV]
+    c = tl.program_id(1) * BV + tl.arange(0, BV)  # [BV]
+    z = tl.load(logits_ptr + n * C + c, mask=c < C, other=0.0)  # [BV]
     if BIAS:
-        z += tl.load(bias_ptr + at, mask=at < C, other=0.0).to(tl.float32)
+        z += tl.load(bias_ptr + c, mask=c < C, other=0.0).to(tl.float32)
     p = tl.exp(z - tl.load(lse_ptr + n))
-    onehot = (first + at == tl.load(target_ptr + n)).to(tl.float32)
-    tl.store(out_ptr + n * C + at, tl.load(grad_ptr + n) * (p - onehot), mask=at < C)
+    onehot = (first + c == tl.load(target_ptr + n)).to(tl.float32)
+    tl.store(out_ptr + n * C + c, tl.load(grad_ptr + n) * (p - onehot), mask=c < C)
 
 
-def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """``a b`` in fp32, not rounded to the inputs' dtype at the end."""
+def _matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """``a b`` in fp32, not rounded to the inputs' dtype."""
     if a.dtype == torch.float32:
         return a @ b
     if a.is_cuda:
@@ -153,7 +155,8 @@ def _masked_loss(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, target: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """nll and lse of each row, [N] fp32."""
-    (rows, width), vocabulary = hidden.shape, weight.shape[0]
+    rows, width = hidden.shape
+    vocabulary = weight.shape[0]
     nll, lse, logit = (torch.empty(rows, dtype=torch.float32, device=hidden.device) for _ in range(3))
     if rows == 0:
         return nll, lse
@@ -188,8 +191,10 @@ def _masked_loss_backward(
     lse: torch.Tensor,
     needs: list[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of hidden, weight and bias; an empty tensor for one that ``needs`` does not ask for."""
-    (rows, width), vocabulary, device = hidden.shape, weight.shape[0], hidden.device
+    """Gradients of hidden, weight and bias; an empty tensor for each that is not in ``needs``."""
+    rows, width = hidden.shape
+    vocabulary = weight.shape[0]
+    device = hidden.device
     grad_hidden = torch.zeros(rows if needs[0] else 0, width, dtype=torch.float32, device=device)
     grad_weight = torch.zeros(vocabulary if needs[1] else 0, width, dtype=weight.dtype, device=device)
     grad_bias = torch.zeros(
@@ -198,11 +203,11 @@ def _masked_loss_backward(
     if rows == 0:
         return grad_hidden.to(hidden.dtype), grad_weight, grad_bias
     grad = grad.float().contiguous()
-    # Whole multiples of 16 columns keep the chunks' rows aligned for the tensor cores.
+    # Multiples of 16 columns keep the rows of a chunk aligned for the tensor cores.
     chunk = max(16, CHUNK_ELEMENTS // rows // 16 * 16)
     for first in range(0, vocabulary, chunk):
         part = slice(first, min(first + chunk, vocabulary))
-        logits = _product(hidden, weight[part].T)  # [N, C]
+        logits = _matmul(hidden, weight[part].T)  # [N, C]
         dz = torch.empty(logits.shape, dtype=hidden.dtype, device=device)
         with torch.cuda.device_of(hidden):
             _masked_loss_gradient_kernel[(rows, triton.cdiv(logits.shape[1], GRADIENT["BV"]))](
@@ -210,7 +215,7 @@ def _masked_loss_backward(
                 BIAS=bias is not None, **GRADIENT,
             )  # fmt: skip
         if needs[0]:
-            grad_hidden += _product(dz, weight[part])
+            grad_hidden += _matmul(dz, weight[part])
         if needs[1]:
             torch.mm(dz.T, hidden, out=grad_weight[part])
         if needs[2]:
@@ -252,7 +257,7 @@ def masked_loss(
 ) -> torch.Tensor:
     """`reference.masked_loss` for fp32, bf16 and fp16, differentiable in all but ``target``; in fp32.
 
-    A target outside the vocabulary makes the loss NaN: the launcher does not wait for the device to look.
+    A target outside the vocabulary makes the loss NaN: an error would have to wait for the device.
     """
     check_tensors(hidden.device, hidden=(hidden, [None, None], FLOATS))
     check_tensors(hidden.device, weight=(weight, [None, hidden.shape[1]], (hidden.dtype,)))

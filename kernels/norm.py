@@ -4,9 +4,9 @@
     rms_norm     y = round(round(h / sqrt(mean(h^2) + eps)) * weight)              (arXiv:1910.07467)
     layer_norm   y = round((h - mean) / sqrt(var + eps) * weight + bias)           (arXiv:1607.06450, biased variance)
 
-Means and products are in fp32. RMSNorm rounds the normalised value before the weight, as LLaDA does; LayerNorm
-rounds once. A program holds whole rows in registers, so that x is read once and the variance is taken around the
-true mean; several rows where they are short.
+Means and multiplications are in fp32. RMSNorm rounds the normalised value before it multiplies by the weight, as LLaDA
+does; LayerNorm rounds once. A program holds whole rows in registers, several if they are short, so that x is read once
+and the variance is taken around the exact mean.
 """
 
 import torch
@@ -16,8 +16,8 @@ import triton.language as tl
 from dllm_fast.kernels.chain import chained, start_next, wait_for_inputs
 from dllm_fast.kernels.checks import FLOATS, check_tensors, one_device
 
-WARPS = {1024: 4, 4096: 8, 16384: 16}  # by the padded row length up to which it holds
-ELEMENTS = 1024  # of a program's rows, where several are that short
+WARPS = {1024: 4, 4096: 8, 16384: 16}  # by the longest padded row they are for
+ELEMENTS = 1024  # of a program with several rows
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -73,7 +73,7 @@ def _norm(
     residual: torch.Tensor | None,
     centred: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """y and h. An op may not return its input: without a residual h is empty, and its callers put x in its place."""
+    """y and h. A custom op may not return its input: without a residual h is empty, and the callers return x."""
     if x.dim() == 0 or not 1 <= x.shape[-1] <= max(WARPS):
         raise ValueError(f"x is {list(x.shape)}: the last dimension must be in 1..{max(WARPS)}")
     d = x.shape[-1]
@@ -105,7 +105,7 @@ def _(x, weight, bias, eps, residual, centred):
 
 
 def _result_dtype(x, weight, centred):
-    """RMSNorm's last operation is the product with the weight, LayerNorm's the rounding."""
+    """RMSNorm ends with a multiplication by the weight, which may widen the dtype; LayerNorm ends with a rounding."""
     return x.dtype if centred else torch.promote_types(x.dtype, weight.dtype)
 
 

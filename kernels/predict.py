@@ -4,22 +4,23 @@
     token = argmax_v z_v + temperature * G_v        z = -inf for banned v and [MASK], ties to the lowest
     lse = ln sum_v e^(z_v)                          z = -inf for banned and deferred v
 
-`select.py` reduces logits a tile of the vocabulary at a time and merges the tiles. Two ways to a tile's logits:
+`select.py` reduces logits a tile of the vocabulary at a time and merges the tiles. A tile's logits are computed in one
+of two ways:
 
 - fused, for few rows: weights [BV, BK] times rows^T [BK, BN]. The vocabulary is on the M side, because wgmma's M is
-  64 and there may be one row. A weight tile is read once a group of BN rows, and reading it is what this takes.
-  Candidates are compacted on the device, so that a group is full; groups past the last candidate exit.
-- streamed, for many: cuBLAS multiplies all rows by a chunk of the vocabulary, small enough that its fp32 logits stay
-  in L2 until the reduction reads them. Rows are not gathered: their number is not known to the host, so it would
-  spare no multiplication. Rows that are no candidates are skipped by the reduction.
+  64 and there may be only one row. A weight tile is read once for each group of BN rows, and that read takes most of
+  the time. Candidates are compacted on the device, so that groups are full; groups past the last candidate exit.
+- streamed, for many rows: cuBLAS multiplies all rows by a chunk of the vocabulary, small enough that its fp32 logits
+  stay in L2 until the reduction reads them. Candidates are not gathered: the host does not know how many there are, so
+  it would multiply all rows anyway. The reduction skips rows that are not candidates.
 
-Guidance keeps two accumulators. Combining the hidden states first needs one product, but in bf16 it rounds the
-combination at the size that guidance has amplified it to; two fp32 logits are exact, and the weights, which are the
-cost, are still read once.
+Guidance keeps two accumulators. Combining the hidden states first would need one matmul, but bf16 would round the
+combination after guidance has amplified it; two fp32 logits lose nothing, and the weights, which cost the time, are
+still read once.
 
-A weight in e4m3 has a scale a vocabulary entry, by which the sum over D is multiplied: z = scale (h W8^T). Fused, its
-words are widened to bf16 in registers, so that half as many bytes are read; streamed, a chunk of it is widened first.
-Neither rounds anything more.
+A weight in e4m3 has a scale for each vocabulary entry, which multiplies the sum over D: z = scale (h W8^T). Fused, the
+weights are widened to bf16 in registers, so half as many bytes are read; streamed, each chunk is widened first. Neither
+rounds a second time.
 """
 
 import torch
@@ -31,12 +32,12 @@ from dllm_fast.kernels.linear import _packed_dot
 from dllm_fast.kernels.select import FIELDS, SELECT, combine, reduce_tile, select
 
 # Rows above which cuBLAS and a reduction replace the fused kernel, by bytes of an element. To be set by measurement:
-# bench both paths at 32 to 512 rows. fp32 is multiplied without tensor cores, where cuBLAS is ahead sooner.
+# bench both paths at 32 to 512 rows. In fp32, without tensor cores, cuBLAS is faster from fewer rows on.
 CROSSOVER = {2: 128, 4: 16}
-CHUNK_ELEMENTS = 1 << 23  # of streamed logits at once: 32 MB, which an L2 of 40 MB and more keeps
+CHUNK_ELEMENTS = 1 << 23  # streamed logits at once: 32 MB, which stay in an L2 of 40 MB or more
 
-# By rows of a group. Two blocks an SM and four stages keep enough of the weights in flight; from 64 rows the epilogue
-# needs the registers of eight warps.
+# By rows of a group. Two blocks on a multiprocessor and four stages keep enough weights in flight; from 64 rows on the
+# epilogue needs the registers of eight warps.
 FUSED = {
     16: {"BN": 16, "BV": 128, "BK": 64, "num_warps": 4, "num_stages": 4},
     32: {"BN": 32, "BV": 128, "BK": 64, "num_warps": 4, "num_stages": 4},
@@ -46,21 +47,21 @@ FUSED = {
 GUIDED = {
     16: {"BN": 16, "BV": 128, "BK": 64, "num_warps": 4, "num_stages": 4},
     32: {"BN": 32, "BV": 128, "BK": 64, "num_warps": 8, "num_stages": 4},
-    # Half the depth: with 64 a thread's registers do not suffice on sm_80 in Triton 3.7.
+    # BK is half: with 64 it spills on sm_80 in Triton 3.7.
     64: {"BN": 64, "BV": 128, "BK": 32, "num_warps": 8, "num_stages": 4},
 }
-# Of e4m3 weights twice as many inputs a stage, which are as many bytes. With four warps for 16 rows, and with 128
-# inputs for 64, it spills on sm_100.
+# For e4m3 weights: a stage has as many bytes, so twice as many inputs. It spills on sm_100 with four warps for 16 rows,
+# and with 128 inputs for 64 rows.
 BYTE = {
     16: {"BN": 16, "BV": 128, "BK": 128, "num_warps": 8, "num_stages": 4},
     32: {"BN": 32, "BV": 128, "BK": 128, "num_warps": 4, "num_stages": 4},
     64: {"BN": 64, "BV": 128, "BK": 64, "num_warps": 8, "num_stages": 4},
 }
-BYTE_GUIDED = {  # of 64 rows Triton 3.7 makes nothing on sm_100, and spills on sm_120
+BYTE_GUIDED = {  # for 64 rows Triton 3.7 compiles an empty kernel on sm_100, and spills on sm_120
     16: {"BN": 16, "BV": 128, "BK": 128, "num_warps": 8, "num_stages": 4},
     32: {"BN": 32, "BV": 128, "BK": 128, "num_warps": 8, "num_stages": 3},
 }
-PLAIN_ROWS = 64  # a larger group has no registers left for noise, margin or entropy: it spills on sm_100
+PLAIN_ROWS = 64  # with noise, margin or entropy a larger group spills on sm_100
 FLOAT32 = {16: {"BN": 16, "BV": 64, "BK": 32, "num_warps": 4, "num_stages": 3}}
 
 
@@ -115,25 +116,27 @@ def _predict_kernel(
     BV: tl.constexpr,
     BK: tl.constexpr,
 ):
-    # Groups run fastest, so that the groups that share a weight tile find it in L2.
+    # 1. This program's tile and rows. Groups run fastest, so that those that share a weight tile find it in L2.
     groups = tl.cdiv(N, BN)
-    tile, group = tl.program_id(0) // groups, tl.program_id(0) % groups
+    tile = tl.program_id(0) // groups
+    group = tl.program_id(0) % groups
     count = N
     if GATHER:
         count = tl.load(count_ptr)
     if group * BN >= count:
         return
-    at = group * BN + tl.arange(0, BN)  # [BN]
-    n = at.to(tl.int64)
+    place = group * BN + tl.arange(0, BN)  # [BN]: among the candidates
+    n = place.to(tl.int64)
     if GATHER:
-        n = tl.load(index_ptr + at, mask=at < count, other=0).to(tl.int64)
+        n = tl.load(index_ptr + place, mask=place < count, other=0).to(tl.int64)
     else:
         n = tl.minimum(n, N - 1)
     column = tile * BV + tl.arange(0, BV)  # [BV]
-    # Rows past the vocabulary read its last one again, which is cheaper than a mask in the loop; they are dropped.
+    # Past the vocabulary its last row is read again, cheaper than a mask in the loop; `reduce_tile` drops the result.
     source = tl.minimum(column, V - 1).to(tl.int64)
 
-    PER: tl.constexpr = 4 if SCALED else 1  # weights of an element of W
+    # 2. The logits, and with guidance those without the prompt.
+    PER: tl.constexpr = 4 if SCALED else 1  # weights in an element of W
     k = tl.arange(0, BK)
     word = tl.arange(0, BK // PER)
     w_ptr = weight_ptr + source[:, None] * (D // PER) + word[None, :]
@@ -159,6 +162,7 @@ def _predict_kernel(
             u_ptr += BK
         w_ptr += BK // PER
         h_ptr += BK
+    # 3. Into the tile's numbers.
     if GUIDED:
         z = base + guidance * (z - base)
     if SCALED:
@@ -166,13 +170,13 @@ def _predict_kernel(
     if BIAS:
         z += tl.load(bias_ptr + source).to(tl.float32)[:, None]
     reduce_tile(
-        z, column, n, at < count, tile, part_ptr, best_ptr, seed_ptr, step_ptr, row_ptr, position_ptr,
+        z, column, n, place < count, tile, part_ptr, best_ptr, seed_ptr, step_ptr, row_ptr, position_ptr,
         temperature, N, V, S, BANNED, DEFERRED, MASK, CONFIDENCE, NOISE, BV, BN,
     )  # fmt: skip
 
 
 def _packs(hidden: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether the fused kernel takes e4m3 weights: bf16 rows, whole words, and a chip that widens them."""
+    """Whether the fused kernel takes e4m3 weights: for bf16 rows on a GPU, and weights that are whole words."""
     return hidden.dtype == torch.bfloat16 and hidden.is_cuda and weight.shape[1] % 4 == weight.storage_offset() % 4 == 0
 
 
@@ -186,7 +190,7 @@ def _config(rows: int, dtype: torch.dtype, guided: bool, plain: bool, scaled: bo
 
 
 def _logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """``hidden weight^T`` in fp32, never rounded to hidden's dtype. e4m3 is widened to that, which is exact."""
+    """``hidden weight^T`` in fp32, never rounded to hidden's dtype. e4m3 weights are widened to it, which is exact."""
     weight = weight.to(hidden.dtype)
     if hidden.dtype == torch.float32:
         return hidden @ weight.T
@@ -215,7 +219,9 @@ def _predict(
     guidance: float,
     path: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    (rows, width), vocabulary, device = hidden.shape, weight.shape[0], hidden.device
+    rows, width = hidden.shape
+    vocabulary = weight.shape[0]
+    device = hidden.device
     token = torch.empty(rows, dtype=torch.int64, device=device)
     score = torch.empty(rows, dtype=torch.float32, device=device)
     lse = torch.empty(rows, dtype=torch.float32, device=device)
@@ -254,7 +260,7 @@ def _predict(
                 *keys, guidance, temperature, rows, vocabulary, width, splits, **flags, SCALED=scaled,
             )  # fmt: skip
         else:
-            tiles = max(1, CHUNK_ELEMENTS // (rows * config["BV"]))  # of a chunk
+            tiles = max(1, CHUNK_ELEMENTS // (rows * config["BV"]))  # in a chunk
             for first in range(0, splits, tiles):
                 columns = slice(first * config["BV"], (first + tiles) * config["BV"])
                 logits = _logits(hidden, weight[columns])  # [N, C]
@@ -297,13 +303,15 @@ def predict(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`reference.predict` for fp32, bf16 and fp16: token [N] int64, confidence [N] fp32, log-sum-exp [N] fp32.
 
-    With e4m3 weights few rows of bf16 are fused on a GPU; other rows are streamed.
-    ``banned`` and ``deferred`` are compiled into the kernel as ranges of ids: meant for sets that stay.
+    With e4m3 weights, a few bf16 rows on a GPU are fused; everything else is streamed.
+    ``banned`` and ``deferred`` are compiled into the kernel as ranges of ids: each new set compiles it again.
     """
     check_tensors(hidden.device, hidden=(hidden, [None, None], FLOATS))
     kinds = (hidden.dtype,) if scale is None else (torch.float8_e4m3fn,)
     check_tensors(hidden.device, weight=(weight, [None, hidden.shape[1]], kinds))
-    (rows, width), vocabulary, device = hidden.shape, weight.shape[0], hidden.device
+    rows, width = hidden.shape
+    vocabulary = weight.shape[0]
+    device = hidden.device
     check_tensors(
         device,
         uncond=(uncond, [rows, width], (hidden.dtype,)),
@@ -322,7 +330,8 @@ def predict(
     )
     if noisy:
         check_tensors(device, row=(row, [rows], INTEGERS), position=(position, [rows], INTEGERS))
-        seed, step = as_scalar("seed", seed, device), as_scalar("step", step, device)
+        seed = as_scalar("seed", seed, device)
+        step = as_scalar("step", step, device)
     else:
         seed = step = row = position = None
     return _predict(

@@ -1,8 +1,8 @@
 """Every op of the package in plain PyTorch: the definition that each kernel is tested against.
 
-Torch alone, any device, any float dtype. Half-precision inputs are computed in fp32 and rounded where the
-published models round; fp64 inputs are computed in fp64 throughout, which is how a test gets its truth.
-Nothing here is written for speed.
+It needs only torch, and runs on any device in any float dtype. Half-precision inputs are computed in fp32 and rounded
+where the published models round. fp64 inputs are computed in fp64 throughout: that is the truth of the tests. Nothing
+here is written for speed.
 
 Letters: B batch rows, T query positions, S slots of a K/V buffer, H query heads, G key/value heads, D head dim,
 d model width, V vocabulary, N gathered positions.
@@ -28,26 +28,26 @@ def linear(
 ) -> torch.Tensor:
     """``x W^T``, with ``scale[n] W[n]`` in place of W where there is a scale; [..., N], rounded once.
 
-    ``gated``: W's first half are a gate's rows, the others an up projection's; returns `swiglu` of the two products,
-    each rounded, [..., N / 2].
+    ``gated``: the first half of W's rows are a gate, the second half an up projection. Returns `swiglu` of the two
+    outputs, each rounded, [..., N / 2].
     """
     wide = _wide(weight)
-    product = (_wide(x) @ (wide if scale is None else wide * scale.to(wide.dtype)[:, None]).T).to(x.dtype)
-    return swiglu(*product.chunk(2, -1)) if gated else product
+    y = (_wide(x) @ (wide if scale is None else wide * scale.to(wide.dtype)[:, None]).T).to(x.dtype)
+    return swiglu(*y.chunk(2, -1)) if gated else y
 
 
 def round_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [M, K] as e4m3 [M, K], and each row's scale [M, 1] fp32: ``max |x| / 448`` (arXiv:2209.05433)."""
+    """x [M, K] rounded to e4m3, and the scale of each row [M, 1] fp32: ``max |x| / 448`` (arXiv:2209.05433)."""
     largest = torch.linalg.vector_norm(x, float("inf"), -1, keepdim=True).float()
     scale = (largest / torch.finfo(torch.float8_e4m3fn).max).clamp(min=torch.finfo(torch.float32).tiny)
     return (x.float() / scale).to(torch.float8_e4m3fn), scale
 
 
 def split_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [M, K] bf16 as two e4m3 rows each, [M, 2, K], and each row's scale [M] fp32, a power of two.
+    """Each row of x [M, K] bf16 as two e4m3 rows, [M, 2, K], and its scale [M] fp32, a power of two.
 
-    ``high = round(x / scale)``, ``low = round(16 (x / scale - high))``: ``scale (high + low / 16)`` is x, or within
-    2^-21 of the row's largest where x is below 2^-13 of it.
+    ``high = round(x / scale)``, ``low = round(16 (x / scale - high))``. ``scale (high + low / 16)`` is x exactly, or
+    off by at most 2^-21 of the row's largest if x is below 2^-13 of it.
     """
     largest = torch.linalg.vector_norm(x, float("inf"), -1, keepdim=True).float()
     scale = torch.ldexp(torch.ones_like(largest), (torch.frexp(largest)[1] - 8).clamp(min=-126))
@@ -110,7 +110,7 @@ def geglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 def rope_table(positions: int, head_dim: int, theta: float, device=None) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin of ``p * theta^(-2i/D)``, each [positions, D/2] fp32 (arXiv:2104.09864).
 
-    Angles are fp32 products on purpose: both model families compute them so.
+    Angles are computed in fp32 on purpose, as both model families do.
     """
     inv_freq = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
     angle = torch.outer(torch.arange(positions, dtype=torch.float32, device=device), inv_freq)
@@ -140,14 +140,14 @@ def rope(
     outside [0, S) are not written.
     """
     offset = torch.arange(q.shape[1], device=q.device)
-    at = (position[:, None] + offset).clamp(0, cos.shape[0] - 1)
-    c, s = (table.to(_wide(q).dtype)[at][:, :, None] for table in (cos, sin))
+    angle = (position[:, None] + offset).clamp(0, cos.shape[0] - 1)
+    c, s = (table.to(_wide(q).dtype)[angle][:, :, None] for table in (cos, sin))
 
-    to = slot[:, None] + offset
-    inside = (to >= 0) & (to < keys.shape[1])
-    row = torch.arange(q.shape[0], device=q.device)[:, None].expand_as(to)
-    keys[row[inside], to[inside]] = rotate(k, c, s)[inside]
-    values[row[inside], to[inside]] = v[inside]
+    slots = slot[:, None] + offset
+    inside = (slots >= 0) & (slots < keys.shape[1])
+    row = torch.arange(q.shape[0], device=q.device)[:, None].expand_as(slots)
+    keys[row[inside], slots[inside]] = rotate(k, c, s)[inside]
+    values[row[inside], slots[inside]] = v[inside]
     return rotate(q, c, s)
 
 
@@ -195,7 +195,7 @@ def philox(seed: int, c0, c1, c2, c3) -> tuple[torch.Tensor, torch.Tensor, torch
     Counters are int64 tensors of 32-bit values that broadcast. The same function as ``tl.philox``.
     """
     counter = (c0, c1, c2, c3)
-    # Plain numbers join the tensors on their device: elsewhere, a broadcast one would meet them on another.
+    # Plain numbers become tensors on the device of the others, or they could not be broadcast together.
     device = next((c.device for c in counter if isinstance(c, torch.Tensor) and c.dim()), torch.device("cpu"))
     c0, c1, c2, c3 = torch.broadcast_tensors(
         *(torch.as_tensor(c, dtype=torch.int64, device=device) & _WORD for c in counter)
@@ -203,8 +203,10 @@ def philox(seed: int, c0, c1, c2, c3) -> tuple[torch.Tensor, torch.Tensor, torch
     key0, key1 = seed & _WORD, (seed >> 32) & _WORD
     for _ in range(10):
         # The int64 products wrap, which keeps all 64 bits; masking undoes the arithmetic shift.
-        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c1, c2, c3 = ((b >> 32) & _WORD) ^ c1 ^ key0, b & _WORD, ((a >> 32) & _WORD) ^ c3 ^ key1, a & _WORD
+        a = c0 * 0xD2511F53
+        b = c2 * 0xCD9E8D57
+        c0, c2 = ((b >> 32) & _WORD) ^ c1 ^ key0, ((a >> 32) & _WORD) ^ c3 ^ key1
+        c1, c3 = b & _WORD, a & _WORD
         key0, key1 = (key0 + 0x9E3779B9) & _WORD, (key1 + 0xBB67AE85) & _WORD
     return c0, c1, c2, c3
 
@@ -225,9 +227,11 @@ def gumbel(
     """
     words = philox(seed, columns // 2, position[:, None], row[:, None], step)
     odd = (columns % 2).bool()
-    high, low = torch.where(odd, words[2], words[0]), torch.where(odd, words[3], words[1])
+    high = torch.where(odd, words[2], words[0])
+    low = torch.where(odd, words[3], words[1])
     upper = high >= 1 << 31
-    high, low = torch.where(upper, _WORD - high, high), torch.where(upper, _WORD - low, low)
+    high = torch.where(upper, _WORD - high, high)
+    low = torch.where(upper, _WORD - low, low)
     small = (high.double() + (low.double() + 0.5) * 2.0**-32) * 2.0**-32  # min(U, 1 - U)
     exponential = torch.where(upper, -torch.log1p(-small), -torch.log(small))
     return -torch.log(exponential)
@@ -326,10 +330,9 @@ def select(
     if deferred:
         held = (token[:, None] == torch.tensor(deferred, dtype=torch.int64, device=token.device)).any(-1)
         score = score.masked_fill(held, float("-inf"))
-    if candidate is not None:
-        token, score = token.where(candidate, mask_id), score.where(candidate, float("-inf"))
-        lse = lse.where(candidate, 0.0)
-    return token, score, lse
+    if candidate is None:
+        return token, score, lse
+    return token.where(candidate, mask_id), score.where(candidate, float("-inf")), lse.where(candidate, 0.0)
 
 
 def commit(
@@ -344,13 +347,13 @@ def commit(
     factor: float | None = None,
     bound: float | None = None,
 ) -> torch.Tensor:
-    """Write each row's chosen candidates at ``slot + t`` of ``sequence``; return which they were, [B, T] bool.
+    """Write the chosen candidates of each row at ``slot + t`` of ``sequence``; return which those are, [B, T] bool.
 
-    A row keeps its k most confident candidates, all if it has fewer, ties to the lowest position. With c sorted
-    downwards, k is one of:
+    A row keeps its k most confident candidates, or all if it has fewer; ties go to the lowest position. With the
+    confidences c in descending order, k is one of:
 
     - ``count``, exactly: 0 keeps nothing;
-    - how many reach ``threshold``;
+    - the number of confidences that reach ``threshold``;
     - the largest k with ``(k + 1) (1 - c_k) < factor`` (arXiv:2505.22618);
     - the largest k with ``-(c_1 + ... + c_{k-1}) <= bound``, c the negative entropy: the error of keeping k tokens
       together is at most the sum of all their entropies but the largest (EB-Sampler, arXiv:2505.24857).
@@ -361,7 +364,8 @@ def commit(
     order = score.argsort(dim=-1, descending=True, stable=True)
     # Candidates at -inf rank ahead of non-candidates, or a row might never progress.
     order = order.gather(1, candidate.gather(1, order).int().argsort(dim=-1, descending=True, stable=True))
-    best, rank = score.gather(1, order), order.argsort(-1)
+    best = score.gather(1, order)
+    rank = order.argsort(-1)
     if count is not None:
         k = count
     elif threshold is not None:
@@ -373,9 +377,9 @@ def commit(
         before = torch.nn.functional.pad(-best, (1, 0))[:, :-1].cumsum(-1)
         k = (before <= bound).sum(-1).clamp(min=1)
     chosen = candidate & (rank < k[:, None])
-    at = slot[:, None] + torch.arange(token.shape[1], device=token.device)
+    index = slot[:, None] + torch.arange(token.shape[1], device=token.device)
     row = torch.arange(sequence.shape[0], device=token.device)[:, None]
-    sequence[row, at] = torch.where(chosen, token, sequence[row, at])
+    sequence[row, index] = torch.where(chosen, token, sequence[row, index])
     return chosen
 
 

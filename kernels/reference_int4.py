@@ -4,15 +4,16 @@ import torch
 
 
 def round_int4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """weight [N, K] in groups of 128 inputs, ``w ~ scale (q - zero)``, q and zero whole numbers from 0 to 15.
+    """weight [N, K] in groups of 128 inputs, ``w ~ scale (q - zero)``, q and zero integers from 0 to 15.
 
-    Returns q two to a byte, [N, 64 G] uint8, with scale [G, N] bf16 and zero [G, N] uint8 of the G groups; the last one
-    may be short. ``scale = (max(w, 0) - min(w, 0)) / 15`` rounded to bf16, and q and zero to the nearest
-    (arXiv:1712.05877). A word of 8 q, from its lowest bits on, has every 16th of a group's inputs: those that one
-    instruction unpacks belong to as many slices of 16 inputs.
+    Returns q, two to a byte, [N, 64 G] uint8; scale [G, N] bf16 and zero [G, N] uint8 of the G groups. The last group
+    may be short. ``scale = (max(w, 0) - min(w, 0)) / 15`` rounded to bf16; q and zero are rounded to the nearest
+    integer (arXiv:1712.05877). A word holds 8 q, from its lowest bits up: inputs i, i + 16, ... i + 112 of a group, one
+    of each slice of 16 inputs.
     """
     wide = torch.nn.functional.pad(weight.float(), (0, -weight.shape[1] % 128)).unflatten(1, (-1, 128))
-    low, high = wide.amin(-1).clamp(max=0), wide.amax(-1).clamp(min=0)  # [N, G]
+    low = wide.amin(-1).clamp(max=0)  # [N, G]
+    high = wide.amax(-1).clamp(min=0)  # [N, G]
     scale = ((high - low) / 15).clamp(min=torch.finfo(torch.float32).tiny).bfloat16()
     zero = (-low / scale.float()).round().clamp(0, 15)
     q = ((wide / scale.float()[..., None]).round() + zero[..., None]).clamp(0, 15).to(torch.uint8)
@@ -22,7 +23,7 @@ def round_int4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.
 
 
 def widen_int4(packed: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, width: int) -> torch.Tensor:
-    """What `round_int4` made of a weight [N, width]: ``scale (q - zero)``, exact in fp32."""
+    """The weight [N, width] that `round_int4` rounded to: ``scale (q - zero)``, exact in fp32."""
     pairs = packed.unflatten(1, (-1, 16, 4))
     q = torch.stack((pairs & 15, pairs >> 4), -1).movedim(2, -1).flatten(2)  # [N, G, 128]
     return (scale.t().float()[..., None] * (q.float() - zero.t().float()[..., None])).flatten(1)[:, :width]

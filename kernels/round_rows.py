@@ -1,12 +1,12 @@
-"""Rows in e4m3, each with a scale of its own, for matmuls that take both factors in e4m3 (arXiv:2209.05433).
+"""Rows rounded to e4m3, each with its own scale, for matmuls with both operands in e4m3 (arXiv:2209.05433).
 
     round_rows   scale = max_k |x[k]| / 448                          x8[k] = round(x[k] / scale)
     split_rows   scale = 2^(floor(log2(max_k |x[k]|)) - 7)           high[k] = round(x[k] / scale)
                                                                       low[k] = round(16 (x[k] / scale - high[k]))
 
-A bf16 number has 8 significant bits, two e4m3 numbers 4 each: high + low / 16 is x / scale exactly, but for numbers
-below 2^-13 of the row's largest, which are at most 2^-21 of that largest off. A program holds a row in registers, so
-that x is read once.
+A bf16 number has 8 significant bits and an e4m3 number has 4, so high + low / 16 is exactly x / scale; only numbers
+below 2^-13 of the row's largest are off, by at most 2^-21 of it. A program holds a row in registers, so that x is read
+once.
 """
 
 import torch
@@ -22,7 +22,7 @@ TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 @triton.jit
 def _load_row(x_ptr, x_stride, d, CHAINED: tl.constexpr, BD: tl.constexpr):
-    """This program's row, its columns [BD], and what is there [BD] fp32."""
+    """This program's row number, its columns [BD], and its values [BD] fp32."""
     if CHAINED:
         start_next()
         wait_for_inputs()
@@ -44,7 +44,7 @@ def _round_rows_kernel(
     row, col, x = _load_row(x_ptr, x_stride, d, CHAINED, BD)
     scale = tl.maximum(tl.div_rn(tl.max(tl.abs(x), 0), 448.0), TINY)
     tl.store(scale_ptr + row, scale)
-    # Exact division: two units in the last place would move numbers across a tie.
+    # Exact division: an error in the last place would round some ties the other way.
     tl.store(out_ptr + row * d + col, tl.div_rn(x, scale).to(tl.float8e4nv), mask=col < d)
 
 
@@ -59,7 +59,7 @@ def _split_rows_kernel(
     BD: tl.constexpr,
 ):
     row, col, x = _load_row(x_ptr, x_stride, d, CHAINED, BD)
-    # An exponent of 254 less the scale's is the exponent of its inverse: both are normal numbers.
+    # 254 minus the scale's exponent is the exponent of its inverse; both are normal numbers.
     exponent = tl.maximum((tl.max(tl.abs(x), 0).to(tl.int32, bitcast=True) >> 23) - 7, 1)
     tl.store(scale_ptr + row, (exponent << 23).to(tl.float32, bitcast=True))
     x *= ((254 - exponent) << 23).to(tl.float32, bitcast=True)

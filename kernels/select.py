@@ -1,14 +1,14 @@
 """Logits -> token, confidence, log-sum-exp: the part of `predict` that follows the head, a vocabulary tile at a time.
 
-The vocabulary is cut into tiles. A tile leaves six numbers a row and one id: its peak m, S = sum e^(z - m), the best
-score, that token and its noise-free logit, and what the confidence needs: T = sum e^(z - m) (z - m) for the entropy,
-or the two best admissible logits for the margin. `_combine_kernel` merges tiles:
+The vocabulary is cut into tiles. For each row a tile stores one id and six numbers: its peak m, S = sum e^(z - m), the
+best score, that token and its noise-free logit, and for the confidence T = sum e^(z - m) (z - m) (entropy) or the two
+best admissible logits (margin). `_combine_kernel` merges the tiles:
 
     M = max m_i,  S = sum S_i e^(m_i - M),  T = sum e^(m_i - M) (T_i + (m_i - M) S_i)
     lse = M + ln S,  p_v = e^(z_v - M) / S,  sum p ln p = T / S - ln S
 
-Every quantity is relative to the peak, so huge and -inf logits are safe, and the probability is e^(z - M) / S: through
-lse it would lose the digits that z and lse share.
+Everything is relative to the peak, so huge and -inf logits are safe. The probability is e^(z - M) / S, since z - lse
+would lose the digits that z and lse share.
 """
 
 import torch
@@ -17,17 +17,17 @@ import triton.language as tl
 
 from dllm_fast.kernels.gumbel import gumbel_tile, uniform_from_key
 
-FIELDS = 6  # peak, mass, best score, its logit, and two of the confidence's
+FIELDS = 6  # peak, mass, best score, its logit, and two for the confidence
 SELECT = {"BV": 2048, "num_warps": 8}
 
 
 @triton.jit
 def in_ranges(id, RANGES: tl.constexpr):
     """Whether an id is in one of the ranges (low, high, low, high, ...)."""
-    found = id < 0
+    inside = id < 0
     for i in tl.static_range(0, len(RANGES), 2):
-        found = found | ((id >= RANGES[i]) & (id < RANGES[i + 1]))
-    return found
+        inside = inside | ((id >= RANGES[i]) & (id < RANGES[i + 1]))
+    return inside
 
 
 @triton.jit
@@ -36,7 +36,7 @@ def reduce_tile(
     column,  # [BV] vocabulary ids, ascending
     n,  # [BN] int64 rows
     valid,  # [BN] whether there is such a row
-    tile,  # where among the splits
+    tile,  # which of the splits
     part_ptr,  # [FIELDS, N, S] fp32
     best_ptr,  # [N, S] int32
     seed_ptr,  # [1] int64
@@ -55,41 +55,45 @@ def reduce_tile(
     BV: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """The tile's numbers for each row, stored at split ``tile``."""
+    """Store the tile's numbers for each row at split ``tile``."""
+    # 1. Peak and mass, of all that count in the softmax.
     id = column[:, None]  # [BV, 1]
     z = tl.where((id < V) & ~in_ranges(id, BANNED), z, float("-inf"))
     counted = tl.where(in_ranges(id, DEFERRED), float("-inf"), z)  # [BV, BN]
     peak = tl.max(counted, 0)  # [BN]
-    # A tile of -inf alone: -inf - -inf would be NaN.
+    # If all of the tile is -inf, counted - peak would be NaN.
     shift = tl.where(peak == float("-inf"), 0.0, peak)[None, :]  # [1, BN]
     mass = tl.exp(counted - shift)  # [BV, BN]
-    at = part_ptr + n * S + tile  # [BN]
+    fields = part_ptr + n * S + tile  # [BN]
     field = N.to(tl.int64) * S
-    tl.store(at, peak, mask=valid)
-    tl.store(at + field, tl.sum(mass, 0), mask=valid)
+    tl.store(fields, peak, mask=valid)
+    tl.store(fields + field, tl.sum(mass, 0), mask=valid)
     if CONFIDENCE == "entropy":
         slope = tl.where(mass > 0, mass * (counted - shift), 0.0)  # [BV, BN]; 0 * -inf is 0 here
-        tl.store(at + 4 * field, tl.sum(slope, 0), mask=valid)
+        tl.store(fields + 4 * field, tl.sum(slope, 0), mask=valid)
 
+    # 2. The best token, with noise.
     scored = tl.where(id == MASK, float("-inf"), z)  # [BV, BN]
     if NOISE:
         row = tl.load(row_ptr + n, mask=valid, other=0).to(tl.uint32)[None, :]  # [1, BN]
         position = tl.load(position_ptr + n, mask=valid, other=0).to(tl.uint32)[None, :]  # [1, BN]
-        seed, step = tl.load(seed_ptr), tl.load(step_ptr).to(tl.uint32)
+        seed = tl.load(seed_ptr)
+        step = tl.load(step_ptr).to(tl.uint32)
         scored += temperature * gumbel_tile(seed, step, row, position, tile * BV, BV, BN)
     best = tl.max(scored, 0)  # [BN]
-    # A minimum of ids, not an argmax: it is the lowest id that ties by construction, on any reduction order.
+    # A minimum of ids instead of an argmax: ties go to the lowest id whatever the order of the reduction.
     token = tl.min(tl.where(scored == best[None, :], id, 0x7FFFFFFF), 0)  # [BN]
-    tl.store(at + 2 * field, best, mask=valid)
+    tl.store(fields + 2 * field, best, mask=valid)
     tl.store(best_ptr + n * S + tile, token, mask=valid)
-    tl.store(at + 3 * field, tl.sum(tl.where(id == token[None, :], z, 0.0), 0), mask=valid)
+    tl.store(fields + 3 * field, tl.sum(tl.where(id == token[None, :], z, 0.0), 0), mask=valid)
+    # 3. The two best logits.
     if CONFIDENCE == "margin":
         admissible = tl.where(id == MASK, float("-inf"), counted)  # [BV, BN]
         first = tl.max(admissible, 0)  # [BN]
-        where = tl.min(tl.where(admissible == first[None, :], id, 0x7FFFFFFF), 0)  # [BN]
-        second = tl.max(tl.where(id == where[None, :], float("-inf"), admissible), 0)  # [BN]
-        tl.store(at + 4 * field, first, mask=valid)
-        tl.store(at + 5 * field, second, mask=valid)
+        winner = tl.min(tl.where(admissible == first[None, :], id, 0x7FFFFFFF), 0)  # [BN]
+        second = tl.max(tl.where(id == winner[None, :], float("-inf"), admissible), 0)  # [BN]
+        tl.store(fields + 4 * field, first, mask=valid)
+        tl.store(fields + 5 * field, second, mask=valid)
 
 
 @triton.jit(do_not_specialize=["N", "S", "first"])
@@ -122,10 +126,10 @@ def _select_kernel(
     BV: tl.constexpr,
 ):
     n = tl.program_id(0).to(tl.int64)
-    live = True
+    wanted = True
     if GATHER:
-        live = tl.load(candidate_ptr + n) != 0
-    if not live:
+        wanted = tl.load(candidate_ptr + n) != 0
+    if not wanted:
         return
     within = tl.program_id(1) * BV + tl.arange(0, BV)  # [BV]
     column = first * BV + within
@@ -163,47 +167,50 @@ def _combine_kernel(
     BS: tl.constexpr,  # at least S
 ):
     n = tl.program_id(0).to(tl.int64)
-    live = True
+    wanted = True
     if GATHER:
-        live = tl.load(candidate_ptr + n) != 0
+        wanted = tl.load(candidate_ptr + n) != 0
     s = tl.arange(0, BS)  # [BS]
-    inside = (s < S) & live
-    at = part_ptr + n * S + s
+    inside = (s < S) & wanted
+    fields = part_ptr + n * S + s  # [BS]
     field = tl.num_programs(0).to(tl.int64) * S
+    # 1. Peak and mass of all tiles.
     low = float("-inf")
-    peaks = tl.load(at, mask=inside, other=low)  # [BS]
-    masses = tl.load(at + field, mask=inside, other=0.0)  # [BS]
+    peaks = tl.load(fields, mask=inside, other=low)  # [BS]
+    masses = tl.load(fields + field, mask=inside, other=0.0)  # [BS]
     peak = tl.max(peaks, 0)
     shift = tl.where(peak == low, 0.0, peak)
     scale = tl.exp(peaks - shift)  # [BS]
     mass = tl.sum(masses * scale, 0)
 
-    scores = tl.load(at + 2 * field, mask=inside, other=low)  # [BS]
+    # 2. The token of the best score, and its confidence.
+    scores = tl.load(fields + 2 * field, mask=inside, other=low)  # [BS]
     ids = tl.load(best_ptr + n * S + s, mask=inside, other=0x7FFFFFFF)  # [BS]
     token = tl.min(tl.where(scores == tl.max(scores, 0), ids, 0x7FFFFFFF), 0)
     if CONFIDENCE == "probability":
-        logits = tl.load(at + 3 * field, mask=inside, other=low)  # [BS]
+        logits = tl.load(fields + 3 * field, mask=inside, other=low)  # [BS]
         score = tl.exp(tl.sum(tl.where(ids == token, logits, 0.0), 0) - shift) / mass
     elif CONFIDENCE == "margin":
-        firsts = tl.load(at + 4 * field, mask=inside, other=low)  # [BS]
-        seconds = tl.load(at + 5 * field, mask=inside, other=low)  # [BS]
+        firsts = tl.load(fields + 4 * field, mask=inside, other=low)  # [BS]
+        seconds = tl.load(fields + 5 * field, mask=inside, other=low)  # [BS]
         first = tl.max(firsts, 0)
         winner = tl.min(tl.where(firsts == first, s, BS), 0)
         second = tl.max(tl.where(s == winner, seconds, firsts), 0)
         score = (tl.exp(first - shift) - tl.exp(second - shift)) / mass
     elif CONFIDENCE == "entropy":
-        slopes = tl.load(at + 4 * field, mask=inside, other=0.0)  # [BS]
-        # Where scale is 0 the difference may be -inf.
+        slopes = tl.load(fields + 4 * field, mask=inside, other=0.0)  # [BS]
+        # Where scale is 0, peaks - shift may be -inf.
         slopes = tl.where(scale > 0, scale * (slopes + (peaks - shift) * masses), 0.0)
         score = tl.sum(slopes, 0) / mass - tl.log(mass)
     else:
-        row, position = tl.load(row_ptr + n).to(tl.uint32), tl.load(position_ptr + n).to(tl.uint32)
+        row = tl.load(row_ptr + n).to(tl.uint32)
+        position = tl.load(position_ptr + n).to(tl.uint32)
         score = uniform_from_key(tl.load(seed_ptr), tl.load(step_ptr).to(tl.uint32), row, position)
     score = tl.where(in_ranges(token, DEFERRED), low, score)
-    # NaN logits equal no maximum; the clamp keeps such a row's token in the vocabulary.
-    tl.store(token_ptr + n, tl.where(live, tl.minimum(token, V - 1), mask_id).to(tl.int64))
-    tl.store(confidence_ptr + n, tl.where(live, score, low))
-    tl.store(lse_ptr + n, tl.where(live, shift + tl.log(mass), 0.0))
+    # NaN logits equal no maximum; the minimum keeps the token of such a row in the vocabulary.
+    tl.store(token_ptr + n, tl.where(wanted, tl.minimum(token, V - 1), mask_id).to(tl.int64))
+    tl.store(confidence_ptr + n, tl.where(wanted, score, low))
+    tl.store(lse_ptr + n, tl.where(wanted, shift + tl.log(mass), 0.0))
 
 
 def select(
@@ -220,7 +227,7 @@ def select(
     vocabulary: int,
     flags: dict,  # the kernel's constants
 ) -> None:
-    """Reduce a chunk of logits to its tiles' numbers."""
+    """Reduce a chunk of logits to the numbers of its tiles."""
     rows, columns = logits.shape
     _select_kernel[(rows, triton.cdiv(columns, flags["BV"]))](
         logits, base, bias, candidate, part, best, *keys,
@@ -244,7 +251,7 @@ def combine(
     """Merge every row's tiles into the results."""
     rows, splits = best.shape
     if kind != "random":
-        keys = (None,) * len(keys)  # not read: one kernel serves with noise and without
+        keys = (None,) * len(keys)  # not read: the same kernel serves with and without noise
     _combine_kernel[(rows,)](
         token, confidence, lse, part, best, candidate, *keys, mask_id, vocabulary, splits,
         DEFERRED=tuple(deferred), CONFIDENCE=kind, GATHER=candidate is not None, BS=triton.next_power_of_2(splits),

@@ -1,8 +1,8 @@
-"""The end of work that several programs share: their parts are counted, and the last of them to arrive adds them up.
+"""Tiles that several programs share: each program writes its part, and the last one to finish adds the parts up.
 
-In a matmul of few rows (`linear.py`, `linear_int4.py`) the steps of all tiles, in order, are shared out equally; a
-program whose steps are all of a tile stores it, any other leaves a part of it. Parts are added up in the programs'
-order, not in that of their arrival: replays give the same bits.
+A matmul of few rows (`linear.py`, `linear_int4.py`) divides the steps of all tiles, in order, equally between programs.
+A program that has all steps of a tile stores it; any other writes its part of the tile. Parts are added in the order of
+the programs, not in the order in which they finish, so that replays give the same bits.
 """
 
 import contextlib
@@ -16,12 +16,12 @@ import triton.language as tl
 
 @triton.jit
 def is_last(count_ptr, parts):
-    """Say that this program's part is written. True for the last of ``parts`` programs: it may read all of them.
+    """Report that this program's part is written. True for the last of ``parts`` programs, which may read all of them.
 
-    Read them by ``cache_modifier=".cg"``: not from this multiprocessor's own cache, which may hold what was there
-    before. The count is 0 before and after.
+    Read them with ``cache_modifier=".cg"``: this multiprocessor's own cache may hold older values. The count is 0
+    before and after.
     """
-    tl.debug_barrier()  # every thread's part must have been written before one of them says so
+    tl.debug_barrier()  # all threads must have written before one of them reports
     last = tl.atomic_add(count_ptr, 1, sem="acq_rel") == parts - 1
     tl.debug_barrier()
     if last:
@@ -31,7 +31,7 @@ def is_last(count_ptr, parts):
 
 @triton.jit
 def source_rows(N, GATED: tl.constexpr, BN: tl.constexpr):
-    """[BN] int64: the rows of W that the first tile has. With GATED those of gate and up in turns."""
+    """[BN] int64: the rows of W in the first tile. With GATED, rows of gate and up alternate."""
     n = tl.arange(0, BN)
     if GATED:
         n = (n % 2) * (N // 2) + n // 2
@@ -53,7 +53,7 @@ def _store(
 ):
     kind = out_ptr.dtype.element_ty
     m = tl.arange(0, BM).to(tl.int64)  # [BM]
-    PER: tl.constexpr = BN // 2 if GATED else BN  # a tile's columns of the output
+    PER: tl.constexpr = BN // 2 if GATED else BN  # output columns of a tile
     n = tile * PER + tl.arange(0, PER)  # [PER]
     if scale_ptr is not None:
         y *= tl.load(scale_ptr + tile * PER + source_rows(N, GATED, BN))[:, None]
@@ -61,7 +61,8 @@ def _store(
         y *= tl.load(x_scale_ptr + tl.minimum(m, rows - 1))[None, :]
     if GATED:
         gate, up = tl.split(tl.permute(tl.reshape(y, [PER, 2, BM]), (0, 2, 1)))  # [PER, BM]
-        gate, up = gate.to(kind).to(tl.float32), up.to(kind).to(tl.float32)
+        gate = gate.to(kind).to(tl.float32)
+        up = up.to(kind).to(tl.float32)
         y = gate / (1 + tl.exp(-gate)) * up
     width = N // BN * PER
     tl.store(out_ptr + m[None, :] * width + n[:, None], y.to(kind), mask=(m < rows)[None, :])
@@ -70,13 +71,13 @@ def _store(
 @triton.jit
 def end_tile(
     y,  # [BN, BM] fp32: this program's part of a tile
-    part_ptr,  # [programs, 2, BN, BM] fp32: what a program leaves of its first tile, and of its last
+    part_ptr,  # [programs, 2, BN, BM] fp32: a program's parts of its first and its last tile
     out_ptr,
     scale_ptr,
     x_scale_ptr,
     tile,
     first,  # this program's first step
-    done,  # one past the last step that it made of the tile
+    done,  # one past its last step in the tile
     steps,  # of a tile
     rows,
     N,
@@ -84,7 +85,7 @@ def end_tile(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """Store a tile that this program made alone, else leave the part of it for `sum_parts`."""
+    """Store a tile that this program computed alone; else write its part, for `sum_parts`."""
     begin = tile * steps
     if (first <= begin) & (done == begin + steps):
         _store(y, out_ptr, scale_ptr, x_scale_ptr, tile, rows, N, GATED, BM, BN)
@@ -110,8 +111,9 @@ def _sum(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """Say that this program's part of a tile is there; the last program to say so adds them up."""
-    programs, begin = tl.num_programs(0), tile * steps
+    """Report this program's part of a tile; the last program to do so adds the parts up."""
+    programs = tl.num_programs(0)
+    begin = tile * steps
     lowest = ((begin + 1) * programs - 1) // total
     highest = ((begin + steps) * programs - 1) // total
     if is_last(count_ptr + tile, highest - lowest + 1):
@@ -140,9 +142,9 @@ def sum_parts(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """The tiles in which this program begins and ends, if it shares them.
+    """Finish the tiles in which this program begins and ends, if it shares them.
 
-    To be called after the loop over the steps: Triton pipelines innermost loops alone.
+    Call it after the loop over the steps: Triton pipelines only innermost loops.
     """
     tile = first // steps
     if (first > tile * steps) | (last < (tile + 1) * steps):
@@ -157,9 +159,8 @@ _kept = threading.local()
 
 @contextlib.contextmanager
 def counters(kept: torch.Tensor):
-    """Within it, launches of this thread count arrivals in ``kept``, int32 zeros of one stream's use alone.
-
-    Otherwise each launch gets zeros of its own, which costs a launch more and breaks the chain.
+    """Inside this context, launches of this thread count finished programs in ``kept``: int32 zeros that only one
+    stream uses. Outside it each launch allocates its own zeros, which costs one more launch and breaks the chain.
     """
     before = getattr(_kept, "counters", None)
     _kept.counters = kept
@@ -170,7 +171,7 @@ def counters(kept: torch.Tensor):
 
 
 def zero_counts(tiles: int, device: torch.device) -> torch.Tensor:
-    """At least ``tiles`` int32 zeros for a launch whose programs leave them so."""
+    """At least ``tiles`` int32 zeros, for a launch that leaves them zero."""
     kept = getattr(_kept, "counters", None)
     if kept is not None and kept.device == device and len(kept) >= tiles:
         return kept

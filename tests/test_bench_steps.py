@@ -64,7 +64,7 @@ def test_the_floor_is_the_bytes_that_are_held(steps, weights, head):
     if weights is None:
         held = sum(linear.weight.nbytes for group in family.groups() for linear in group)
     else:
-        matrices = [vars(kept.matrix) for kept in family.products.copies.values()]
+        matrices = [vars(kept.matrix) for kept in family.matmuls.copies.values()]
         held = sum(x.nbytes for matrix in matrices for name, x in matrix.items()
                    if isinstance(x, torch.Tensor) and (weights, name) != ("fp8", "scale"))  # fmt: skip
     held += family.head_operands()[0].nbytes

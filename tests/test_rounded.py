@@ -180,7 +180,7 @@ def test_generating_with_rounded_weights(either, kind, ids, dtype, cache):
 
 
 def tensors_of(model):
-    copies = bound_family(model).products.copies.values()
+    copies = bound_family(model).matmuls.copies.values()
     return [x for copy_ in copies for x in vars(copy_.matrix).values() if isinstance(x, torch.Tensor)]
 
 
@@ -228,7 +228,7 @@ def test_error_at_llada_8bs_shapes(kind, largest, n, k):
     matrix = KINDS[kind](n, k, weight.device)
     matrix.write(0, weight)
     truth = x.double() @ weight.double().T
-    error = (matrix.product(x, False, "torch").double() - truth).norm() / truth.norm()
+    error = (matrix.matmul(x, False, "torch").double() - truth).norm() / truth.norm()
     assert 0.5 * largest < error < largest
 
 
@@ -253,7 +253,7 @@ def write_data(model, ids):
     """Through ``.data``, which PyTorch's version counters miss: patching again notices it."""
     for parameter in model.parameters():
         parameter.data.mul_(1.25)
-    dllm_fast.patch(model, weights=bound_family(model).products.kind)
+    dllm_fast.patch(model, weights=bound_family(model).matmuls.kind)
 
 
 def replace(model, ids):

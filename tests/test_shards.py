@@ -49,7 +49,7 @@ def test_logits_and_tokens_are_those_of_rounding_afterwards(folder, kind, ids, p
     )
     assert torch.equal(one.sequences, other.sequences)
     held = {id(x.held): x.held for x in loaded.modules() if isinstance(x, RoundedLinear)}
-    matrices = [copied.matrix for copied in bound_family(patched).products.copies.values()]
+    matrices = [copied.matrix for copied in bound_family(patched).matmuls.copies.values()]
     assert len(held) == len(matrices) > 0
     for mine, its in zip(held.values(), matrices, strict=True):
         for name, tensor in vars(its).items():

@@ -64,11 +64,11 @@ def test_products_are_each_linears_product(dtype):
     group = [nn.Linear(37, rows, bias=False, dtype=dtype) for rows in (5, 1, 23)]
     x = torch.randn(2, 7, 37).to(dtype)
     truth = [x.double() @ linear.weight.double().T for linear in group]
-    apart = linears.products(x, *group)
+    apart = linears.matmuls(x, *group)
     assert linears.fused(group) is None
     moved = linears.fuse(group)
     assert all(a is linear.weight for a, linear in zip(moved.weights, group, strict=True))
-    together = linears.products(x, *group)
+    together = linears.matmuls(x, *group)
     assert len({part.untyped_storage().data_ptr() for part in together}) == 1
     for one, other, exact in zip(apart, together, truth, strict=True):
         assert other.dtype == dtype and other.shape == exact.shape and other.stride(-1) == 1
@@ -77,7 +77,7 @@ def test_products_are_each_linears_product(dtype):
     assert linears.fuse(group) is None  # already together
     moved.separate()
     assert linears.fused(group) is None
-    assert all(torch.equal(a, b) for a, b in zip(apart, linears.products(x, *group), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(apart, linears.matmuls(x, *group), strict=True))
 
 
 @torch.no_grad()

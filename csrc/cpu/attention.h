@@ -1,9 +1,9 @@
 // Flash attention over a K/V buffer (reference.attention): a tile of slots at a time, the softmax kept as a running
 // maximum and sum (arXiv:2205.14135, in bases of 2).
 //
-// Lanes are query rows, so a tile of scores is [slots, rows]: slots that no row sees are never looked at, and only a
-// window needs a mask, in the tiles at its edge. The H/G query heads that share a K/V head are rows of one tile,
-// (t, head) in that order.
+// Lanes are query rows, so a tile of scores is [slots, rows]. Slots that no row sees are never read, and only a window
+// needs a mask, in the tiles at its edges. The H/G query heads that share a K/V head are rows of one tile, in the order
+// (t, head).
 
 #pragma once
 
@@ -12,11 +12,11 @@
 
 namespace {
 
-constexpr int SLOTS = 128;  // of a tile: scores and K fit in the first cache
+constexpr int SLOTS = 128;  // in a tile: scores and K fit in the L1 cache
 
-// Words of a partial sum, of a score and of a result. In fp32 one sum over a whole head has up to one and a half times
-// the error of PyTorch's, and now and then an output is off by more than twice as much as PyTorch's worst. In bf16 the
-// rounding of the result hides that.
+// Words in a partial sum of a score, and of a result. In fp32 a single sum over a whole head has up to 1.5 times the
+// error of PyTorch's, and a few outputs are off by more than twice PyTorch's worst. In bf16 the rounding of the result
+// hides it.
 template <class T>
 constexpr int SCORE_PART = sizeof(T) == 4 ? 16 : 0;
 template <class T>
@@ -25,15 +25,15 @@ constexpr int VALUE_PART = sizeof(T) == 4 ? 32 : 0;
 template <class T>
 struct AttentionTask {
   const Attention& a;
-  int64_t b, g, first, rows;  // batch row, K/V head; query rows ``first`` on, of this head's T H/G
+  int64_t b, g, first, rows;  // batch row, K/V head; its first query row of this head's T H/G, and how many
   int64_t group, words;       // H/G; words of a head
-  int64_t lanes;              // rows, up to whole vectors
+  int64_t lanes;              // rows, rounded up to whole vectors
   int64_t lo, hi;             // slots that some row sees
-  int64_t from, to;           // slots that the first and the last row stand at
+  int64_t from, to;           // slots of the first and of the last row
   float* q;                   // [words, lanes]
   float* score;               // [SLOTS, lanes]; then weights, as words [SLOTS / PER_WORD, lanes]
-  float* wide_k;              // [SLOTS, words, up to whole vectors]: keys that cannot be multiplied where they lie
-  float* wide_v;              // [SLOTS / PER_WORD, D, up to whole vectors]: values, likewise
+  float* wide_k;              // [SLOTS, words, up to whole vectors]: keys that cannot be multiplied in place
+  float* wide_v;              // [SLOTS / PER_WORD, D, up to whole vectors]: such values
   float* out;                 // [D, up to whole vectors, lanes]
   float *peak, *total, *shrink;  // [lanes]
 
@@ -75,57 +75,60 @@ struct AttentionTask {
     });
   }
 
-  // Slots j to j + n into the running softmax.
+  // Add slots j to j + n to the running softmax.
   void absorb(int64_t j, int64_t n) {
     const T* k = (const T*)a.keys + b * a.k_stride[0] + j * a.k_stride[1] + g * a.k_stride[2];
     const T* v = (const T*)a.values + b * a.v_stride[0] + j * a.v_stride[1] + g * a.v_stride[2];
     const char *k_words = (const char*)k, *v_words = (const char*)v;
     int64_t k_row = a.k_stride[1] * sizeof(T), v_row = a.v_stride[1] * sizeof(T);
     const int64_t D = a.head_dim, wide = parts(D, W) * W;
+    // 1. Keys and values as words.
     if (WIDEN<T> || D % PER_WORD<T>) {
       for (int64_t i = 0; i < n; ++i) copy_words(wide_k + i * wide, k + i * a.k_stride[1], D);
       k_words = (const char*)wide_k, k_row = wide * sizeof(float);
     }
     if (sizeof(T) == 2) v_words = (const char*)wide_v, v_row = wide * sizeof(float);
     const bool edge = a.window >= 0 && (j < to - a.window || j + n - 1 > from + a.window);
+    // 2. A few vectors of rows at a time: scores, softmax, and weights times values.
     in_groups(lanes / W, [&](auto count, int64_t first_vector) {
       constexpr int NR = decltype(count)::value;
-      const int64_t at = first_vector * W;
+      const int64_t lane = first_vector * W;
       Vec top[NR];
       for (int c = 0; c < NR; ++c) top[c] = all(-INFINITY);
-      product<T, NR, false, SCORE_PART<T>>(
-          n, k_words, k_row, 4, q + at, lanes, words, nullptr,
+      matmul<T, NR, false, SCORE_PART<T>>(
+          n, k_words, k_row, 4, q + lane, lanes, words, nullptr,
           [&](int64_t i, int c) {
             if (first_vector + c == 0) fetch_head(k + (i + n) * a.k_stride[1]), fetch_head(v + i * a.v_stride[1]);
             return Vec{};
           },
           [&](int64_t i, int c, Vec x) {
-            store(score + i * lanes + at + c * W, x);
+            store(score + i * lanes + lane + c * W, x);
             top[c] = larger(x, top[c]);
           });
       for (int c = 0; c < NR; ++c) {
-        if (edge) top[c] = mask(j, n, at + c * W);
-        softmax(n, at + c * W, top[c]);
+        if (edge) top[c] = mask(j, n, lane + c * W);
+        softmax(n, lane + c * W, top[c]);
       }
       if (sizeof(T) == 2 && first_vector == 0)
         for (int64_t i = 0; i < n; i += PER_WORD<T>) widen_values(i, n, v + i * a.v_stride[1], wide);
-      product<T, NR, false, VALUE_PART<T>>(
-          D, v_words, 4, v_row, score + at, lanes, parts(n, PER_WORD<T>), nullptr,
+      matmul<T, NR, false, VALUE_PART<T>>(
+          D, v_words, 4, v_row, score + lane, lanes, parts(n, PER_WORD<T>), nullptr,
           [](int64_t, int) { return Vec{}; },
           [&](int64_t d, int c, Vec x) {
-            // A tile's sum is made before it is added: one sum over all slots would be less exact.
-            float* to = out + d * lanes + at + c * W;
-            store(to, load<Vec>(to) * load<Vec>(shrink + at + c * W) + x);
+            // Each tile is summed by itself and then added: one sum over all slots would be less exact.
+            float* to = out + d * lanes + lane + c * W;
+            store(to, load<Vec>(to) * load<Vec>(shrink + lane + c * W) + x);
           });
     });
   }
 
-  // Ask for a head of K or V, from main memory it may be, well before it is used.
+  // Prefetch a head of K or V, perhaps from main memory, well before it is used.
   void fetch_head(const T* x) const {
     for (int64_t d = 0; d < a.head_dim; d += 64 / sizeof(T)) fetch(x + d);
   }
 
-  // Values of slot i, or of slots i and i + 1 as words: the last of an odd number with itself, its other weight is 0.
+  // Values of slot i; or of slots i and i + 1 as words. A last odd slot is paired with itself, and the weight there is
+  // 0.
   void widen_values(int64_t i, int64_t n, const T* v, int64_t wide) {
     if constexpr (PER_WORD<T> == 2)
       interleave((uint32_t*)wide_v + i / 2 * wide, v, i + 1 < n ? v + a.v_stride[1] : v, a.head_dim);
@@ -133,31 +136,31 @@ struct AttentionTask {
       copy_words(wide_v + i * wide, v, a.head_dim);
   }
 
-  // -inf for what W rows do not see of slots j to j + n; returns their largest scores.
-  Vec mask(int64_t j, int64_t n, int64_t at) {
+  // Set the scores of slots j to j + n that W rows do not see to -inf; returns the largest score of each row.
+  Vec mask(int64_t j, int64_t n, int64_t lane) {
     Vec top = all(-INFINITY);
-    Int from_here;  // of each row, its slot less j: between -S and S, or no slot of the tile would be seen by any row
-    for (int l = 0; l < W; ++l) from_here[l] = int32_t(from - j + (first % group + at + l) / group);
+    Int distance;  // from j to each row's slot: between -S and S, or no row would see a slot of the tile
+    for (int l = 0; l < W; ++l) distance[l] = int32_t(from - j + (first % group + lane + l) / group);
     const int32_t window = int32_t(smaller(a.window, 1 << 30));
     for (int64_t i = 0; i < n; ++i) {
-      const Int away = from_here - int32_t(i);
-      const Int seen = (away <= window) & (away >= -window);
-      const Vec x = choose(seen, load<Vec>(score + i * lanes + at), all(-INFINITY));
-      store(score + i * lanes + at, x);
+      const Int away = distance - int32_t(i);
+      const Int visible = (away <= window) & (away >= -window);
+      const Vec x = choose(visible, load<Vec>(score + i * lanes + lane), all(-INFINITY));
+      store(score + i * lanes + lane, x);
       top = larger(x, top);
     }
     return top;
   }
 
-  // Scores of W rows to weights, against the maximum so far.
-  void softmax(int64_t n, int64_t at, Vec top) {
-    const Vec scale = all(a.scale * LOG2E), old = load<Vec>(peak + at);
-    const Vec now = larger(top, old);
-    const Vec base = choose(now > -INFINITY, now, Vec{});  // -inf - -inf is NaN
-    const Vec less = exp2_small((old - base) * scale);
+  // Turn the scores of W rows into weights relative to the maximum so far.
+  void softmax(int64_t n, int64_t lane, Vec top) {
+    const Vec scale = all(a.scale * LOG2E), old = load<Vec>(peak + lane);
+    const Vec new_peak = larger(top, old);
+    const Vec base = choose(new_peak > -INFINITY, new_peak, Vec{});  // -inf - -inf is NaN
+    const Vec shrunk = exp2_small((old - base) * scale);
     Vec sum[2] = {};
-    const float* x = score + at;
-    float* to = score + at;
+    const float* x = score + lane;
+    float* to = score + lane;
     int64_t i = 0;
     for (; i + 2 <= n; i += 2, x += 2 * lanes) {
       const Vec p0 = exp2_small((load<Vec>(x) - base) * scale), p1 = exp2_small((load<Vec>(x + lanes) - base) * scale);
@@ -169,9 +172,9 @@ struct AttentionTask {
       sum[0] += p;
       store_last_weight(to, p);
     }
-    store(peak + at, now);
-    store(shrink + at, less);
-    store(total + at, load<Vec>(total + at) * less + sum[0] + sum[1]);
+    store(peak + lane, new_peak);
+    store(shrink + lane, shrunk);
+    store(total + lane, load<Vec>(total + lane) * shrunk + sum[0] + sum[1]);
   }
 
   float* store_weights(float* to, Vec p0, Vec p1) {

@@ -1,5 +1,5 @@
-// What passes over its input once, row by row, and is bound by memory: a norm, a gate, a rotation
-// (reference.rms_norm, reference.swiglu, reference.rope).
+// Kernels that read their input once, row by row, and are bound by memory: norm, gate and rotation (reference.rms_norm,
+// reference.swiglu, reference.rope).
 
 #pragma once
 
@@ -31,7 +31,7 @@ inline Lanes<T> rounded(Vec x) {
     return x;
 }
 
-// W elements, or the n that there are and zeros.
+// W elements; if n is less than W, n elements and then zeros.
 template <class T>
 inline Lanes<T> read(const T* from, int64_t n) {
   Lanes<T> x = {};
@@ -50,7 +50,7 @@ inline void write(T* to, Lanes<T> x, int64_t n) {
     memcpy(to, &x, n * sizeof(T));
 }
 
-// f(i, count) for the vectors of n elements; of the last, ``count`` may be fewer than W.
+// f(i, count) for each vector of n elements; ``count`` is W, or less in the last.
 template <class F>
 inline void vectors(int64_t n, F f) {
   int64_t i = 0;
@@ -60,7 +60,7 @@ inline void vectors(int64_t n, F f) {
 
 template <class T, bool RESIDUAL>
 inline void normalise(const T* x, const T* residual, const T* weight, T* y, T* sum, int64_t width, double eps) {
-  constexpr int SUMS = 4;  // one would wait for itself, and be less exact
+  constexpr int SUMS = 4;  // with one, each addition would wait for the last; it would also be less exact
   Vec total[SUMS] = {};
   auto square = [&](int64_t i, int64_t n) {
     Lanes<T> h = read(x + i, n);
@@ -72,7 +72,7 @@ inline void normalise(const T* x, const T* residual, const T* weight, T* y, T* s
 #pragma GCC unroll 4
     for (int s = 0; s < SUMS; ++s) total[s] += square(i + s * W, W);
   vectors(width - i, [&](int64_t j, int64_t n) { total[0] += square(i + j, n); });
-  // In fp64: what this loses, every element of the row loses.
+  // In fp64: an error here would be an error of every element of the row.
   double lane[W];
   for (int l = 0; l < W; ++l) lane[l] = (total[0][l] + total[1][l]) + (total[2][l] + total[3][l]);
   for (int step = W / 2; step; step /= 2)
@@ -81,7 +81,7 @@ inline void normalise(const T* x, const T* residual, const T* weight, T* y, T* s
   const T* h = RESIDUAL ? sum : x;
   vectors(width, [&](int64_t i, int64_t n) {
     Vec normed = wide(read(h + i, n)) * scale;
-    if (sizeof(T) == 2) normed = rounded_to_bf16(normed);  // before the weight multiplies it, as LLaDA does
+    if (sizeof(T) == 2) normed = rounded_to_bf16(normed);  // before it multiplies the weight, as LLaDA does
     write(y + i, rounded<T>(normed * wide(read(weight + i, n))), n);
   });
 }
@@ -99,11 +99,11 @@ void rms_norm(const void* arguments, int64_t task) {
   }
 }
 
-// x / (1 + e^-x), by e^-|x|, which cannot overflow; below -87 that counts as 0.
+// x / (1 + e^-x), from e^-|x|, which cannot overflow; for |x| above 87 it is taken as 0.
 inline Vec silu(Vec x) {
   const Vec negative = (Vec)((Word)x | 0x80000000u);
   const Vec shifted = negative * LOG2E + MAGIC, n = shifted - MAGIC;
-  // n ln 2 in two parts, the first of them exact: e^x would lose digits of a large x.
+  // n ln 2 is subtracted in two parts, the first of them exact: a single one would lose digits of a large x.
   const Vec e = exp2_parts(shifted, ((negative - n * 0.693359375f) + n * 2.12194440e-4f) * LOG2E);
   const Vec small = choose(negative > -87.0f, e, Vec{});
   return x * (choose(x < 0.0f, small, all(1.0f)) / (small + 1.0f));
@@ -121,7 +121,8 @@ void swiglu(const void* arguments, int64_t task) {
   }
 }
 
-// ``heads`` heads of 2 * half elements by one position's angles: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin).
+// Rotate ``heads`` heads of 2 * half elements by the angles of one position: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1
+// sin).
 template <class T>
 inline void rotate(T* to, int64_t to_stride, const T* from, int64_t stride, int64_t heads, int64_t half,
                    const float* cos, const float* sin) {
@@ -141,8 +142,8 @@ void rope(const void* arguments, int64_t task) {
   for (int64_t r = task * a.chunk; r < smaller(a.batch * a.queries, (task + 1) * a.chunk); ++r) {
     const int64_t b = r / a.queries, t = r % a.queries;
     // Negative positions are padding.
-    const int64_t at = smaller(larger((a.position ? a.position[b] : 0) + t, 0), a.positions - 1);
-    const float *cos = a.cos + at * a.cos_stride, *sin = a.sin + at * a.sin_stride;
+    const int64_t position = smaller(larger((a.position ? a.position[b] : 0) + t, 0), a.positions - 1);
+    const float *cos = a.cos + position * a.cos_stride, *sin = a.sin + position * a.sin_stride;
     auto row = [&](const void* x, const int64_t (&stride)[3]) { return (T*)x + b * stride[0] + t * stride[1]; };
     rotate<T>((T*)a.out + r * a.heads * D, D, row(a.q, a.q_stride), a.q_stride[2], a.heads, D / 2, cos, sin);
     const int64_t slot = (a.slot ? a.slot[b] : 0) + t;

@@ -1,7 +1,7 @@
-// A few rows of x times rows of W: lanes are rows of W, which are transposed in registers.
+// A few rows of x times rows of W. Lanes are rows of W, which are transposed in registers.
 //
-// With so few rows most of product.h's lanes would be idle. The sums are made in its order, so that a row's result is
-// bit for bit the same however many rows there are.
+// With so few rows most lanes of matmul.h would be idle. Sums are made in the same order as there, so that a row's
+// result has the same bits however many rows there are.
 
 #pragma once
 
@@ -9,24 +9,24 @@
 
 namespace {
 
-static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the first of two bf16 is taken for a word's lower half");
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the first of two bf16 must be the lower half of a word");
 
-constexpr int COLUMNS_AT_ONCE = 16;  // rows of W: enough sums to hide the latency of the multiplications
+constexpr int COLUMNS_AT_ONCE = 16;  // rows of W: enough sums to hide the latency of a multiplication
 constexpr int GROUPS = COLUMNS_AT_ONCE / W;
 constexpr int LINE = 64;  // bytes of a cache line
 
-// Rows of x at most. With half of product.h's lanes in use, transposing costs what the idle ones do. Where weights have
-// to be widened, product.h would pass over them twice, which costs more. For more than 6 there are no registers.
+// The most rows of x. With half of the lanes of matmul.h in use, its idle lanes cost no more than transposing. If
+// weights have to be widened, matmul.h reads them twice, which costs more. There are no registers for more than 6 rows.
 template <class T>
 constexpr int FEW = WIDEN<T> || W > 8 ? 6 : W / 2;
 
-// ``rows`` where they are few, else 0.
+// ``rows`` if they are few, else 0.
 template <class T>
 inline int64_t if_few(int64_t rows) {
   return rows <= FEW<T> ? rows : 0;
 }
 
-// What product.h has as words of one word in memory: two where bf16 is widened.
+// Words for matmul.h in one word of memory: two if bf16 is widened.
 template <class T>
 constexpr int STEPS = WIDEN<T> ? 2 : 1;
 
@@ -47,8 +47,8 @@ inline void pack_few(float* to, int64_t rows, int64_t n, Row row) {
   }
 }
 
-// c[r] += n elements of each lane's row of W, times row r of x [words, R]. WHOLE: of all lanes, and as many elements as
-// a vector has; else only of the first ``columns``.
+// c[r] += n elements of each lane's row of W, times row r of x [words, R]. With WHOLE, all lanes have a row and n is
+// the number of elements in a vector; else only the first ``columns`` lanes have one.
 template <class T, int R, bool WHOLE>
 inline __attribute__((always_inline)) void add_tile(Vec (&c)[R], const T* weight, int64_t w_stride, const float* x,
                                                     int64_t columns, int64_t n) {
@@ -75,9 +75,9 @@ inline __attribute__((always_inline)) void add_tile(Vec (&c)[R], const T* weight
     }
 }
 
-// out [columns, lanes] = bias + rows of W times x [words, R], for COLUMNS_AT_ONCE columns at most; the rows of W that
-// follow are fetched. Row r of x is lane r of out; those from ``half`` on are in the second half of the lanes. The sums
-// over each stretch are added in turn. Not inlined: see `block`.
+// out [columns, lanes] = bias + rows of W times x [words, R], for at most COLUMNS_AT_ONCE columns; the following rows
+// of W are prefetched. Row r of x is lane r of out; rows from ``half`` on are in the second half of the lanes. Each
+// stretch is summed by itself, and the sums are added in order. Not inlined: see `block`.
 template <class T, int R>
 __attribute__((noinline)) void few_columns(float* out, int64_t columns, const T* weight, int64_t w_stride,
                                            const T* bias, const float* x, int64_t half, int64_t lanes, int64_t inputs,
@@ -136,7 +136,7 @@ __attribute__((noinline)) void few_columns(float* out, int64_t columns, const T*
     for (int r = 0; r < R; ++r) out[i * lanes + (r < half ? r : lanes / 2 + r - half)] = total[i / W][r][i % W];
 }
 
-// The same for any number of columns and ``rows`` of x; lanes without a row are 0.
+// The same for any number of columns and for ``rows`` rows of x; lanes without a row are 0.
 template <class T>
 void few_times_weights(float* out, int64_t columns, const T* weight, int64_t w_stride, const T* bias, const float* x,
                        int64_t rows, int64_t half, int64_t lanes, int64_t inputs, int64_t stretch) {

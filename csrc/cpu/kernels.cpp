@@ -1,4 +1,4 @@
-// The kernels for one instruction set, which the compiler's options choose; its name is TABLE.
+// The kernels for the instruction set that the compiler's options choose; TABLE is its name.
 
 #include "attention.h"
 #include "elementwise.h"

@@ -1,4 +1,4 @@
-// The library that dllm_fast/compiled.py loads: which instruction sets there are, and tasks shared out to threads.
+// The library that dllm_fast/cpu loads: it picks the instruction set and divides tasks between threads.
 
 #include <atomic>
 #include <cmath>
@@ -28,7 +28,7 @@ const Kernels* table(int level) {
 
 int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
-// Rows of a task that only passes over them: fewer elements would be done before another thread is awake.
+// Rows in a task that reads them once: a smaller task would be done before another thread has woken.
 int64_t chunk(int64_t elements) { return elements < 32768 ? 32768 / elements : 1; }
 
 struct Job {
@@ -44,7 +44,7 @@ void work(void* pointer) {
     job.run(job.arguments, task);
 }
 
-// OpenMP's own entry, of the very library that PyTorch uses: a second one would keep threads of its own spinning.
+// The entry point of the OpenMP library that PyTorch uses: a second library would keep its own threads spinning.
 using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 Parallel openmp = nullptr;
 
@@ -77,7 +77,7 @@ void* scratch(size_t bytes, Use use) {
 #pragma GCC visibility push(default)
 extern "C" {
 
-// 0 plain, 1 AVX2, 2 AVX-512, 3 with bf16: the most that this CPU has.
+// The best that this CPU has: 0 plain, 1 AVX2, 2 AVX-512, 3 AVX-512 with bf16.
 int dllm_level() {
 #if defined(__x86_64__)
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;

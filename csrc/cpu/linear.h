@@ -1,4 +1,4 @@
-// x W^T + b: rows of x are lanes, unless there are few; rows of W are read once, where they lie, on their way from main
+// x W^T + b. Rows of x are lanes, unless there are few; rows of W are read once, in place, as they come from main
 // memory.
 
 #pragma once
@@ -8,9 +8,9 @@
 
 namespace {
 
-constexpr int ROWS_OF_X = 48;  // of a panel of x, packed
-constexpr int STRETCH = 256;   // words of a sum that is made before it is added: one sum of all would be less exact
-constexpr int COLUMNS = 64;    // of a task: its rows of W, and a panel, are in the second cache
+constexpr int ROWS_OF_X = 48;  // in a panel of x, packed
+constexpr int STRETCH = 256;   // words that are summed before they are added: a single sum would be less exact
+constexpr int COLUMNS = 64;    // in a task: its rows of W and a panel fit in the L2 cache
 
 template <class T>
 const float* panel_of(const Linear& a, int64_t panel) {
@@ -29,8 +29,8 @@ void pack_linear(const void* arguments, int64_t panel) {
     pack<T>(to, rows, a.inputs, row);
 }
 
-// Rows of W as words, in ``wide`` where they cannot be multiplied as they are; returns where they are, and sets the
-// bytes between them.
+// Rows of W as words, copied to ``wide`` if they cannot be multiplied in place. Returns their address, and sets
+// ``step`` to the bytes from row to row.
 template <class T>
 const char* rows_as_words(const T* weight, int64_t stride, int64_t rows, int64_t inputs, float* wide, int64_t& step) {
   if (!WIDEN<T> && inputs % PER_WORD<T> == 0) {
@@ -43,13 +43,13 @@ const char* rows_as_words(const T* weight, int64_t stride, int64_t rows, int64_t
   return (const char*)wide;
 }
 
-// Words of a stretch. Of the words alone: a row's sum is the same whatever the other rows are.
+// Words in a stretch. It depends only on the number of words, so that a row's sum does not depend on other rows.
 inline int64_t stretch_of(int64_t words) {
   return larger(16, parts(parts(words, larger(1, parts(words, STRETCH))), 16) * 16);
 }
 
-// out [rows, lanes] = first(i) + rows of W times packed x [words, lanes]. After the last of the rows, those that follow
-// them are fetched.
+// out [rows, lanes] = first(i) + rows of W times packed x [words, lanes]. While the last rows are multiplied, the rows
+// that follow are prefetched.
 template <class T, class First>
 void lanes_times_weights(float* out, int64_t rows, const char* weight, int64_t row, const float* x, int64_t lanes,
                          int64_t words, int64_t stretch, First first) {
@@ -59,7 +59,7 @@ void lanes_times_weights(float* out, int64_t rows, const char* weight, int64_t r
     const char* next = last ? weight + rows * row : weight + (s + stretch) * 4;
     in_groups(lanes / W, [&](auto count, int64_t vector) {
       constexpr int NR = decltype(count)::value;
-      product<T, NR, true>(
+      matmul<T, NR, true>(
           rows, weight + s * 4, row, 4, x + s * lanes + vector * W, lanes, last ? words - s : stretch, next,
           [](int64_t, int) { return Vec{}; },
           [&](int64_t i, int c, Vec y) {
@@ -71,8 +71,8 @@ void lanes_times_weights(float* out, int64_t rows, const char* weight, int64_t r
   } while (s < words);
 }
 
-// out [columns, lanes] = bias + rows of W times packed x. ``wide`` has room for the rows of W as words. Where ``few`` is
-// not 0, x is so many rows, packed by `pack_few`; those from ``half`` on are in the second half of the lanes.
+// out [columns, lanes] = bias + rows of W times packed x. ``wide`` has room for the rows of W as words. If ``few`` is
+// not 0, x is that many rows, packed by `pack_few`; rows from ``half`` on are in the second half of the lanes.
 template <class T>
 void times_weights(float* out, int64_t columns, const T* weight, int64_t w_stride, const T* bias, const float* x,
                    int64_t few, int64_t half, int64_t lanes, int64_t inputs, float* wide) {

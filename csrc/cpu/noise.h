@@ -1,5 +1,5 @@
 // Counter-based noise (reference.gumbel, reference.uniform): Philox4x32-10 (Salmon et al., SC 2011) and logarithms that
-// are exact in both tails, as kernels/gumbel.py has them and explains.
+// are exact in both tails; kernels/gumbel.py explains them.
 
 #pragma once
 
@@ -7,7 +7,7 @@
 
 namespace {
 
-// The 64-bit products of lanes and m: their upper and lower words.
+// The upper and lower words of the 64-bit products x m.
 inline void multiply(Word x, uint32_t m, Word& high, Word& low) {
   low = x * m;
 #if defined(__AVX512F__)
@@ -23,7 +23,7 @@ inline void multiply(Word x, uint32_t m, Word& high, Word& low) {
 #endif
 }
 
-// Four words of the counter c under a key.
+// Replace the counter c by its four words under the key ``seed``.
 inline void philox(uint64_t seed, Word (&c)[4]) {
   uint32_t key[2] = {uint32_t(seed), uint32_t(seed >> 32)};
   for (int round = 0; round < 10; ++round) {
@@ -49,9 +49,9 @@ inline Vec log_parts(Vec f, Vec k) {
   return k * 0.6931471805599453f + (f * f * q + f);
 }
 
-// f and k with x = 2^k (1 + f), |f| <= 1/3, of a positive normal x.
+// f and k such that x = 2^k (1 + f) and |f| <= 1/3, for a positive normal x.
 inline void split(Vec x, Vec& f, Vec& k) {
-  const Int exponent = ((Int)x - 0x3F2AAAAB) >> 23;  // from 2/3 on
+  const Int exponent = ((Int)x - 0x3F2AAAAB) >> 23;  // 0x3F2AAAAB is 2/3
   f = (Vec)((Int)x - (exponent << 23)) - 1.0f;
   k = __builtin_convertvector(exponent, Vec);
 }

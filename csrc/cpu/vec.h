@@ -1,8 +1,8 @@
 // Vectors of fp32 lanes, as wide as the instruction set this file is compiled for.
 //
 // kernels.cpp is compiled once for each instruction set. Everything it includes is in an unnamed namespace, and it uses
-// no templates or inline functions of the standard library: the linker would merge the copies of those, and keep one
-// that this CPU may not have.
+// no templates or inline functions of the standard library: the linker would merge their copies and keep one, perhaps
+// with instructions that this CPU does not have.
 
 #pragma once
 
@@ -49,7 +49,7 @@ inline Vec all(float x) { return x - Vec{}; }  // 0 + x would not keep -0
 
 inline Vec choose(Int mask, Vec yes, Vec no) { return mask ? yes : no; }
 
-// The larger; the second where either is NaN.
+// The larger of each lane; b if either is NaN.
 inline Vec larger(Vec a, Vec b) {
 #if defined(__AVX512F__)
   return _mm512_max_ps(a, b);
@@ -62,7 +62,7 @@ inline Vec larger(Vec a, Vec b) {
 
 inline Vec to_float(Word x) { return __builtin_convertvector(x, Vec); }
 
-// GCC 12 takes the conversions of vectors apart into halves.
+// Intrinsics, because GCC 12 splits vector conversions in two.
 inline Word to_words(Half x) {
 #if defined(__AVX512F__)
   return (Word)_mm512_cvtepu16_epi32((__m256i)x);
@@ -86,13 +86,13 @@ inline Half to_halves(Word x) {  // below 2^16
 
 inline Vec from_bf16(Half x) { return (Vec)(to_words(x) << 16); }
 
-// Bits whose upper halves are x as bf16, rounded to the nearest, ties to even. A NaN of arithmetic, which is quiet, stays.
+// Words whose upper halves are x as bf16, rounded to the nearest, ties to even. A quiet NaN stays a NaN.
 inline Word nearest_bf16(Vec x) {
   const Word bits = (Word)x;
   return x == x ? bits + (((bits >> 16) & 1) + 0x7FFF) : bits;
 }
 
-// The CPU's own instruction takes what is below 2^-126 for 0.
+// The CPU's own instruction treats numbers below 2^-126 as 0.
 inline Half to_bf16(Vec x) {
 #if defined(__AVX512BF16__)
   return (Half)_mm512_cvtneps_pbh(x);
@@ -109,16 +109,15 @@ inline Vec rounded_to_bf16(Vec x) {
 #endif
 }
 
-// Ask main memory for the cache line at x, into the second cache: in the first it would take the room of lines that are
-// being read now.
+// Prefetch the cache line at x into the L2 cache: in the L1 cache it would evict lines that are being read now.
 inline void fetch(const void* x) {
   __builtin_prefetch(x, 0, 2);
-  asm volatile("");  // GCC takes a function that does nothing else for one without effect, and drops its calls
+  asm volatile("");  // without it GCC finds that the function has no effect and drops its calls
 }
 
 constexpr float LOG2E = 1.4426950408889634f;
 
-constexpr float MAGIC = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to a whole number in its low bits
+constexpr float MAGIC = 12582912.0f;  // 1.5 * 2^23: the sum with it has the rounded number in its low bits
 
 // 2^(n + f) for -126 <= n <= 126, |f| <= 1/2 and ``shifted`` MAGIC + n: n into the exponent bits, 2^f by a minimax
 // polynomial.
@@ -137,12 +136,12 @@ inline Vec exp2_parts(Vec shifted, Vec f) {
 inline Vec exp2_small(Vec x) {
   x = larger(all(-127.0f), x);
   const Vec shifted = x + MAGIC;
-  // Shifted into an exponent, the low bits of some NaNs would make a number of it; x - x is 0 or NaN.
+  // The low bits of some NaNs, shifted into the exponent, would give a number; x - x is 0 or NaN.
   return exp2_parts(shifted, x - (shifted - MAGIC)) + (x - x);
 }
 
-// Words, and pairs of words, of the lower or upper halves of each 16 bytes of a and b, in turns. Of shuffles of wider
-// vectors GCC 12 makes three instructions each.
+// Interleave words, or pairs of words, from the lower or upper halves of each 16 bytes of a and b. Intrinsics, because
+// GCC 12 compiles a shuffle of wider vectors to three instructions.
 #if defined(__AVX512F__)
 inline Word low_words(Word a, Word b) { return (Word)_mm512_unpacklo_epi32((__m512i)a, (__m512i)b); }
 inline Word high_words(Word a, Word b) { return (Word)_mm512_unpackhi_epi32((__m512i)a, (__m512i)b); }
@@ -160,7 +159,7 @@ inline Word low_pairs(Word a, Word b) { return __builtin_shuffle(a, b, Int{0, 1,
 inline Word high_pairs(Word a, Word b) { return __builtin_shuffle(a, b, Int{2, 3, 6, 7}); }
 #endif
 
-// A W x W block of 32-bit words, transposed in place.
+// Transpose a W x W block of 32-bit words in place.
 inline void transpose(Word (&x)[W]) {
   // 1. Each 4 x 4 block of 16 bytes a row.
 #pragma GCC unroll 4

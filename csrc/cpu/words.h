@@ -1,14 +1,14 @@
-// Tensors of bf16 or fp32 as the words that product.h multiplies.
+// bf16 or fp32 tensors as the words that matmul.h multiplies.
 
 #pragma once
 
-#include "product.h"
+#include "matmul.h"
 
 namespace {
 
 inline int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
-constexpr int AHEAD = 4096;  // bytes by which main memory is asked before what is widened
+constexpr int AHEAD = 4096;  // bytes: how far ahead of the widening main memory is prefetched
 
 inline float widen(float x) { return x; }
 inline float widen(bf16 x) {
@@ -16,7 +16,7 @@ inline float widen(bf16 x) {
   return load<float>(&bits);
 }
 
-// W words from the n elements at ``from``, or from the first of them; zeros after the n-th.
+// W words from the elements at ``from``; zeros after the n-th element.
 template <class T>
 inline Word load_words(const T* from, int64_t n) {
   alignas(64) T some[W * PER_WORD<T>] = {};
@@ -27,7 +27,7 @@ inline Word load_words(const T* from, int64_t n) {
     return load<Word>(from);
 }
 
-// n elements as words, whole vectors of them: up to W - 1 words more than there are.
+// n elements as words, in whole vectors: up to W - 1 words more than n needs.
 template <class T>
 inline void copy_words(void* to, const T* from, int64_t n) {
   for (int64_t i = 0; i < n; i += W * PER_WORD<T>) {
@@ -36,7 +36,7 @@ inline void copy_words(void* to, const T* from, int64_t n) {
   }
 }
 
-// n fp32 of a vector, rounded to T.
+// Store the first n lanes of a vector, rounded to T.
 template <class T>
 inline void store_rounded(T* to, Vec x, int64_t n) {
   alignas(64) T some[W];
@@ -51,7 +51,7 @@ inline void store_rounded(T* to, Vec x, int64_t n) {
 }
 
 #if defined(__AVX512BF16__)
-// From 32 + 32 halves to (first of a, first of b, second of a, ...): the first 32 of those, and the rest.
+// Indices that interleave 32 + 32 halves (a0, b0, a1, b1, ...): for the first 32 results, and for the others.
 struct Order {
   uint16_t index[2][32];
   constexpr Order() : index() {
@@ -60,7 +60,7 @@ struct Order {
 };
 alignas(64) constexpr Order ORDER;
 
-// Words (low[i], high[i]) from n bf16 of two rows.
+// Words (low[i], high[i]) from n bf16 of each of two rows.
 inline void interleave(uint32_t* to, const bf16* low, const bf16* high, int64_t n) {
   int64_t i = 0;
   for (; i + 32 <= n; i += 32)
@@ -78,7 +78,7 @@ inline Word interleave(Vec low, Vec high) {
 }
 #endif
 
-// [words of a row, lanes] from ``rows`` rows of n elements; lane l is row(l), those past the last are 0.
+// [words in a row, lanes] from ``rows`` rows of n elements. Lane l is row(l); lanes past the last row are 0.
 template <class T, class Row>
 inline void pack(float* to, int64_t rows, int64_t n, Row row) {
   const int64_t words = parts(n, PER_WORD<T>), lanes = parts(rows, W) * W;
@@ -92,7 +92,7 @@ inline void pack(float* to, int64_t rows, int64_t n, Row row) {
     }
 }
 
-// ``rows`` rows of n elements, at row(l), from [n, lanes]; what is read passes through f(lane, x).
+// ``rows`` rows of n elements, at row(l), from f(lane, x) of each x in [n, lanes].
 template <class T, class Row, class F>
 inline void unpack(const float* from, int64_t lanes, int64_t rows, int64_t n, Row row, F f) {
   for (int64_t m = 0; m < lanes; m += W)
@@ -117,7 +117,7 @@ inline void with_count(int64_t n, F f) {
   f(Count<MOST>());
 }
 
-// f(Count<NR>, first) for ``vectors`` in groups of at most MOST_VECTORS.
+// f(Count<NR>, first) for groups of at most MOST_VECTORS of ``vectors``.
 template <class F>
 inline void in_groups(int64_t vectors, F f) {
   int64_t v = 0;

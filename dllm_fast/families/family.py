@@ -11,7 +11,7 @@ from transformers.modeling_outputs import MaskedLMOutput, ModelOutput
 from dllm_fast import ops
 from dllm_fast.families.bypass import Calls, known_classes
 from dllm_fast.families.cache import BlockCache
-from dllm_fast.families.linears import Products, products, require_weights
+from dllm_fast.families.linears import Matmuls, matmuls, require_weights
 from dllm_fast.families.rounded import RoundedHead
 from dllm_fast.families.rows import Impl, RopeTables, is_span, take
 
@@ -40,10 +40,10 @@ class Family(ABC):
     thetas: list[float]  # a layer's rotary base
 
     def __init__(
-        self, model: nn.Module, impl: str, products: Products = products, rounded_head: RoundedHead | None = None
+        self, model: nn.Module, impl: str, matmuls: Matmuls = matmuls, rounded_head: RoundedHead | None = None
     ):
         self.model = model
-        self.products = products
+        self.matmuls = matmuls
         self.rounded_head = rounded_head
         self._read_config(model.config)
         require_weights(self._read_modules())

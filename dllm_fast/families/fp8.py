@@ -4,7 +4,7 @@
 
 with PyTorch's own rounding cast. Few rows on Hopper multiply the weights as they are (`kernels/linear.py`): nothing but
 the weights is rounded. More rows are rounded the same way at each call where the chip multiplies e4m3, and PyTorch's
-scaled product takes both scales; elsewhere, and for fp32 and wider, the weights are multiplied back some rows at a
+scaled matmul takes both scales; elsewhere, and for fp32 and wider, the weights are multiplied back some rows at a
 time: right, but not fast.
 """
 
@@ -44,12 +44,12 @@ class Fp8:
             to = slice(first + done, first + done + len(part))
             self.matrix[to], self.scale[to] = reference.round_rows(part)
 
-    def product(self, x: torch.Tensor, gated: bool, impl: str) -> torch.Tensor:
+    def matmul(self, x: torch.Tensor, gated: bool, impl: str) -> torch.Tensor:
         """`reference.linear` of x [..., K]; [..., N], or [..., N / 2] if ``gated``."""
         if (y := ops.scaled_linear(x, self.matrix, self.scale[:, 0], gated, impl)) is not None:
             return y
         rows = x.reshape(-1, x.shape[-1])
-        # The scaled product wants both sides in sixteens.
+        # The scaled matmul wants both sides in sixteens.
         sixteens = all(length % 16 == 0 for length in self.matrix.shape)
         if sixteens and len(rows) > 0 and x.dtype in (torch.bfloat16, torch.float16) and native(x.device):
             y = _scaled(rows, self.matrix, self.scale, impl)
@@ -62,7 +62,7 @@ class Fp8:
 
 @functools.cache
 def native(device: torch.device) -> bool:
-    """Whether `torch._scaled_mm` takes a scale a row there. Asked of the chip by one small product.
+    """Whether `torch._scaled_mm` takes a scale a row there. Asked of the chip by one small matmul.
 
     Capability alone does not tell: it is (8, 9) and up where the matrix units know e4m3, but some versions of PyTorch
     and of cuBLAS refuse scales by row on chips other than Hopper, and one gave wrong numbers.
@@ -71,10 +71,10 @@ def native(device: torch.device) -> bool:
         return False
     ones = torch.ones(16, 32, dtype=torch.float32, device=device)
     try:
-        product = _scaled(ones.bfloat16(), ones.to(torch.float8_e4m3fn), ones[:, :1].contiguous(), "torch")
+        matmul = _scaled(ones.bfloat16(), ones.to(torch.float8_e4m3fn), ones[:, :1].contiguous(), "torch")
     except RuntimeError:
         return False
-    return bool((product == 32).all())
+    return bool((matmul == 32).all())
 
 
 def _scaled(
@@ -83,6 +83,6 @@ def _scaled(
     scale: torch.Tensor,  # [N, 1] fp32
     impl: str,
 ) -> torch.Tensor:
-    """x W^T, [M, N], from x rounded to e4m3 by rows. The product by rows comes out as bf16, whatever x is."""
+    """x W^T, [M, N], from x rounded to e4m3 by rows. The matmul by rows comes out as bf16, whatever x is."""
     x8, x_scale = ops.round_rows(x, impl)
     return torch._scaled_mm(x8, matrix.t(), x_scale, scale.t(), out_dtype=torch.bfloat16).to(x.dtype)

@@ -44,7 +44,7 @@ class Int4:
             to = slice(first + done, first + done + len(part))
             self.matrix[to], self.scale[:, to], self.zero[:, to] = reference_int4.round_int4(part)
 
-    def product(self, x: torch.Tensor, gated: bool, impl: str) -> torch.Tensor:
+    def matmul(self, x: torch.Tensor, gated: bool, impl: str) -> torch.Tensor:
         """`reference.linear` of x [..., K] and the widened weight; [..., N], or [..., N / 2] if ``gated``."""
         if (y := ops.int4_linear(x, self.matrix, self.scale, self.zero, gated, impl)) is not None:
             return y

@@ -2,7 +2,7 @@
 
 `fuse` moves the weights of such linears into one buffer, one below the other, and makes each a view of its rows. The
 Parameter objects stay, so optimizers, state dicts, hooks and tied names work as before, and the matmul sees a weight
-that is written in place. Nothing else is kept: at each call `products` checks that the weights are still one below the
+that is written in place. Nothing else is kept: at each call `matmuls` checks that the weights are still one below the
 other, and calls the modules if not (after ``.to()``, ``load_state_dict(assign=True)``, an adapter in a module's place).
 It is never wrong, only slower until the weights are fused again.
 """
@@ -17,12 +17,10 @@ from torch.utils.hooks import RemovableHandle
 from dllm_fast import ops
 from dllm_fast.families.bypass import class_name
 
-Products = Callable[..., tuple[torch.Tensor, ...]]  # `products`, or another way to the same
+Matmuls = Callable[..., tuple[torch.Tensor, ...]]  # `matmuls`, or another way to the same
 
 
-def products(
-    x: torch.Tensor, *linears: nn.Module, gated: bool = False, impl: str = "torch"
-) -> tuple[torch.Tensor, ...]:
+def matmuls(x: torch.Tensor, *linears: nn.Module, gated: bool = False, impl: str = "torch") -> tuple[torch.Tensor, ...]:
     """``linear(x)`` of each, [..., out]; slices of one matmul if their weights are fused.
 
     ``gated``: of a gate and an up projection; (``swiglu(gate, up)``,) instead of the two.

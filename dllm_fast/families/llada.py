@@ -95,12 +95,12 @@ class LLaDA(Family):
         return ops.rms_norm(delta, norm.weight, self.eps, residual=x, impl=self.impl)
 
     def _qkv(self, block, y, impl):
-        return (part.unflatten(-1, (-1, self.head_dim)) for part in self.products(y, *_qkv(block), impl=impl))
+        return (part.unflatten(-1, (-1, self.head_dim)) for part in self.matmuls(y, *_qkv(block), impl=impl))
 
     def _after_attention(self, block, attended, x, impl):
-        y, x = self._norm(x, *self.products(attended, block.attn_out, impl=impl), block.ff_norm)
-        (gated,) = self.products(y, *_gate_up(block), gated=True, impl=impl)
-        (delta,) = self.products(gated, block.ff_out, impl=impl)
+        y, x = self._norm(x, *self.matmuls(attended, block.attn_out, impl=impl), block.ff_norm)
+        (gated,) = self.matmuls(y, *_gate_up(block), gated=True, impl=impl)
+        (delta,) = self.matmuls(gated, block.ff_out, impl=impl)
         return delta, x
 
     def _finish(self, x, delta):

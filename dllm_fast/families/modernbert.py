@@ -88,13 +88,13 @@ class ModernBert(Family):
         return ops.layer_norm(delta, norm.weight, norm.bias, self.eps, residual=x, impl=self.impl)
 
     def _qkv(self, block, y, impl):
-        (qkv,) = self.products(y, block.attn.Wqkv, impl=impl)
+        (qkv,) = self.matmuls(y, block.attn.Wqkv, impl=impl)
         return qkv.unflatten(-1, (3, self.heads, self.head_dim)).unbind(-3)
 
     def _after_attention(self, block, attended, x, impl):
-        y, x = self._norm(x, *self.products(attended, block.attn.Wo, impl=impl), block.mlp_norm)
-        (gate_up,) = self.products(y, block.mlp.Wi, impl=impl)
-        (delta,) = self.products(ops.geglu(*gate_up.chunk(2, -1), impl=impl), block.mlp.Wo, impl=impl)
+        y, x = self._norm(x, *self.matmuls(attended, block.attn.Wo, impl=impl), block.mlp_norm)
+        (gate_up,) = self.matmuls(y, block.mlp.Wi, impl=impl)
+        (delta,) = self.matmuls(ops.geglu(*gate_up.chunk(2, -1), impl=impl), block.mlp.Wo, impl=impl)
         return delta, x
 
     def _finish(self, x, delta):

@@ -53,7 +53,7 @@ def require_kind(kind: str, device: torch.device, argument: str = "weights") -> 
         matrix = KINDS[kind](1, 16, device)
         ones = torch.ones(1, 16, dtype=torch.float32, device=device)
         matrix.write(0, ones)
-        matrix.product(ones, False, "torch")
+        matrix.matmul(ones, False, "torch")
     except (AttributeError, RuntimeError, TypeError) as error:
         lacks = {"fp8": "has no float8_e4m3fn", "int4": "cannot round to four bits"}[kind]
         raise ValueError(f"{argument}={kind!r}: PyTorch {torch.__version__} {lacks} on {device}") from error
@@ -84,7 +84,7 @@ class RoundedLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.training or wants_grad([x, *self.parameters()]):
             raise ValueError(f"model: it was loaded with weights={self.held.kind!r}, which cannot be trained")
-        y = self.held.matrix.take(self.first, self.out_features).product(x, False, "torch")
+        y = self.held.matrix.take(self.first, self.out_features).matmul(x, False, "torch")
         return y if self.bias is None else y + self.bias
 
     def _apply(self, fn, recurse: bool = True) -> "RoundedLinear":
@@ -123,7 +123,7 @@ class _Copy:
 
 
 class Copies:
-    """`linears.products` from rounded copies, which are made anew when the weights they were made from have changed.
+    """`linears.matmuls` from rounded copies, which are made anew when the weights they were made from have changed.
 
     A change is seen by the parameter's version, which optimizers and ``load_state_dict`` raise, or by its place. What
     writes through ``parameter.data`` raises nothing: patch again. Under ``torch.compile`` no change is seen.
@@ -149,9 +149,9 @@ class Copies:
             return (ops.swiglu(*parts, impl=impl),) if gated else parts
         matrix, widths = self._matrix(linears), [linear.out_features for linear in linears]
         if not any(linear.bias is not None for linear in linears):
-            y = matrix.product(x, gated, impl)
+            y = matrix.matmul(x, gated, impl)
             return (y,) if gated else y.split(widths, -1)
-        parts = zip(matrix.product(x, False, impl).split(widths, -1), linears, strict=True)
+        parts = zip(matrix.matmul(x, False, impl).split(widths, -1), linears, strict=True)
         parts = tuple(part if linear.bias is None else part + linear.bias for part, linear in parts)
         return (ops.swiglu(*parts, impl=impl),) if gated else parts
 

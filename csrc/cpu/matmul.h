@@ -1,10 +1,10 @@
-// The one product that everything here is made of: rows of words, each broadcast, times vectors of lanes.
+// The matmul that everything here is made of: rows of words, each broadcast, times vectors of lanes.
 //
-//     c[i][l] = sum_s a[i][s] b[s][l]        a: 32-bit words in memory as they are;  b: packed, lanes contiguous
+//     c[i][l] = sum_s a[i][s] b[s][l]        a: 32-bit words, in place in memory;  b: packed, lanes contiguous
 //
-// A word is an fp32, or two neighbouring bf16 of the sum where the CPU multiplies those (vdpbf16ps). The lanes are
-// query rows in attention and rows of x in a product, so that keys, values and weights are read where they lie, and
-// sums and maxima over slots or over the vocabulary need nothing across lanes.
+// A word is an fp32; or, if the CPU multiplies pairs of bf16 (vdpbf16ps), two bf16 that are neighbours in the sum.
+// Lanes are query rows in attention and rows of x in a linear, so keys, values and weights are read in place, and sums
+// and maxima over slots or the vocabulary never cross lanes.
 
 #pragma once
 
@@ -19,10 +19,10 @@ template <class T>
 constexpr int PER_WORD = 4 / sizeof(T);
 #else
 template <class T>
-constexpr int PER_WORD = 1;  // bf16 is widened to fp32 on the way
+constexpr int PER_WORD = 1;  // bf16 is widened to fp32 first
 #endif
 
-// What has to be widened before its words can be multiplied.
+// Whether elements must be widened before they can be multiplied.
 template <class T>
 constexpr bool WIDEN = sizeof(T) * PER_WORD<T> < 4;
 
@@ -40,13 +40,13 @@ inline Vec multiply_add(Vec c, const char* word, Vec b) {
   return c + all(x) * b;
 }
 
-// Vectors of b that are multiplied at once, and rows of a that share them: as many accumulators as leave registers for
-// the rest, and enough to hide the latency of the multiplications.
+// Vectors of b that are multiplied at once, and rows of a that share them: enough accumulators to hide the latency of a
+// multiplication, and few enough to leave registers for the rest.
 constexpr int MOST_VECTORS = MANY_REGISTERS ? 3 : 2;
 template <int NR>
 constexpr int ROWS = MANY_REGISTERS ? (NR == 1 ? 16 : 8) : (NR == 1 ? 8 : 6);
 
-// Not inlined: in the middle of more code, GCC 12 keeps the accumulators in memory.
+// Not inlined: inside a larger function GCC 12 keeps the accumulators in memory.
 template <class T, int MR, int NR, bool FETCH, int PART, class Init, class Done>
 __attribute__((noinline)) void block(int64_t first, const char* a, int64_t row, int64_t step, const float* b,
                                      int64_t b_step, int64_t steps, const char* next, Init init, Done done) {
@@ -55,7 +55,7 @@ __attribute__((noinline)) void block(int64_t first, const char* a, int64_t row, 
   for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 3
     for (int n = 0; n < NR; ++n) c[i][n] = init(first + i, n);
-  const char* base[(MR + 3) / 4];  // a pointer for every four rows: with one each there are too few registers
+  const char* base[(MR + 3) / 4];  // a pointer for every four rows: one for each would take too many registers
 #pragma GCC unroll 4
   for (int i = 0; i < MR; i += 4) base[i / 4] = a + (first + i) * row;
   Vec total[MR][NR] = {};
@@ -92,16 +92,15 @@ __attribute__((noinline)) void block(int64_t first, const char* a, int64_t row, 
     for (int n = 0; n < NR; ++n) done(first + i, n, PART ? total[i][n] : c[i][n]);
 }
 
-// With PART, partial sums of so many words are made and added up, which is more exact than one sum of all.
-//
-// c[i][n] starts as init(i, n) and is handed to done(i, n, c), for i in [0, rows). With FETCH, while rows are being
-// multiplied those after them are fetched from main memory; while the last are, those at ``next``.
+// For i in [0, rows), c[i][n] starts as init(i, n) and is passed to done(i, n, c). With PART, every PART words are
+// summed by themselves and the sums are added, which is more exact. With FETCH, the rows that follow are prefetched
+// from main memory while rows are multiplied; during the last rows, those at ``next``.
 template <class T, int NR, bool FETCH = false, int PART = 0, class Init, class Done>
-inline void product(int64_t rows, const char* a, int64_t row, int64_t step, const float* b, int64_t b_step,
+inline void matmul(int64_t rows, const char* a, int64_t row, int64_t step, const float* b, int64_t b_step,
                     int64_t steps, const char* next, Init init, Done done) {
   constexpr int MR = ROWS<NR>;
   int64_t i = 0;
-  // Rows a multiple of 4096 bytes apart share one set of the first cache, which has no room for 16.
+  // Rows that are a multiple of 4096 bytes apart share one set of the L1 cache, which has no room for 16.
   if (MR == 16 && row % 4096 == 0)
     for (; i + 8 <= rows; i += 8)
       block<T, 8, NR, FETCH, PART>(i, a, row, step, b, b_step, steps, i + 8 < rows ? a + (i + 8) * row : next, init, done);
