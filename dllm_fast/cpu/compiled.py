@@ -1,11 +1,11 @@
-"""The compiled extension for CPUs, csrc/cpu: where it is, and its kernels as custom ops.
+"""The compiled extension for CPUs, csrc/cpu: loading it, and its kernels as custom ops.
 
-The library has a plain C interface and knows neither Python nor PyTorch: it is given pointers, strides and a number of
-threads. It holds every kernel once for each instruction set of `LEVELS` and takes the best that the CPU has. The
-environment variable DLLM_FAST_LEVEL names a lower one: what another processor would run. Threads are OpenMP's, by way
-of the library that PyTorch itself runs on.
+The library has a plain C interface without Python or PyTorch: it gets pointers, strides and the number of threads. It
+contains every kernel once for each instruction set of `LEVELS` and runs the best that the CPU has, or a lower one that
+the environment variable DLLM_FAST_LEVEL names, as another processor would. Its threads come from the OpenMP library
+that PyTorch uses.
 
-No result depends on the number of threads, nor a row's on the rows beside it or on how many there are.
+No result depends on the number of threads, and no row's result on the other rows or their number.
 """
 
 import ctypes
@@ -19,10 +19,10 @@ import torch
 from dllm_fast.kernels.checks import CONFIDENCES, as_scalar, check_choice, one_device
 
 LEVELS = ("plain", "avx2", "avx512", "avx512bf16")
-FLOATS = (torch.float32, torch.bfloat16)  # that the kernels take
+FLOATS = (torch.float32, torch.bfloat16)  # the dtypes of the kernels
 
-_level: int | None = None  # of LEVELS, for tests; None: `best_level`
-_forked = False  # OpenMP's threads do not survive a fork; a child that waits for them hangs
+_level: int | None = None  # an index into LEVELS, set by tests; None: `best_level`
+_forked = False  # OpenMP's threads do not survive a fork, and a child that waits for them hangs
 
 
 def _after_fork() -> None:
@@ -35,7 +35,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the kernels cannot run for weights of ``dtype`` on ``device``, or None where they can."""
+    """Why the kernels cannot run for weights of ``dtype`` on ``device``; None if they can."""
     if device.type != "cpu":
         return f"the model is on {device}; it needs a CPU"
     if dtype not in FLOATS:
@@ -45,7 +45,7 @@ def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
 
 @functools.cache
 def missing() -> str | None:
-    """Why the library cannot be loaded. Said once, too: without it everything works, slowly."""
+    """Why the library cannot be loaded, also as one warning: without it everything works, slowly. None if it can."""
     try:
         _library()
     except (ImportError, OSError) as error:
@@ -70,19 +70,20 @@ def _library() -> ctypes.CDLL:
 
 @functools.cache
 def best_level() -> int:
-    """The best of `LEVELS` that the CPU has, as an index, or the lower one that DLLM_FAST_LEVEL names.
+    """The index in `LEVELS` of the best level that the CPU has, or of the lower one that DLLM_FAST_LEVEL names.
 
     Raises:
         ValueError: DLLM_FAST_LEVEL is not one of `LEVELS`.
     """
-    best, name = _library().dllm_level(), os.environ.get("DLLM_FAST_LEVEL")
+    best = _library().dllm_level()
+    name = os.environ.get("DLLM_FAST_LEVEL")
     if name and name not in LEVELS:
         raise ValueError(f"DLLM_FAST_LEVEL={name!r} in the environment; expected one of {', '.join(LEVELS)}")
     return min(best, LEVELS.index(name)) if name else best
 
 
 def levels() -> tuple[str, ...]:
-    """The instruction sets that run here, of `LEVELS`, worst first."""
+    """The instruction sets of `LEVELS` that run here, worst first."""
     return LEVELS[: best_level() + 1]
 
 
@@ -100,7 +101,7 @@ def _pointer(x: torch.Tensor | None) -> int | None:
 
 
 def _check(dtype: torch.dtype, **expected: tuple[torch.Tensor | None, tuple]) -> None:
-    """Raise ValueError unless each is None, or of its shape, ``dtype``, with a contiguous last dimension."""
+    """Raise ValueError unless each tensor is None, or has its shape, ``dtype`` and a contiguous last dimension."""
     for name, (x, shape) in expected.items():
         if x is not None and (x.shape != shape or x.dtype != dtype or (x.stride(-1) != 1 and x.shape[-1] > 1)):
             raise ValueError(
@@ -114,7 +115,7 @@ def _check_float(name: str, x: torch.Tensor, dimensions: int) -> None:
         raise ValueError(f"{name} is {x.dtype} {list(x.shape)}; expected {dimensions} dimensions of one of {FLOATS}")
 
 
-_ops = torch.library.Library("dllm_fast", "FRAGMENT")  # `custom_op` would cost each call another 7 microseconds
+_ops = torch.library.Library("dllm_fast", "FRAGMENT")  # `custom_op` would add 7 microseconds to each call
 
 
 def _define(schema: str, kernel, fake) -> torch._ops.OpOverload:
@@ -153,8 +154,8 @@ def _attention(
 ) -> torch.Tensor:
     """`reference.attention` for fp32 and bf16; ``start`` and ``slot`` default to 0, ``end`` to S.
 
-    The strides are free but for the last dimension's. What lies outside a row's range is not read. In fp32
-    the error is six to eight tenths of PyTorch's on average; of a handful of numbers the largest may be more than its.
+    All strides but the last dimension's are free. Slots outside a row's range are not read. In fp32 the error is on
+    average 0.6 to 0.8 times PyTorch's; in a small tensor the largest error may exceed PyTorch's.
 
     Raises:
         ValueError: a shape, dtype or stride that does not fit; it names the tensor.
@@ -186,12 +187,12 @@ def _attention(
 
 
 def _query_rows(heads: int, rows: int, window: int | None, threads: int) -> int:
-    """Query rows of a task: as many as leave the threads with the least to do, each task counting as 8 rows more.
+    """Query rows in a task: the number that gives the busiest thread the least work, a task's overhead being 8 rows.
 
-    A row's result does not depend on it but through a window, where tiles of slots begin at the task's first.
+    A row's result depends on it only with a window, where the tiles of slots begin at the task's first visible one.
     """
     if window is not None:
-        return 32  # more would see more slots that are not theirs
+        return 32  # a larger task reads more slots outside a row's window
     rounds = {size: -(-heads * -(-rows // size) // threads) for size in (96, 48, 32, 16)}
     return min(rounds, key=lambda size: rounds[size] * (min(size, rows) + 8))
 
@@ -218,7 +219,7 @@ def _linear(
     weight: torch.Tensor,  # [outputs, inputs]
     bias: torch.Tensor | None = None,  # [outputs]
 ) -> torch.Tensor:
-    """``x W^T + b`` [..., outputs] for fp32 and bf16: fp32 sums, one rounding.
+    """``x W^T + b`` [..., outputs] for fp32 and bf16, summed in fp32 and rounded once.
 
     Raises:
         ValueError: a shape, dtype or stride that does not fit; it names the tensor.
@@ -321,7 +322,7 @@ def predict(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`reference.predict` for fp32 and bf16: token [N] int64, confidence [N] fp32, log-sum-exp [N] fp32.
 
-    Logits are fp32 and never all in memory; the noise is fp32, as that of kernels/gumbel.py.
+    Logits are fp32 and never all in memory; noise is fp32, as in kernels/gumbel.py.
 
     Raises:
         ValueError: an argument that does not fit; it names it.
@@ -338,9 +339,11 @@ def predict(
         mask_id, banned, deferred, vocabulary, confidence, temperature, row, position
     )
     if noisy:
-        row, position = row.contiguous(), position.contiguous()  # one row's number comes expanded
+        row = row.contiguous()  # a single row's number is an expanded tensor
+        position = position.contiguous()
         _check(torch.int64, row=(row, (rows,)), position=(position, (rows,)))
-        seed, step = as_scalar("seed", seed, hidden.device), as_scalar("step", step, hidden.device)
+        seed = as_scalar("seed", seed, hidden.device)
+        step = as_scalar("step", step, hidden.device)
     else:
         seed = step = row = position = None
     return _predict_op(

@@ -1,4 +1,4 @@
-"""The kernels of the compiled extension that pass over their input once: RMSNorm, SwiGLU and RoPE, as custom ops."""
+"""The compiled extension's RMSNorm, SwiGLU and RoPE as custom ops: kernels that read their input once."""
 
 import ctypes
 
@@ -18,7 +18,7 @@ class _RmsNorm(ctypes.Structure):
 
 
 def _rms_norm(x, weight, eps, residual=None):
-    """y and h. An op may not return its input: without a residual h is empty, and `rms_norm` puts x in its place."""
+    """y and h. A custom op may not return its input: without a residual h is empty, and `rms_norm` returns x."""
     _check_float("weight", weight, 1)
     rows = (*x.shape[:-1], *weight.shape)
     _check(weight.dtype, x=(x, rows), weight=(weight, weight.shape), residual=(residual, rows))
@@ -37,12 +37,12 @@ def _rms_norm(x, weight, eps, residual=None):
 
 
 def _like(x: torch.Tensor) -> torch.Tensor:
-    """An empty tensor of x's shape, contiguous: made in half of ``torch.empty``'s time."""
+    """An empty contiguous tensor of x's shape, in half the time of ``torch.empty``."""
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _rows(x: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """x [..., d] and the stride from row to row; of a copy where there is none."""
+    """x [..., d] as rows, and the stride between them; a copy if there is no single stride."""
     if x.is_contiguous():
         return x, x.shape[-1]
     x = x.reshape(-1, x.shape[-1])
@@ -62,14 +62,15 @@ def rms_norm(
     eps: float,
     residual: torch.Tensor | None = None,  # [..., d]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`reference.rms_norm` for fp32 and bf16; x and residual may be one of each, which autocast makes them.
+    """`reference.rms_norm` for fp32 and bf16. Under autocast x and residual may have different dtypes.
 
     Raises:
         ValueError: a shape, dtype or stride that does not fit; it names the tensor.
     """
     if residual is not None and residual.dtype != x.dtype:
         wide = torch.promote_types(x.dtype, residual.dtype)
-        x, residual = x.to(wide), residual.to(wide)
+        x = x.to(wide)
+        residual = residual.to(wide)
     y, h = _rms_norm_op(x, weight, eps, residual)
     return y, x if residual is None else h
 

@@ -1,10 +1,11 @@
 """Which matmul serves a model's linears on a CPU: the compiled extension's, or PyTorch's from some number of rows on.
 
-Which of them is faster depends on the processor: on what MKL, oneDNN and the extension each know of it. So it is
-measured, once in a process and for each dtype, when a model is first patched there. The extension's serves unless
-PyTorch's is clearly faster, since there a row does not depend on how many there are. The environment variable
-DLLM_FAST_MATMUL fixes the table, so that every process computes alike: ``DLLM_FAST_MATMUL=float32:never,bfloat16:256``
-is PyTorch's from 256 rows on in bf16, and never in fp32. `table` gives it in that form.
+Which of them is faster depends on the processor and on how well MKL, oneDNN and the extension support it. So it is
+measured, once in a process for each dtype, when a model is first patched on a CPU. The extension's serves unless
+PyTorch's is clearly faster, because in the extension a row's result does not depend on the number of rows. The
+environment variable DLLM_FAST_MATMUL fixes the table, so that all processes compute alike:
+``DLLM_FAST_MATMUL=float32:never,bfloat16:256`` means PyTorch's from 256 rows on in bf16, and never in fp32. `table`
+returns the table in that form.
 """
 
 import time

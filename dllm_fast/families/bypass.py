@@ -1,9 +1,9 @@
-"""What a family's forward passes by, and whether the result would be another if it did not.
+"""Modules that a family's forward bypasses, and whether anything attached to them would be lost.
 
-It calls the embeddings and the linears of the layers. Blocks, norms and the head it does not call: it reads their
-weights, or nothing of them. That is right while each is of a class that was looked at when the model was patched, with
-plain weights and nothing attached. A hook, a forward of the instance's own or an adapter in its place would never act:
-`departure` finds these, at half a microsecond a module.
+The forward calls the embeddings and the linears of the layers. It does not call blocks, norms and the head: it only
+reads their weights, if any. That is right while each is of a class that was checked when the model was patched, with
+plain weights and nothing attached. A hook, a forward of the instance's own or an adapter in a module's place would have
+no effect: `departure` finds these, in half a microsecond a module.
 """
 
 import types
@@ -11,20 +11,19 @@ import warnings
 from collections.abc import Iterable
 from typing import NamedTuple
 
-import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 from torch.nn.parallel import DistributedDataParallel
 
-# transformers leaves hooks on the layers that act only while hidden states are asked for, in the model's own forward.
+# transformers leaves hooks on the layers that only act when the model's own forward is asked for hidden states.
 CAPTURE = "transformers.utils.output_capturing"
-# Files of the classes that may be passed by in any model, beside its own.
+# Modules whose classes may be bypassed in any model, beside the model's own.
 CLASSES = frozenset(f"torch.nn.modules.{name}" for name in ("activation", "container", "dropout", "linear"))
 
 
 class Departure(NamedTuple):
     module: nn.Module
-    reason: str  # in words that follow the module's name
+    reason: str  # follows the module's name in the message
     advice: str = (
         ", which would never act: generation does not call it. Remove it, merge it into the weights, or leave it out "
         "of quantisation"
@@ -32,10 +31,10 @@ class Departure(NamedTuple):
 
 
 class Calls(NamedTuple):
-    """What a family's forward calls: every module of one of these names in its parent, but for one that it reads."""
+    """The modules that a family's forward calls: those with one of these names in their parent, except ``read``."""
 
     names: frozenset[str]
-    read: nn.Module | None  # the head, where it has such a name too
+    read: nn.Module | None  # the head, if it has such a name
 
 
 def global_hooks() -> bool:
@@ -44,70 +43,57 @@ def global_hooks() -> bool:
 
 
 def departure(model: nn.Module, calls: Calls, known: frozenset[type], modes: bool = False) -> Departure | None:
-    """The first module within the model of which something would be left out; None where all is as it was patched.
+    """The first module that the forward would not do justice to; None if all are as they were when patched.
 
-    ``known`` are the classes that may be passed by. ``modes``: a module in training mode counts too, and so do hooks on
-    every module.
+    ``known`` are the classes that may be bypassed. With ``modes``, training mode and hooks on every module count too.
 
     Raises:
-        ValueError: a weight is on the meta device, with nothing attached that would load it. This is asked of called
-            modules too: PyTorch's own linear returns uninitialised memory there.
+        ValueError: a weight is on the meta device, with nothing attached that would load it. Called modules are checked
+            too: PyTorch's own linear returns uninitialised memory there.
     """
     first = None
     if modes and global_hooks():
         first = Departure(model, "is called with hooks on every module (register_module_forward_hook)")
-    (names, read), called, device = calls, [], None
-    passed = list(model._modules.values())
-    while passed:
-        module = passed.pop()
+    device = None
+    bypassed = list(model._modules.values())
+    called = []
+    while bypassed or called:
+        is_called = not bypassed
+        module = (bypassed or called).pop()
         if module is None:
             continue
         own = module.__dict__
         if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own:
             reason = attached(module)
             if reason is not None:
-                first = first or Departure(module, reason)
-                continue  # what is attached may load the weights of all that is within
-        if type(module) not in known:
+                if not is_called:
+                    first = first or Departure(module, reason)
+                continue  # what is attached may load the weights of everything inside
+        if not is_called and type(module) not in known:
             first = first or Departure(module, f"is a {class_name(module)}")
-        elif modes and own["training"]:
+        elif not is_called and modes and own["training"]:
             first = first or Departure(module, "is in training mode")
         for name, parameter in own["_parameters"].items():
-            if parameter is not None:
-                if parameter.is_meta:
-                    _refuse(model, module)
-                device = device or parameter.device
-                if parameter.device != device:
-                    first = first or _elsewhere(module, parameter, device)
-                if type(parameter) is not nn.Parameter:
-                    first = first or Departure(module, f"has a {name} that is a {type(parameter).__name__}")
+            if parameter is None:
+                continue
+            if parameter.is_meta:
+                raise ValueError(
+                    f"model: the weights of {name_of(model, module)} are on the meta device; load them first"
+                )
+            device = device or parameter.device
+            if parameter.device != device:
+                reason = f"lies on {parameter.device}, and others on {device}"
+                first = first or Departure(module, reason, "; move them to one")
+            if not is_called and type(parameter) is not nn.Parameter:
+                first = first or Departure(module, f"has a {name} that is a {type(parameter).__name__}")
         for name, child in own["_modules"].items():
-            (called if name in names and child is not read else passed).append(child)
-    while called:
-        module = called.pop()
-        if module is None or attached(module):
-            continue
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                if parameter.is_meta:
-                    _refuse(model, module)
-                device = device or parameter.device
-                if parameter.device != device:
-                    first = first or _elsewhere(module, parameter, device)
-        called += module._modules.values()
+            into_called = is_called or (name in calls.names and child is not calls.read)
+            (called if into_called else bypassed).append(child)
     return first
 
 
-def _elsewhere(module: nn.Module, parameter: nn.Parameter, device: torch.device) -> Departure:
-    return Departure(module, f"lies on {parameter.device}, and others on {device}", "; move them to one")
-
-
-def _refuse(model: nn.Module, module: nn.Module) -> None:
-    raise ValueError(f"model: the weights of {name_of(model, module)} are on the meta device; load them first")
-
-
 def attached(module: nn.Module) -> str | None:
-    """What acts when the module is called, beside its class's forward."""
+    """What else would run if the module were called, beside its class's forward; None if nothing."""
     own = module.__dict__
     if "forward" in own and own["forward"] != types.MethodType(type(module).forward, module):
         return "has a forward of its own (an Accelerate hook, say)"
@@ -134,7 +120,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def require_no_learned_prompt(model: nn.Module) -> None:
-    """Raise ValueError for a PEFT model that puts learned tokens before its input: the model inside knows none."""
+    """Raise ValueError for a PEFT model that puts learned tokens before its input, which the model inside lacks."""
     for name, config in (getattr(model, "peft_config", None) or {}).items():
         if hasattr(model, "get_base_model") and getattr(config, "is_prompt_learning", False):
             raise ValueError(
@@ -144,11 +130,12 @@ def require_no_learned_prompt(model: nn.Module) -> None:
 
 
 def known_classes(model: nn.Module, calls: Calls, files: Iterable[str]) -> frozenset[type]:
-    """The classes of what is passed by. Raises ValueError for one from none of ``files``, its own or PyTorch's."""
+    """The classes of bypassed modules. ValueError for one from outside ``files``, the model's own and PyTorch's."""
     files = {*CLASSES, *files, *(base.__module__ for base in type(model).__mro__ if base is not object)}
-    found, ahead = set(), list(model._modules.items())
-    while ahead:
-        name, module = ahead.pop()
+    classes = set()
+    unvisited = list(model._modules.items())
+    while unvisited:
+        name, module = unvisited.pop()
         if module is None or (name.split(".")[-1] in calls.names and module is not calls.read):
             continue
         if type(module).__module__ not in files:
@@ -156,13 +143,13 @@ def known_classes(model: nn.Module, calls: Calls, files: Iterable[str]) -> froze
                 f"model: {name} is a {class_name(module)}, which would be passed by; merge or remove what stands "
                 "in its place before patching"
             )
-        found.add(type(module))
-        ahead += [(f"{name}.{child}", inner) for child, inner in module._modules.items()]
-    return frozenset(found)
+        classes.add(type(module))
+        unvisited += [(f"{name}.{child}", inner) for child, inner in module._modules.items()]
+    return frozenset(classes)
 
 
 def class_name(module: nn.Module) -> str:
-    """Of several libraries' classes of the same name, which."""
+    """Its class, with the module unless that is PyTorch's: several libraries have classes of the same name."""
     kind = type(module)
     return kind.__qualname__ if kind.__module__.startswith("torch.nn.") else f"{kind.__module__}.{kind.__qualname__}"
 
@@ -172,18 +159,18 @@ def name_of(model: nn.Module, module: nn.Module) -> str:
 
 
 def require_nothing_left_out(model: nn.Module, calls: Calls, known: frozenset[type]) -> None:
-    """Raise ValueError naming what `departure` finds, or what is attached to the model itself.
+    """Raise ValueError naming what `departure` finds, or hooks on the model itself.
 
-    The model's own forward in the instance's place of it is `patch`'s. Hooks on every module are warned of: those that
-    count FLOPs or trace a whole process are no reason to stop.
+    A forward in the model's instance is `patch`'s, and allowed. Hooks on every module only get a warning: those that
+    count FLOPs or trace a process are no reason to stop.
     """
     if global_hooks():
         warnings.warn("generation does not call the hooks of register_module_forward_hook", stacklevel=3)
-    found = departure(model, calls, known)
-    if found is None and (model._forward_pre_hooks or model._forward_hooks):
-        found = Departure(model, "has a forward hook")
-    if found is not None:
-        raise ValueError(f"model: {name_of(model, found.module)} {found.reason}{found.advice}")
+    obstacle = departure(model, calls, known)
+    if obstacle is None and (model._forward_pre_hooks or model._forward_hooks):
+        obstacle = Departure(model, "has a forward hook")
+    if obstacle is not None:
+        raise ValueError(f"model: {name_of(model, obstacle.module)} {obstacle.reason}{obstacle.advice}")
 
 
 def require_one_device(model: nn.Module) -> None:

@@ -4,17 +4,17 @@ import torch
 
 
 class BlockCache:
-    """Static buffers of post-RoPE keys and of values, [B, S, G, D] a layer; `cache[layer]` is the pair.
+    """Static buffers of post-RoPE keys and of values, [B, S, G, D] each; `cache[layer]` is a layer's pair.
 
-    A full forward writes every slot; a block step overwrites its own slots and reads the rest as they are. With
-    ``width``, the hidden states [B, S, width] that enter each layer are kept as well, in `states`.
+    A full forward writes every slot; a block step overwrites its own slots and reads the others as they are. With a
+    ``width``, `states` keeps the hidden states [B, S, width] that enter each layer.
     """
 
     def __init__(
         self, layers: int, batch: int, slots: int, kv_heads: int, head_dim: int, dtype, device, width: int = 0
     ):
         shape = (layers, 2, batch, slots, kv_heads, head_dim)
-        # Zeros, not empty: a slot that is never written is padding, and 0 x NaN would still be NaN.
+        # Zeros, because a slot that is never written is padding: attention multiplies it by 0, and 0 x NaN is NaN.
         self.buffers = torch.zeros(shape, dtype=dtype, device=device)
         self.states = torch.zeros((layers, batch, slots, width), dtype=dtype, device=device) if width else None
 
@@ -27,14 +27,14 @@ class BlockCache:
         return keys, values
 
     def keep_state(self, layer: int, x: torch.Tensor, slot: torch.Tensor, kept: torch.Tensor | None = None) -> None:
-        """Remember x [B, T, width], which enters ``layer`` at slots ``slot`` [B] on, of the rows ``kept`` [B] bool, by
-        default all. Nothing, if no states are kept."""
+        """Keep x [B, T, width], which enters ``layer`` at the slots from ``slot`` [B] on, for the rows ``kept`` [B]
+        bool (None: all). Does nothing in a cache without states."""
         if self.states is not None:
             row = torch.arange(x.shape[0], device=x.device)[:, None]
-            at = slot[:, None] + torch.arange(x.shape[1], device=x.device)
+            slots = slot[:, None] + torch.arange(x.shape[1], device=x.device)
             if kept is not None:
-                x = x.where(kept[:, None, None], self.states[layer][row, at])
-            self.states[layer][row, at] = x
+                x = x.where(kept[:, None, None], self.states[layer][row, slots])
+            self.states[layer][row, slots] = x
 
     def rows(self, index: torch.Tensor) -> "BlockCache":
         """A copy of the batch rows ``index`` [N]."""
@@ -44,13 +44,13 @@ class BlockCache:
         return part
 
     def put(self, index: torch.Tensor, part: "BlockCache") -> None:
-        """Write what `rows` copied back over the rows ``index`` [N]."""
+        """Write the copy that `rows` made back to the rows ``index`` [N]."""
         self.buffers[:, :, index] = part.buffers
         if self.states is not None:
             self.states[:, index] = part.states
 
     def take_over(self, other: "BlockCache", index: torch.Tensor, shift: int, slots: int) -> None:
-        """Fill slots 0 to ``slots`` with those from ``shift`` on of a larger cache's rows ``index`` [N]."""
+        """Fill slots 0 to ``slots`` from the rows ``index`` [N] of a larger cache, whose slots begin at ``shift``."""
         self.buffers[:, :, :, :slots] = other.buffers[:, :, index, shift : shift + slots]
         if self.states is not None:
             self.states[:, :, :slots] = other.states[:, index, shift : shift + slots]

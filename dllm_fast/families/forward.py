@@ -16,24 +16,24 @@ STATE = "_dllm_fast"  # the attribute of a patched model that holds its `patch._
 
 
 def patch_of(model: nn.Module):
-    """The `patch._Patch` of this model: what was asked for, and the family; None if it is not patched.
+    """The `patch._Patch` of this model; None if it is not patched.
 
-    A shallow copy of a patched model holds its original's, which is not its own.
+    A shallow copy of a patched model holds the `_Patch` of its original, which does not count.
     """
     state = model.__dict__.get(STATE) if isinstance(model, nn.Module) else None
     return state if state is not None and state.model is model else None
 
 
 def _span(attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """[start, end) of each row's ones, or None where a row has a hole or no one at all."""
+    """[start, end) of the ones of each row; None if a row has a hole or no ones."""
     start, end, length = valid_spans(attention_mask.bool())
     return (start, end) if bool(((end - start == length) & (length > 0)).all()) else None
 
 
 def like(own: Callable) -> Callable:
-    """`_fast` under the name, the docstring and the signature of the model's own bound ``forward``.
+    """`_fast` with the name, the docstring and the signature of the model's own bound ``forward``.
 
-    A function for each patch: `_fast` itself, once it named a model, would keep it alive.
+    Every patch gets its own function: attributes of `_fast` itself would keep a model alive.
     """
 
     names = [name for name in inspect.signature(own).parameters if name != "self"]
@@ -41,17 +41,17 @@ def like(own: Callable) -> Callable:
     @functools.wraps(getattr(own, "__func__", own))
     def forward(self, *args, **kwargs):
         state = patch_of(self)
-        if state is None or state.bound.__func__ is not forward:  # unpatched, but someone's wrapper kept it
+        if state is None or state.bound.__func__ is not forward:  # unpatched, but a wrapper still holds this
             return own.__func__(self, *args, **kwargs) if inspect.ismethod(own) else own(*args, **kwargs)
-        if args:  # the order of arguments is the model's own: the published class has inputs_embeds before the mask
-            twice = [name for name in names[: len(args)] if name in kwargs]
-            if twice or len(args) > len(names):
-                return state.forward(*args, **kwargs)  # raises, as Python words it
+        if args:  # in the order of the model's own forward: the published class has inputs_embeds before the mask
+            repeated = [name for name in names[: len(args)] if name in kwargs]
+            if repeated or len(args) > len(names):
+                return state.forward(*args, **kwargs)  # raises Python's own TypeError
             kwargs.update(zip(names, args))
         return _fast(self, **kwargs)
 
-    # transformers' Trainer asks the bound method which columns of a data set the model takes. A method's signature is
-    # found by itself; of anything else that stood in its place the first parameter would be taken for the instance.
+    # transformers' Trainer inspects the bound method to see which columns of a data set the model takes. A wrapped
+    # method shows its own signature; for any other callable the first parameter would be taken for the instance.
     if not inspect.ismethod(own):
         signature = inspect.signature(own)
         first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
@@ -59,8 +59,8 @@ def like(own: Callable) -> Callable:
     return forward
 
 
-def _config_asks_more(config, output: type[ModelOutput]) -> bool:
-    """Whether the config asks for what an argument of the forward may ask for: hidden states, a tuple, a cache."""
+def _config_wants_more(config, output: type[ModelOutput]) -> bool:
+    """Whether the config asks for more than logits: hidden states, attentions, a tuple, a cache."""
     wanted = ["output_hidden_states", "output_attentions", "torchscript"]
     if hasattr(output, "past_key_values"):  # the published LLaDA's
         wanted.append("use_cache")
@@ -78,7 +78,7 @@ def _fast(self, input_ids=None, attention_mask=None, **kwargs):
         and 0 < input_ids.shape[1] <= family.positions
         and not self.training
         and not (torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters()))
-        and not _config_asks_more(self.config, family.output_type(self))
+        and not _config_wants_more(self.config, family.output_type(self))
         and all(value is None or value is (name == "return_dict") for name, value in kwargs.items())
     )
     span = (None, None)
@@ -88,7 +88,7 @@ def _fast(self, input_ids=None, attention_mask=None, **kwargs):
     if not plain or span is None:
         return state.forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
     head = family.head_operands()
-    # Triton launches on the current GPU, whatever holds the tensors.
+    # Triton launches on the current GPU, not on the one that holds the tensors.
     with torch.cuda.device(head[0].device) if head[0].is_cuda else nullcontext():
         hidden = family.hidden(input_ids, *span, padding_counts=True)
         return family.output_type(self)(logits=ops.logits(hidden, *head, impl=family.impl))

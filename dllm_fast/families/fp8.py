@@ -2,10 +2,10 @@
 
     w[n, k] ~ scale[n] w8[n, k]        scale[n] = max_k |w[n, k]| / 448        (e4m3: arXiv:2209.05433)
 
-with PyTorch's own rounding cast. Few rows on Hopper multiply the weights as they are (`kernels/linear.py`): nothing but
-the weights is rounded. More rows are rounded the same way at each call where the chip multiplies e4m3, and PyTorch's
-scaled matmul takes both scales; elsewhere, and for fp32 and wider, the weights are multiplied back some rows at a
-time: right, but not fast.
+rounded by PyTorch's own cast. On Hopper a few rows are multiplied by the e4m3 weights (`kernels/linear.py`), and only
+the weights are rounded. If the chip multiplies e4m3, more rows are rounded the same way at each call, for PyTorch's
+scaled matmul, which takes both scales. Elsewhere, and in fp32 and wider, the weights are widened some rows at a time:
+right, but not fast.
 """
 
 import copy
@@ -16,7 +16,7 @@ import torch
 from dllm_fast import ops
 from dllm_fast.kernels import reference
 
-CHUNK = 1024  # rows of a weight that are wide at once: 1024 x 12,288 in bf16 is 25 MB
+CHUNK = 1024  # rows of a weight that are widened at once: 1024 x 12,288 in bf16 is 25 MB
 AT_ONCE = 128  # rows that are rounded at once, in fp32
 
 
@@ -33,23 +33,25 @@ class Fp8:
 
     def take(self, first: int, count: int) -> "Fp8":
         """``count`` rows from ``first`` on, in the same memory."""
-        part, rows = copy.copy(self), slice(first, first + count)
-        part.matrix, part.scale = self.matrix[rows], self.scale[rows]
+        rows = slice(first, first + count)
+        part = copy.copy(self)
+        part.matrix = self.matrix[rows]
+        part.scale = self.scale[rows]
         return part
 
     def write(self, first: int, weight: torch.Tensor) -> None:
-        """Round the rows of ``weight`` [n, K], any float dtype, into those from ``first`` on."""
+        """Round ``weight`` [n, K], of any float dtype, into the n rows from ``first`` on."""
         for done in range(0, len(weight), AT_ONCE):
             part = weight[done : done + AT_ONCE]
-            to = slice(first + done, first + done + len(part))
-            self.matrix[to], self.scale[to] = reference.round_rows(part)
+            rows = slice(first + done, first + done + len(part))
+            self.matrix[rows], self.scale[rows] = reference.round_rows(part)
 
     def matmul(self, x: torch.Tensor, gated: bool, impl: str) -> torch.Tensor:
-        """`reference.linear` of x [..., K]; [..., N], or [..., N / 2] if ``gated``."""
+        """`reference.linear` of x [..., K] and the weight: [..., N], or [..., N / 2] if ``gated``."""
         if (y := ops.scaled_linear(x, self.matrix, self.scale[:, 0], gated, impl)) is not None:
             return y
         rows = x.reshape(-1, x.shape[-1])
-        # The scaled matmul wants both sides in sixteens.
+        # The scaled matmul needs both lengths to be multiples of 16.
         sixteens = all(length % 16 == 0 for length in self.matrix.shape)
         if sixteens and len(rows) > 0 and x.dtype in (torch.bfloat16, torch.float16) and native(x.device):
             y = _scaled(rows, self.matrix, self.scale, impl)
@@ -62,19 +64,19 @@ class Fp8:
 
 @functools.cache
 def native(device: torch.device) -> bool:
-    """Whether `torch._scaled_mm` takes a scale a row there. Asked of the chip by one small matmul.
+    """Whether `torch._scaled_mm` takes a scale for each row there, found by one small matmul.
 
-    Capability alone does not tell: it is (8, 9) and up where the matrix units know e4m3, but some versions of PyTorch
-    and of cuBLAS refuse scales by row on chips other than Hopper, and one gave wrong numbers.
+    The capability is not enough: from (8, 9) on the matrix units multiply e4m3, but some versions of PyTorch and cuBLAS
+    refuse row scales on chips other than Hopper, and one gave wrong numbers.
     """
     if device.type != "cuda" or torch.version.cuda is None or torch.cuda.get_device_capability(device) < (8, 9):
         return False
     ones = torch.ones(16, 32, dtype=torch.float32, device=device)
     try:
-        matmul = _scaled(ones.bfloat16(), ones.to(torch.float8_e4m3fn), ones[:, :1].contiguous(), "torch")
+        y = _scaled(ones.bfloat16(), ones.to(torch.float8_e4m3fn), ones[:, :1].contiguous(), "torch")
     except RuntimeError:
         return False
-    return bool((matmul == 32).all())
+    return bool((y == 32).all())
 
 
 def _scaled(
@@ -83,6 +85,6 @@ def _scaled(
     scale: torch.Tensor,  # [N, 1] fp32
     impl: str,
 ) -> torch.Tensor:
-    """x W^T, [M, N], from x rounded to e4m3 by rows. The matmul by rows comes out as bf16, whatever x is."""
+    """x W^T, [M, N], with the rows of x rounded to e4m3. `torch._scaled_mm` with row scales only returns bf16."""
     x8, x_scale = ops.round_rows(x, impl)
     return torch._scaled_mm(x8, matrix.t(), x_scale, scale.t(), out_dtype=torch.bfloat16).to(x.dtype)

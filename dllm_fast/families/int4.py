@@ -1,9 +1,9 @@
-"""Weights of linears in four bits: a quarter of the bytes of bf16 and 3 % more, a scale a group of 128 inputs.
+"""Weights of linears in four bits, with a scale for each group of 128 inputs: a quarter of bf16's bytes and 3 % more.
 
     w[n, k] ~ scale[g, n] (q[n, k] - zero[g, n])        g = k // 128        (`reference_int4.round_int4`)
 
-Few rows of 16 bits in Triton multiply the q as they are (`kernels/linear_int4.py`): nothing but the weights is rounded.
-For more rows one kernel writes the weights out in x's dtype; elsewhere they are multiplied back some rows at a time.
+In Triton a few 16-bit rows are multiplied by q - zero (`kernels/linear_int4.py`), and only the weights are rounded. For
+more rows one kernel writes the weights in x's dtype. Elsewhere they are widened some rows at a time.
 """
 
 import copy
@@ -13,7 +13,7 @@ import torch
 from dllm_fast import ops
 from dllm_fast.kernels import reference_int4
 
-CHUNK = 1024  # rows of a weight that are wide at once
+CHUNK = 1024  # rows of a weight that are widened at once
 AT_ONCE = 128  # rows that are rounded at once, in fp32
 
 
@@ -33,22 +33,26 @@ class Int4:
 
     def take(self, first: int, count: int) -> "Int4":
         """``count`` rows from ``first`` on, in the same memory."""
-        part, rows = copy.copy(self), slice(first, first + count)
-        part.matrix, part.scale, part.zero = self.matrix[rows], self.scale[:, rows], self.zero[:, rows]
+        rows = slice(first, first + count)
+        part = copy.copy(self)
+        part.matrix = self.matrix[rows]
+        part.scale = self.scale[:, rows]
+        part.zero = self.zero[:, rows]
         return part
 
     def write(self, first: int, weight: torch.Tensor) -> None:
-        """Round the rows of ``weight`` [n, K], any float dtype, into those from ``first`` on."""
+        """Round ``weight`` [n, K], of any float dtype, into the n rows from ``first`` on."""
         for done in range(0, len(weight), AT_ONCE):
             part = weight[done : done + AT_ONCE]
-            to = slice(first + done, first + done + len(part))
-            self.matrix[to], self.scale[:, to], self.zero[:, to] = reference_int4.round_int4(part)
+            rows = slice(first + done, first + done + len(part))
+            self.matrix[rows], self.scale[:, rows], self.zero[:, rows] = reference_int4.round_int4(part)
 
     def matmul(self, x: torch.Tensor, gated: bool, impl: str) -> torch.Tensor:
-        """`reference.linear` of x [..., K] and the widened weight; [..., N], or [..., N / 2] if ``gated``."""
+        """`reference.linear` of x [..., K] and the widened weight: [..., N], or [..., N / 2] if ``gated``."""
         if (y := ops.int4_linear(x, self.matrix, self.scale, self.zero, gated, impl)) is not None:
             return y
-        parts, chunk = [], len(self.matrix) if impl == "triton" else CHUNK
+        chunk = len(self.matrix) if impl == "triton" else CHUNK
+        parts = []
         for first in range(0, len(self.matrix), chunk):
             rows = slice(first, first + chunk)
             weight = ops.widen_int4(

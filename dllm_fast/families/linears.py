@@ -1,10 +1,10 @@
 """Linears that share an input, run as one matmul; no second copy of a weight is kept.
 
-`fuse` moves the weights of such linears into one buffer, one below the other, and makes each a view of its rows. The
-Parameter objects stay, so optimizers, state dicts, hooks and tied names work as before, and the matmul sees a weight
-that is written in place. Nothing else is kept: at each call `matmuls` checks that the weights are still one below the
-other, and calls the modules if not (after ``.to()``, ``load_state_dict(assign=True)``, an adapter in a module's place).
-It is never wrong, only slower until the weights are fused again.
+`fuse` moves the weights of such linears into one buffer and makes each of them a view of its rows. The Parameter
+objects stay, so optimizers, state dicts, hooks and tied names work as before, and a weight that is written in place is
+seen. Nothing else is kept: each call of `matmuls` checks that the weights are still adjacent, and calls the modules if
+they are not (after ``.to()``, ``load_state_dict(assign=True)``, or with an adapter in a module's place). It is never
+wrong, only slower until the weights are fused again.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -17,16 +17,16 @@ from torch.utils.hooks import RemovableHandle
 from dllm_fast import ops
 from dllm_fast.families.bypass import class_name
 
-Matmuls = Callable[..., tuple[torch.Tensor, ...]]  # `matmuls`, or another way to the same
+Matmuls = Callable[..., tuple[torch.Tensor, ...]]  # `matmuls`, or `rounded.Copies`
 
 
 def matmuls(x: torch.Tensor, *linears: nn.Module, gated: bool = False, impl: str = "torch") -> tuple[torch.Tensor, ...]:
-    """``linear(x)`` of each, [..., out]; slices of one matmul if their weights are fused.
+    """``linear(x)`` of each, [..., out]: slices of one matmul if their weights are fused.
 
-    ``gated``: of a gate and an up projection; (``swiglu(gate, up)``,) instead of the two.
+    ``gated``: the two are a gate and an up projection; returns (``swiglu(gate, up)``,).
 
     They run one by one if a gradient is wanted, which must reach each parameter, and under ``torch.compile``, which
-    does not see where weights are: compiled code may outlive the fusion. A plain linear's module is not called: the
+    does not see addresses: compiled code may outlive the fusion. Plain linears are not called as modules, because a
     call costs as much as a small matmul.
     """
     if len(linears) > 1 and not torch.compiler.is_compiling():
@@ -45,7 +45,7 @@ def matmuls(x: torch.Tensor, *linears: nn.Module, gated: bool = False, impl: str
 
 
 def fused(linears: Sequence[nn.Module]) -> torch.Tensor | None:
-    """The matrix [sum of out, in] whose rows are the linears' weights; None where they are apart or have more to do."""
+    """The matrix [sum of out, in] of the linears' weights; None if not adjacent, not plain or to be trained."""
     if not all(plain(linear) and linear._parameters["bias"] is None for linear in linears):
         return None
     weights = [linear._parameters["weight"] for linear in linears]
@@ -57,7 +57,7 @@ def fused(linears: Sequence[nn.Module]) -> torch.Tensor | None:
 
 @dataclass
 class Fused:
-    """Weights that `fuse` moved, and what must go when they are moved back."""
+    """Weights that `fuse` moved, and the hooks to remove when they are moved back."""
 
     weights: list[nn.Parameter]
     hooks: list[RemovableHandle]
@@ -67,7 +67,7 @@ class Fused:
             hook.remove()
 
     def separate(self) -> None:
-        """Move the weights that are still in one buffer into storages of their own, with the values they have now."""
+        """Give the weights that are still in one buffer their own storages, with their current values."""
         self.unhook()
         together = sum(weight.nbytes for weight in self.weights)
         with torch.inference_mode(False), torch.no_grad():
@@ -79,11 +79,10 @@ class Fused:
 def fuse(linears: Sequence[nn.Module]) -> Fused | None:
     """Move the weights of ``linears`` into one buffer; None if nothing was moved.
 
-    Nothing is moved if it does not pay (`pays`); if they are in one buffer already; if a module is no plain
-    ``nn.Linear`` (an adapter, a quantised weight, one with hooks or a bias); if dtypes, devices or
-    widths differ; or if a weight cannot be moved: it is shared with other processes, was made in inference mode, or is
-    there twice. Needs the memory of these weights once more while it runs; if there is not enough, raises and leaves
-    everything as it was.
+    Nothing is moved if it does not pay (`pays`); if they are in one buffer already; if a module is not a plain
+    ``nn.Linear`` (an adapter, a quantised weight, hooks, a bias); if dtypes, devices or widths differ; or if a weight
+    cannot be moved, because other processes share it, it was made in inference mode, or it is in the group twice. While
+    it runs, it needs the memory of these weights a second time. If there is not enough it raises, and changes nothing.
     """
     if not all(plain(linear) and linear._parameters["bias"] is None for linear in linears):
         return None
@@ -93,7 +92,7 @@ def fuse(linears: Sequence[nn.Module]) -> Fused | None:
         return None
     if not all(map(_movable, weights)) or _lie_together(weights):
         return None
-    # A parameter whose data was made in inference mode could never be trained again.
+    # Data that is made in inference mode could never be trained.
     with torch.inference_mode(False), torch.no_grad():
         matrix = weights[0].new_empty(sum(weight.shape[0] for weight in weights), weights[0].shape[1])
         parts = matrix.split([weight.shape[0] for weight in weights])
@@ -105,10 +104,10 @@ def fuse(linears: Sequence[nn.Module]) -> Fused | None:
 
 
 def _own_storage(linear: nn.Linear, state_dict: dict, prefix: str, local_metadata: dict) -> None:
-    """Let a state dict hold the weight as a storage of its own, over the same memory.
+    """In a state dict, give the weight its own storage over the same memory.
 
-    Whoever saves checkpoints tells tied weights by their storage: Accelerate would write the first weight of a group
-    and drop the others, safetensors' ``save_model`` refuses.
+    Libraries that save checkpoints recognise tied weights by their storage: Accelerate would write the first weight of
+    a group and drop the others, and safetensors' ``save_model`` would refuse.
     """
     weight = state_dict.get(f"{prefix}weight")
     if type(weight) is torch.Tensor and weight.untyped_storage().nbytes() > weight.nbytes:
@@ -116,17 +115,17 @@ def _own_storage(linear: nn.Linear, state_dict: dict, prefix: str, local_metadat
 
 
 def pays(weight: torch.Tensor) -> bool:
-    """Whether one matmul of several such weights costs less than one of each.
+    """Whether one matmul of several such weights costs less than one matmul for each.
 
-    On a GPU it saves launches, and a few rows fill more of the chip. On a CPU it saves what a bf16 matmul costs before
-    it starts, which is a tenth of q, k and v's for 32 rows at width 768; in fp32 and fp16 nothing, and there a gate
-    pays for reading its two halves from longer rows.
+    On a GPU it saves launches, and a few rows fill more of the chip. On a CPU it saves the fixed cost of a bf16 matmul,
+    a tenth of the time of q, k and v for 32 rows at width 768. In fp32 and fp16 it saves nothing, and the gate is
+    slower, because its two halves are read from longer rows.
     """
     return weight.device.type != "cpu" or weight.dtype == torch.bfloat16
 
 
 def plain(linear: nn.Module) -> bool:
-    """Whether a call is its weight's matmul and its bias, and nothing else (hooks, adapters, quantisation)."""
+    """Whether a call does nothing but multiply by its weight and add its bias (no hook, adapter or quantisation)."""
     return (
         type(linear) is nn.Linear
         and type(linear._parameters.get("weight")) is nn.Parameter
@@ -135,7 +134,7 @@ def plain(linear: nn.Module) -> bool:
 
 
 def require_weights(modules: Iterable[tuple[str, nn.Module]]) -> None:
-    """Raise ValueError naming the first of (name, module) whose weight is no plain parameter of its own to be read."""
+    """Raise ValueError naming the first of the (name, module) pairs whose weight is not a plain parameter."""
     for name, module in modules:
         if type(module._parameters.get("weight")) is not nn.Parameter:
             raise ValueError(
@@ -145,7 +144,7 @@ def require_weights(modules: Iterable[tuple[str, nn.Module]]) -> None:
 
 
 def stamp(weight: nn.Parameter) -> tuple[int, int]:
-    """Where a weight lies, and how often it was written to. A quantised tensor is several, and told by itself."""
+    """A weight's address, and how often it was written to; a quantised tensor has no one address, so its id."""
     place = weight.data_ptr() if type(weight) is nn.Parameter else id(weight)
     return place, 0 if weight.is_inference() else weight._version
 
@@ -166,6 +165,6 @@ def _lie_together(weights: Sequence[nn.Parameter]) -> bool:
         if weight.data_ptr() != end or weight.dtype != first.dtype or weight.stride() != (first.shape[1], 1):
             return False
         end += weight.nbytes
-    # Neighbours in memory may be separate storages, which no view may span.
+    # Adjacent memory may belong to separate storages, and no view may span those.
     storage = first.untyped_storage()
     return end <= storage.data_ptr() + storage.nbytes()

@@ -1,4 +1,4 @@
-"""`DiffusionGenerationMixin`: the ``generate`` of the native LLaDA, and of every model while it is patched."""
+"""`DiffusionGenerationMixin`: ``model.generate`` of the native LLaDA, and of any model while it is patched."""
 
 import types
 
@@ -8,9 +8,9 @@ from transformers import GenerationConfig, GenerationMixin
 
 
 class DiffusionGenerationMixin:
-    """Generation for masked-diffusion models, of the shape of transformers' mixin for DiffusionGemma.
+    """``generate`` for masked-diffusion models, modelled on transformers' mixin for DiffusionGemma.
 
-    It is not a ``GenerationMixin``: that decodes from left to right.
+    It is not a ``GenerationMixin``, which decodes from left to right.
     """
 
     output_modalities = ("text",)
@@ -27,39 +27,39 @@ class DiffusionGenerationMixin:
         trust_remote_code: bool | None = None,
         **kwargs,
     ):
-        """Fill [MASK]s after each prompt, and inside it, by `dllm_fast.generate`.
+        """Fill the [MASK]s after and inside each prompt, with `dllm_fast.generate`.
 
         ``model.generate(**tokenizer(text, return_tensors="pt"), max_new_tokens=64, block_length=32, temperature=0.7)``.
-        A model that is not patched generates the same, slower.
+        A model that is not patched generates the same tokens, more slowly.
 
         Args:
-            inputs: the prompts; or ``input_ids``. With ``attention_mask`` [B, P], 0 on padding, on either side.
-            generation_config: a `DiffusionGenerationConfig` or any other ``GenerationConfig``. What it leaves open is
-                ``model.generation_config``'s, then `DiffusionGenerationConfig`'s defaults.
-            logits_processor, stopping_criteria: None, or empty lists: there is no single next token for them.
+            inputs: the prompts, also as ``input_ids``; with ``attention_mask`` [B, P], 0 on padding, on either side.
+            generation_config: a `DiffusionGenerationConfig` or any other ``GenerationConfig``. Fields that it does not
+                set come from ``model.generation_config``, then from the defaults of `DiffusionGenerationConfig`.
+            logits_processor, stopping_criteria: None or empty lists: there is no single next token to process.
             streamer: as `dllm_fast.generate`'s.
-            custom_generate: `dllm_fast.custom_generate`, which is this; or a folder, local or a hub's, that has a
-                ``custom_generate/generate.py``, to be run with ``trust_remote_code=True``.
-            kwargs: fields of the config, which come before it, or `dllm_fast.generate`'s arguments by their names
-                there (``gen_length``, ``eos_id``). ``token_type_ids`` may be there if they are all 0.
+            custom_generate: `dllm_fast.custom_generate`, which is this method; or a folder, local or on the hub, with a
+                ``custom_generate/generate.py``, which runs with ``trust_remote_code=True``.
+            kwargs: fields of the config, which override it, or arguments of `dllm_fast.generate` by their names there
+                (``gen_length``, ``eos_id``). ``token_type_ids`` are allowed if they are all 0.
 
         Returns:
             `DiffusionOutput`; with ``return_dict_in_generate=False`` its ``sequences`` alone, [B, P + new] int64.
 
         Raises:
-            ValueError: an argument or a field that does not fit or cannot be honoured, by name, before any work.
+            ValueError: an argument or a field is not valid or not supported; it is named, before any work.
             MemoryError: as `dllm_fast.generate`.
         """
-        from dllm_fast import hf  # what users call stands above the models, which only lend it their name
+        from dllm_fast import hf  # it stands above the models, so it is imported when called
 
         if custom_generate is None or hf.is_ours(custom_generate):
             run = hf.diffusion_generate if custom_generate is None else custom_generate
-            # A callable, and a folder, answer as transformers' own generate does unless they are told otherwise.
-            given = dict(kwargs, inputs=inputs, streamer=streamer)
-            given = {name: value for name, value in given.items() if value is not None or name in hf.NONE_COUNTS}
+            # A callable and a folder return what transformers' own generate returns, unless told otherwise.
+            passed = dict(kwargs, inputs=inputs, streamer=streamer)
+            passed = {name: value for name, value in passed.items() if value is not None or name in hf.NONE_COUNTS}
             return run(
                 self, generation_config=generation_config, logits_processor=logits_processor,
-                stopping_criteria=stopping_criteria, **given,
+                stopping_criteria=stopping_criteria, **passed,
             )  # fmt: skip
         arguments = dict(
             kwargs, inputs=inputs, generation_config=generation_config, logits_processor=logits_processor,
@@ -74,7 +74,7 @@ class DiffusionGenerationMixin:
         return own(self, custom_generate=custom_generate, trust_remote_code=trust_remote_code, **arguments)
 
     def adjust_generation_fn(self, *args, **kwargs) -> None:
-        """What transformers 5 calls after loading: read ``generation_config.json``."""
+        """Read ``generation_config.json``; transformers 5 calls this after loading."""
         GenerationMixin.adjust_generation_fn(self, *args, **kwargs)
         self.generation_config = generation_config_of(self)
 
@@ -83,13 +83,13 @@ def _can_generate() -> bool:
     return True
 
 
-# What `lend_generate` puts on an instance: generate, and what transformers' pipelines and `save_pretrained` ask of a
-# model that generates.
+# The attributes that `lend_generate` sets: generate, and those that transformers' pipelines and `save_pretrained`
+# expect of a model that generates.
 LENT = ("generate", "can_generate", "generation_config", "output_modalities")
 
 
 def would_replace(model: nn.Module) -> dict[str, object] | None:
-    """The attributes that `lend_generate` would replace, for `take_back`; None for a model whose class generates by
+    """The attributes that `lend_generate` would replace, for `take_back`; None if the class itself generates by
     diffusion."""
     if isinstance(model, DiffusionGenerationMixin):
         return None
@@ -97,7 +97,7 @@ def would_replace(model: nn.Module) -> dict[str, object] | None:
 
 
 def generation_config_of(model: nn.Module) -> GenerationConfig:
-    """The model's own as a `DiffusionGenerationConfig`, or one made from its config."""
+    """The model's generation config as a `DiffusionGenerationConfig`, or a new one from the model's config."""
     from dllm_fast.generation_config import DiffusionGenerationConfig
 
     config = getattr(model, "generation_config", None)
@@ -107,7 +107,7 @@ def generation_config_of(model: nn.Module) -> GenerationConfig:
 
 
 def lend_generate(model: nn.Module, generation_config: GenerationConfig) -> None:
-    """Put `DiffusionGenerationMixin.generate` on this instance, with what belongs to it (`LENT`)."""
+    """Set `DiffusionGenerationMixin.generate` on this instance, with the other attributes of `LENT`."""
     model.__dict__.update(
         generate=types.MethodType(DiffusionGenerationMixin.generate, model),
         can_generate=_can_generate,
@@ -117,7 +117,7 @@ def lend_generate(model: nn.Module, generation_config: GenerationConfig) -> None
 
 
 def take_back(attributes: dict[str, object], replaced: dict[str, object]) -> None:
-    """Undo `lend_generate` in a model's attributes."""
+    """Undo `lend_generate` among a model's attributes."""
     for name in LENT:
         attributes.pop(name, None)
     attributes.update(replaced)

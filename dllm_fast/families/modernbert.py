@@ -103,7 +103,7 @@ class ModernBert(Family):
 
 
 def sliding_layers(config) -> list[bool]:
-    """Which layers attend within the window; transformers 4.57 spells it as every n-th layer being global."""
+    """Which layers attend within the window; in transformers 4.57 the config says that every n-th layer is global."""
     if getattr(config, "layer_types", None):
         return [kind == "sliding_attention" for kind in config.layer_types]
     return [layer % config.global_attn_every_n_layers != 0 for layer in range(config.num_hidden_layers)]
@@ -122,11 +122,12 @@ def rope_theta(config, sliding: bool) -> float:
 
 
 def fresh_rotary(model: nn.Module) -> list[tuple[nn.Module, str, torch.Tensor]]:
-    """(module, buffer name, fp32 values) of every rotary buffer that differs from what the config says.
+    """(module, buffer name, fp32 values) of every rotary buffer that differs from the config's.
 
-    ``.to(torch.bfloat16)`` rounds them with the weights, which puts cos off by 0.36 at position 8000.
+    ``.to(torch.bfloat16)`` rounds them with the weights: cos is then off by 0.36 at position 8000.
     """
-    config, found = model.config, []
+    config = model.config
+    stale = []
     head_dim = config.hidden_size // config.num_attention_heads
     sliding_of = sliding_layers(config)
     for path, module in model.named_modules():
@@ -139,7 +140,7 @@ def fresh_rotary(model: nn.Module) -> list[tuple[nn.Module, str, torch.Tensor]]:
                 sliding = sliding_of[int(path.split("layers.")[1].split(".")[0])]
             # On the host, as transformers makes them: a GPU's powers differ in the last bit.
             exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
-            fresh = (1.0 / rope_theta(config, sliding) ** exponent).to(buffer.device)
-            if buffer.dtype != torch.float32 or not torch.equal(buffer, fresh):
-                found.append((module, name, fresh))
-    return found
+            exact = (1.0 / rope_theta(config, sliding) ** exponent).to(buffer.device)
+            if buffer.dtype != torch.float32 or not torch.equal(buffer, exact):
+                stale.append((module, name, exact))
+    return stale

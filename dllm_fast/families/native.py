@@ -1,7 +1,7 @@
-"""LLaDA (arXiv:2502.09992) as a native transformers model, parameter for parameter the published checkpoints'.
+"""LLaDA (arXiv:2502.09992) as a native transformers model, with the parameter names of the published checkpoints.
 
 `GSAI-ML/LLaDA-8B-Base`, `-Instruct`, LLaDA-1.5 and iLLaDA-8B (grouped keys, tied embeddings) load into it without
-remote code. The forward is the plain one, every logit at every position; `dllm_fast.patch` makes it fast.
+remote code. The forward is the plain one, with all logits at all positions; `dllm_fast.patch` makes it fast.
 """
 
 import math
@@ -27,11 +27,11 @@ TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
 
 
 class LLaDAConfig(PretrainedConfig):
-    """The published configuration; the defaults are LLaDA-8B's. Unknown fields are kept, as for any config.
+    """The published configuration; the defaults are LLaDA-8B's. Unknown fields are kept, as in any config.
 
-    Only the architecture that was published is implemented: RMSNorm, SwiGLU, RoPE, no biases. A config that asks for
-    another raises a ValueError that names the field. Of the published fields, those that say how new weights are drawn
-    (``init_fn``, ``init_std``, ...) and which kernel attends (``flash_attention``) play no part.
+    Only the published architecture is implemented: RMSNorm, SwiGLU, RoPE, no biases. A config that asks for another one
+    raises a ValueError that names the field. The published fields for drawing new weights (``init_fn``, ``init_std``,
+    ...) and for choosing an attention kernel (``flash_attention``) have no effect.
     """
 
     model_type = "llada"
@@ -93,7 +93,8 @@ class LLaDAConfig(PretrainedConfig):
             raise ValueError(f"LLaDAConfig: d_model={d_model} is not a multiple of n_heads={n_heads}")
         self.d_model = d_model
         self.n_heads = n_heads
-        self.n_kv_heads, self.multi_query_attention = n_kv_heads, multi_query_attention
+        self.n_kv_heads = n_kv_heads
+        self.multi_query_attention = multi_query_attention
         self.n_kv_heads = kv_heads(self)
         self.n_layers = n_layers
         self.mlp_hidden_size = mlp_ratio * d_model if mlp_hidden_size is None else mlp_hidden_size
@@ -114,15 +115,16 @@ class LLaDAConfig(PretrainedConfig):
 
 
 def kv_heads(config: PretrainedConfig) -> int:
-    """Heads of keys and values of a published or native config.
+    """The number of K/V heads of a published or native config.
 
-    The older ``multi_query_attention`` says 1 or all; ValueError where ``n_kv_heads`` says otherwise.
+    The older ``multi_query_attention`` means 1 head or all; ValueError if ``n_kv_heads`` contradicts it.
     """
-    given, multi_query = getattr(config, "n_kv_heads", None), getattr(config, "multi_query_attention", None)
-    said = {None: None, True: 1, False: config.n_heads}[multi_query]
-    if given is not None and said is not None and given != said:
+    given = getattr(config, "n_kv_heads", None)
+    multi_query = getattr(config, "multi_query_attention", None)
+    implied = {None: None, True: 1, False: config.n_heads}[multi_query]
+    if given is not None and implied is not None and given != implied:
         raise ValueError(f"model.config: n_kv_heads={given} with multi_query_attention={multi_query}")
-    heads = given or said or config.n_heads
+    heads = given or implied or config.n_heads
     if config.n_heads % heads:
         raise ValueError(f"model.config: n_heads={config.n_heads} is not a multiple of n_kv_heads={heads}")
     return heads
@@ -142,8 +144,10 @@ class LLaDARMSNorm(nn.Module):
 class LLaDABlock(nn.Module):
     def __init__(self, config: LLaDAConfig):
         super().__init__()
-        width, head_dim = config.d_model, config.d_model // config.n_heads
-        self.head_dim, self.config = head_dim, config
+        width = config.d_model
+        head_dim = config.d_model // config.n_heads
+        self.head_dim = head_dim
+        self.config = config
         self.attn_norm = LLaDARMSNorm(width, config.rms_norm_eps)
         self.q_proj = nn.Linear(width, width, bias=False)
         self.k_proj = nn.Linear(width, config.n_kv_heads * head_dim, bias=False)
@@ -153,7 +157,7 @@ class LLaDABlock(nn.Module):
         self.ff_proj = nn.Linear(width, config.mlp_hidden_size, bias=False)
         self.up_proj = nn.Linear(width, config.mlp_hidden_size, bias=False)
         self.ff_out = nn.Linear(config.mlp_hidden_size, width, bias=False)
-        # Read by _init_weights: what is added to the residual stream starts smaller in a deeper model.
+        # For _init_weights: in a deeper model, additions to the residual stream start smaller.
         self.attn_out.init_scale = self.ff_out.init_scale = (2 * config.n_layers) ** -0.5
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, mask: torch.Tensor | None):
@@ -185,7 +189,7 @@ class LLaDAModel(nn.Module):
                 "wte": wte,
                 "blocks": nn.ModuleList(LLaDABlock(config) for _ in range(config.n_layers)),
                 "ln_f": LLaDARMSNorm(config.d_model, config.rms_norm_eps),
-                # Tied, the published head *is* the embedding module, so its file may hold either name.
+                # If tied, the published head is the embedding module itself, so a file may use either name.
                 "ff_out": wte if config.weight_tying else nn.Linear(config.d_model, config.embedding_size, bias=False),
             }
         )
@@ -195,11 +199,12 @@ class LLaDAModel(nn.Module):
         input_ids: torch.Tensor | None,  # [B, L] int64
         attention_mask: torch.Tensor | None = None,  # [B, L], 0 = padding
         inputs_embeds: torch.Tensor | None = None,  # [B, L, d], in place of the ids
-        states: list[torch.Tensor] | None = None,  # gets the input of each layer, and what the head multiplies
+        states: list[torch.Tensor] | None = None,  # collects the input of each layer, and of the head
         head: bool = True,
     ) -> torch.Tensor:
-        """Logits [B, L, V], or without ``head`` what it multiplies, [B, L, d]."""
-        config, transformer = self.config, self.transformer
+        """Logits [B, L, V]; without ``head``, the input of the head, [B, L, d]."""
+        config = self.config
+        transformer = self.transformer
         x = transformer.wte(input_ids) if inputs_embeds is None else inputs_embeds
         x = F.dropout(x, config.embedding_dropout, self.training)
         cos, sin = rope_table(x.shape[1], config.d_model // config.n_heads, config.rope_theta, x.device)
@@ -219,12 +224,12 @@ class LLaDAModel(nn.Module):
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """The head's logits [..., V] of hidden states [..., d]."""
         head = self.transformer.ff_out
-        # A tied head is the embedding itself; any other is called, so that an adapter or a hook on it acts.
+        # A tied head is the embedding itself; any other head is called, so that adapters and hooks on it act.
         return F.linear(hidden, head.weight) if isinstance(head, nn.Embedding) else head(hidden)
 
 
 class LLaDAModelLM(PreTrainedModel, DiffusionGenerationMixin):
-    """Mask predictor: logits of every position from all positions, no causal mask."""
+    """The mask predictor: logits of all positions, each attending to all, without a causal mask."""
 
     config_class = LLaDAConfig
     base_model_prefix = "model"
@@ -258,8 +263,8 @@ class LLaDAModelLM(PreTrainedModel, DiffusionGenerationMixin):
         return_dict: bool | None = None,
         **kwargs,
     ) -> MaskedLMOutput | tuple[torch.Tensor, ...]:
-        """Logits [B, L, V] in the model's dtype, and the hidden states [B, L, d] where asked for: each layer's input,
-        and what the head multiplies. Losses are `train.losses`'s; ``labels`` raise."""
+        """Logits [B, L, V] in the model's dtype; if asked for, also hidden states [B, L, d]: the input of each layer
+        and of the head. Losses are in `train.losses`; ``labels`` raise a ValueError."""
         if self.config.output_attentions:
             kwargs["output_attentions"] = True
         if unknown := [name for name, value in kwargs.items() if value is not None and value is not False]:
@@ -289,7 +294,7 @@ class LLaDAModelLM(PreTrainedModel, DiffusionGenerationMixin):
         self.model.transformer["ff_out"] = value
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Module:
-        """transformers' own, and ``config.embedding_size`` follows, from which a saved model is built again."""
+        """transformers' own; also sets ``config.embedding_size``, from which a saved model is built again."""
         embedding = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
         self.config.embedding_size = self.model.transformer.wte.weight.shape[0]
         return embedding
@@ -299,9 +304,9 @@ class LLaDAModelLM(PreTrainedModel, DiffusionGenerationMixin):
 
 
 def register() -> None:
-    """Make these the classes of the name ``llada`` in transformers' registries, whoever has it.
+    """Register these classes as ``llada`` in transformers, in place of any others.
 
-    LLaDA's published code takes the name when it is imported; every later load by that name would get its config.
+    LLaDA's published code registers itself under that name when it is imported; later loads would get its config.
     """
     AutoConfig.register("llada", LLaDAConfig, exist_ok=True)
     for auto in (AutoModel, AutoModelForMaskedLM, AutoModelForCausalLM):

@@ -9,8 +9,8 @@ from dllm_fast.families.native import TRANSFORMERS_5, register
 def published_classes(auto_map: dict, name: str, **kwargs) -> tuple[PretrainedConfig, type[PreTrainedModel]]:
     """LLaDA's published config and class, made to load under transformers 5.
 
-    It reads ``config.use_cache``, which configs no longer have; never calls ``post_init``, which sets what
-    ``from_pretrained`` now asks for; and its ``tie_weights`` takes no arguments, but is given some.
+    The code reads ``config.use_cache``, which configs no longer have. It never calls ``post_init``, which sets
+    attributes that ``from_pretrained`` now needs. Its ``tie_weights`` takes no arguments, but now gets some.
     """
     config = get_class_from_dynamic_module(auto_map["AutoConfig"], name, **kwargs).from_pretrained(name, **kwargs)
     cls = get_class_from_dynamic_module(auto_map["AutoModel"], name, **kwargs)
@@ -19,8 +19,10 @@ def published_classes(auto_map: dict, name: str, **kwargs) -> tuple[PretrainedCo
         config.use_cache = False
     if not TRANSFORMERS_5 or "_dllm_fast_mended" in cls.__dict__:
         return config, cls
-    published_init, published_tie = cls.__init__, cls.tie_weights
-    head, embedding = "model.transformer.ff_out.weight", "model.transformer.wte.weight"
+    published_init = cls.__init__
+    published_tie = cls.tie_weights
+    head = "model.transformer.ff_out.weight"
+    embedding = "model.transformer.wte.weight"
 
     def __init__(self, *args, **kwargs):
         published_init(self, *args, **kwargs)
@@ -34,5 +36,7 @@ def published_classes(auto_map: dict, name: str, **kwargs) -> tuple[PretrainedCo
         if missing_keys and self.all_tied_weights_keys and not {head, embedding} <= missing_keys:
             missing_keys -= {head, embedding}
 
-    cls.__init__, cls.tie_weights, cls._dllm_fast_mended = __init__, tie_weights, True
+    cls.__init__ = __init__
+    cls.tie_weights = tie_weights
+    cls._dllm_fast_mended = True
     return config, cls

@@ -1,8 +1,8 @@
 """Rounded weights of the layers' linears, in e4m3 (`fp8`) or four bits (`int4`).
 
-Of a model that `patch` rounds they are copies: its parameters stay beside them, for its own forward and for training.
-Of one that was loaded rounded (`shards`) they are all there is. The LM head's weight is rounded where that is asked for
-by itself, always beside the parameter, which a tied model's embedding reads.
+`patch` makes rounded copies: the parameters stay beside them, for the model's own forward and for training. A model
+that was loaded rounded (`shards`) has only the rounded weights. Rounding the LM head is a separate option, and its
+parameter always stays, because a tied model's embedding reads it.
 """
 
 import itertools
@@ -23,16 +23,16 @@ BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
 def check(kind: str, model: nn.Module, groups: Iterable[tuple[nn.Module, ...]], device: torch.device) -> None:
-    """Raise ValueError where PyTorch cannot hold such weights, or if a module of the layers is no ``nn.Linear``."""
+    """Raise ValueError if PyTorch cannot hold such weights, or if a module of the layers is not an ``nn.Linear``."""
     require_kind(kind, device)
     names = {module: name for name, module in model.named_modules()}
     for linear in (linear for linears in groups for linear in linears):
         if not isinstance(linear, RoundedLinear) and not plain(linear):
-            raise ValueError(f"weights={kind!r}: {names[linear]} {_more(linear)}")
+            raise ValueError(f"weights={kind!r}: {names[linear]} {_not_plain(linear)}")
 
 
-def _more(linear: nn.Module) -> str:
-    """What a module of the layers is or has beyond a plain ``nn.Linear``, whose weight alone would be read."""
+def _not_plain(linear: nn.Module) -> str:
+    """Why a module of the layers is not a plain ``nn.Linear``: only its weight would be read."""
     if type(linear) is not nn.Linear:
         return f"is a {class_name(linear)}, not a plain nn.Linear"
     hooks = [*linear._forward_pre_hooks.values(), *linear._forward_hooks.values()]
@@ -45,9 +45,9 @@ def _more(linear: nn.Module) -> str:
 
 
 def require_kind(kind: str, device: torch.device, argument: str = "weights") -> None:
-    """Raise ValueError, naming `patch`'s ``argument``, where ``device`` cannot round and multiply such weights.
+    """Raise ValueError, naming `patch`'s ``argument``, if ``device`` cannot round and multiply such weights.
 
-    It is tried on a small one.
+    A small weight is tried.
     """
     try:
         matrix = KINDS[kind](1, 16, device)
@@ -61,7 +61,7 @@ def require_kind(kind: str, device: torch.device, argument: str = "weights") -> 
 
 @dataclass
 class Held:
-    """The rounded weights of a group of linears, one below the other, that were loaded so."""
+    """The rounded weights of a group of linears, one below the other, of a model that was loaded rounded."""
 
     kind: str
     rows: int = 0
@@ -69,9 +69,9 @@ class Held:
 
 
 class RoundedLinear(nn.Module):
-    """An ``nn.Linear`` whose weight is some rows of a rounded matrix, and no parameter: it cannot be trained or saved.
+    """An ``nn.Linear`` whose weight is some rows of a rounded matrix, not a parameter: it cannot be trained or saved.
 
-    x [..., in] to [..., out], as the model's own forward calls it. Raises ValueError where a gradient is wanted.
+    x [..., in] to [..., out], as the model's own forward calls it. Raises ValueError if a gradient is wanted.
     """
 
     def __init__(self, linear: nn.Linear, held: Held, first: int):
@@ -88,7 +88,7 @@ class RoundedLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
     def _apply(self, fn, recurse: bool = True) -> "RoundedLinear":
-        """``.to()`` and its like move the weights as bits: what is not floating-point is not cast to another dtype."""
+        """Move the weights as integers in ``.to()`` and its like, which would cast floats to another dtype."""
         super()._apply(fn, recurse)
         matrix = self.held.matrix
         for name, x in vars(matrix).items() if matrix is not None else ():
@@ -111,22 +111,23 @@ class RoundedLinear(nn.Module):
 
 
 def loaded_kind(model: nn.Module) -> str | None:
-    """What a model was loaded with as ``weights``, where it has no others; None where it has its own."""
+    """The ``weights`` that a model was loaded with; None if it has its own weights."""
     return next((module.held.kind for module in model.modules() if isinstance(module, RoundedLinear)), None)
 
 
 @dataclass
 class _Copy:
-    sources: list[nn.Parameter]  # held, so that no other weight can take their place in memory
+    sources: list[nn.Parameter]  # kept alive, so that no other weight can get the same address
     stamps: list[tuple]  # of the sources, see `Copies._stamps`
     matrix: Fp8 | Int4  # their rows, one weight below the other
 
 
 class Copies:
-    """`linears.matmuls` from rounded copies, which are made anew when the weights they were made from have changed.
+    """`linears.matmuls` with rounded copies of the weights, which are rounded again when the weights change.
 
-    A change is seen by the parameter's version, which optimizers and ``load_state_dict`` raise, or by its place. What
-    writes through ``parameter.data`` raises nothing: patch again. Under ``torch.compile`` no change is seen.
+    A change is noticed by the parameter's version, which optimizers and ``load_state_dict`` increase, or by its
+    address. Writes through ``parameter.data`` are not noticed: patch again. Under ``torch.compile`` no change is
+    noticed.
     """
 
     def __init__(self, kind: str):
@@ -134,7 +135,7 @@ class Copies:
         self.copies: dict[nn.Module, _Copy] = {}  # by a group's first linear
 
     def refresh(self, groups: Iterable[tuple[nn.Module, ...]]) -> None:
-        """Copy every group anew."""
+        """Round every group again."""
         for linears in groups:
             if not isinstance(linears[0], RoundedLinear):
                 self.copies[linears[0]] = self._copied(linears)
@@ -142,12 +143,13 @@ class Copies:
     def __call__(
         self, x: torch.Tensor, *linears: nn.Module, gated: bool = False, impl: str = "torch"
     ) -> tuple[torch.Tensor, ...]:
-        """``linear(x)`` of each, [..., out], with rounded weights; without rounding where a gradient is wanted."""
+        """``linear(x)`` of each, [..., out], with rounded weights; with the parameters if a gradient is wanted."""
         parameters = (parameter for linear in linears for parameter in linear.parameters())
         if wants_grad(itertools.chain([x], parameters)):
             parts = tuple(linear(x) for linear in linears)
             return (ops.swiglu(*parts, impl=impl),) if gated else parts
-        matrix, widths = self._matrix(linears), [linear.out_features for linear in linears]
+        matrix = self._matrix(linears)
+        widths = [linear.out_features for linear in linears]
         if not any(linear.bias is not None for linear in linears):
             y = matrix.matmul(x, gated, impl)
             return (y,) if gated else y.split(widths, -1)
@@ -164,29 +166,30 @@ class Copies:
         return copy.matrix
 
     def _stamps(self, linears: tuple[nn.Module, ...]) -> list[tuple]:
-        """What changes when a weight does: how often it was written to, where it lies, its type."""
-        found = []
+        """For each weight, what changes when it does: how often it was written to, its address, its dtype."""
+        stamps = []
         for linear in linears:
             if not plain(linear):
-                raise ValueError(f"weights={self.kind!r}: a linear of the layers {_more(linear)}")
+                raise ValueError(f"weights={self.kind!r}: a linear of the layers {_not_plain(linear)}")
             weight = linear._parameters["weight"]
-            found.append(_stamp(weight))
-        return found
+            stamps.append(_stamp(weight))
+        return stamps
 
     def _copied(self, linears: tuple[nn.Module, ...]) -> _Copy:
-        """A copy of the linears' weights, where the old one lies if that can be: a CUDA graph goes on reading there."""
-        stamps, weights = self._stamps(linears), [linear.weight for linear in linears]
+        """A copy of the linears' weights, in the old one's memory if it fits: CUDA graphs go on reading there."""
+        stamps = self._stamps(linears)
+        weights = [linear.weight for linear in linears]
         return _copied(self.kind, weights, stamps, self.copies.get(linears[0]))
 
 
 class RoundedHead:
-    """An LM head's weight in e4m3, made anew when the weight it was made from has changed, as `Copies` are."""
+    """An LM head's weight in e4m3, rounded again when the weight changes, as `Copies` are."""
 
     def __init__(self):
         self.copy: _Copy | None = None
 
     def refresh(self, weight: nn.Parameter) -> None:
-        """Copy the head's weight [V, d] anew."""
+        """Round the head's weight [V, d] again."""
         self.copy = _copied("fp8", [weight], [_stamp(weight)], self.copy)
 
     def __call__(
@@ -204,9 +207,9 @@ def _stamp(weight: nn.Parameter) -> tuple:
 
 
 def _copied(kind: str, weights: list[nn.Parameter], stamps: list[tuple], old: _Copy | None) -> _Copy:
-    """A copy of weights [n, K] one below the other, in the memory of the ``old`` one if that can be."""
+    """A rounded copy of weights [n, K], one below the other, in the memory of ``old`` if it fits."""
     shape = sum(weight.shape[0] for weight in weights), weights[0].shape[1]
-    # What is made in inference mode could not be written again outside it.
+    # Tensors that are made in inference mode could not be written outside it.
     with torch.inference_mode(False), torch.no_grad():
         if old is not None and old.matrix.fits(*shape, weights[0].device):
             matrix = old.matrix

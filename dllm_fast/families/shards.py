@@ -1,7 +1,7 @@
-"""Loading a model whose layers are rounded as their weights arrive, one tensor at a time: they never lie there whole.
+"""Loading a model with rounded layers, one tensor at a time: the unrounded weights are never all in memory.
 
-transformers builds and loads all but the weights of the layers' linears, in whose places `RoundedLinear`s stand from
-the start. Those weights are then read from the safetensors files one by one, rounded where they are to lie, and let go.
+transformers builds and loads everything but the layers' linears, which are `RoundedLinear`s from the start. Their
+weights are then read from the safetensors files one by one, rounded on the device, and freed.
 """
 
 import functools
@@ -20,7 +20,7 @@ from dllm_fast.families import FAMILIES
 from dllm_fast.families.rounded import KINDS, Held, RoundedLinear, require_kind
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-# What of `from_pretrained`'s keyword arguments says where files are.
+# Keyword arguments of `from_pretrained` that say where files are.
 PLACES = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
@@ -33,11 +33,11 @@ def load_rounded(
     kind: str,
     **kwargs,
 ) -> tuple[PreTrainedModel, dict]:
-    """``cls.from_pretrained(name)`` in ``dtype`` on ``device`` with the layers' weights of ``kind`` ("fp8", "int4"), in
-    no other form; and transformers' report on the keys of the rest.
+    """``cls.from_pretrained(name)`` in ``dtype`` on ``device``, with only ``kind`` ("fp8", "int4") weights in its
+    layers; and transformers' report on the keys.
 
     Raises:
-        ValueError: there are no safetensors files, or in them a weight is missing, of another shape or not finite; or
+        ValueError: there are no safetensors files, or a weight in them is missing, of another shape or not finite; or
             ``device`` cannot hold such weights.
     """
     require_kind(kind, device)
@@ -67,7 +67,8 @@ def _skeleton(cls: type[PreTrainedModel], family: type, kind: str) -> type[PreTr
         cls.__init__(self, *args, **kwargs)
         names = {module: path for path, module in self.named_modules()}
         for linears in list(family.linears(self)):
-            held, first = Held(kind), 0
+            held = Held(kind)
+            first = 0
             for linear in linears:
                 path, _, last = names[linear].rpartition(".")
                 setattr(self.get_submodule(path), last, RoundedLinear(linear, held, first))
@@ -77,17 +78,17 @@ def _skeleton(cls: type[PreTrainedModel], family: type, kind: str) -> type[PreTr
         for part in _drawing(self):
             part._init_weights = functools.partial(_draw, part._init_weights)
 
-    # Under the same name: transformers looks some classes up by it.
+    # With the same name, by which transformers looks some classes up.
     return type(cls.__name__, (cls,), {"__init__": __init__, "__module__": cls.__module__})
 
 
 def _drawing(model: nn.Module) -> list[PreTrainedModel]:
-    """What draws new weights for its modules: ModernBERT has a model within the model."""
+    """The modules that draw new weights for their own modules: ModernBERT has a model inside the model."""
     return [module for module in model.modules() if isinstance(module, PreTrainedModel)]
 
 
 def _draw(init_weights: Callable[[nn.Module], None], module: nn.Module) -> None:
-    """New weights for a module, unless it would draw them for linears that have none to be drawn."""
+    """Draw new weights for a module, unless it would draw them for rounded linears, which have no parameter."""
     if not any(isinstance(child, RoundedLinear) for child in module.children()):
         init_weights(module)
 
@@ -97,7 +98,7 @@ def _rounded(model: nn.Module) -> dict[str, RoundedLinear]:
 
 
 def _files(name: str, **places) -> list[str]:
-    """The safetensors files of a folder or of a hub's model, which are downloaded."""
+    """The safetensors files of a folder, or of a model on the hub, which are downloaded."""
     optional = {"_raise_exceptions_for_missing_entries": False}
     index = cached_file(name, INDEX, **places, **optional)
     if index is not None:
@@ -110,10 +111,10 @@ def _files(name: str, **places) -> list[str]:
 
 
 def _tensors(files: list[str], paths: dict) -> Iterator[tuple[str, torch.Tensor]]:
-    """(path of the linear, weight) of each of ``paths`` that the files hold; one file is open at a time."""
+    """(path of the linear, weight) for each of ``paths`` in the files; one file is open at a time."""
     for file in files:
         with safe_open(file, "pt") as shard:
-            for key in shard.keys():  # noqa: SIM118, it is no dict
+            for key in shard.keys():  # noqa: SIM118, it is not a dict
                 path, _, last = key.rpartition(".")
                 if last == "weight" and path in paths:
                     yield path, shard.get_tensor(key)
@@ -126,7 +127,7 @@ def _write(name: str, path: str, linear: RoundedLinear, weight: torch.Tensor) ->
             f"{name}: {path}.weight is {list(weight.shape)}, and config.json says "
             f"{[linear.out_features, linear.in_features]}"
         )
-    # A sum is NaN or infinite if any term is, and needs no mask of the weight's size.
+    # A sum is NaN or infinite if any term is, and needs no mask as large as the weight.
     if not torch.isfinite(weight.sum(dtype=torch.float32)) and not torch.isfinite(weight).all():
         raise ValueError(f"model: {path}.weight holds NaN or infinite values")
     held = linear.held
