@@ -1,4 +1,4 @@
-"""Tables of numbers by dtype in an environment variable, ``bfloat16:128:1024,float32:64:never``."""
+"""Tables in environment variables: numbers by dtype, such as ``bfloat16:128:1024,float32:64:never``."""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -7,14 +7,14 @@ import torch
 
 from dllm_fast.kernels.checks import dtype_name
 
-NEVER = 1 << 62  # rows or queries: more than there ever are
+NEVER = 1 << 62  # more rows or queries than there ever are
 
 
 def read(variable: str, form: str, dtypes: Iterable[torch.dtype]) -> dict[tuple, int]:
-    """The table in ``variable``: each entry's last number by its dtype and the numbers between. Empty if it is not set.
+    """The table in ``variable``: the last number of each entry, by its dtype and the numbers between. Empty if unset.
 
     Raises:
-        ValueError: an entry is not of the ``form``, DTYPE:NUMBER:..., which the message gives.
+        ValueError: an entry does not have the ``form`` DTYPE:NUMBER:..., which the message shows.
     """
     text = os.environ.get(variable, "")
     named = {dtype_name(dtype): dtype for dtype in dtypes}
@@ -34,7 +34,7 @@ def read(variable: str, form: str, dtypes: Iterable[torch.dtype]) -> dict[tuple,
 
 
 def spell(table: Mapping[tuple, int]) -> str:
-    """The table as `read` takes it."""
+    """The table as text for `read`."""
     return ",".join(
         ":".join((dtype_name(dtype), *map(str, keys), "never" if last == NEVER else str(last)))
         for (dtype, *keys), last in table.items()

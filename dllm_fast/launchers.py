@@ -1,4 +1,4 @@
-"""Triton's kernels: their launchers, imported when first asked for, and what keeps them from running somewhere."""
+"""The launchers of the Triton kernels, imported when they are first needed, and reasons why they cannot run."""
 
 import functools
 import importlib
@@ -11,7 +11,7 @@ from torch.torch_version import TorchVersion
 
 from dllm_fast.kernels.checks import FLOATS
 
-# By file of kernels/, what `ops` calls of it.
+# What `ops` calls, by file of kernels/.
 KERNELS = {
     "tiles": ("counters",),
     "linear": ("linear", "fits"),
@@ -25,13 +25,13 @@ KERNELS = {
     "commit": ("commit",),
     "masked_loss": ("masked_loss",),
 }
-# NVIDIA GPUs for which the tests compile every kernel and find that it fits (tests/kernels/test_resources.py). On 7.5
-# attention takes more shared memory than a block may have, half the kernels spill, and bf16 is emulated.
+# The NVIDIA GPUs for which the tests compile every kernel and check that it fits (tests/kernels/test_resources.py). On
+# 7.5 attention needs more shared memory than a block may have, half of the kernels spill, and bf16 is emulated.
 CAPABILITIES = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
 
 
 def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the Triton kernels cannot run, or None where they can."""
+    """Why the Triton kernels cannot run for weights of ``dtype`` on ``device``; None if they can."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if device.type != "cuda" and not interpreted:
         return f"the model is on {device}; it needs CUDA, or TRITON_INTERPRET=1"
@@ -49,7 +49,7 @@ def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def _broken_interpreter() -> str | None:
-    """Triton's interpreter up to 3.6 makes ints of arrays of one element, which NumPy refuses from 2.4 on."""
+    """Triton's interpreter up to 3.6 converts arrays of one element to int, which NumPy from 2.4 on refuses."""
     triton, numpy = (importlib.metadata.version(name) for name in ("triton", "numpy"))
     if TorchVersion(triton) >= (3, 7) or TorchVersion(numpy) < (2, 4):
         return None
@@ -57,12 +57,13 @@ def _broken_interpreter() -> str | None:
 
 
 def _untried(device: torch.device) -> str | None:
-    """Why the kernels are not for the GPU ``device``, or None. Of a device that is not here there is no telling."""
+    """Why the kernels are not for the GPU ``device``; None if they are, or if it is not in this machine."""
     if torch.version.hip is not None:
-        # An MI300 calls itself 9.4, and would be given Hopper's tiles, three times the memory that its blocks have.
+        # An MI300 reports 9.4, and would get Hopper's tiles, which need three times the memory of its blocks.
         return f"this PyTorch is built for ROCm {torch.version.hip}, on which the kernels have not been tried"
     try:
-        capability, name = torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device)
+        capability = torch.cuda.get_device_capability(device)
+        name = torch.cuda.get_device_name(device)
     except (AssertionError, RuntimeError):
         return None
     if capability in CAPABILITIES:
@@ -76,6 +77,6 @@ def _untried(device: torch.device) -> str | None:
 
 @functools.cache
 def triton() -> SimpleNamespace:
-    """The launchers, imported when first asked for: the package works where Triton does not."""
+    """The launchers, imported at the first call: the package also works without Triton."""
     modules = {file: importlib.import_module(f"dllm_fast.kernels.{file}") for file in KERNELS}
     return SimpleNamespace(**{name: getattr(modules[file], name) for file, names in KERNELS.items() for name in names})

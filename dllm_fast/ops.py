@@ -1,7 +1,7 @@
 """One function an op, dispatched by a plain ``if`` on ``impl``.
 
-`kernels/reference.py` defines each op. The PyTorch path here computes the same from PyTorch's own fast pieces where
-it has them, and is differentiable, so that training goes through the same forward.
+`kernels/reference.py` defines each op. The PyTorch path here uses PyTorch's own fast functions if there are any. It is
+differentiable, so training can use the same forward.
 """
 
 import contextlib
@@ -34,8 +34,8 @@ SERVED = {
     "commit": {"triton": ""},
     "masked_loss": {"triton": ""},
 }
-WIDENED = 4096  # rows of an e4m3 LM head that are wide at once
-CHUNK = 256  # rows of logits held at once: 256 x 126,464 fp32 is 130 MB
+WIDENED = 4096  # rows of an e4m3 LM head that are widened at once
+CHUNK = 256  # rows of logits in memory at once: 256 x 126,464 fp32 is 130 MB
 
 
 def resolve(impl: str, device: torch.device, dtype: torch.dtype) -> str:
@@ -47,7 +47,7 @@ def resolve(impl: str, device: torch.device, dtype: torch.dtype) -> str:
 
     Raises:
         ValueError: ``impl`` is none of `IMPLS`, or is ``"triton"`` or ``"cpp"`` and not available; it says why.
-            DLLM_FAST_MATMUL or DLLM_FAST_ATTENTION is not of its form (`matmuls`, `attentions`).
+            Or DLLM_FAST_MATMUL or DLLM_FAST_ATTENTION is not in its form (`matmuls`, `attentions`).
     """
     if impl not in IMPLS:
         raise ValueError(f"impl={impl!r} is not one of {', '.join(map(repr, IMPLS))}")
@@ -56,14 +56,14 @@ def resolve(impl: str, device: torch.device, dtype: torch.dtype) -> str:
     elif impl != "torch" and (obstacle := _obstacle_to(impl, device, dtype)):
         raise ValueError(f"impl={impl!r}: {obstacle}")
     if impl == "cpp":
-        matmuls.settle(dtype)  # not at the first product: `torch.compile` could not trace a measurement
+        matmuls.settle(dtype)  # now, because `torch.compile` could not trace a measurement
     if impl == "triton":
         attentions.settle(device)
     return impl
 
 
 def auto(device: torch.device, dtype: torch.dtype) -> tuple[str, str | None]:
-    """What ``impl="auto"`` takes, and what was in the way of the kernels where that is PyTorch."""
+    """What ``impl="auto"`` stands for; and if that is PyTorch, why the kernels cannot run."""
     wanted = "triton" if device.type == "cuda" else "cpp"
     obstacle = _obstacle_to(wanted, device, dtype)
     return ("torch" if obstacle else wanted), obstacle
@@ -74,7 +74,7 @@ def _obstacle_to(impl: str, device: torch.device, dtype: torch.dtype) -> str | N
 
 
 def linear(x, weight, bias=None, impl="torch"):
-    """``x W^T + b``, [..., out]. With ``"cpp"``, `matmuls` says from how many rows on it is PyTorch's."""
+    """``x W^T + b``, [..., out]. With ``"cpp"``, `matmuls` says from how many rows on PyTorch's serves."""
     if impl == "triton" and bias is None and _few_rows(x, weight):
         return launchers.triton().linear(x, weight)
     if impl == "cpp" and x.numel() < matmuls.pytorch_from.get(x.dtype, matmuls.NEVER) * x.shape[-1]:
@@ -83,14 +83,14 @@ def linear(x, weight, bias=None, impl="torch"):
 
 
 def scaled_linear(x, weight, scale, gated=False, impl="torch"):
-    """`reference.linear` of e4m3 weights, where a kernel has it; None where not."""
+    """`reference.linear` of e4m3 weights; None if no kernel serves."""
     if impl == "triton" and _few_rows(x, weight):
         return launchers.triton().linear(x, weight, scale, gated)
     return None
 
 
 def int4_linear(x, packed, scale, zero, gated=False, impl="torch"):
-    """`reference.linear` of 4-bit weights, where a kernel has it; None where not."""
+    """`reference.linear` of 4-bit weights; None if no kernel serves."""
     wanted = torch.is_grad_enabled() and x.requires_grad
     if impl == "triton" and not wanted and launchers.triton().fits_int4(x, packed):
         return launchers.triton().linear_int4(x, packed, scale, zero, gated)
@@ -105,23 +105,26 @@ def widen_int4(packed, scale, zero, width, dtype, impl="torch"):
 
 
 def logits(hidden, weight, bias=None, scale=None, impl="torch"):
-    """``hidden W^T + b``, [..., V], of an LM head; with ``scale`` [V] its e4m3 rows are widened some at a time."""
+    """``hidden W^T + b``, [..., V], of an LM head. With ``scale`` [V], its e4m3 rows are widened some at a time."""
     if scale is None:
         return linear(hidden, weight, bias, impl)
-    parts = zip(weight.split(WIDENED), scale.split(WIDENED), strict=True)
-    y = torch.cat([linear(hidden, (part.float() * by[:, None]).to(hidden.dtype), impl=impl) for part, by in parts], -1)
+    parts = [
+        linear(hidden, (rows.float() * factor[:, None]).to(hidden.dtype), impl=impl)
+        for rows, factor in zip(weight.split(WIDENED), scale.split(WIDENED), strict=True)
+    ]
+    y = torch.cat(parts, -1)
     return y if bias is None else y + bias
 
 
 def swiglu_linear(x, weight, impl="torch"):
-    """`reference.linear` with ``gated``: ``weight`` [2f, d] has a gate's rows, then an up projection's; [..., f]."""
+    """`reference.linear` with ``gated``: ``weight`` [2f, d] is a gate, then an up projection; returns [..., f]."""
     if impl == "triton" and _few_rows(x, weight):
         return launchers.triton().linear(x, weight, gated=True)
     return swiglu(*linear(x, weight, impl=impl).chunk(2, -1), impl=impl)
 
 
 def _few_rows(x, weight) -> bool:
-    """Whether Triton's `linear` serves: it has no gradient, and is for few rows."""
+    """Whether Triton's `linear` serves: it is for few rows and has no gradient."""
     wanted = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     return not wanted and launchers.triton().fits(x, weight)
 
@@ -134,7 +137,7 @@ def round_rows(x, impl="torch"):
 
 
 def counting(arrivals: torch.Tensor | None):
-    """Within it, Triton's kernels count in ``arrivals`` (`kernels.tiles.counters`); None: in zeros of its own."""
+    """A context where Triton's kernels count in ``arrivals`` (`kernels.tiles.counters`); None: in their own zeros."""
     return contextlib.nullcontext() if arrivals is None else launchers.triton().counters(arrivals)
 
 
@@ -174,8 +177,8 @@ def geglu(gate, up, impl="torch"):
 def rope(q, k, v, cos, sin, position=None, slot=None, keys=None, values=None, outside=False, impl="torch"):
     """`reference.rope`, returning (q, keys, values).
 
-    Without buffers the rotated k and v themselves are what attention reads. ``position`` defaults to 0. Every slot of
-    a row must lie inside the buffers; or, where ``outside`` says that there are such rows, behind them.
+    Without buffers it returns the rotated k, and v itself. ``position`` defaults to 0. All slots must be inside the
+    buffers, unless ``outside`` allows rows that are behind them.
     """
     if impl == "triton":
         zero = torch.zeros(q.shape[0], dtype=torch.int64, device=q.device)
@@ -188,32 +191,35 @@ def rope(q, k, v, cos, sin, position=None, slot=None, keys=None, values=None, ou
     if position is None:
         c, s = cos[: q.shape[1], None], sin[: q.shape[1], None]
     else:
-        at = (position[:, None] + torch.arange(q.shape[1], device=q.device)).clamp(0, cos.shape[0] - 1)
-        c, s = cos[at][:, :, None], sin[at][:, :, None]
+        angle = (position[:, None] + torch.arange(q.shape[1], device=q.device)).clamp(0, cos.shape[0] - 1)
+        c, s = cos[angle][:, :, None], sin[angle][:, :, None]
 
     if keys is None:
         return reference.rotate(q, c, s), reference.rotate(k, c, s), v
     row = torch.arange(q.shape[0], device=q.device)[:, None]
-    to = slot[:, None] + torch.arange(q.shape[1], device=q.device)
+    slots = slot[:, None] + torch.arange(q.shape[1], device=q.device)
     k = reference.rotate(k, c, s)
     if outside:
-        # Written where they are, as picking out the rows that are inside would read values on the host.
-        inside = (to < keys.shape[1])[:, :, None, None]
-        to = to.clamp(max=keys.shape[1] - 1)
-        k, v = k.where(inside, keys[row, to]), v.where(inside, values[row, to])
-    keys[row, to], values[row, to] = k, v
+        # Rows behind the buffers write the last slot's own value: selecting the other rows would need a host sync.
+        inside = (slots < keys.shape[1])[:, :, None, None]
+        slots = slots.clamp(max=keys.shape[1] - 1)
+        k = k.where(inside, keys[row, slots])
+        v = v.where(inside, values[row, slots])
+    keys[row, slots] = k
+    values[row, slots] = v
     return reference.rotate(q, c, s), keys, values
 
 
 def visible(like, slots, start=None, end=None, slot=None, window=None, impl="torch") -> tuple:
-    """Which of ``slots`` each query sees, as `attention` takes it: made once a forward for all layers of a window.
+    """Which of ``slots`` each query sees, for `attention`: made once in a forward for all layers with one window.
 
-    ``like`` [B, T, ...] has the queries' batch, number and device. ``start`` and ``slot`` [B] default to 0, ``end`` to
-    ``slots``; all as in `reference.attention`.
+    ``like`` [B, T, ...] gives the batch, the number of queries and the device. ``start`` and ``slot`` [B] default to 0,
+    ``end`` to ``slots``, all as in `reference.attention`.
 
-    For Triton it ends with whether the queries are all slots and see them all, so that PyTorch's attention may serve.
-    For PyTorch it is (near, mask, blind): the slots [B, W] that a window can reach, None for all of them, so that a
-    few queries do not read the whole buffer; who sees which of those, [B, T or 1, W or S]; and who sees none.
+    For Triton the last item says whether the queries are all slots and see all slots: PyTorch's attention may then
+    serve. For PyTorch it is (near, mask, blind). near [B, W] are the slots that a window can reach, so that a few
+    queries do not read the whole buffer; None for all slots. mask [B, T or 1, W or S] says which of them each query
+    sees. blind [B, T or 1] marks queries that see none.
     """
     if impl == "cpp":
         return start, end, slot, window
@@ -227,7 +233,7 @@ def visible(like, slots, start=None, end=None, slot=None, window=None, impl="tor
         return start, end, slot, window, whole
     near = None
     if window is None:
-        queries = 1  # all see the same
+        queries = 1  # all queries see the same slots
     elif queries + 2 * window < slots:
         reach = queries + 2 * window
         first = (slot - window).clamp(0, slots - reach)
@@ -238,9 +244,9 @@ def visible(like, slots, start=None, end=None, slot=None, window=None, impl="tor
 
 
 def attention(q, keys, values, seen, impl="torch"):
-    """`reference.attention`; ``seen`` is what `visible` made of its ranges with the same ``impl``.
+    """`reference.attention`; ``seen`` is from `visible`, with the same ``impl``.
 
-    Of whole sequences, `attentions` says from how many queries on PyTorch's serves where ``impl`` is Triton.
+    With ``impl="triton"``, `attentions` says from how many queries on PyTorch's serves whole sequences.
     """
     if impl == "triton":
         *ranges, whole = seen
@@ -250,35 +256,36 @@ def attention(q, keys, values, seen, impl="torch"):
     if impl == "cpp":
         return compiled.attention(q, keys, values, *seen)
     near, mask, blind = seen
-    nothing = None if q.is_cuda else (q - q).sum(-1, keepdim=True)  # [B, T, H, 1]: 0, or NaN as the query is
+    zero_or_nan = None if q.is_cuda else (q - q).sum(-1, keepdim=True)  # [B, T, H, 1]: NaN if the query has NaN
     if near is not None:
         row = torch.arange(q.shape[0], device=q.device)[:, None]
         keys, values = keys[row, near], values[row, near]
-    # The query heads of a group become rows of one head, which spares copies of K and V for each of them.
-    queries, group = q.shape[1], q.shape[2] // keys.shape[2]
+    # The query heads of a group become rows of one head, so that K and V are not copied for each of them.
+    queries = q.shape[1]
+    group = q.shape[2] // keys.shape[2]
     q = q.unflatten(2, (-1, group)).transpose(1, 2).flatten(2, 3)  # [B, G, T x H/G, D]
     if mask is not None:
         mask = mask[:, None] if group == 1 or mask.shape[1] == 1 else mask[:, None].repeat_interleave(group, 2)
     out = F.scaled_dot_product_attention(q, keys.transpose(1, 2), values.transpose(1, 2), attn_mask=mask)
     out = out.unflatten(2, (queries, group)).transpose(1, 2).flatten(2, 3)  # [B, T, H, D]
-    if nothing is not None:
-        out = out + nothing  # on a CPU, PyTorch makes 0 of a query of NaN that sees few slots
-    # PyTorch leaves open what a query that sees nothing gets; it differs between its back ends.
+    if zero_or_nan is not None:
+        out = out + zero_or_nan  # on a CPU, PyTorch returns 0 for a query of NaN that sees few slots
+    # PyTorch does not define the result of a query that sees nothing, and its back ends differ.
     return out if blind is None else out.masked_fill(blind[..., None, None], 0.0)
 
 
 def predict(
     hidden, weight, bias=None, scale=None, *, candidate=None, uncond=None, cfg_scale=0.0, impl="torch", **options
 ):
-    """`reference.predict`, with logits from the model's dtype and everything after them in fp32.
+    """`reference.predict`: the head multiplies in the model's dtype, and the rest is in fp32.
 
-    On a CPU only the candidates' rows are multiplied; elsewhere that would need a host sync, so all are.
+    On a CPU only the rows of candidates are multiplied. Elsewhere all rows are: selecting them would need a host sync.
     """
-    given = {"candidate": candidate, "uncond": uncond, "cfg_scale": cfg_scale}
+    guided = {"candidate": candidate, "uncond": uncond, "cfg_scale": cfg_scale}
     if impl == "triton":
-        return launchers.triton().predict(hidden, weight, bias, scale, **given, **options)
+        return launchers.triton().predict(hidden, weight, bias, scale, **guided, **options)
     if impl == "cpp" and scale is None:
-        return compiled.predict(hidden, weight, bias, **given, **options)
+        return compiled.predict(hidden, weight, bias, **guided, **options)
     rows = slice(None)
     if candidate is not None and not candidate.is_cuda:
         rows = candidate.nonzero()[:, 0]
@@ -288,7 +295,7 @@ def predict(
         part = slice(i, i + CHUNK)
         z = logits(hidden[rows][part], weight, bias, scale, impl).float()
         if uncond is not None:
-            # Combining the hidden states would save this product, but in bf16 it more than doubles the logits' error.
+            # Combining the hidden states would save this matmul, but in bf16 it more than doubles the logits' error.
             base = logits(uncond[rows][part], weight, bias, scale, impl).float()
             z = reference.guided(z, base, cfg_scale)
         parts.append(reference.select(z, **options, **{name: x[part] for name, x in per_row.items()}))
@@ -301,14 +308,14 @@ def predict(
         lse.new_zeros(candidate.shape),
     )
     if isinstance(rows, slice):
-        return tuple(torch.where(candidate, x, nothing) for x, nothing in zip((token, confidence, lse), full))
-    return tuple(nothing.index_copy(0, rows, x) for x, nothing in zip((token, confidence, lse), full))
+        return tuple(torch.where(candidate, x, default) for x, default in zip((token, confidence, lse), full))
+    return tuple(default.index_copy(0, rows, x) for x, default in zip((token, confidence, lse), full))
 
 
 def token_probability(hidden, weight, bias=None, scale=None, *, token, lse, uncond=None, cfg_scale=0.0, deferred=()):
-    """Probability [N] fp32 of ``token`` [N] after hidden [N, d], from `predict`'s log-sum-exp [N].
+    """Probability [N] fp32 of ``token`` [N] given hidden [N, d], from the log-sum-exp [N] of `predict`.
 
-    That leaves out the ids of ``deferred``; here they count, as the token may be one of them.
+    `predict` leaves the ``deferred`` ids out of it. Here they count, because the token may be one of them.
     """
 
     def logit_of(ids):  # [N], or one for all -> [N]

@@ -1,4 +1,4 @@
-"""`patch`, `unpatch`, `patched`: a model's forward replaced on this one instance, and put back exactly."""
+"""`patch`, `unpatch`, `patched`: replace a model's forward on one instance, and restore it exactly."""
 
 import copy
 import types
@@ -32,33 +32,33 @@ CHOICES = {"weights": (None, *KINDS), "head": (None, "fp8")}
 
 @dataclass
 class _Patch:
-    impl: str  # as it was asked for
+    impl: str  # as given to `patch`
     weights: str | None
     head: str | None
     family: Family
     forward: types.MethodType  # the model's own
     own_forward: object | None  # what the instance's __dict__ held under "forward", e.g. an Accelerate hook
     model: nn.Module
-    bound: types.MethodType | None = None  # the forward that stands in the model's __dict__
+    bound: types.MethodType | None = None  # the forward in the model's __dict__
     buffers: list[tuple[nn.Module, str, torch.Tensor]] = field(default_factory=list)
-    fused: dict[int, Fused] = field(default_factory=dict)  # by the number of the group, to be moved back
+    fused: dict[int, Fused] = field(default_factory=dict)  # by the number of the group, to be separated again
     pool: Pool = field(default_factory=Pool)
-    replaced: dict[str, object] | None = None  # by `lend_generate`; None where nothing was lent
+    replaced: dict[str, object] | None = None  # by `lend_generate`; None if it was not called
 
     @torch.compiler.assume_constant_result
     def departed(self) -> bool:
-        """Whether the model's own forward must answer. Compiled, what is attached later is not seen, as PyTorch has it.
+        """Whether the model's own forward must run. Compiled code does not notice what is attached later.
 
-        Asked without arguments: PyTorch 2.11 takes no module for one of a call whose result is held constant. It also
-        sees no method's ``__func__`` as what it is, so that this too is asked here.
+        It has no arguments, because PyTorch 2.11 takes no module in a call whose result is constant. It also looks at
+        ``__func__``, which PyTorch 2.11 cannot trace.
         """
         of_the_class = getattr(self.forward, "__func__", None) is type(self.model).forward
         return not of_the_class or departure(self.model, self.family.calls, self.family.known, modes=True) is not None
 
     def __deepcopy__(self, memo: dict) -> "_Patch":
-        """A deep copy of a patched model is patched; `_plain_attributes`, which it is made of, lack the forward."""
+        """Patch a deep copy of a patched model, which is made from `_plain_attributes` and lacks the forward."""
         twin = memo.get(id(self.model))
-        if twin is None:  # of a shallow copy, whose this is not
+        if twin is None:  # a shallow copy is being copied, and this is not its own
             return self
         state = _Patch(**{x.name: copy.deepcopy(getattr(self, x.name), memo) for x in fields(self)})
         _install(twin, state, copy.deepcopy(getattr(self.model, "generation_config", None), memo))
@@ -73,35 +73,35 @@ def patch(model: nn.Module, impl: str = "auto", weights: str | None = None, head
     """Make ``model`` fast, in place, this instance alone; returns it.
 
     Args:
-        model: a LLaDA (native or remote code) or a ``transformers.ModernBertForMaskedLM``, on a real device; or what
-            PEFT, torch.compile or a data-parallel wrapper made of one: the model inside is patched.
+        model: a LLaDA (native or remote code) or a ``transformers.ModernBertForMaskedLM``, on a real device; or one
+            inside PEFT, torch.compile or a data-parallel wrapper, which is then patched.
         impl: ``"auto"``, ``"triton"``, ``"cpp"`` or ``"torch"``, see `ops.resolve`. One that is not available raises.
-        weights: None for the model's own. ``"fp8"`` and ``"int4"`` multiply copies of the layers' linear weights that
-            are rounded to e4m3, with a scale an output channel (`families.fp8`), or to four bits, with a scale and a
-            zero point a group of 128 inputs (`families.int4`). The parameters stay beside them: of bf16's bytes, a
-            half or a quarter more. Norms, embeddings and the LM head are as they were. Any dtype of the model; bf16 and
-            fp16 have kernels on a GPU (e4m3 on Hopper), else it is right and slow. Its cost: ``bench.quality.rounded``.
-        head: None, or ``"fp8"`` to make logits from a copy of the LM head's weight that is rounded to e4m3, with a
-            scale a vocabulary entry; what it multiplies is not rounded. The parameter stays beside it, and a tied
-            embedding as it is. bf16 has a kernel for a block's rows on a GPU; else the copy is widened at each call.
+        weights: None for the model's own. ``"fp8"`` and ``"int4"`` use rounded copies of the layers' linear weights: in
+            e4m3 with a scale for each output channel (`families.fp8`), or in four bits with a scale and a zero point
+            for each group of 128 inputs (`families.int4`). The parameters stay, so this takes a half or a quarter of
+            bf16's bytes in addition. Norms, embeddings and the LM head are not rounded. The model may have any dtype;
+            there are GPU kernels for bf16 and fp16 (e4m3 on Hopper), anything else is right but slow.
+            ``bench.quality.rounded`` measures the loss of accuracy.
+        head: None, or ``"fp8"`` to compute logits from a copy of the LM head's weight that is rounded to e4m3, with a
+            scale for each vocabulary entry; its input is not rounded. The parameter stays, and a tied embedding is not
+            changed. There is a GPU kernel for a block's bf16 rows; otherwise the copy is widened at each call.
 
-    ``model(input_ids, attention_mask=...)`` then goes through `dllm_fast.ops` whenever no gradient is wanted; any
-    other call (labels, ``position_ids``, a mask with holes, training) is answered by the model's own forward. So is
-    any while a hook, an adapter or another module stands where the patched forward would pass it by (`bypass`);
-    `generate` raises a ValueError that names the module.
-    ``model.generate(...)`` is `DiffusionGenerationMixin.generate`, of whatever class the model is.
-    Weights are not changed. Linears that share an input are moved into one buffer and run as one matmul, a group at a
-    time (`families.linears`); Parameter objects and their values stay. A second call with the same
-    arguments does nothing but fuse again what ``.to()`` and its like moved apart, as `dllm_fast.generate` does too, and
-    round weights again.
+    ``model(input_ids, attention_mask=...)`` then runs `dllm_fast.ops` if no gradient is wanted. Any other call (labels,
+    ``position_ids``, a mask with holes, training) runs the model's own forward. So does every call while a hook, an
+    adapter or another module is attached where the patched forward would bypass it (`bypass`); `generate` raises a
+    ValueError that names the module.
+    ``model.generate(...)`` is `DiffusionGenerationMixin.generate`, whatever the model's class.
+    Weights are not changed. Linears that share an input are moved into one buffer, a group at a time, and run as one
+    matmul (`families.linears`); the Parameter objects and their values stay. A second call with the same arguments only
+    rounds weights again, and fuses again what ``.to()`` and its like have separated, as `dllm_fast.generate` does too.
 
     ``copy.deepcopy`` of a patched model is patched. ``copy.copy``, which shares its modules, has the model's own
-    forward, and is patched by the first `generate` that gets it. What comes from a pickle is not patched.
+    forward; the first `generate` with it patches it. An unpickled model is not patched.
 
     Raises:
-        ValueError: the model is of an unknown type or architecture, on the meta device or holds NaN or infinite
-            weights, an adapter stands for its head or a norm, or ``impl``, ``weights`` or ``head`` is not available.
-            The model is then as it was, as after any other error (memory for a group of weights, say).
+        ValueError: the model has an unknown type or architecture, is on the meta device or has NaN or infinite weights;
+            an adapter replaces its head or a norm; or ``impl``, ``weights`` or ``head`` is not available. The model is
+            then unchanged, as after any other error (no memory for a group of weights, for instance).
     """
     wrapper, model = model, unwrapped(model)
     require_one_device(model)
@@ -131,7 +131,7 @@ def patch(model: nn.Module, impl: str = "auto", weights: str | None = None, head
             fresh.fused, fresh.pool.lock = state.fused, state.pool.lock
             fresh.bound, fresh.replaced = state.bound, state.replaced
         _prepare(fresh)
-        # All that can fail is done; from here on the model's own attributes change.
+        # Everything that can fail is done; from here on the model's own attributes change.
         if state is not None:
             _put_back_buffers(state)
         for module, name, table in family.repaired_buffers(model):
@@ -152,36 +152,37 @@ def _install(model: nn.Module, state: _Patch, generation_config: GenerationConfi
 
 
 def _plain_attributes(model: nn.Module) -> dict:
-    """What copies and pickles of a patched model are made of: its attributes without the patch's.
+    """The attributes of a patched model without those of the patch, from which copies and pickles are made.
 
-    A bound forward that was copied along would go on answering for the model that it was bound to.
+    A copy of the bound forward would still run the model that it is bound to.
     """
-    attributes, state = dict(model.__dict__), patch_of(model)
+    attributes = dict(model.__dict__)
+    state = patch_of(model)
     config = attributes.get("generation_config")
     _take_out(attributes, state)
-    if "generation_config" in attributes:  # as it was changed, whichever class it has
+    if "generation_config" in attributes:  # with its changes, whatever its class
         attributes["generation_config"] = config
     return {**attributes, STATE: state}
 
 
 def require_known(**options: str | None) -> None:
-    """Raise ValueError if ``weights`` or ``head`` is none of `patch`'s."""
+    """Raise ValueError if ``weights`` or ``head`` is not one that `patch` takes."""
     for name, value in options.items():
         if value not in CHOICES[name]:
             raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, CHOICES[name]))}")
 
 
 def unpatch(model: nn.Module) -> nn.Module:
-    """Put back exactly what `patch` replaced; returns the model. Does nothing to a model that is not patched.
+    """Restore exactly what `patch` replaced; returns the model. Does nothing to a model that is not patched.
 
-    Weights have storages of their own again, with the values they have now: training in between is kept. Waits for
-    a `dllm_fast.generate` in another thread. Raises ValueError for a model that was loaded with rounded weights alone.
+    Weights get their own storages again, with their current values: training in between is kept. Waits for a
+    `dllm_fast.generate` in another thread. Raises ValueError for a model that was loaded with rounded weights.
     """
     wrapper, model = model, unwrapped(model)
     state = patch_of(model)
     if state is None:
         if isinstance(model, nn.Module):
-            model.__dict__.pop(STATE, None)  # a shallow copy's, of the model that it was made of
+            model.__dict__.pop(STATE, None)  # a shallow copy has its original's
         return wrapper
     if (kind := loaded_kind(model)) is not None:
         raise ValueError(f"model: it was loaded with weights={kind!r} and has no weights of its own to go back to")
@@ -195,7 +196,7 @@ def unpatch(model: nn.Module) -> nn.Module:
 
 
 def _take_out(attributes: dict, state: _Patch) -> None:
-    """Remove what `patch` put among a model's attributes; a forward that someone has put round it since stays."""
+    """Remove what `patch` put among a model's attributes. A forward that was wrapped around it since then stays."""
     del attributes[STATE], attributes["__getstate__"]
     if attributes.get("forward") is state.bound:
         del attributes["forward"]
@@ -211,7 +212,7 @@ def _put_back_buffers(state: _Patch) -> None:
 
 
 def _prepare(state: _Patch) -> None:
-    """Bring what the forward multiplies up to date with the model's parameters."""
+    """Bring fused and rounded weights up to date with the model's parameters."""
     if state.weights is not None:
         state.family.matmuls.refresh(state.family.groups())
     else:
@@ -221,7 +222,7 @@ def _prepare(state: _Patch) -> None:
 
 
 def _fuse(state: _Patch) -> None:
-    """Fuse every group of the family's weights that lies apart; none of them if one cannot be."""
+    """Fuse every group of the family's weights that is not fused yet; none of them if one fails."""
     moved = {}
     try:
         for number, group in enumerate(state.family.groups()):
@@ -229,7 +230,7 @@ def _fuse(state: _Patch) -> None:
                 moved[number] = fused
     except BaseException:
         for fused in moved.values():
-            with suppress(RuntimeError):  # no memory to move it back either: its values are right where it is
+            with suppress(RuntimeError):  # no memory to separate it either; its values are right as it is
                 fused.separate()
         raise
     for number, fused in moved.items():
@@ -237,14 +238,14 @@ def _fuse(state: _Patch) -> None:
             state.fused[number].unhook()
         state.fused[number] = fused
     if any(fused.weights[0].is_cuda for fused in moved.values()):
-        torch.cuda.empty_cache()  # the storages that were left are too small for the next group, and would be kept
+        torch.cuda.empty_cache()  # the freed storages are too small for the next group, and would stay cached
 
 
 @contextmanager
 def patched(
     model: nn.Module, impl: str = "auto", weights: str | None = None, head: str | None = None
 ) -> Iterator[nn.Module]:
-    """`patch` within a ``with`` block. A model that was patched before it is patched after it, as it was."""
+    """`patch` for a ``with`` block. A model that was patched before is patched as before after it."""
     before = patch_of(unwrapped(model))
     try:
         yield patch(model, impl, weights, head)
@@ -258,28 +259,27 @@ def patched(
 def bound_family(model: nn.Module) -> Family:
     """The family object of a patched model, its weights fused.
 
-    Raises ValueError for a model that is not patched, or of which the family would leave something out (`bypass`).
+    Raises ValueError for a model that is not patched, or with something attached that would be bypassed (`bypass`).
     """
     require_no_learned_prompt(model)
     model = unwrapped(model)
     state = _state(model)
     require_nothing_left_out(model, state.family.calls, state.family.known)
-    if state.weights is None:  # rounded copies see for themselves that weights have changed
+    if state.weights is None:  # rounded copies notice by themselves when weights change
         with state.pool.lock:
             _fuse(state)
     return state.family
 
 
 def bound_pool(model: nn.Module) -> Pool:
-    """What a patched model keeps between calls, and the lock to hold while relying on its state: `unpatch` and another
-    `patch` wait for it. Raises ValueError for a model that is not patched."""
+    """What a patched model keeps between calls. Hold its lock while relying on the model's state: `unpatch` and `patch`
+    wait for it. Raises ValueError for a model that is not patched."""
     return _state(unwrapped(model)).pool
 
 
 def family_and_pool(model: nn.Module) -> tuple[Family, Pool]:
-    """`bound_family` and `bound_pool` of a patched model; of another that `patch` takes, its family over the weights as
-    they lie, for one call: nothing is moved, and each linear is a matmul of its own. Raises ValueError as they do, or
-    as `patch`."""
+    """`bound_family` and `bound_pool` of a patched model. For a model that is not patched, a family for one call: no
+    weight is moved, and every linear is its own matmul. Raises ValueError as they do, or as `patch` does."""
     require_no_learned_prompt(model)
     model = unwrapped(model)
     if patch_of(model) is not None:
@@ -311,7 +311,7 @@ def _first_parameter(model: nn.Module) -> nn.Parameter:
 
 
 def _is_plain(parameter: nn.Parameter) -> bool:
-    """Whether it is what it seems, and no quantised tensor in the place of one."""
+    """Whether it is an ordinary floating-point parameter, not a quantised tensor."""
     return type(parameter) is nn.Parameter and parameter.is_floating_point()
 
 
@@ -319,7 +319,7 @@ def _check_weights(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if not _is_plain(parameter):
             continue
-        # A sum is NaN or infinite if any term is, and reads the weight once without a mask of its size.
+        # A sum is NaN or infinite if any term is; it reads the weight once, without a mask as large as the weight.
         suspect = not torch.isfinite(parameter.detach().sum(dtype=torch.float32))
         if suspect and not torch.isfinite(parameter.detach()).all():
             raise ValueError(f"model: {name} holds NaN or infinite values")

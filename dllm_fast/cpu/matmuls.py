@@ -18,42 +18,42 @@ from dllm_fast.cpu import compiled
 from dllm_fast.environment import NEVER
 
 VARIABLE = "DLLM_FAST_MATMUL"
-FASTER = 0.9  # PyTorch's serves where it takes less than this share of the extension's time
+FASTER = 0.9  # PyTorch's serves if it takes less than this share of the extension's time
 ROWS = (1024, 512, 256, 128, 64, 32, 16)
-OUTPUTS, INPUTS = 1536, 768  # of the weight that is measured with
+OUTPUTS, INPUTS = 1536, 768  # of the weight in the measurement
 ROUNDS = 3
 
-# Rows from which PyTorch's serves, by dtype; a dtype that was not measured is the extension's at any number.
+# The number of rows from which PyTorch's serves, by dtype. Without an entry the extension's always serves.
 pytorch_from: dict[torch.dtype, int] = {}
 
 
 def settle(dtype: torch.dtype) -> None:
-    """Fix the table for ``dtype``, one of `compiled.FLOATS`: from the environment, else by measuring. Once.
+    """Fix the table once for ``dtype``, one of `compiled.FLOATS`: from the environment, or else by a measurement.
 
     Raises:
-        ValueError: DLLM_FAST_MATMUL is not of the form that the module describes.
+        ValueError: DLLM_FAST_MATMUL is not in the form that the module describes.
     """
     if dtype in pytorch_from:
         return
     rows = environment.read(VARIABLE, "DTYPE:ROWS", compiled.FLOATS).get((dtype,)) or _measured(dtype)
-    pytorch_from.setdefault(dtype, rows)  # of two threads the first decides for both
+    pytorch_from.setdefault(dtype, rows)  # if two threads measure, the first decides for both
 
 
 def table() -> str:
-    """The table as DLLM_FAST_MATMUL takes it. Settles every dtype; raises as `settle` does."""
+    """The table, as text for DLLM_FAST_MATMUL. Settles every dtype first, and raises as `settle` does."""
     for dtype in compiled.FLOATS:
         settle(dtype)
     return environment.spell({(dtype,): pytorch_from[dtype] for dtype in compiled.FLOATS})
 
 
 def _measured(dtype: torch.dtype) -> int:
-    """The fewest of `ROWS` from which on PyTorch's is clearly faster at each of them, or `NEVER`."""
-    make = torch.Generator(device="cpu").manual_seed(0)  # the caller's random numbers stay as they are
+    """The smallest of `ROWS` from which on PyTorch's is always clearly faster; `NEVER` if there is none."""
+    generator = torch.Generator(device="cpu").manual_seed(0)  # the caller's random numbers stay as they are
     first = NEVER
     with torch.inference_mode(), torch.autocast("cpu", enabled=False):
-        weight = torch.randn(OUTPUTS, INPUTS, generator=make, dtype=torch.float32, device="cpu").to(dtype)
+        weight = torch.randn(OUTPUTS, INPUTS, generator=generator, dtype=torch.float32, device="cpu").to(dtype)
         for rows in ROWS:
-            x = torch.randn(rows, INPUTS, generator=make, dtype=torch.float32, device="cpu").to(dtype)
+            x = torch.randn(rows, INPUTS, generator=generator, dtype=torch.float32, device="cpu").to(dtype)
             ours, theirs = _times(lambda x=x: compiled.linear(x, weight), lambda x=x: F.linear(x, weight))
             if theirs >= FASTER * ours:
                 break
@@ -62,13 +62,13 @@ def _measured(dtype: torch.dtype) -> int:
 
 
 def _times(ours, theirs) -> tuple[float, float]:
-    """The least seconds of each in turns, after one round that warms up; that one alone where it differs fourfold."""
+    """The least seconds of each, in turns after a round of warming up; if that round differs fourfold, its seconds."""
     best = None
     for _ in range(ROUNDS + 1):
-        taken = [_seconds(run) for run in (ours, theirs)]
-        if best is None and taken[1] > 4 * taken[0]:
-            return taken[0], taken[1]
-        best = taken if best is None else [min(pair) for pair in zip(best, taken, strict=True)]
+        seconds = [_seconds(run) for run in (ours, theirs)]
+        if best is None and seconds[1] > 4 * seconds[0]:
+            return seconds[0], seconds[1]
+        best = seconds if best is None else [min(pair) for pair in zip(best, seconds, strict=True)]
     return best[0], best[1]
 
 
