@@ -19,16 +19,16 @@ from dllm_fast.families.rows import Impl, RopeTables, is_span, take
 class Family(ABC):
     """A model's forward over `ops`. Weights are read from the model's own modules at each call.
 
-    A family is a subclass of this: an entry of `families.FAMILIES`, and the only place that knows its modules' names.
+    Each subclass is one family and an entry of `families.FAMILIES`. Only it knows the names of its modules.
     """
 
     model_class: type[PreTrainedModel]  # what `from_pretrained` loads
     # From a config's auto_map and `from_pretrained`'s arguments to the published config and class; None where no remote
     # code is needed.
     remote_code: Callable | None = None
-    # Modules whose classes the forward may pass by, beside the model's own and PyTorch's.
+    # Modules whose classes the forward may bypass, beside the model's own and PyTorch's.
     files: tuple[str, ...]
-    calls: Calls  # the modules that `hidden` calls, so that what is attached to them acts, see `bypass`
+    calls: Calls  # the modules that `hidden` calls, so hooks and adapters on them act, see `bypass`
     positions: int
     heads: int
     kv_heads: int
@@ -66,7 +66,7 @@ class Family(ABC):
 
     @staticmethod
     def repaired_buffers(model: nn.Module) -> list[tuple[nn.Module, str, torch.Tensor]]:
-        """(module, name, value) of every buffer that holds something else, and is replaced while it is patched."""
+        """(module, name, value) of every buffer with a wrong value, which `patch` replaces until `unpatch`."""
         return []
 
     @staticmethod
