@@ -88,7 +88,7 @@ def registry_answers() -> bool:
         "--ignore-installed",
         "iniconfig",
     ]
-    return subprocess.run([*command, "--retries=0"], capture_output=True, timeout=120, check=False).returncode == 0
+    return subprocess.run([*command, "--retries=0"], capture_output=True, timeout=600, check=False).returncode == 0
 
 
 def obstacle(name: str, setting: Setting, folder: Path) -> str | None:

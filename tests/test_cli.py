@@ -24,7 +24,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 def call(*arguments, **options):
     command = [sys.executable, "-m", "dllm_fast.cli.main", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120, **options)
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600, **options)
 
 
 def test_generate_reads_standard_input_and_continues_it():

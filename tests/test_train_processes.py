@@ -56,7 +56,7 @@ def pair(files, tmp_path_factory):
     command += [str(ROOT / "tests" / "train_processes.py"), str(out), json.dumps(runs)]
     path = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-6000:]
     return out
 
