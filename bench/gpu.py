@@ -40,7 +40,10 @@ def tests(*names: str) -> str:
 
 # A piece per line: its limit in seconds and its command. The most important come first.
 PIECES = {
-    "correctness-attention": (480, tests("attention", "rope", "norm", "glu", "linear", "round_rows")),
+    "correctness-attention": (
+        480,
+        tests("attention", "rope", "norm", "glu", "linear", "linear_rope", "linear_int4", "round_rows"),
+    ),
     "correctness-predict": (480, tests(*PREDICT, "gumbel", "commit", "masked_loss", "end_to_end")),
     "steps": (150, "-m bench.generation.steps"),
     "steps-fp8": (150, "-m bench.generation.steps --weights fp8"),

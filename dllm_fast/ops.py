@@ -82,17 +82,24 @@ def linear(x, weight, bias=None, impl="torch"):
     return F.linear(x, weight, bias)
 
 
-def scaled_linear(x, weight, scale, gated=False, impl="torch"):
-    """`reference.linear` of e4m3 weights; None if no kernel serves."""
-    if impl == "triton" and _few_rows(x, weight):
+def scaled_linear(x, weight, scale, gated=False, impl="torch", rope=()):
+    """`reference.linear` of e4m3 weights; None if no kernel serves.
+
+    ``rope``: the arguments of `rope` from ``cos`` on. The weights are then those of q, k and v: k and v are written to
+    the buffers, and the rotated q is returned.
+    """
+    if impl == "triton" and _few_rows(x, weight, rope):
+        if rope:
+            return launchers.triton().linear_rope(x, weight, scale, *rope)
         return launchers.triton().linear(x, weight, scale, gated)
     return None
 
 
-def int4_linear(x, packed, scale, zero, gated=False, impl="torch"):
-    """`reference.linear` of 4-bit weights; None if no kernel serves."""
-    wanted = torch.is_grad_enabled() and x.requires_grad
-    if impl == "triton" and not wanted and launchers.triton().fits_int4(x, packed):
+def int4_linear(x, packed, scale, zero, gated=False, impl="torch", rope=()):
+    """`scaled_linear` of 4-bit weights."""
+    if impl == "triton" and _few_rows(x, packed, rope):
+        if rope:
+            return launchers.triton().linear_int4_rope(x, packed, scale, zero, *rope)
         return launchers.triton().linear_int4(x, packed, scale, zero, gated)
     return None
 
@@ -123,10 +130,12 @@ def swiglu_linear(x, weight, impl="torch"):
     return swiglu(*linear(x, weight, impl=impl).chunk(2, -1), impl=impl)
 
 
-def _few_rows(x, weight) -> bool:
-    """Whether Triton's `linear` serves: it is for few rows and has no gradient."""
+def _few_rows(x, weight, rope=()) -> bool:
+    """Whether Triton's matmul serves, and rotates if there is ``rope``: it is for few rows and has no gradient."""
     wanted = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    return not wanted and launchers.triton().fits(x, weight)
+    triton = launchers.triton()
+    fits = triton.fits_int4 if weight.dtype == torch.uint8 else triton.fits
+    return not wanted and fits(x, weight) and (not rope or triton.fits_rope(x, weight, *rope))
 
 
 def round_rows(x, impl="torch"):

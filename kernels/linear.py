@@ -105,20 +105,31 @@ def _packed_dot(
     return tl.dot(w3, tl.trans(x3), acc)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["queries", "slots", "positions", "heads", "rows"])
 def _linear_kernel(
     x_ptr,  # [M, K], rows x_stride apart, or with SPLIT [M, 2, K] e4m3
     weight_ptr,  # [N, K], or with PACKED [N, K / 4] int32
     scale_ptr,  # [N] fp32, or None
     x_scale_ptr,  # [M] fp32, with SPLIT
-    out_ptr,  # [M, N], or [M, N / 2] with GATED
+    out_ptr,  # [M, N], or [M, N / 2] with GATED, or q [B, T, H, D]
     part_ptr,  # [programs, 2, BN, BM] fp32: what a program leaves of its first tile, and of its last
     count_ptr,  # [N / BN] int32: programs that have left their part of a tile; 0 before and after
+    cos_ptr,  # [P, D/2] fp32. This and the next nine are None where HALF is 0
+    sin_ptr,  # [P, D/2] fp32
+    position_ptr,  # [B] int
+    slot_ptr,  # [B] int
+    keys_ptr,  # [B, S, G, D]
+    values_ptr,  # [B, S, G, D]
+    queries,  # T
+    slots,  # S
+    positions,  # P
+    heads,  # H
     x_stride,
     rows,  # M
     N,
     K,
     GATED: tl.constexpr,
+    HALF: tl.constexpr,  # D/2: q, k and v are rotated; or 0
     SPLIT: tl.constexpr,  # x is in two parts
     PACKED: tl.constexpr,  # four e4m3 weights a word
     CHAINED: tl.constexpr,
@@ -134,13 +145,16 @@ def _linear_kernel(
     last = (program + 1) * total // programs
 
     k = tl.arange(0, BK)  # [BK]
-    source = source_rows(N, GATED, BN)  # [BN]
+    source = source_rows(N, GATED, HALF, BN)  # [BN]
     tile_rows = BN // 2 if GATED else BN
     PER: tl.constexpr = 4 if PACKED else 1  # weights of an element of W
     w_at = weight_ptr + source[:, None] * (K // PER) + tl.arange(0, BK // PER)[None, :]  # [BN, BK / PER]
     COLUMNS: tl.constexpr = 2 * BM if SPLIT else BM
     x_rows = tl.minimum(tl.arange(0, COLUMNS), (2 * rows if SPLIT else rows) - 1)
     x_at = x_ptr + x_rows.to(tl.int64)[:, None] * x_stride + k[None, :]  # [COLUMNS, BK]
+
+    rope = cos_ptr, sin_ptr, position_ptr, slot_ptr, keys_ptr, values_ptr, queries, slots, positions, heads
+    to = out_ptr, scale_ptr, x_scale_ptr, rope
 
     if CHAINED:
         for i in tl.static_range(AHEAD):
@@ -169,13 +183,9 @@ def _linear_kernel(
                 y = high + low * (1 / 16)
             else:
                 y = acc
-            end_tile(
-                y, part_ptr, out_ptr, scale_ptr, x_scale_ptr, tile, first, i + 1, steps, rows, N, GATED, BM, BN
-            )  # fmt: skip
+            end_tile(y, part_ptr, to, tile, first, i + 1, steps, rows, N, GATED, HALF, BM, BN)
             acc = tl.zeros([BN, COLUMNS], tl.float32)
-    sum_parts(
-        part_ptr, count_ptr, out_ptr, scale_ptr, x_scale_ptr, first, last, steps, total, rows, N, GATED, BM, BN
-    )  # fmt: skip
+    sum_parts(part_ptr, count_ptr, to, first, last, steps, total, rows, N, GATED, HALF, BM, BN)
 
 
 @functools.cache
@@ -199,6 +209,11 @@ def fits(x: torch.Tensor, weight: torch.Tensor) -> bool:
     )
 
 
+def config_of(rows: int, weight: torch.Tensor) -> dict | None:
+    """The tiles for so many rows; None: too many."""
+    return next((config for most, config in CONFIGS[weight.element_size()].items() if rows <= most), None)
+
+
 @torch.library.custom_op("dllm_fast::linear", mutates_args=())
 def linear(
     x: torch.Tensor,  # [..., K] bf16 or fp16, up to ROWS rows
@@ -207,19 +222,25 @@ def linear(
     gated: bool = False,
 ) -> torch.Tensor:
     """`reference.linear`: [..., N], or [..., N / 2] if ``gated``. N and K are multiples of `TILE`."""
+    n = weight.shape[0]
+    out = torch.empty(*x.shape[:-1], n // 2 if gated else n, dtype=x.dtype, device=x.device)
+    launch(x, weight, scale, out, gated)
+    return out
+
+
+def launch(x, weight, scale, out, gated=False, rope=(None,) * 10, half=0) -> None:
+    """`linear` into ``out``; with ``rope`` and ``half`` as in `linear_rope`."""
     check_tensors(x.device, contiguous=False, x=(x, x.shape, HALVES))
     (n, k), rows = weight.shape, x.numel() // max(1, x.shape[-1])
     kinds = (x.dtype,) if scale is None else (torch.float8_e4m3fn,)
     check_tensors(x.device, weight=(weight, [None, x.shape[-1]], kinds), scale=(scale, [n], (torch.float32,)))
     split = SPLIT and scale is not None and x.dtype == torch.bfloat16
-    configs = CONFIGS[weight.element_size()]
-    if n % TILE or k % TILE or not 1 <= rows <= max(configs):
+    config = config_of(rows, weight)
+    if n % TILE or k % TILE or rows < 1 or config is None:
         raise ValueError(
-            f"x is {list(x.shape)} and weight {list(weight.shape)}: expected 1 to {max(configs)} rows and multiples of "
+            f"x is {list(x.shape)} and weight {list(weight.shape)}: expected 1 to {ROWS} rows and multiples of "
             f"{TILE} channels"
         )
-    out = torch.empty(*x.shape[:-1], n // 2 if gated else n, dtype=x.dtype, device=x.device)
-    config = configs[next(size for size in configs if rows <= size)]
     programs = min(PROGRAMS[weight.element_size()] * multiprocessors(x.device), n // config["BN"] * (k // config["BK"]))
     part = torch.empty(programs, 2, config["BN"], config["BM"], dtype=torch.float32, device=x.device)
     x, x_scale = split_rows(x.reshape(rows, k)) if split else (x.reshape(rows, k), None)
@@ -227,10 +248,9 @@ def linear(
     with torch.cuda.device_of(x):
         _linear_kernel[(programs,)](
             x, weight.view(torch.int32) if packed else weight, scale, x_scale, out, part,
-            zero_counts(n // config["BN"], x.device), k if split else x.stride(0), rows, n, k,
-            GATED=gated, SPLIT=split, PACKED=packed, **config, **chained(x.device, programs),
+            zero_counts(n // config["BN"], x.device), *rope, k if split else x.stride(0), rows, n, k,
+            GATED=gated, HALF=half, SPLIT=split, PACKED=packed, **config, **chained(x.device, programs),
         )  # fmt: skip
-    return out
 
 
 @linear.register_fake

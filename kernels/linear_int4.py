@@ -21,7 +21,7 @@ GROUP = 128  # inputs that share a scale
 # Triton 3.7 compiles an empty kernel on sm_100.
 CONFIGS = {
     16: {"BM": 16, "BN": 128, "num_warps": 4, "num_stages": 5},
-    32: {"BM": 32, "BN": 128, "num_warps": 8, "num_stages": 4},
+    32: {"BM": 32, "BN": 128, "num_warps": 8, "num_stages": 4, "maxnreg": 128},  # so that two programs fit
     64: {"BM": 64, "BN": 64, "num_warps": 4, "num_stages": 3},
 }
 PROGRAMS = 2  # on a multiprocessor
@@ -81,20 +81,31 @@ def _one(words, zero, j: tl.constexpr, kind: tl.constexpr):
     return (((words >> (4 * j)) & 15) - zero).to(tl.float32).to(kind)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["queries", "slots", "positions", "heads", "rows"])
 def _linear_int4_kernel(
     x_ptr,  # [M, K], rows x_stride apart
     weight_ptr,  # [N, K / 8] int32
     scale_ptr,  # [K / 128, N] bf16
     zero_ptr,  # [K / 128, N] uint8
-    out_ptr,  # [M, N], or [M, N / 2] with GATED
+    out_ptr,  # [M, N], or [M, N / 2] with GATED, or q [B, T, H, D]
     part_ptr,  # [programs, 2, BN, BM] fp32: a program's parts of its first and its last tile
     count_ptr,  # [N / BN] int32: how many programs have written their part of a tile; 0 before and after
+    cos_ptr,  # [P, D/2] fp32. This and the next nine are None where HALF is 0
+    sin_ptr,  # [P, D/2] fp32
+    position_ptr,  # [B] int
+    slot_ptr,  # [B] int
+    keys_ptr,  # [B, S, G, D]
+    values_ptr,  # [B, S, G, D]
+    queries,  # T
+    slots,  # S
+    positions,  # P
+    heads,  # H
     x_stride,
     rows,  # M
     N,
     K,
     GATED: tl.constexpr,
+    HALF: tl.constexpr,  # D/2: q, k and v are rotated; or 0
     PACKED: tl.constexpr,  # unpack by `_eight`
     CHAINED: tl.constexpr,
     BM: tl.constexpr,
@@ -110,11 +121,14 @@ def _linear_int4_kernel(
 
     c = tl.arange(0, 16)  # [16]
     m = tl.arange(0, BM)  # [BM]
-    source = source_rows(N, GATED, BN)  # [BN]
+    source = source_rows(N, GATED, HALF, BN)  # [BN]
     tile_rows = BN // 2 if GATED else BN
     kind = x_ptr.dtype.element_ty
     w_at = weight_ptr + source[:, None] * (K // 8) + c[None, :]  # [BN, 16]
     x_at = x_ptr + tl.minimum(m, rows - 1).to(tl.int64)[:, None] * x_stride + c[None, :]  # [BM, 16]
+
+    rope = cos_ptr, sin_ptr, position_ptr, slot_ptr, keys_ptr, values_ptr, queries, slots, positions, heads
+    to = out_ptr, None, None, rope
 
     if CHAINED:
         wait_for_inputs()
@@ -151,10 +165,10 @@ def _linear_int4_kernel(
         y = tl.dot(w7, tl.trans(tl.load(x_at + k + 112)), y)
         acc += y * scale[:, None]
         if (group + 1 == steps) | (i + 1 == last):
-            end_tile(acc, part_ptr, out_ptr, None, None, tile, first, i + 1, steps, rows, N, GATED, BM, BN)
+            end_tile(acc, part_ptr, to, tile, first, i + 1, steps, rows, N, GATED, HALF, BM, BN)
             acc = tl.zeros([BN, BM], tl.float32)
     # 3. Tiles that several programs share.
-    sum_parts(part_ptr, count_ptr, out_ptr, None, None, first, last, steps, total, rows, N, GATED, BM, BN)
+    sum_parts(part_ptr, count_ptr, to, first, last, steps, total, rows, N, GATED, HALF, BM, BN)
 
 
 @triton.jit
@@ -189,6 +203,11 @@ def fits_int4(x: torch.Tensor, packed: torch.Tensor) -> bool:
     return 1 <= rows <= ROWS and x.dtype in HALVES and whole and packed.is_contiguous() and x.stride(-1) == 1
 
 
+def config_of(rows: int) -> dict | None:
+    """The tiles for so many rows; None: too many."""
+    return next((config for most, config in CONFIGS.items() if rows <= most), None)
+
+
 def _check(packed: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, width: int) -> None:
     n, groups = packed.shape[0], -(-width // GROUP)
     check_tensors(
@@ -208,27 +227,34 @@ def linear_int4(
     gated: bool = False,
 ) -> torch.Tensor:
     """`reference.linear` of the widened weight: [..., N], or [..., N / 2] if ``gated``."""
+    n = packed.shape[0]
+    out = torch.empty(*x.shape[:-1], n // 2 if gated else n, dtype=x.dtype, device=x.device)
+    launch_int4(x, packed, scale, zero, out, gated)
+    return out
+
+
+def launch_int4(x, packed, scale, zero, out, gated=False, rope=(None,) * 10, half=0) -> None:
+    """`linear_int4` into ``out``; with ``rope`` and ``half`` as in `linear_rope`."""
     check_tensors(packed.device, contiguous=False, x=(x, x.shape, HALVES))
     n, k = packed.shape[0], x.shape[-1]
     _check(packed, scale, zero, k)
     rows = x.numel() // max(1, k)
-    if n % TILE or k % GROUP or not 1 <= rows <= ROWS:
+    config = config_of(rows)
+    if n % TILE or k % GROUP or rows < 1 or config is None:
         raise ValueError(
             f"x is {list(x.shape)} and packed {list(packed.shape)}: expected 1 to {ROWS} rows and multiples of {TILE} "
             "channels"
         )
-    out = torch.empty(*x.shape[:-1], n // 2 if gated else n, dtype=x.dtype, device=x.device)
-    config = CONFIGS[next(size for size in CONFIGS if rows <= size)]
     tiles = n // config["BN"]
     programs = min(PROGRAMS * multiprocessors(x.device), tiles * (k // GROUP))
     part = torch.empty(programs, 2, config["BN"], config["BM"], dtype=torch.float32, device=x.device)
     x = x.reshape(rows, k)
     with torch.cuda.device_of(x):
         _linear_int4_kernel[(programs,)](
-            x, packed.view(torch.int32), scale, zero, out, part, zero_counts(tiles, x.device), x.stride(0), rows, n, k,
-            GATED=gated, PACKED=x.dtype == torch.bfloat16 and x.is_cuda, **config, **chained(x.device, programs),
+            x, packed.view(torch.int32), scale, zero, out, part, zero_counts(tiles, x.device), *rope, x.stride(0), rows,
+            n, k, GATED=gated, HALF=half, PACKED=x.dtype == torch.bfloat16 and x.is_cuda, **config,
+            **chained(x.device, programs),
         )  # fmt: skip
-    return out
 
 
 @linear_int4.register_fake

@@ -115,6 +115,63 @@ def _rope_kernel(
         tl.store(values_ptr + values_at + HALF, v2, mask=mask)
 
 
+@triton.jit
+def store_rotated(
+    y1,  # [BN / 2, BM] fp32: the first halves of whole heads of q, of k or of v, by row of x
+    y2,  # [BN / 2, BM] fp32: the second ones
+    out_ptr,  # [B, T, H, D]
+    rope,  # cos, sin, position, slot, keys and values as `_rope_kernel` has them, contiguous; T, S, P and H
+    tile,
+    rows,  # B T
+    N,  # (H + 2 G) D
+    HALF: tl.constexpr,  # D / 2
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """The same for a tile of the matmul that makes q, k and v: q to out, k and v to their slots."""
+    cos_ptr, sin_ptr, position_ptr, slot_ptr, keys_ptr, values_ptr, queries, slots, positions, heads = rope
+    kv_heads = (N // (2 * HALF) - heads) // 2
+    pair = tl.arange(0, BN // 2)
+    d = (pair % HALF)[:, None]  # [BN / 2, 1]
+    begin = tile * (BN // (2 * HALF))  # the tile's first head, of q's, k's and v's
+    head = (begin + pair // HALF)[:, None]  # [BN / 2, 1]
+    m = tl.arange(0, BM)  # [BM]
+    row = tl.minimum(m, rows - 1)
+    b, t = row // queries, row % queries
+    if begin < heads + kv_heads:
+        at = tl.load(position_ptr + b).to(tl.int64) + t
+        at = tl.minimum(tl.maximum(at, 0), positions - 1)[None, :] * HALF + d  # [BN / 2, BM]
+        cos, sin = tl.load(cos_ptr + at), tl.load(sin_ptr + at)
+        turned = y2 * cos + y1 * sin
+        y1 = y1 * cos - y2 * sin
+        y2 = turned
+    if begin < heads:
+        _put(y1, y2, out_ptr, m.to(tl.int64)[None, :] * heads + head, d, (m < rows)[None, :], HALF)
+    else:
+        to = tl.load(slot_ptr + b).to(tl.int64) + t
+        inside = ((m < rows) & (to >= 0) & (to < slots))[None, :]
+        to = (b.to(tl.int64) * slots + to)[None, :] * kv_heads  # [1, BM]: the slot's first head in the buffers
+        if begin < heads + kv_heads:
+            _put(y1, y2, keys_ptr, to + (head - heads), d, inside, HALF)
+        else:
+            _put(y1, y2, values_ptr, to + (head - heads - kv_heads), d, inside, HALF)
+
+
+@triton.jit
+def _put(
+    y1,  # [BN / 2, BM] fp32
+    y2,  # [BN / 2, BM] fp32
+    ptr,
+    head,  # [BN / 2, BM]: which of the heads from ptr on
+    d,  # [BN / 2, 1]
+    mask,  # [1, BM]
+    HALF: tl.constexpr,
+):
+    at = ptr + head * (2 * HALF) + d
+    tl.store(at, y1.to(ptr.dtype.element_ty), mask=mask)
+    tl.store(at + HALF, y2.to(ptr.dtype.element_ty), mask=mask)
+
+
 @torch.library.custom_op("dllm_fast::rope", mutates_args=("keys", "values"))
 def rope(
     q: torch.Tensor,  # [B, T, H, D]

@@ -13,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from dllm_fast.kernels.rope import store_rotated
+
 
 @triton.jit
 def is_last(count_ptr, parts):
@@ -30,51 +32,62 @@ def is_last(count_ptr, parts):
 
 
 @triton.jit
-def source_rows(N, GATED: tl.constexpr, BN: tl.constexpr):
-    """[BN] int64: the rows of W in the first tile. With GATED, rows of gate and up alternate."""
+def source_rows(N, GATED: tl.constexpr, HALF: tl.constexpr, BN: tl.constexpr):
+    """[BN] int64: the rows of W in the first tile. With GATED, rows of gate and up alternate; where HALF is not 0, rows
+    of the two halves of each head do.
+    """
     n = tl.arange(0, BN)
     if GATED:
         n = (n % 2) * (N // 2) + n // 2
+    elif HALF:
+        n = n // (2 * HALF) * (2 * HALF) + (n % 2) * HALF + n // 2 % HALF
     return n.to(tl.int64)
+
+
+@triton.jit
+def _pairs(y, kind, BM: tl.constexpr, BN: tl.constexpr):
+    """A tile [BN, BM] of alternating rows as two of [BN / 2, BM] fp32, rounded to ``kind`` as a matmul's result is."""
+    first, second = tl.split(tl.permute(tl.reshape(y, [BN // 2, 2, BM]), (0, 2, 1)))
+    return first.to(kind).to(tl.float32), second.to(kind).to(tl.float32)
 
 
 @triton.jit
 def _store(
     y,  # [BN, BM] fp32
-    out_ptr,  # [M, N], or [M, N / 2] with GATED
-    scale_ptr,  # [N] fp32, or None
-    x_scale_ptr,  # [M] fp32, or None
+    to,  # see `end_tile`
     tile,
     rows,  # M
     N,
     GATED: tl.constexpr,
+    HALF: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
+    out_ptr, scale_ptr, x_scale_ptr, rope = to
     kind = out_ptr.dtype.element_ty
     m = tl.arange(0, BM).to(tl.int64)  # [BM]
     PER: tl.constexpr = BN // 2 if GATED else BN  # output columns of a tile
     n = tile * PER + tl.arange(0, PER)  # [PER]
     if scale_ptr is not None:
-        y *= tl.load(scale_ptr + tile * PER + source_rows(N, GATED, BN))[:, None]
+        y *= tl.load(scale_ptr + tile * PER + source_rows(N, GATED, HALF, BN))[:, None]
     if x_scale_ptr is not None:
         y *= tl.load(x_scale_ptr + tl.minimum(m, rows - 1))[None, :]
-    if GATED:
-        gate, up = tl.split(tl.permute(tl.reshape(y, [PER, 2, BM]), (0, 2, 1)))  # [PER, BM]
-        gate = gate.to(kind).to(tl.float32)
-        up = up.to(kind).to(tl.float32)
-        y = gate / (1 + tl.exp(-gate)) * up
-    width = N // BN * PER
-    tl.store(out_ptr + m[None, :] * width + n[:, None], y.to(kind), mask=(m < rows)[None, :])
+    if HALF:
+        y1, y2 = _pairs(y, kind, BM, BN)
+        store_rotated(y1, y2, out_ptr, rope, tile, rows, N, HALF, BM, BN)
+    else:
+        if GATED:
+            gate, up = _pairs(y, kind, BM, BN)
+            y = gate / (1 + tl.exp(-gate)) * up
+        width = N // BN * PER
+        tl.store(out_ptr + m[None, :] * width + n[:, None], y.to(kind), mask=(m < rows)[None, :])
 
 
 @triton.jit
 def end_tile(
     y,  # [BN, BM] fp32: this program's part of a tile
     part_ptr,  # [programs, 2, BN, BM] fp32: a program's parts of its first and its last tile
-    out_ptr,
-    scale_ptr,
-    x_scale_ptr,
+    to,  # out, the scales of W and of x or None, and ``rope`` of `rope.store_rotated`
     tile,
     first,  # this program's first step
     done,  # one past its last step in the tile
@@ -82,13 +95,14 @@ def end_tile(
     rows,
     N,
     GATED: tl.constexpr,
+    HALF: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
     """Store a tile that this program computed alone; else write its part, for `sum_parts`."""
     begin = tile * steps
     if (first <= begin) & (done == begin + steps):
-        _store(y, out_ptr, scale_ptr, x_scale_ptr, tile, rows, N, GATED, BM, BN)
+        _store(y, to, tile, rows, N, GATED, HALF, BM, BN)
     else:
         part = tl.program_id(0) * 2 + (first < begin).to(tl.int32)
         place = tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]  # [BN, BM]
@@ -99,15 +113,14 @@ def end_tile(
 def _sum(
     part_ptr,
     count_ptr,
-    out_ptr,
-    scale_ptr,
-    x_scale_ptr,
+    to,
     tile,
     steps,
     total,
     rows,
     N,
     GATED: tl.constexpr,
+    HALF: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
@@ -122,16 +135,14 @@ def _sum(
         for program in range(lowest, highest + 1):
             part = program * 2 + (program * total // programs < begin).to(tl.int32)
             y += tl.load(part_ptr + tl.cast(part, tl.int64) * (BN * BM) + place, cache_modifier=".cg")
-        _store(y, out_ptr, scale_ptr, x_scale_ptr, tile, rows, N, GATED, BM, BN)
+        _store(y, to, tile, rows, N, GATED, HALF, BM, BN)
 
 
 @triton.jit
 def sum_parts(
     part_ptr,
     count_ptr,  # [N / BN] int32
-    out_ptr,
-    scale_ptr,
-    x_scale_ptr,
+    to,
     first,
     last,  # one past this program's last step
     steps,
@@ -139,6 +150,7 @@ def sum_parts(
     rows,
     N,
     GATED: tl.constexpr,
+    HALF: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
@@ -148,10 +160,10 @@ def sum_parts(
     """
     tile = first // steps
     if (first > tile * steps) | (last < (tile + 1) * steps):
-        _sum(part_ptr, count_ptr, out_ptr, scale_ptr, x_scale_ptr, tile, steps, total, rows, N, GATED, BM, BN)
+        _sum(part_ptr, count_ptr, to, tile, steps, total, rows, N, GATED, HALF, BM, BN)
     final = (last - 1) // steps
     if (final > tile) & (last < (final + 1) * steps):
-        _sum(part_ptr, count_ptr, out_ptr, scale_ptr, x_scale_ptr, final, steps, total, rows, N, GATED, BM, BN)
+        _sum(part_ptr, count_ptr, to, final, steps, total, rows, N, GATED, HALF, BM, BN)
 
 
 _kept = threading.local()

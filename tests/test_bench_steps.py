@@ -35,7 +35,7 @@ def served(weights):
 
 @pytest.mark.parametrize("weights", [None, "fp8", "int4"])
 def test_a_way_is_in_force_within_it_and_gone_after_it(steps, weights):
-    from dllm_fast.kernels import linear, linear_int4
+    from dllm_fast.kernels import linear, linear_int4, linear_rope
 
     module = linear_int4 if weights == "int4" else linear
 
@@ -48,11 +48,12 @@ def test_a_way_is_in_force_within_it_and_gone_after_it(steps, weights):
     for tiles in steps.TILES[weights]:
         with steps.way(tiles, True, 32, weights):
             assert served(weights) and module.chained is before[3]
-            own = {name: value for name, value in tiles.items() if name not in ("programs", "split")}
+            own = {name: value for name, value in tiles.items() if name not in ("programs", "rope", "split")}
+            assert tiles.get("rope", True) == linear_rope.ROPE
             assert configs()[32] == before[1][32] | own and configs()[64] == before[1][64]
             programs = module.PROGRAMS if weights == "int4" else module.PROGRAMS[steps.SIZES[weights]]
             assert programs == tiles.get("programs", programs)
-    assert (served(weights), configs(), module.PROGRAMS, module.chained) == before
+    assert (served(weights), configs(), module.PROGRAMS, module.chained) == before and linear_rope.ROPE
 
 
 @pytest.mark.parametrize("head", [None, "fp8"])

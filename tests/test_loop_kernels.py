@@ -14,7 +14,7 @@ from rows import Request, alone, draw_request, is_level, seated, together
 from tiny import EOS, MASK, make_llada, make_modernbert
 
 import dllm_fast
-from dllm_fast import Drift, Every, ReMDM, Threshold, Uniform, Verify, Window
+from dllm_fast import Drift, Every, ReMDM, Threshold, Uniform, Verify, Window, launchers
 
 pytestmark = [needs_triton, pytest.mark.usefixtures("strict_interpreter", "poisoned_outputs")]
 
@@ -114,6 +114,39 @@ def fixed(options: dict, rows: int = 1) -> Request:
 def test_one_row_that_draws(name, drawn, device):
     options = {"gen_length": 4, "block_length": 4, "schedule": Uniform(2), **drawn}
     check(*pair(name, 0, device), fixed(options), together)
+
+
+# Wide enough for the matmuls of few rows, which rotate q and k and write k and v where they make them.
+WIDE = {
+    "llada": lambda: make_llada(n_layers=2, d_model=128, n_heads=2, mlp_hidden_size=128),
+    "llada-gqa": lambda: make_llada(n_layers=2, d_model=256, n_heads=4, n_kv_heads=2, mlp_hidden_size=128),
+    "modernbert": lambda: make_modernbert(num_hidden_layers=2, hidden_size=128, intermediate_size=128),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "rows"), [("llada", "fp8", 1), ("llada-gqa", "int4", 3), ("modernbert", "fp8", 2)]
+)
+def test_rotation_in_the_matmul(name, weights, rows, device, monkeypatch):
+    """The tokens of PyTorch, and those of a matmul and a rotation by themselves."""
+    calls = []
+
+    def counted(op):
+        return lambda *arguments: calls.append(1) or op(*arguments)
+
+    for op in ("linear_rope", "linear_int4_rope"):
+        monkeypatch.setattr(launchers.triton(), op, counted(getattr(launchers.triton(), op)))
+    ours, plain = (WIDE[name]().to(device, torch.float16) for _ in range(2))
+    dllm_fast.patch(ours, impl="triton", weights=weights)
+    dllm_fast.patch(plain, impl="torch", weights=weights)
+    options = {"gen_length": 4, "block_length": 4, "schedule": Uniform(2), "refresh": Drift(0.3), "temperature": 0.5}
+    request = fixed(options, rows)
+    rotated = together(ours, request)
+    assert calls
+    check(ours, plain, request, lambda *_: rotated, ROUNDINGS[torch.float16])
+    calls.clear()
+    monkeypatch.setattr("dllm_fast.kernels.linear_rope.ROPE", False)
+    assert together(ours, request) == rotated and not calls
 
 
 EVERY = [

@@ -158,7 +158,8 @@ def _layer(cost, card, batch, slots, positions, queries, weights) -> Iterator[Ke
     every, rows = batch * positions, batch * queries
     yield _norm(cost, every)
     yield from _product("q, k, v", cost, card, every, inner + 2 * pairs, width, weights)
-    yield Kernel("rope", "_rope_kernel", 1, 2 * every * (inner + 2 * pairs) * cost.item)
+    if not _rotates(cost, every, weights):
+        yield Kernel("rope", "_rope_kernel", 1, 2 * every * (inner + 2 * pairs) * cost.item)
     group = cost.heads // cost.kv_heads
     splits = _plan(batch, queries, cost.kv_heads, group, cost.head_dim, slots, None, cost.item, True)[2]
     seen, results = 2 * batch * slots * pairs * cost.item, rows * inner
@@ -187,6 +188,18 @@ def _streams(cost: Cost, rows: int, weights: str | None) -> bool:
     from dllm_fast.kernels import linear
 
     return rows <= linear.ROWS and (weights == "int4" or BYTES.get(weights, cost.item) in linear.AHEAD)
+
+
+def _rotates(cost: Cost, rows: int, weights: str | None) -> bool:
+    """Whether the matmul of q, k and v rotates them, too, and writes k and v into the cache."""
+    from dllm_fast.kernels.linear_rope import fits_rope
+
+    if not _streams(cost, rows, weights):
+        return False
+    kind = {"fp8": torch.float8_e4m3fn, "int4": torch.uint8}.get(weights, torch.bfloat16)
+    x = torch.empty(rows, 1, device="meta")
+    buffer = torch.empty(1, 1, cost.kv_heads, cost.head_dim, device="meta")
+    return fits_rope(x, x.to(kind), cos=x, sin=x, position=x, slot=x, keys=buffer, values=buffer)
 
 
 def _product(

@@ -1,5 +1,6 @@
-"""Times a block step of LLaDA-8B's shape as a CUDA graph in several variants: which matmuls and tiles, launches
-chained or not, and with or without a second stream that prefetches the next matmul's first weights into L2.
+"""Times a block step of LLaDA-8B's shape as a CUDA graph in several variants: which matmuls and tiles, rotation in the
+matmul of q, k and v or after it, launches chained or not, and with or without a second stream that prefetches the next
+matmul's first weights into L2.
 
     python -m bench.generation.steps [--layers 32] [--batch 1] [--weights fp8] [--head fp8] [--quick]
 
@@ -24,18 +25,21 @@ from bench.common import SHAPES, build_model, machine
 from bench.generation.breakdown import kernel_group
 from bench.generation.cost import BYTES, Card, Cost, by_group, print_beside, step_kernels
 from dllm_fast import ops
-from dllm_fast.kernels import attention, glu, linear, linear_int4, norm, rope, round_rows
+from dllm_fast.kernels import attention, glu, linear, linear_int4, linear_rope, norm, rope, round_rows
 from dllm_fast.patch import bound_family, bound_pool
 
 CHAINS = (attention, glu, linear, linear_int4, norm, rope, round_rows)
 TILES = {  # by `patch`'s weights; the shipped ones come first
-    None: ({}, {"BK": 64, "num_stages": 5, "AHEAD": 4}, {"BN": 64, "BK": 256}),
+    None: ({}, {"rope": False}, {"BK": 64, "num_stages": 5, "AHEAD": 4}, {"BN": 64, "BK": 256}),
     "fp8": (
-        {}, {"split": True}, {"split": True, "AHEAD": 0}, {"split": True, "num_warps": 8},
+        {}, {"rope": False}, {"split": True}, {"split": True, "AHEAD": 0}, {"split": True, "num_warps": 8},
         {"split": True, "programs": 3, "num_stages": 3}, {"split": True, "programs": 1, "num_stages": 7},
         {"split": True, "BN": 64, "programs": 4}, {"split": True, "BK": 256, "programs": 1},
     ),
-    "int4": ({}, {"num_warps": 4}, {"num_stages": 3}, {"programs": 1}, {"BN": 64, "num_warps": 4, "programs": 4}),
+    "int4": (
+        {}, {"rope": False}, {"num_warps": 4, "maxnreg": 255}, {"num_stages": 3}, {"programs": 1, "maxnreg": 255},
+        {"BN": 64, "num_warps": 4, "programs": 4},
+    ),
 }  # fmt: skip
 SIZES = {None: 2, **BYTES}  # bytes of a weight
 BESIDE = (4, 8, 16, 32)  # MB of the next matmul's weights
@@ -53,11 +57,13 @@ def way(tiles: dict | None, chained: bool, rows: int, weights: str | None):
         if not chained:
             for module in CHAINS:
                 stack.enter_context(mock.patch.object(module, "chained", unchained))
+        if tiles is not None:
+            tiles = dict(tiles)
+            stack.enter_context(mock.patch.object(linear_rope, "ROPE", tiles.pop("rope", linear_rope.ROPE)))
         if weights == "int4":
             if tiles is None:
                 stack.enter_context(mock.patch.object(linear_int4, "ROWS", 0))
             else:
-                tiles = dict(tiles)
                 programs = tiles.pop("programs", linear_int4.PROGRAMS)
                 stack.enter_context(mock.patch.object(linear_int4, "PROGRAMS", programs))
                 configs = linear_int4.CONFIGS
@@ -67,7 +73,6 @@ def way(tiles: dict | None, chained: bool, rows: int, weights: str | None):
             stack.enter_context(mock.patch.object(linear, "AHEAD", ()))
         else:
             size = SIZES[weights]
-            tiles = dict(tiles)
             stack.enter_context(mock.patch.object(linear, "AHEAD", (size,)))
             programs = {size: tiles.pop("programs", linear.PROGRAMS[size])}
             stack.enter_context(mock.patch.dict(linear.PROGRAMS, programs))
@@ -101,6 +106,8 @@ def beside(megabytes: int):
     def wrapped(name):
         def call(x, weight, *rest, **options):
             y = real[name](x, weight, *rest, **options)
+            if y is None:  # another matmul serves
+                return y
             if torch.cuda.is_current_stream_capturing():
                 following = order[(seen[weight.data_ptr()] + 1) % len(order)]
                 side.wait_stream(torch.cuda.current_stream())

@@ -110,9 +110,10 @@ class Family(ABC):
     def _norm(self, x, delta, norm):
         """``norm(x + delta)`` and the sum; ``delta`` None: of x alone."""
 
+    @staticmethod
     @abstractmethod
-    def _qkv(self, block, y, impl):
-        """q [B, T, H, D], k and v [B, T, G, D] of a layer."""
+    def _qkv(block):
+        """The linears of q, k and v: three, or one that has q's rows, then k's, then v's."""
 
     @abstractmethod
     def _after_attention(self, block, attended, x, impl):
@@ -156,10 +157,9 @@ class Family(ABC):
             y, x = self._norm(x, delta, block.attn_norm)
             if cache is not None:
                 cache.keep_state(layer, x, slot, kept)
-            q, k, v = self._qkv(block, y, impl)
-            cos, sin = self._tables(self.thetas[layer], x.device)
-            buffers = cache[layer] if cache else ()
-            q, k, v = ops.rope(q, k, v, cos, sin, position, write_at, *buffers, outside=kept is not None, impl=impl)
+            tables = self._tables(self.thetas[layer], x.device)
+            rope = *tables, position, write_at, *(cache[layer] if cache else ())
+            q, k, v = self._rotated(block, y, rope, kept is not None, impl)
             # 2. Attention. In the last layer only the chosen rows go on: consecutive ones are not attended for others.
             if last and is_span(rows):
                 q = take(q, rows)
@@ -174,6 +174,19 @@ class Family(ABC):
             # 3. The output's linear, a norm and the gated linears.
             delta, x = self._after_attention(block, attended, x, impl)
         return self._finish(x, delta)
+
+    def _rotated(
+        self, block: nn.Module, y: torch.Tensor, rope: tuple, outside: bool, impl: str
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q [B, T, H, D] and the keys and values to attend to; ``rope``: `ops.rope`'s arguments from ``cos`` on."""
+        linears, buffers = self._qkv(block), rope[4:]
+        if buffers and impl == "triton" and (q := self.matmuls(y, *linears, impl=impl, rope=rope)) is not None:
+            return q, *buffers
+        parts = self.matmuls(y, *linears, impl=impl)
+        if len(parts) == 1:
+            parts = parts[0].split([n * self.head_dim for n in (self.heads, self.kv_heads, self.kv_heads)], -1)
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
+        return ops.rope(q, k, v, *rope, outside=outside, impl=impl)
 
     def groups(self) -> Iterator[tuple[nn.Module, ...]]:
         """`linears` of this model."""

@@ -46,9 +46,13 @@ class Fp8:
             rows = slice(first + done, first + done + len(part))
             self.matrix[rows], self.scale[rows] = reference.round_rows(part)
 
-    def matmul(self, x: torch.Tensor, gated: bool, impl: str) -> torch.Tensor:
-        """`reference.linear` of x [..., K] and the weight: [..., N], or [..., N / 2] if ``gated``."""
-        if (y := ops.scaled_linear(x, self.matrix, self.scale[:, 0], gated, impl)) is not None:
+    def matmul(self, x: torch.Tensor, gated: bool, impl: str, rope: tuple = ()) -> torch.Tensor | None:
+        """`reference.linear` of x [..., K] and the weight: [..., N], or [..., N / 2] if ``gated``.
+
+        ``rope``: see `linears.matmuls`.
+        """
+        y = ops.scaled_linear(x, self.matrix, self.scale[:, 0], gated, impl, rope)
+        if y is not None or rope:
             return y
         rows = x.reshape(-1, x.shape[-1])
         # The scaled matmul needs both lengths to be multiples of 16.

@@ -47,9 +47,13 @@ class Int4:
             rows = slice(first + done, first + done + len(part))
             self.matrix[rows], self.scale[:, rows], self.zero[:, rows] = reference_int4.round_int4(part)
 
-    def matmul(self, x: torch.Tensor, gated: bool, impl: str) -> torch.Tensor:
-        """`reference.linear` of x [..., K] and the widened weight: [..., N], or [..., N / 2] if ``gated``."""
-        if (y := ops.int4_linear(x, self.matrix, self.scale, self.zero, gated, impl)) is not None:
+    def matmul(self, x: torch.Tensor, gated: bool, impl: str, rope: tuple = ()) -> torch.Tensor | None:
+        """`reference.linear` of x [..., K] and the widened weight: [..., N], or [..., N / 2] if ``gated``.
+
+        ``rope``: see `linears.matmuls`.
+        """
+        y = ops.int4_linear(x, self.matrix, self.scale, self.zero, gated, impl, rope)
+        if y is not None or rope:
             return y
         chunk = len(self.matrix) if impl == "triton" else CHUNK
         parts = []

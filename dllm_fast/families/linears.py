@@ -20,15 +20,21 @@ from dllm_fast.families.bypass import class_name
 Matmuls = Callable[..., tuple[torch.Tensor, ...]]  # `matmuls`, or `rounded.Copies`
 
 
-def matmuls(x: torch.Tensor, *linears: nn.Module, gated: bool = False, impl: str = "torch") -> tuple[torch.Tensor, ...]:
+def matmuls(
+    x: torch.Tensor, *linears: nn.Module, gated: bool = False, impl: str = "torch", rope: tuple = ()
+) -> tuple[torch.Tensor, ...] | torch.Tensor | None:
     """``linear(x)`` of each, [..., out]: slices of one matmul if their weights are fused.
 
-    ``gated``: the two are a gate and an up projection; returns (``swiglu(gate, up)``,).
+    ``gated``: the two are a gate and an up projection; returns (``swiglu(gate, up)``,). ``rope``: they are those of q,
+    k and v; returns the rotated q as `ops.scaled_linear` does, or None if no kernel serves.
 
     They run one by one if a gradient is wanted, which must reach each parameter, and under ``torch.compile``, which
     does not see addresses: compiled code may outlive the fusion. Plain linears are not called as modules, because a
     call costs as much as a small matmul.
     """
+    if rope:
+        matrix = None if torch.compiler.is_compiling() else fused(linears)
+        return None if matrix is None else ops.scaled_linear(x, matrix, None, impl=impl, rope=rope)
     if len(linears) > 1 and not torch.compiler.is_compiling():
         matrix = fused(linears)
         if matrix is not None and gated:

@@ -35,7 +35,7 @@ class LLaDA(Family):
     @staticmethod
     def linears(model: nn.Module) -> Iterator[tuple[nn.Module, ...]]:
         for block in model.model.transformer.blocks:
-            yield from (_qkv(block), (block.attn_out,), _gate_up(block), (block.ff_out,))
+            yield from (LLaDA._qkv(block), (block.attn_out,), _gate_up(block), (block.ff_out,))
 
     @staticmethod
     def labelled(model: nn.Module, input_ids: torch.Tensor, chosen: torch.Tensor) -> tuple[torch.Tensor, nn.Module]:
@@ -94,8 +94,9 @@ class LLaDA(Family):
             return ops.rms_norm(x, norm.weight, self.eps, impl=self.impl)
         return ops.rms_norm(delta, norm.weight, self.eps, residual=x, impl=self.impl)
 
-    def _qkv(self, block, y, impl):
-        return (part.unflatten(-1, (-1, self.head_dim)) for part in self.matmuls(y, *_qkv(block), impl=impl))
+    @staticmethod
+    def _qkv(block):
+        return block.q_proj, block.k_proj, block.v_proj
 
     def _after_attention(self, block, attended, x, impl):
         y, x = self._norm(x, *self.matmuls(attended, block.attn_out, impl=impl), block.ff_norm)
@@ -105,10 +106,6 @@ class LLaDA(Family):
 
     def _finish(self, x, delta):
         return self._norm(x, delta, self.transformer.ln_f)[0]
-
-
-def _qkv(block: nn.Module) -> tuple[nn.Module, ...]:
-    return block.q_proj, block.k_proj, block.v_proj
 
 
 def _gate_up(block: nn.Module) -> tuple[nn.Module, ...]:

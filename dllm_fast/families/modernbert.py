@@ -87,9 +87,9 @@ class ModernBert(Family):
             return ops.layer_norm(x, norm.weight, norm.bias, self.eps, impl=self.impl)
         return ops.layer_norm(delta, norm.weight, norm.bias, self.eps, residual=x, impl=self.impl)
 
-    def _qkv(self, block, y, impl):
-        (qkv,) = self.matmuls(y, block.attn.Wqkv, impl=impl)
-        return qkv.unflatten(-1, (3, self.heads, self.head_dim)).unbind(-3)
+    @staticmethod
+    def _qkv(block):
+        return (block.attn.Wqkv,)
 
     def _after_attention(self, block, attended, x, impl):
         y, x = self._norm(x, *self.matmuls(attended, block.attn.Wo, impl=impl), block.mlp_norm)

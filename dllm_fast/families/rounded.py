@@ -141,16 +141,21 @@ class Copies:
                 self.copies[linears[0]] = self._copied(linears)
 
     def __call__(
-        self, x: torch.Tensor, *linears: nn.Module, gated: bool = False, impl: str = "torch"
-    ) -> tuple[torch.Tensor, ...]:
+        self, x: torch.Tensor, *linears: nn.Module, gated: bool = False, impl: str = "torch", rope: tuple = ()
+    ) -> tuple[torch.Tensor, ...] | torch.Tensor | None:
         """``linear(x)`` of each, [..., out], with rounded weights; with the parameters if a gradient is wanted."""
         parameters = (parameter for linear in linears for parameter in linear.parameters())
         if wants_grad(itertools.chain([x], parameters)):
+            if rope:
+                return None
             parts = tuple(linear(x) for linear in linears)
             return (ops.swiglu(*parts, impl=impl),) if gated else parts
         matrix = self._matrix(linears)
         widths = [linear.out_features for linear in linears]
-        if not any(linear.bias is not None for linear in linears):
+        biased = any(linear.bias is not None for linear in linears)
+        if rope:
+            return None if biased else matrix.matmul(x, False, impl, rope)
+        if not biased:
             y = matrix.matmul(x, gated, impl)
             return (y,) if gated else y.split(widths, -1)
         parts = zip(matrix.matmul(x, False, impl).split(widths, -1), linears, strict=True)

@@ -83,33 +83,38 @@ def _glu():
         yield Case(name, glu._glu_kernel, signature, {"GELU": gelu, "BLOCK": glu.BLOCK}, glu.WARPS)
 
 
+ROPE = {"cos_ptr": "*fp32", "sin_ptr": "*fp32", "position_ptr": "*i64", "slot_ptr": "*i64"}
+ROPE |= {"keys_ptr": "*bf16", "values_ptr": "*bf16"} | dict.fromkeys(("queries", "slots", "positions", "heads"), "i32")
+
+
+def _epilogues():
+    """What a matmul of few rows ends with: name, signature and constants."""
+    none = dict.fromkeys(ROPE) | {"HALF": 0}
+    yield "", {}, none | {"GATED": False}
+    yield " gated", {}, none | {"GATED": True}
+    for half in (32, 64):
+        yield f" rope D={2 * half}", ROPE, {"HALF": half, "GATED": False}
+
+
 def _linear():
     signature = {"x_ptr": "*bf16", "out_ptr": "*bf16", "part_ptr": "*fp32", "count_ptr": "*i32", "x_stride": "i32:16"}
     signature |= {"rows": "i32", "N": "i32:16", "K": "i32:16"}
-    for size, configs in linear.CONFIGS.items():
-        for rows, config in configs.items():
-            constexprs = dict(config)
-            warps, stages = constexprs.pop("num_warps"), constexprs.pop("num_stages")
-            for gated in (False, True):
-                scaled = size == 1
-                constexprs |= {"GATED": gated, "SPLIT": False, "PACKED": scaled, "x_scale_ptr": None}
-                weight = {"weight_ptr": "*i32", "scale_ptr": "*fp32"} if scaled else {"weight_ptr": "*bf16"}
-                none = {} if scaled else {"scale_ptr": None}
-                name = f"linear {'e4m3' if scaled else 'bf16'} {rows}" + " gated" * gated
-                arguments = signature | weight, constexprs | none
-                yield Case(name, linear._linear_kernel, *arguments, warps, stages, matrix=True, archs=(90,))
-    signature |= dict.fromkeys(("x_ptr", "weight_ptr"), "*fp8e4nv") | dict.fromkeys(
-        ("scale_ptr", "x_scale_ptr"), "*fp32"
-    )
-    for rows, config in linear.CONFIGS[1].items():
-        constexprs = dict(config)
-        warps, stages = constexprs.pop("num_warps"), constexprs.pop("num_stages")
-        for gated in (False, True):
-            constexprs |= {"GATED": gated, "SPLIT": True, "PACKED": False}
-            name = f"linear e4m3 in two parts {rows}" + " gated" * gated
-            yield Case(
-                name, linear._linear_kernel, signature, dict(constexprs), warps, stages, matrix=True, archs=(90,)
-            )
+    scaled = {"scale_ptr": "*fp32"}
+    split = {"x_ptr": "*fp8e4nv", "weight_ptr": "*fp8e4nv", "x_scale_ptr": "*fp32"}
+    kinds = {  # name: bytes of a weight, what else is in the signature, constants
+        "bf16": (2, {"weight_ptr": "*bf16"}, {"SPLIT": False, "PACKED": False, "scale_ptr": None, "x_scale_ptr": None}),
+        "e4m3": (1, scaled | {"weight_ptr": "*i32"}, {"SPLIT": False, "PACKED": True, "x_scale_ptr": None}),
+        "e4m3 in two parts": (1, scaled | split, {"SPLIT": True, "PACKED": False}),
+    }
+    for kind, (size, types, constexprs) in kinds.items():
+        for rows, config in linear.CONFIGS[size].items():
+            tiles = dict(config)
+            launch = tiles.pop("num_warps"), tiles.pop("num_stages")
+            for name, more, constants in _epilogues():
+                arguments = signature | types | more, {**constexprs, **constants, **tiles}
+                yield Case(
+                    f"linear {kind} {rows}{name}", linear._linear_kernel, *arguments, *launch, matrix=True, archs=(90,)
+                )
 
 
 def _linear_int4():
@@ -117,12 +122,12 @@ def _linear_int4():
     signature = {"x_ptr": "*bf16", **weight, "out_ptr": "*bf16", "part_ptr": "*fp32", "count_ptr": "*i32"}
     signature |= {"x_stride": "i32:16", "rows": "i32", "N": "i32:16", "K": "i32:16"}
     for rows, config in linear_int4.CONFIGS.items():
-        constexprs = dict(config)
-        warps, stages = constexprs.pop("num_warps"), constexprs.pop("num_stages")
-        for gated in (False, True):
-            constexprs |= {"GATED": gated, "PACKED": True}
-            name = f"linear int4 {rows}" + " gated" * gated
-            yield Case(name, linear_int4._linear_int4_kernel, signature, dict(constexprs), warps, stages, matrix=True)
+        tiles = dict(config)
+        launch = tiles.pop("num_warps"), tiles.pop("num_stages"), tiles.pop("maxnreg", None)
+        for name, more, constants in _epilogues():
+            if tiles["BN"] % (2 * constants["HALF"] or 1) == 0:  # a tile holds whole heads
+                arguments = signature | more, {"PACKED": True, **constants, **tiles}, *launch
+                yield Case(f"linear int4 {rows}{name}", linear_int4._linear_int4_kernel, *arguments, matrix=True)
     signature = weight | {"out_ptr": "*bf16", "N": "i32:16", "width": "i32:16"}
     constexprs = {"BN": linear_int4.WIDEN["BN"]}
     yield Case("widen int4", linear_int4._widen_int4_kernel, signature, constexprs, linear_int4.WIDEN["num_warps"])

@@ -36,6 +36,7 @@ class Case:
     constexprs: dict  # argument name -> value
     num_warps: int = 4
     num_stages: int = 3
+    maxnreg: int | None = None  # registers a thread, at most
     matrix: bool = False  # whether it must use matrix units; their instructions are counted only then
     archs: tuple = tuple(SHARED_LIMIT)  # architectures to compile for
 
@@ -73,7 +74,7 @@ def measure(case: Case, arch: int) -> Resources:
         if kind.startswith("*") or multiple == "16":
             attrs[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(case.fn, signature, constexprs, attrs)
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "maxnreg": case.maxnreg}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
     tool = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"

@@ -14,6 +14,7 @@ from dllm_fast.kernels.glu import geglu, swiglu
 from dllm_fast.kernels.gumbel import gumbel, uniform
 from dllm_fast.kernels.linear import linear
 from dllm_fast.kernels.linear_int4 import linear_int4, widen_int4
+from dllm_fast.kernels.linear_rope import linear_int4_rope, linear_rope
 from dllm_fast.kernels.masked_loss import masked_loss
 from dllm_fast.kernels.norm import layer_norm, rms_norm
 from dllm_fast.kernels.predict import predict
@@ -58,6 +59,18 @@ def _four_bits():
     return {"packed": packed, "scale": scale, "zero": zero}
 
 
+def _linear_rope(weight, scale):
+    given = {name: x for name, x in _rope().items() if name in ("position", "slot")}
+    given |= dict(zip(("cos", "sin"), reference.rope_table(20, 128, 1e4), strict=True))
+    keys = _normal(2, 9, 1, 128)
+    return {"x": _normal(2, 3, 256), **weight, "scale": scale, **given, "keys": keys, "values": keys.clone()}
+
+
+def _linear_int4_rope():
+    packed, scale, zero = reference_int4.round_int4(_normal(512, 256))
+    return _linear_rope({"packed": packed, "zero": zero}, scale)
+
+
 # A launcher, its arguments, and the names of those whose rows may be apart. Others are contiguous, at any address.
 CASES = {
     "rms_norm": (rms_norm, lambda: {"x": _normal(3, 40), "weight": _normal(40), "eps": 1e-5,
@@ -71,6 +84,8 @@ CASES = {
     "linear e4m3": (linear, _scaled_linear, ("x",)),
     "linear_int4": (linear_int4, lambda: {"x": _normal(5, 256), **_four_bits()}, ("x",)),
     "widen_int4": (widen_int4, lambda: {**_four_bits(), "width": 250, "dtype": BF16}, ()),
+    "linear_rope": (linear_rope, lambda: _linear_rope({"weight": _normal(512, 256)}, None), ("x",)),
+    "linear_int4_rope": (linear_int4_rope, _linear_int4_rope, ("x",)),
     "rope": (rope, _rope, ("q", "k", "v", "keys", "values")),
     "attention": (attention, lambda: {
         "q": _normal(2, 3, 4, 32), "keys": _normal(2, 9, 2, 32), "values": _normal(2, 9, 2, 32, seed=1),
@@ -143,5 +158,6 @@ def test_each_argument_has_strides_of_its_own(name, device):
 
 def test_no_launcher_is_forgotten():
     """The launchers that models and the loop call."""
-    called = {name for names in launchers.KERNELS.values() for name in names} - {"counters", "fits", "fits_int4"}
+    fitting = {"counters", "fits", "fits_int4", "fits_rope"}
+    called = {name for names in launchers.KERNELS.values() for name in names} - fitting
     assert called <= {name.split()[0] for name in CASES}
