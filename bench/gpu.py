@@ -30,6 +30,7 @@ ENGINE = "-m bench.generation.engine --shape llada-8b --force"
 # 32 GB of weights. Exits with 1 unless a short job's tokens equal each peer's.
 FP32 = f"-m bench.generation.engine --shape llada-8b-short --dtype float32 --rounds 1 --force{PEERS}"
 INT4 = "'ours dual, int4' 'ours dual, window=32,0' 'ours dual, window=32,0, int4'"
+LAYERS = ("attention", "rope", "norm", "glu", "linear", "linear_rope", "linear_int4", "round_rows")
 PREDICT = ("predict", "predict_e4m3", "batch_invariance")
 BENCH = f"{PYTEST} --import-mode=importlib bench/ops/kernels.py -k"
 
@@ -40,10 +41,7 @@ def tests(*names: str) -> str:
 
 # A piece per line: its limit in seconds and its command. The most important come first.
 PIECES = {
-    "correctness-attention": (
-        480,
-        tests("attention", "rope", "norm", "glu", "linear", "linear_rope", "linear_int4", "round_rows"),
-    ),
+    "correctness-attention": (480, tests(*LAYERS)),
     "correctness-predict": (480, tests(*PREDICT, "gumbel", "commit", "masked_loss", "end_to_end")),
     "steps": (150, "-m bench.generation.steps"),
     "steps-fp8": (150, "-m bench.generation.steps --weights fp8"),
