@@ -176,7 +176,7 @@ def generate_many(
         ValueError, MemoryError: as `generate`, when called, before the first prompt runs; for NaN logits, as it runs.
     """
     family, model = bound_family(model), unwrapped(model)
-    options = Options.of_call("generate_many", options).resolved(model, family)
+    asked = Options.of_call("generate_many", options).resolved(model, family)
     batch_size = whole("batch_size", batch_size)
     prompts = list(prompts)
     noise_rows = range(len(prompts)) if noise_rows is None else list(noise_rows)
@@ -185,8 +185,8 @@ def generate_many(
     rows = []
     for index, prompt in enumerate(prompts):
         name = f"prompts[{index}]"
-        rows.append(plan_row(options, family, index, as_prompt(name, prompt), name, noise_rows[index]))
-    server = Server(model, family, bound_pool(model), options, rows, batch_size)
+        rows.append(plan_row(asked, family, index, as_prompt(name, prompt), name, noise_rows[index]))
+    server = Server(model, family, bound_pool(model), asked, rows, batch_size)
     return _completions(server, len(rows), ordered, progress)
 
 

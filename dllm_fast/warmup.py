@@ -12,15 +12,15 @@ from dllm_fast.decoding.device import on_host
 from dllm_fast.decoding.engine import Engine
 from dllm_fast.decoding.graphs import records
 from dllm_fast.decoding.options import Options
-from dllm_fast.decoding.refresh import Drift
 from dllm_fast.decoding.request import Row, plan_row
 from dllm_fast.decoding.server import Server, rounded_up
+from dllm_fast.decoding.steps import Step, Steps
 from dllm_fast.decoding.values import is_whole, require, whole
 from dllm_fast.families.bypass import unwrapped
 from dllm_fast.patch import bound_family, bound_pool
 
-Steps = dict[tuple[str, int], int]  # the kind of a step, and its tail: the number of a block that has such a step
-MIXED = "mixed"  # the kind of a step in which rows differ, which is never recorded
+Plan = list[tuple[str, int]]  # the kind of a step, and the number of a block that has it
+MIXED = "mixed"  # the kind of a step at which rows differ, which is never recorded
 Report = Callable[[str, int, int], None]
 
 
@@ -57,23 +57,23 @@ def warmup(
     """
     family, model = bound_family(model), unwrapped(model)
     given = {**options, "seed": options.get("seed") or 0}  # drawn where it is None
-    options = Options.of_call("warmup", given).resolved(model, family)
-    require(options.gen_length > 0, f"gen_length={options.gen_length}: there is nothing to fill")
+    asked = Options.of_call("warmup", given).resolved(model, family)
+    require(asked.gen_length > 0, f"gen_length={asked.gen_length}: there is nothing to fill")
     batch_size = whole("batch_size", batch_size)
     lengths = _lengths(prompt_lengths)
     recorded = records(family.head()[0].device, family.impl)
     batches = [
-        [_row(options, n, length, family) for n in range(seats)]
-        for length in (_representatives(lengths, options.gen_length) if recorded else lengths[-1:])
+        [_row(asked, n, length, family) for n in range(seats)]
+        for length in (_representatives(lengths, asked.gen_length) if recorded else lengths[-1:])
         for seats in (_halves(batch_size) if recorded else [batch_size])
     ]
-    plans = [_steps(options, rows) for rows in batches]
-    total, before = sum(len(steps) + 1 for steps in plans), 0
+    plans = [_plan(asked, rows) for rows in batches]
+    total, before = sum(len(plan) + 1 for plan in plans), 0
     with _reporting(progress) as report:
-        for rows, steps in zip(batches, plans, strict=True):
-            work = _Work(steps, report, before, total)
-            before += len(steps) + 1
-            with Server(model, family, bound_pool(model), options, rows, len(rows)).seated_engine() as engine:
+        for rows, plan in zip(batches, plans, strict=True):
+            work = _Work(plan, report, before, total)
+            before += len(plan) + 1
+            with Server(model, family, bound_pool(model), asked, rows, len(rows)).seated_engine() as engine:
                 work.compile(engine, rows)
                 work.take(engine, rows)
 
@@ -112,27 +112,29 @@ def _row(options: Options, n: int, length: int, family) -> Row:
     return plan_row(options, family, n, ids, "prompt_lengths")
 
 
-def _steps(options: Options, rows: list[Row]) -> Steps:
-    """The kinds of steps that blocks of these rows, all alike, can have. What is not recorded comes last."""
-    cache, refresh, row, found = options.cache, options.refresh, rows[0], {}
+def _plan(options: Options, rows: list[Row]) -> Plan:
+    """Every step that blocks of these rows, all alike, can have, once. What is not recorded comes last."""
+    row, refresh = rows[0], options.refresh
+    found: dict[Step, int] = {}
     for number, (first, _) in enumerate(row.blocks):
-        tail = len(row.ids) - max(0, first) if cache == "prefix" else 0
-        if cache == "none" or refresh.full(number):
-            found.setdefault(("full", tail), number)
-        elif not isinstance(refresh, Drift):
-            found.setdefault(("window", tail), number)
-        if cache != "none":
-            found.setdefault(("block", tail), number)
-    if cache != "none" and (len(rows) > 1 or isinstance(refresh, Drift)):
-        found[MIXED, 0] = len(row.blocks) - 1
-    return found
+        steps = Steps.of(options, len(row.ids), max(0, first))
+        if not options.has_cache or refresh.full(number):
+            found.setdefault(steps.full, number)
+        elif not refresh.layerwise:
+            found.setdefault(steps.window, number)
+        if options.has_cache:
+            found.setdefault(steps.block, number)
+    plan = [(step.kind, number) for step, number in found.items()]
+    if options.has_cache and (len(rows) > 1 or refresh.layerwise):
+        plan.append((MIXED, len(row.blocks) - 1))
+    return plan
 
 
 @dataclasses.dataclass
 class _Work:
     """The steps of one engine, reported one by one after those ``before`` it."""
 
-    steps: Steps
+    plan: Plan
     report: Report
     before: int
     total: int
@@ -147,40 +149,40 @@ class _Work:
         engine.graphs.enabled, engine.options = False, dataclasses.replace(options, remask=None)
         try:
             with side_by_side():
-                for (kind, tail), number in self.steps.items():
-                    _take(engine, rows[0], kind, tail, number)
+                for kind, number in self.plan:
+                    _take(engine, rows[0], kind, number)
         finally:
             engine.graphs.enabled, engine.options = recording, options
             engine.load(rows)
 
     def take(self, engine: Engine, rows: list[Row]) -> None:
         """Take every step: on a GPU twice, as the second time is recorded."""
-        for done, ((kind, tail), number) in enumerate(self.steps.items(), 1):
+        for done, (kind, number) in enumerate(self.plan, 1):
             self._say(f"{'recording' if engine.graphs.enabled else 'taking'} {kind} steps", engine, done)
             for _ in range(2 if engine.graphs.enabled and kind != MIXED else 1):
-                _take(engine, rows[0], kind, tail, number)
+                _take(engine, rows[0], kind, number)
 
     def _say(self, what: str, engine: Engine, done: int) -> None:
         self.report(f"{what}, {engine.rows} x {engine.slots}", self.before + done, self.total)
 
 
-def _take(engine: Engine, row: Row, kind: str, tail: int, number: int) -> None:
+def _take(engine: Engine, row: Row, kind: str, number: int) -> None:
     """A step of block ``number`` of rows like ``row``, which counts for none of them."""
     slot = row.slot(engine.slots, number)
+    steps = engine.steps(slot)
     engine.prepare(on_host([slot] * engine.rows), on_host([number] * engine.rows))
     engine.quota.zero_()
     engine.step.zero_()
     nobody = on_host([False] * engine.rows, torch.bool)
     if kind != MIXED:
-        engine.take_step(kind, tail, nobody)
+        engine.take_step(getattr(steps, kind), nobody)
         return
-    tail = engine.slots - slot if engine.options.cache == "prefix" else 0
-    refresh, one = engine.options.refresh, nobody.clone()
+    one = nobody.clone()
     one[0] = True
     if engine.rows > 1:
-        engine.take_mixed_step(~nobody, one, ~nobody, tail)
-    if not refresh.full(1):
-        engine.take_mixed_step(~nobody, one, nobody, tail)
+        engine.take_mixed_step(steps, ~nobody, one, ~nobody)
+    if not engine.options.refresh.full(1):
+        engine.take_mixed_step(steps, ~nobody, one, nobody)
 
 
 @contextlib.contextmanager

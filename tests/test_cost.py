@@ -84,20 +84,20 @@ def test_a_step_launches_these_kernels(weights, monkeypatch):
     model = make_llada(d_model=128, n_heads=2, n_layers=2, mlp_hidden_size=128).half()
     monkeypatch.setattr("dllm_fast.families.linears.pays", lambda weight: True)  # as on a GPU
     dllm_fast.patch(model, impl="triton", weights=weights)
-    found, steps, run, step = Counter(), {}, InterpretedFunction.run, Engine._step
+    found, steps, run, run_step = Counter(), {}, InterpretedFunction.run, Engine.run_step
 
     def counted(self, *args, **options):
         found[self.fn.__name__] += 1
         return run(self, *args, **options)
 
-    def watched(self, kind, tail):
+    def watched(self, step):
         found.clear()
         before = matmul.call_count
-        step(self, kind, tail)
-        steps[kind] = self, found + Counter({"": matmul.call_count - before})
+        run_step(self, step)
+        steps[step.kind] = self, found + Counter({"": matmul.call_count - before})
 
     monkeypatch.setattr(InterpretedFunction, "run", counted)
-    monkeypatch.setattr(Engine, "_step", watched)
+    monkeypatch.setattr(Engine, "run_step", watched)
     ids = torch.randint(0, EOS, (1, 6), generator=torch.Generator().manual_seed(0))
     with mock.patch.object(F, "linear", wraps=F.linear) as matmul:
         dllm_fast.generate(model, ids, gen_length=4, block_length=4, schedule=dllm_fast.Uniform(2))

@@ -108,7 +108,7 @@ GSM8K = {"gen_length": 256, "block_length": 32, "schedule": Uniform(16), "seed":
 @pytest.mark.parametrize("batch", [1, 8])
 def test_at_most_a_dozen_recordings_over_gsm8k(recorded, monkeypatch, batch, options):
     """1,319 prompts of every length, in random order; answers cost nothing here."""
-    monkeypatch.setattr(Engine, "_step", lambda self, kind, tail: None)
+    monkeypatch.setattr(Engine, "run_step", lambda self, step: None)
     model = dllm_fast.patch(make_llada(), impl="torch")
     lengths = [LENGTHS[n % len(LENGTHS)] for n in range(PROBLEMS)]
     random.Random(0).shuffle(lengths)
@@ -125,6 +125,15 @@ def test_at_most_a_dozen_recordings_over_gsm8k(recorded, monkeypatch, batch, opt
     if batch == 1:
         assert recorded() == before, "all of them are kept"
     assert len(bound_pool(model)) <= 12
+
+
+def test_a_full_step_is_recorded_once_for_all_blocks(recorded):
+    """With a prefix cache too, whose other steps reach from each block to the end of the sequence."""
+    model = dllm_fast.patch(make_llada(), impl="torch")
+    options = {"gen_length": 24, "block_length": 8, "schedule": Uniform(6), "cache": "prefix"}
+    for _ in range(2):
+        dllm_fast.generate(model, torch.full((1, 9), 7), **options)
+    assert recorded() == 1 + 3
 
 
 def test_an_engine_serves_calls_in_and_out_of_inference_mode(recorded):
@@ -179,7 +188,7 @@ def test_show_config_tells_of_recordings(recorded, ids, capsys):
     assert "keeps the CUDA graphs of 2 shapes of batches" in capsys.readouterr().out
     bound_pool(model).failure = "ValueError: no such kernel"
     dllm_fast.show_config(model)
-    assert "without CUDA graphs where recording failed, last by ValueError: no such kernel" in capsys.readouterr().out
+    assert "without CUDA graphs where recording failed, last with ValueError: no such kernel" in capsys.readouterr().out
 
 
 def test_an_engine_that_is_kept_needs_no_memory_of_its_own(recorded, ids, monkeypatch):

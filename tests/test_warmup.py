@@ -232,7 +232,7 @@ for name, options in (("llada", {"remask": P2(1.0), "refresh": Drift(0.3)}), ("m
     given = {"gen_length": 16, "block_length": 8, "schedule": Uniform(8), "seed": 0, **options}
     options = Options(**given).resolved(model, family)
     rows = [warmup._row(options, n, 9, family) for n in range(2)]
-    work = warmup._Work(warmup._steps(options, rows), lambda *_: None, 0, 1)
+    work = warmup._Work(warmup._plan(options, rows), lambda *_: None, 0, 1)
     with Server(model, family, bound_pool(model), options, rows, 2).seated_engine() as engine:
         canvas, before = engine.canvas.clone(), engine.options
         with mock.patch.object(JITFunction, "_do_compile", compile_nothing):

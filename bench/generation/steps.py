@@ -25,6 +25,7 @@ from bench.common import SHAPES, build_model, machine
 from bench.generation.breakdown import kernel_group
 from bench.generation.cost import BYTES, Card, Cost, by_group, print_beside, step_kernels
 from dllm_fast import ops
+from dllm_fast.decoding.steps import Step
 from dllm_fast.kernels import attention, glu, linear, linear_int4, linear_rope, norm, rope, round_rows
 from dllm_fast.patch import bound_family, bound_pool
 
@@ -127,11 +128,11 @@ def beside(megabytes: int):
         yield lambda: torch.cuda.current_stream().wait_stream(side)
 
 
-def record(engine, kind: str, join=lambda: None) -> torch.cuda.CUDAGraph:
-    engine._step(kind, 0)
+def record(engine, step: Step, join=lambda: None) -> torch.cuda.CUDAGraph:
+    engine.run_step(step)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        engine._step(kind, 0)
+        engine.run_step(step)
         join()
     return graph
 
@@ -222,6 +223,7 @@ def main(arguments: list[str] | None = None) -> int:
             dllm_fast.generate(model, ids, gen_length=256, block_length=32, schedule=dllm_fast.Uniform(16))
     engine = next(iter(bound_pool(model)._engines.values()))
     engine.slot.fill_(engine.slots - 64)
+    kinds = engine.steps(engine.slots - 64)
     engine.quota.fill_(2)
     rows = 32 * options.batch
     ways = {"before": (None, False, 0), "before, chained": (None, True, 0)}
@@ -235,10 +237,10 @@ def main(arguments: list[str] | None = None) -> int:
         with way(tiles, chained, rows, weights), contextlib.ExitStack() as stack:
             try:
                 join = stack.enter_context(beside(megabytes)) if megabytes else lambda: None
-                graphs[name] = record(engine, "block", join)
+                graphs[name] = record(engine, kinds.block, join)
                 at = engine.slot[:, None] + engine.offsets
                 engine.canvas.scatter_(1, at, torch.full_like(at, mask_id))
-                hidden[name] = engine._evaluate("block", 0).float()
+                hidden[name] = engine.hidden(kinds.block).float()
             except Exception as error:
                 print(f"{name}: {type(error).__name__}: {str(error)[:200]}")
     own = hidden["before"]
@@ -267,7 +269,7 @@ def main(arguments: list[str] | None = None) -> int:
         whole = {}
         for name, (tiles, chained) in (("before", (None, False)), ("chained", ({}, True))):
             with way(tiles, chained, rows, weights):
-                whole[name] = record(engine, "full")
+                whole[name] = record(engine, kinds.full)
         for name, graph in whole.items():
             values = [replay(graph, engine, mask_id) for _ in range(5)]
             print(f"whole step, {name}: {statistics.median(values):.2f} ms")

@@ -4,7 +4,6 @@ import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from unittest import mock
 
 import torch
 
@@ -38,20 +37,19 @@ def watching(look: bool = False) -> Iterator[list[Step]]:
     """A list that fills with the steps that run inside. With ``look``, each step waits for the device."""
     steps: list[Step] = []
 
-    def watched(method, kind_of):
-        def call(engine, *args):
-            masked, rows = _open(engine) if look else (None, None)
-            before, begin = _positions(engine), _now(engine.device)
-            method(engine, *args)
-            kind, positions = kind_of(*args), _positions(engine) - before
-            steps.append(Step(kind, positions, masked, rows, begin, _now(engine.device)))
+    @contextlib.contextmanager
+    def watch(engine, step):
+        masked, rows = _open(engine) if look else (None, None)
+        before, begin = _positions(engine), _now(engine.device)
+        yield
+        kind = "mixed" if step is None else step.kind
+        steps.append(Step(kind, _positions(engine) - before, masked, rows, begin, _now(engine.device)))
 
-        return call
-
-    alike = watched(Engine.take_step, lambda kind, *rest: kind)
-    mixed = watched(Engine.take_mixed_step, lambda *groups: "mixed")
-    with mock.patch.object(Engine, "take_step", alike), mock.patch.object(Engine, "take_mixed_step", mixed):
+    Engine.watchers.append(watch)
+    try:
         yield steps
+    finally:
+        Engine.watchers.remove(watch)
 
 
 def _positions(engine: Engine) -> float:

@@ -14,16 +14,19 @@ A row's tokens do not depend on its batch. A row is *going* at the steps that it
 its block is filled or nothing of it is committed, the forward computes it along with its neighbours and keeps nothing.
 """
 
+import contextlib
 import functools
+from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 
 from dllm_fast import attentions, ops
 from dllm_fast.decoding.device import download, on_host, upload
 from dllm_fast.decoding.graphs import Graphs, records
-from dllm_fast.decoding.options import Counts, Options
-from dllm_fast.decoding.refresh import Drift
+from dllm_fast.decoding.options import Options
 from dllm_fast.decoding.remask import STAYS, Committed, ranks
+from dllm_fast.decoding.steps import Counts, Rows, Step, Steps
 from dllm_fast.families.cache import BlockCache
 
 ARRIVALS = 4096  # tiles of 128 output channels: as wide as a layer's linears get
@@ -32,6 +35,9 @@ GOOD = 1 << 62  # in `Engine.bad`: no step of any block
 
 class Engine:
     """Buffers for a batch of ``rows`` sequences of up to ``slots`` positions, and the steps over them."""
+
+    # Called with the engine and the step, None where rows differ; each step of any engine is taken in what they return.
+    watchers: ClassVar[list[Callable[["Engine", Step | None], contextlib.AbstractContextManager]]] = []
 
     def __init__(self, family, options: Options, rows: int, slots: int, spare: int, padded: bool):
         self.family, self.options, self.rows, self.slots = family, options, rows, slots
@@ -60,12 +66,12 @@ class Engine:
         self.offsets = torch.arange(self.block_size, device=device)
         # Without padding there is no range to pass, and attention takes its unmasked path.
         self.start = self.pad if padded else None
-        self.whole = False  # no row is padded, and PyTorch's attention serves that: full steps then pass no range
+        self.unpadded = False  # no row is padded, and PyTorch's attention serves that: full steps then pass no range
         # Rows at different slots are evaluated to a common length; what overruns lands in the spare slots.
         self.end = torch.full_like(self.pad, slots) if spare else None
         self.cache = None
-        if options.cache != "none":
-            width = self.weight.shape[1] if isinstance(options.refresh, Drift) else 0
+        if options.has_cache:
+            width = self.weight.shape[1] if options.refresh.layerwise else 0
             shape = (family.layers, rows * self.passes, slots + spare, family.kv_heads, family.head_dim)
             self.cache = BlockCache(*shape, self.weight.dtype, device, width)
         # What the few-row matmuls count in: a step has it to itself.
@@ -89,8 +95,8 @@ class Engine:
         self.lengths = [len(row.ids) for row in rows]
         self.idle = [row.done for row in rows]
         shape = self.family.heads, self.family.kv_heads, self.family.head_dim, self.slots
-        self.whole = self.end is None and min(self.lengths) == self.slots
-        self.whole = self.whole and attentions.serves(self.device, self.weight.dtype, *shape)
+        filled = self.end is None and min(self.lengths) == self.slots
+        self.unpadded = filled and attentions.serves(self.device, self.weight.dtype, *shape)
         self.pad.copy_(upload(on_host([row.pad(self.slots) for row in rows]), self.device))
         self.row.copy_(upload(on_host([row.noise for row in rows]), self.device))
         self.bad.fill_(GOOD)
@@ -115,36 +121,47 @@ class Engine:
         draft=None,  # called after each step
     ) -> None:
         """Fill one block of every row."""
+        # 1. The block's buffers, counts and steps.
         self.counts = [Counts() for _ in range(self.rows)]
         # A row shorter than a block has its block begin in the padding.
         self.firsts = [max(0, s - self.slots + n) for s, n in zip(slot.tolist(), self.lengths, strict=True)]
         self.prepare(slot, number)
+        steps = self.steps(int(slot.min()))
         if planned is not None:
             plan = upload(torch.stack([count for _, count in planned]), self.device)  # [steps, B]
-            steps = [step for step, _ in planned]
+            numbers = [step for step, _ in planned]
         else:
-            steps = range(self.block_size + (self.options.block_length if self.options.remask else 0))
-        # How far the longest suffix goes, which is what a prefix cache's evaluations depend on, and others do not.
-        tail = self.slots - int(slot.min()) if self.options.cache == "prefix" else 0
+            numbers = range(self.block_size + (self.options.block_length if self.options.remask else 0))
         going = ~on_host(self.idle, torch.bool)  # [B]
         begun = torch.zeros_like(full_rows)
-        for n, step in enumerate(steps):
-            self.step.fill_(step)
+        for n, step_number in enumerate(numbers):
+            # 2. Which rows go at this step, and which of them begin the block with it.
+            self.step.fill_(step_number)
             if planned is not None:
                 self.quota.copy_(plan[n])
                 going = planned[n][1] > 0
             begins = going & ~begun
             begun |= going
-            if self.cache is None or not bool(begins.any()):
-                self.take_step("full" if self.cache is None else "block", tail, going)
-            else:
-                self._first(going, begins, full_rows, tail)
+            # 3. The step.
+            step = self._common_step(steps, begins, full_rows)
+            with contextlib.ExitStack() as stack:
+                for watch in self.watchers:
+                    stack.enter_context(watch(self, step))
+                if step is None:
+                    self.take_mixed_step(steps, going, begins, full_rows)
+                else:
+                    self.take_step(step, going)
             if draft is not None:
                 draft()
+            # 4. Which rows go on: planned beforehand, or read from the device, once a step.
             if planned is None:
-                going = download(self.any_masked)  # the step's one read of the device
+                going = download(self.any_masked)
                 if not bool(going.any()):
                     break
+
+    def steps(self, first: int) -> Steps:
+        """The steps of a block that begins at slot ``first`` or, in some rows, after it."""
+        return Steps.of(self.options, self.slots, first)
 
     def prepare(self, slot: torch.Tensor, number: torch.Tensor) -> None:
         """Begin block ``number`` [B] of each row at its ``slot`` [B], both on the host."""
@@ -156,90 +173,78 @@ class Engine:
 
     # The kinds of step
 
-    def _first(self, going: torch.Tensor, begins: torch.Tensor, full_rows: torch.Tensor, tail: int) -> None:
-        """A step at which rows begin a block: ``full_rows`` by a full forward, others by the refresh's window."""
+    def _common_step(self, steps: Steps, begins: torch.Tensor, full_rows: torch.Tensor) -> Step | None:
+        """The step that all rows take, or None where they differ: those of ``begins`` [B] begin a block, of which
+        ``full_rows`` do so by a full forward and others by the refresh's window."""
+        if self.cache is None:
+            return steps.full
+        if not bool(begins.any()):
+            return steps.block
         idle = on_host(self.idle, torch.bool)
         if bool((begins & full_rows | idle).all()):
-            self.take_step("full", tail, going)
-        elif bool((begins & ~full_rows | idle).all()) and not isinstance(self.options.refresh, Drift):
-            self.take_step("window", tail, going)
-        else:
-            self.take_mixed_step(going, begins, full_rows, tail)
+            return steps.full
+        alike = bool((begins & ~full_rows | idle).all()) and not self.options.refresh.layerwise
+        return steps.window if alike else None
 
-    def take_step(self, kind: str, tail: int, going: torch.Tensor) -> None:
-        self.graphs.run((kind, tail, self.whole and kind == "full"), functools.partial(self._step, kind, tail))
-        self._tally(kind, going.nonzero()[:, 0].tolist())
+    def take_step(self, step: Step, going: torch.Tensor) -> None:
+        """Take a step, through its graph where it is recorded; it counts for the rows ``going`` [B]."""
+        self.graphs.run((step, step.whole and self.unpadded), functools.partial(self.run_step, step))
+        self._tally(step, going.nonzero()[:, 0].tolist())
 
-    def _tally(self, kind: str, rows: list[int], share: float = 1.0) -> None:
-        """Add an evaluation to those of ``rows``, through a ``share`` of the layers."""
+    def _tally(self, step: Step, rows: list[int], share: float = 1.0) -> None:
+        """Add a step through a ``share`` of the layers to the counts of ``rows``: the positions that each would have
+        computed alone."""
+        full = self.passes if step.whole else 0
         for row in rows:
-            counts = self.counts[row]
-            if kind == "full":
-                counts.full += self.passes
-            else:
-                counts.block += self.passes
-            counts.positions += self.passes * self._own(kind, row) * share
+            length = self.lengths[row]
+            own = min(step.length, length)
+            if self.options.runs_suffix and not step.whole:
+                own = length - max(0, self.firsts[row] - step.before)
+            self.counts[row].add(Counts(full, self.passes - full, self.passes * own * share))
 
-    def _own(self, kind: str, row: int) -> int:
-        """How many positions of a row an evaluation goes over: those that it would go over alone."""
-        length, first = self.lengths[row], self.firsts[row]
-        if kind == "full":
-            return length
-        live = min(self.block_size, length)
-        before, after = self.options.refresh.span(live) if kind == "window" else (0, 0)
-        if self.options.cache == "prefix":
-            return length - max(0, first - before)
-        return min(before + live + after, length)
-
-    def _reach(self, kind: str, tail: int) -> tuple[int, int]:
-        """How far before the block an evaluation against the cache begins, and over how many slots it goes."""
-        before, after = self.options.refresh.span(self.block_size) if kind == "window" else (0, 0)
-        before = min(before, self.slots - self.block_size)
-        if self.options.cache == "prefix":
-            return before, before + tail
-        return before, min(before + self.block_size + after, self.slots)
-
-    def _step(self, kind: str, tail: int) -> None:
-        """One evaluation of all rows, and what is kept of it."""
-        # All rows go when they begin a block, and without a cache nothing of an evaluation is kept but its tokens.
-        self._decide(self._evaluate(kind, tail, kept=self._going() if kind == "block" else None))
+    def run_step(self, step: Step) -> None:
+        """One forward of all rows, and what is kept of it."""
+        self._decide(self.hidden(step))
 
     def _going(self) -> torch.Tensor | None:
-        """The rows that the step is one of, [B] bool; None: there is one row, which every step is one of."""
+        """The rows that take part in the step, [B] bool; None: there is one row, which takes part in every step."""
         if self.rows == 1:
             return None
         return self.any_masked if self.options.schedule.rule else self.quota > 0
 
-    def take_mixed_step(self, going: torch.Tensor, begins: torch.Tensor, full_rows: torch.Tensor, tail: int) -> None:
-        """A step in which rows differ, [B] bool each: evaluated a group at a time, decided together."""
-        rows, layers = self.rows, self.family.layers
-        hidden = self.weight.new_zeros(rows * self.passes, self.block_size, self.weight.shape[1])
-        first = torch.full_like(begins, layers, dtype=torch.int64)  # from which layer on the whole row is computed
-        first[begins & full_rows] = 0
-        for kind, group in (("block", going & ~begins), ("window", begins & ~full_rows)):
+    def take_mixed_step(self, steps: Steps, going: torch.Tensor, begins: torch.Tensor, full_rows: torch.Tensor) -> None:
+        """A step at which rows differ, [B] bool each: one forward a group, then one decision for all."""
+        layers = self.family.layers
+        hidden = self.weight.new_zeros(self.rows * self.passes, self.block_size, self.weight.shape[1])
+        # 1. Rows in the middle of a block, then rows that begin one with a window. Of these, which layers drifted?
+        from_layer = torch.full_like(begins, layers, dtype=torch.int64)  # of each row's full forward; ``layers``: none
+        from_layer[begins & full_rows] = 0
+        for step, group in ((steps.block, going & ~begins), (steps.window, begins & ~full_rows)):
             if not bool(group.any()):
                 continue
             index = self._doubled(upload(group.nonzero()[:, 0], self.device))
-            drifts = kind == "window" and isinstance(self.options.refresh, Drift)
+            drifts = step.refreshes and self.options.refresh.layerwise
             old = self.cache.rows(index) if drifts else None
-            hidden[index] = self._evaluate(kind, tail, index)
-            self._tally(kind, group.nonzero()[:, 0].tolist())
+            hidden[index] = self.hidden(step, index)
+            self._tally(step, group.nonzero()[:, 0].tolist())
             if drifts:
-                first[group] = self._drifted(old, index, tail)
-        for layer in first[first < layers].unique().tolist():
-            whole = (first == layer).nonzero()[:, 0]
-            index = self._doubled(upload(whole, self.device))
-            hidden[index] = self._evaluate("full", tail, index, layer)
-            self._tally("full", whole.tolist(), (layers - layer) / layers)
+                from_layer[group] = self._drifted(step, old, index)
+        # 2. Full forwards, from the first layer on or from the first that drifted.
+        for layer in from_layer[from_layer < layers].unique().tolist():
+            group = (from_layer == layer).nonzero()[:, 0]
+            index = self._doubled(upload(group, self.device))
+            hidden[index] = self.hidden(steps.full, index, layer)
+            self._tally(steps.full, group.tolist(), (layers - layer) / layers)
+        # 3. The tokens of all.
         self._decide(hidden)
 
     def _doubled(self, rows: torch.Tensor) -> torch.Tensor:
         return torch.cat((rows, rows + self.rows)) if self.passes == 2 else rows
 
-    def _drifted(self, old: BlockCache, index: torch.Tensor, tail: int) -> torch.Tensor:
+    def _drifted(self, step: Step, old: BlockCache, index: torch.Tensor) -> torch.Tensor:
         """Of each row, the first layer whose value vectors changed by more than tau, or the number of layers; [N]."""
-        begin, length = self._begin("window", tail)
-        at = begin.repeat(self.passes)[index][:, None] + torch.arange(length, device=self.device)  # [N, W]
+        begin = self._begin(step).repeat(self.passes)[index]
+        at = begin[:, None] + torch.arange(step.length, device=self.device)  # [N, W]
         row = torch.arange(len(index), device=self.device)[:, None]
         seen = (at < self.slots) & (at >= self.pad.repeat(self.passes)[index][:, None])  # [N, W]
         layers = []
@@ -252,54 +257,44 @@ class Engine:
         past = torch.cat((drift > self.options.refresh.tau, torch.ones_like(drift[:1], dtype=torch.bool)))
         return past.int().argmax(0).cpu()
 
-    # Evaluation
+    # Forward
 
-    def _begin(self, kind: str, tail: int) -> tuple[torch.Tensor, int]:
-        """First slot of an evaluation against the cache, [B], and its length."""
-        before, length = self._reach(kind, tail)
-        if kind == "block":
-            return self.slot, length
+    def _begin(self, step: Step) -> torch.Tensor:
+        """The first slot that a step computes, [B]."""
+        if step.whole:
+            return torch.zeros_like(self.slot)
+        if not step.refreshes:
+            return self.slot
         # Where a row begins, not where its padding does: a window that would reach beyond is moved to the right.
-        begin = torch.maximum(self.slot - before, self.pad)
-        if self.options.cache != "prefix":
-            begin = begin.clamp(max=self.slots - length)
-        return begin, length
+        begin = torch.maximum(self.slot - step.before, self.pad)
+        return begin if self.options.runs_suffix else begin.clamp(max=self.slots - step.length)
 
-    def _evaluate(
-        self,
-        kind: str,
-        tail: int,
-        index: torch.Tensor | None = None,
-        from_layer: int = 0,
-        kept: torch.Tensor | None = None,  # [B] bool
-    ) -> torch.Tensor:
-        """What the LM head multiplies for the live block, [B*passes, T, d]; of the rows ``index`` alone, where given.
+    def hidden(self, step: Step, index: torch.Tensor | None = None, from_layer: int = 0) -> torch.Tensor:
+        """What the LM head multiplies for the block, [B*passes, T, d]; where ``index`` [N] is given, of these rows
+        alone, [N, T, d]. Guidance's second half sees the prompt masked.
 
-        A full evaluation goes over all slots; the others over `_reach` of them, against the cache, which takes in
-        the rows ``kept``, by default all. Guidance's second half sees the prompt masked. From layer ``from_layer`` on:
-        from the cache's hidden states of that layer.
+        From layer ``from_layer`` on: from the cache's hidden states of that layer.
         """
-        canvas, slot, end = self.canvas, self.slot, self.end
-        start = None if self.whole and kind == "full" else self.start
-        begin, length = (torch.zeros_like(slot), self.slots) if kind == "full" else self._begin(kind, tail)
+        # 1. The rows: all of them, twice with guidance, or ``index`` of these.
+        start = None if step.whole and self.unpadded else self.start
+        kept = None if step.refreshes or index is not None else self._going()
+        rows = Rows(self.slot, self._begin(step), start, self.end, kept)
+        canvas, cache = self.canvas, self.cache
         if self.passes == 2:
             canvas = torch.cat((canvas, canvas.masked_fill(~self.open, self.options.mask_id)))
-            slot, begin, start, end, kept = (x if x is None else x.repeat(2) for x in (slot, begin, start, end, kept))
-        cache = self.cache
+            rows = rows.repeat(2)
         if index is not None:
-            canvas, slot, begin, start, end = (x if x is None else x[index] for x in (canvas, slot, begin, start, end))
-            cache = cache.rows(index)
+            canvas, cache, rows = canvas[index], cache.rows(index), rows.select(index)
+        # 2. The slots: which ids are computed, and which of them are the block.
         ids = canvas
-        if kind != "full":
-            at = begin[:, None] + torch.arange(length, device=self.device)
+        if not step.whole:
+            at = rows.begin[:, None] + torch.arange(step.length, device=self.device)
             ids = canvas.gather(1, at.clamp(max=self.slots - 1))
-        rows = None
-        if length != self.block_size:
-            rows = (slot - begin)[:, None] + self.offsets
+        block = None if step.length == self.block_size else (rows.slot - rows.begin)[:, None] + self.offsets
+        # 3. The forward, which writes to the cache.
+        begin = None if cache is None else rows.begin
         with ops.counting(self.arrivals):
-            hidden = self.family.hidden(
-                ids, start, end, cache, None if cache is None else begin, rows, from_layer, kept
-            )
+            hidden = self.family.hidden(ids, rows.start, rows.end, cache, begin, block, from_layer, rows.kept)
         if index is not None:
             self.cache.put(index, cache)
         return hidden

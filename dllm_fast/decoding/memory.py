@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 
 from dllm_fast.decoding.options import Options
-from dllm_fast.decoding.refresh import Drift
 
 LOGITS = 256  # rows of fp32 logits that are held at once where there is no fused kernel
 
@@ -19,7 +18,7 @@ def need(family, options: Options, rows: int, slots: int, spare: int) -> int:
     cache = 0
     if options.has_cache:
         cache = 2 * family.layers * rows * (slots + spare) * family.kv_heads * family.head_dim * size
-        if isinstance(options.refresh, Drift):
+        if options.refresh.layerwise:
             cache += family.layers * rows * slots * width * size
     # At the widest point of a layer: the residual stream and its norm, gate and up, and their product.
     activations = rows * slots * (2 * width + 3 * family.ffn_width) * size

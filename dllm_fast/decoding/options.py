@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 
@@ -29,7 +30,7 @@ class Options:
     temperature: float = 0.0
     cfg_scale: float = 0.0
     cache: str = "dual"
-    refresh: str | Refresh = "block"
+    refresh: Refresh = Every(1)  # "block" is that
     remask: Remask | None = None
     mask_id: int | None = None
     eos_id: Ids = field(default=None, compare=False)
@@ -111,7 +112,7 @@ class Options:
 OPTIONS = tuple(option.name for option in fields(Options))
 
 
-def as_id(name: str, value: object, vocabulary: int) -> int:
+def as_id(name: str, value: Any, vocabulary: int) -> int:
     """Raises ValueError unless ``value`` is an id."""
     known = is_whole(value) and 0 <= value < vocabulary
     require(known, f"{name}={value!r} is not an id of the vocabulary of {vocabulary}")
@@ -123,21 +124,3 @@ def as_ids(name: str, value: Ids, vocabulary: int) -> tuple[int, ...]:
     if isinstance(value, list | tuple):
         return tuple(as_id(f"{name}[{number}]", item, vocabulary) for number, item in enumerate(value))
     return () if value is None else (as_id(name, value, vocabulary),)
-
-
-@dataclass
-class Counts:
-    """A row's forwards: over whole sequences, over parts against a cache, and over how many positions in all."""
-
-    full: int = 0
-    block: int = 0
-    positions: float = 0.0  # one that passes through half the layers counts a half
-
-    @property
-    def nfe(self) -> int:
-        return self.full + self.block
-
-    def add(self, other: "Counts") -> None:
-        self.full += other.full
-        self.block += other.block
-        self.positions += other.positions

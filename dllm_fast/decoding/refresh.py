@@ -6,6 +6,7 @@ its last forward, so its keys and values are still those of [MASK]s.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from dllm_fast.decoding.values import keep, real, whole
 
@@ -18,6 +19,7 @@ class Every:
     """
 
     blocks: int
+    layerwise: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         keep(self, "blocks", whole)
@@ -37,6 +39,7 @@ class Window:
 
     before: int
     after: int = 0
+    layerwise: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         keep(self, "before", whole, 0)
@@ -60,6 +63,7 @@ class Drift:
     """
 
     tau: float = 0.2
+    layerwise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         keep(self, "tau", real, "a number from 0 up", lambda number: number >= 0)

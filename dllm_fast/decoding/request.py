@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from dllm_fast.decoding.options import Counts, Options
+from dllm_fast.decoding.options import Options
+from dllm_fast.decoding.steps import Counts
 from dllm_fast.decoding.values import require
 from dllm_fast.families.rows import valid_spans
 

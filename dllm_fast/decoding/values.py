@@ -7,6 +7,7 @@ the argument and the value.
 import math
 import numbers
 from collections.abc import Callable, Collection
+from typing import Any
 
 
 def require(good: bool, message: str) -> None:
@@ -14,11 +15,11 @@ def require(good: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def is_whole(value: object) -> bool:
+def is_whole(value: Any) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-def whole(name: str, value: object, least: int = 1, bits: int | None = None) -> int:
+def whole(name: str, value: Any, least: int = 1, bits: int | None = None) -> int:
     """``value`` as an int: at least ``least`` (0 or 1), and below 2^``bits`` where that is given."""
     wanted = "positive whole number" if least else "whole number from 0 up"
     if bits is not None:
@@ -28,7 +29,7 @@ def whole(name: str, value: object, least: int = 1, bits: int | None = None) -> 
     return int(value)
 
 
-def real(name: str, value: object, wanted: str, good: Callable[[float], bool]) -> float:
+def real(name: str, value: Any, wanted: str, good: Callable[[float], bool]) -> float:
     """``value`` as a float: a number that is ``good``, which NaN never is; ``wanted`` says it in words."""
     number = math.nan
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
@@ -40,15 +41,15 @@ def real(name: str, value: object, wanted: str, good: Callable[[float], bool]) -
     return number
 
 
-def finite(name: str, value: object) -> float:
+def finite(name: str, value: Any) -> float:
     return real(name, value, "a finite number from 0 up", lambda number: 0 <= number < math.inf)
 
 
-def share(name: str, value: object) -> float:
+def share(name: str, value: Any) -> float:
     return real(name, value, "a number from 0 to 1", lambda number: 0 <= number <= 1)
 
 
-def one_of(name: str, value: object, choices: Collection[str]) -> str:
+def one_of(name: str, value: Any, choices: Collection[str]) -> str:
     good = isinstance(value, str) and value in choices
     require(good, f"{name}={value!r} is not one of {', '.join(map(repr, choices))}")
     return value

@@ -1,0 +1,85 @@
+"""What a step of a block computes, and what a row's forwards are counted in."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from dllm_fast.decoding.options import Options
+
+
+@dataclass(frozen=True)
+class Step:
+    """Which slots of each row a step computes. Steps that are equal share a CUDA graph.
+
+    length: how many.
+    before: how many slots before the block they begin, but never before the row.
+    whole: all of them, in a full forward; else these against the cache.
+    refreshes: a block begins with it, and the cache takes in every row; else only the rows that go.
+    """
+
+    length: int
+    before: int = 0
+    whole: bool = False
+    refreshes: bool = False
+
+    @property
+    def kind(self) -> str:
+        """Its field in `Steps`."""
+        return "full" if self.whole else "window" if self.refreshes else "block"
+
+
+class Steps(NamedTuple):
+    """The steps that a block is made of."""
+
+    full: Step
+    window: Step  # a block's first, where the refresh asks for no full forward
+    block: Step
+
+    @classmethod
+    def of(cls, options: Options, slots: int, first: int) -> "Steps":
+        """In an engine of ``slots``, for blocks that begin at slot ``first`` or, in other rows, after it."""
+        block = min(options.block_length, slots)
+        before, after = options.refresh.span(block)
+        before = min(before, slots - block)
+        if options.runs_suffix:
+            block = slots - first
+            window = before + block
+        else:
+            window = min(before + block + after, slots)
+        return cls(Step(slots, 0, True, True), Step(window, before, False, True), Step(block))
+
+
+class Rows(NamedTuple):
+    """What a forward is told of each row, [B] each; None: nothing."""
+
+    slot: torch.Tensor  # the block's first
+    begin: torch.Tensor  # the first that is computed
+    start: torch.Tensor | None  # the first that is no padding
+    end: torch.Tensor | None  # one past the last
+    kept: torch.Tensor | None  # bool: whether the cache takes in what is computed
+
+    def repeat(self, times: int) -> "Rows":
+        return Rows(*(None if x is None else x.repeat(times) for x in self))
+
+    def select(self, index: torch.Tensor) -> "Rows":
+        """The rows ``index`` [N]."""
+        return Rows(*(None if x is None else x[index] for x in self))
+
+
+@dataclass
+class Counts:
+    """A row's forwards: over whole sequences, over parts against a cache, and over how many positions in all."""
+
+    full: int = 0
+    block: int = 0
+    positions: float = 0.0  # one that passes through half the layers counts a half
+
+    @property
+    def nfe(self) -> int:
+        return self.full + self.block
+
+    def add(self, other: "Counts") -> None:
+        self.full += other.full
+        self.block += other.block
+        self.positions += other.positions
