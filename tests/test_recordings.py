@@ -218,5 +218,5 @@ def test_a_timed_run_that_records_is_timed_again(monkeypatch):
     def forgetful():
         Graphs.recordings += 1
 
-    with pytest.raises(RuntimeError, match="recorded a CUDA graph anew"):
+    with pytest.raises(RuntimeError, match="runs recorded a CUDA graph"):
         interleave({"run": forgetful}, 1, torch.device("cpu"))
