@@ -18,18 +18,18 @@ def read(variable: str, form: str, dtypes: Iterable[torch.dtype]) -> dict[tuple,
     """
     text = os.environ.get(variable, "")
     named = {dtype_name(dtype): dtype for dtype in dtypes}
-    table = {}
+    table: dict[tuple, int] = {}
     for entry in text.split(",") if text else ():
-        name, *keys, last = entry.strip().split(":") if ":" in entry else (entry, "")
-        numbers = [*keys, str(NEVER) if last == "never" else last]
+        name, *between, last = entry.strip().split(":") if ":" in entry else (entry, "")
+        numbers = [*between, str(NEVER) if last == "never" else last]
         whole = all(number.isascii() and number.isdigit() and int(number) > 0 for number in numbers)
         if name not in named or not whole or len(numbers) != form.count(":"):
             raise ValueError(
                 f"{variable}={text!r} in the environment; expected {form},..., DTYPE one of {', '.join(named)} and the "
                 "others numbers above 0, the last of them or 'never'"
             )
-        *keys, last = map(int, numbers)
-        table[(named[name], *keys)] = last
+        *keys, value = map(int, numbers)
+        table[(named[name], *keys)] = value
     return table
 
 

@@ -4,7 +4,7 @@ Every field is one of three kinds: honoured; of no part here, whatever it holds 
 refused unless it is at the value that asks for nothing. A field that a newer transformers brings is of the last kind.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import GenerationConfig, PretrainedConfig
@@ -76,7 +76,8 @@ class DiffusionGenerationConfig(GenerationConfig):
         """``config`` as one of this class."""
         if isinstance(config, cls):
             return config
-        made = cls.from_dict({name: value for name, value in config.to_dict().items() if value is not None})
+        given = {name: value for name, value in config.to_dict().items() if value is not None}
+        made = cast(DiffusionGenerationConfig, cls.from_dict(given))
         made._original_object_hash = hash(made)  # transformers 4.57 asks for it
         return made
 
@@ -137,7 +138,7 @@ def gathered(model, config: GenerationConfig | None, keywords: dict[str, Any]) -
     Raises:
         ValueError: a field that cannot be honoured and asks for something, by name.
     """
-    fields = {}
+    fields: dict[str, Any] = {}
     for level in (given(getattr(model, "generation_config", None)), given(config), _resolved(dict(keywords))):
         if "max_new_tokens" in level or "max_length" in level:
             for name in ("max_new_tokens", "max_length"):

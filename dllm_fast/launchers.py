@@ -52,7 +52,7 @@ def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
 def _broken_interpreter() -> str | None:
     """Triton's interpreter up to 3.6 converts arrays of one element to int, which NumPy from 2.4 on refuses."""
     triton, numpy = (importlib.metadata.version(name) for name in ("triton", "numpy"))
-    if TorchVersion(triton) >= (3, 7) or TorchVersion(numpy) < (2, 4):
+    if TorchVersion(triton) >= "3.7" or TorchVersion(numpy) < "2.4":
         return None
     return f"the interpreter of Triton {triton} needs NumPy below 2.4, and this is {numpy}"
 

@@ -70,13 +70,14 @@ def from_pretrained(
     fields, _ = PretrainedConfig.get_config_dict(name, **kwargs)
     kind = fields.get("model_type")
     auto_map = fields.get("auto_map") or {}
-    family = FAMILIES.get(kind)
+    family = FAMILIES.get(kind or "")
     if family is None:
         raise ValueError(f"{name}: model_type {kind!r} is not supported; supported are {', '.join(FAMILIES)}")
     if trust_remote_code and family.remote_code is not None and "AutoModel" in auto_map:
         config, cls = family.remote_code(auto_map, name, **kwargs)
     else:
         cls = family.model_class
+        assert cls.config_class is not None
         config = cls.config_class.from_pretrained(name, **kwargs)
     if weights is not None:
         place = torch.device("cpu" if device is None else device)

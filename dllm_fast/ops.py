@@ -111,7 +111,7 @@ def widen_int4(packed, scale, zero, width, dtype, impl="torch"):
     return reference_int4.widen_int4(packed, scale, zero, width).to(dtype)
 
 
-def logits(hidden, weight, bias=None, scale=None, impl="torch"):
+def logits(hidden, weight, bias=None, scale=None, *, impl="torch"):
     """``hidden W^T + b``, [..., V], of an LM head. With ``scale`` [V], its e4m3 rows are widened some at a time."""
     if scale is None:
         return linear(hidden, weight, bias, impl)
@@ -167,7 +167,7 @@ def layer_norm(x, weight, bias, eps, residual=None, impl="torch"):
     return F.layer_norm(h, h.shape[-1:], weight, bias, eps), h
 
 
-def swiglu(gate, up, impl="torch"):
+def swiglu(gate, up, *, impl="torch"):
     """`reference.swiglu`."""
     if impl == "triton":
         return launchers.triton().swiglu(gate, up)
@@ -176,14 +176,14 @@ def swiglu(gate, up, impl="torch"):
     return F.silu(gate) * up
 
 
-def geglu(gate, up, impl="torch"):
+def geglu(gate, up, *, impl="torch"):
     """`reference.geglu`."""
     if impl == "triton":
         return launchers.triton().geglu(gate, up)
     return F.gelu(gate) * up
 
 
-def rope(q, k, v, cos, sin, position=None, slot=None, keys=None, values=None, outside=False, impl="torch"):
+def rope(q, k, v, cos, sin, position=None, slot=None, keys=None, values=None, *, outside=False, impl="torch"):
     """`reference.rope`, returning (q, keys, values).
 
     Without buffers it returns the rotated k, and v itself. ``position`` defaults to 0. All slots must be inside the
@@ -302,10 +302,10 @@ def predict(
     parts = []
     for i in range(0, max(1, hidden[rows].shape[0]), CHUNK):
         part = slice(i, i + CHUNK)
-        z = logits(hidden[rows][part], weight, bias, scale, impl).float()
+        z = logits(hidden[rows][part], weight, bias, scale, impl=impl).float()
         if uncond is not None:
             # Combining the hidden states would save this matmul, but in bf16 it more than doubles the logits' error.
-            base = logits(uncond[rows][part], weight, bias, scale, impl).float()
+            base = logits(uncond[rows][part], weight, bias, scale, impl=impl).float()
             z = reference.guided(z, base, cfg_scale)
         parts.append(reference.select(z, **options, **{name: x[part] for name, x in per_row.items()}))
     token, confidence, lse = (torch.cat(columns) for columns in zip(*parts, strict=True))

@@ -2,9 +2,10 @@
 
 import copy
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -27,6 +28,7 @@ from dllm_fast.families.mixin import generation_config_of, lend_generate, take_b
 from dllm_fast.families.rounded import KINDS, Copies, RoundedHead, loaded_kind, require_kind
 from dllm_fast.families.rounded import check as check_rounded
 
+M = TypeVar("M", bound=nn.Module)
 CHOICES = {"weights": (None, *KINDS), "head": (None, "fp8")}
 
 
@@ -36,11 +38,11 @@ class _Patch:
     weights: str | None
     head: str | None
     family: Family
-    forward: types.MethodType  # the model's own
+    forward: Callable  # the model's own
     own_forward: object | None  # what the instance's __dict__ held under "forward", e.g. an Accelerate hook
     model: nn.Module
     bound: types.MethodType | None = None  # the forward in the model's __dict__
-    buffers: list[tuple[nn.Module, str, torch.Tensor]] = field(default_factory=list)
+    buffers: list[tuple[nn.Module, str, torch.Tensor | None]] = field(default_factory=list)
     fused: dict[int, Fused] = field(default_factory=dict)  # by the number of the group, to be separated again
     pool: Pool = field(default_factory=Pool)
     replaced: dict[str, object] | None = None  # by `lend_generate`; None if it was not called
@@ -69,7 +71,7 @@ class _Patch:
         return type(None), ()
 
 
-def patch(model: nn.Module, impl: str = "auto", weights: str | None = None, head: str | None = None) -> nn.Module:
+def patch(model: M, impl: str = "auto", weights: str | None = None, head: str | None = None) -> M:
     """Make ``model`` fast, in place, this instance alone; returns it.
 
     Args:
@@ -103,7 +105,11 @@ def patch(model: nn.Module, impl: str = "auto", weights: str | None = None, head
             an adapter replaces its head or a norm; or ``impl``, ``weights`` or ``head`` is not available. The model is
             then unchanged, as after any other error (no memory for a group of weights, for instance).
     """
-    wrapper, model = model, unwrapped(model)
+    _patch_model(unwrapped(model), impl, weights, head)
+    return model
+
+
+def _patch_model(model: nn.Module, impl: str, weights: str | None, head: str | None) -> None:
     require_one_device(model)
     family_class = family_of(model)
     parameter = _first_parameter(model)
@@ -115,7 +121,7 @@ def patch(model: nn.Module, impl: str = "auto", weights: str | None = None, head
     if state is not None and (state.family.impl, state.weights, state.head) == (resolved, weights, head):
         with state.pool.lock:
             _prepare(state)
-        return wrapper
+        return
     _check_weights(model)
     with state.pool.lock if state is not None else nullcontext():
         copies = matmuls if weights is None else Copies(weights)
@@ -141,7 +147,6 @@ def patch(model: nn.Module, impl: str = "auto", weights: str | None = None, head
         if state is None:
             fresh.bound, fresh.replaced = types.MethodType(like(own), model), would_replace(model)
             _install(model, fresh, generation_config_of(model))
-    return wrapper
 
 
 def _install(model: nn.Module, state: _Patch, generation_config: GenerationConfig | None) -> None:
@@ -172,27 +177,30 @@ def require_known(**options: str | None) -> None:
             raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, CHOICES[name]))}")
 
 
-def unpatch(model: nn.Module) -> nn.Module:
+def unpatch(model: M) -> M:
     """Restore exactly what `patch` replaced; returns the model. Does nothing to a model that is not patched.
 
     Weights get their own storages again, with their current values: training in between is kept. Waits for a
     `dllm_fast.generate` in another thread. Raises ValueError for a model that was loaded with rounded weights.
     """
-    wrapper, model = model, unwrapped(model)
-    state = patch_of(model)
+    _unpatch_model(unwrapped(model))
+    return model
+
+
+def _unpatch_model(model: nn.Module) -> None:
+    state: _Patch | None = patch_of(model)
     if state is None:
         if isinstance(model, nn.Module):
             model.__dict__.pop(STATE, None)  # a shallow copy has its original's
-        return wrapper
+        return
     if (kind := loaded_kind(model)) is not None:
         raise ValueError(f"model: it was loaded with weights={kind!r} and has no weights of its own to go back to")
     with state.pool.lock:
-        if model.__dict__.get(STATE) is state:
+        if patch_of(model) is state:
             _take_out(model.__dict__, state)
             _put_back_buffers(state)
             for group in state.fused.values():
                 group.separate()
-    return wrapper
 
 
 def _take_out(attributes: dict, state: _Patch) -> None:
@@ -208,16 +216,17 @@ def _take_out(attributes: dict, state: _Patch) -> None:
 
 def _put_back_buffers(state: _Patch) -> None:
     for module, name, old in state.buffers:
-        module._buffers[name] = old.to(module._buffers[name].device)
+        current = module._buffers[name]
+        module._buffers[name] = old if old is None or current is None else old.to(current.device)
 
 
 def _prepare(state: _Patch) -> None:
     """Bring fused and rounded weights up to date with the model's parameters."""
-    if state.weights is not None:
+    if isinstance(state.family.matmuls, Copies):
         state.family.matmuls.refresh(state.family.groups())
     else:
         _fuse(state)
-    if state.head is not None:
+    if state.family.rounded_head is not None:
         state.family.rounded_head.refresh(state.family.head()[0])
 
 
@@ -242,9 +251,7 @@ def _fuse(state: _Patch) -> None:
 
 
 @contextmanager
-def patched(
-    model: nn.Module, impl: str = "auto", weights: str | None = None, head: str | None = None
-) -> Iterator[nn.Module]:
+def patched(model: M, impl: str = "auto", weights: str | None = None, head: str | None = None) -> Iterator[M]:
     """`patch` for a ``with`` block. A model that was patched before is patched as before after it."""
     before = patch_of(unwrapped(model))
     try:

@@ -338,8 +338,9 @@ def _check(q, keys, values, start, end, slot, window, scale):
     if keys.shape[2] == 0 or heads % keys.shape[2]:
         raise ValueError(f"keys is {list(keys.shape)}: its heads do not divide those of q, {list(q.shape)}")
     check_tensors(q.device, contiguous=False, values=(values, keys.shape, (q.dtype,)))
-    rows = {"start": start, "end": end, "slot": slot}
-    check_tensors(q.device, **{name: (x, [batch], INTEGERS) for name, x in rows.items()})
+    check_tensors(
+        q.device, start=(start, [batch], INTEGERS), end=(end, [batch], INTEGERS), slot=(slot, [batch], INTEGERS)
+    )
     if window is not None and window < 0:
         raise ValueError(f"window={window} is negative")
     if scale is not None and not scale > 0:

@@ -1,7 +1,7 @@
 """The launchers' checks of their arguments. A ValueError names the argument and its value, before any work."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -19,7 +19,7 @@ def check_tensors(
     device: torch.device,
     /,
     contiguous: bool = True,  # False: only the last dimension must be
-    **expected: tuple[torch.Tensor | None, list[int | None], tuple[torch.dtype, ...]],
+    **expected: tuple[torch.Tensor | None, Sequence[int | None], tuple[torch.dtype, ...]],
 ) -> None:
     """Raise ValueError unless each tensor is contiguous, on ``device``, and has the given shape and one of the dtypes.
 
@@ -104,7 +104,7 @@ def check_choice(
 
 def ranges_of(ids: tuple[int, ...]) -> list[int]:
     """``ids`` as ascending ranges: [low, high, low, high, ...]."""
-    ranges = []
+    ranges: list[int] = []
     for i in sorted(set(ids)):
         if ranges and ranges[-1] == i:
             ranges[-1] = i + 1

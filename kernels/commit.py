@@ -142,5 +142,5 @@ def commit(
         slot=(slot, [batch], INTEGERS),
         count=(count, [batch], INTEGERS),
     )
-    limit = 0.0 if count is not None else float(limits[rules[0]])
+    limit = next((float(value) for value in (threshold, factor, bound) if value is not None), 0.0)
     return _commit(sequence, token, confidence, candidate, slot, count, rules[0], limit)

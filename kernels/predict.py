@@ -265,8 +265,8 @@ def _predict(
                 columns = slice(first * config["BV"], (first + tiles) * config["BV"])
                 logits = _logits(hidden, weight[columns])  # [N, C]
                 base = None if uncond is None else _logits(uncond, weight[columns])
-                for z in (logits, base) if scaled else ():
-                    if z is not None:
+                for z in (logits, base):
+                    if z is not None and scale is not None:
                         z.mul_(scale[columns])
                 select(logits, base, bias, candidate, part, best, keys, guidance, temperature, first, vocabulary, flags)
         combine(token, score, lse, part, best, candidate, keys, mask_id, vocabulary, deferred, confidence)
@@ -325,16 +325,14 @@ def predict(
         raise ValueError(f"_path={_path!r} is not one of 'auto', 'fused', 'streamed'")
     if _path == "fused" and scale is not None and not _packs(hidden, weight):
         raise ValueError(f"_path='fused' takes e4m3 weights in words of four and bf16 rows on a GPU: {hidden.dtype}")
-    banned, deferred, noisy = check_choice(
+    banned_ranges, deferred_ranges, noisy = check_choice(
         mask_id, banned, deferred, vocabulary, confidence, temperature, row, position
     )
+    noise: tuple = (None, None, None, None)
     if noisy:
         check_tensors(device, row=(row, [rows], INTEGERS), position=(position, [rows], INTEGERS))
-        seed = as_scalar("seed", seed, device)
-        step = as_scalar("step", step, device)
-    else:
-        seed = step = row = position = None
+        noise = (as_scalar("seed", seed, device), as_scalar("step", step, device), row, position)
     return _predict(
-        hidden, weight, bias, candidate, uncond, scale, seed, step, row, position, mask_id, banned, deferred,
+        hidden, weight, bias, candidate, uncond, scale, *noise, mask_id, banned_ranges, deferred_ranges,
         confidence, float(temperature), cfg_scale + 1.0, _path,
     )  # fmt: skip

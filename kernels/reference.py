@@ -280,8 +280,7 @@ def predict(
     wide = _wide(weight) if scale is None else weight.to(scale.dtype) * scale[:, None]
     logits = _wide(hidden) @ wide.T
     if uncond is not None:
-        base = _wide(uncond) @ wide.T
-        logits = guided(logits, base, cfg_scale)
+        logits = guided(logits, _wide(uncond) @ wide.T, cfg_scale)
     if bias is not None:
         logits = logits + bias
     return select(logits, mask_id, candidate, confidence, temperature, seed, step, row, position, banned, deferred)
@@ -310,6 +309,7 @@ def select(
     scored[:, [mask_id, *banned]] = float("-inf")
     if temperature > 0:
         columns = torch.arange(logits.shape[1], device=logits.device)
+        assert row is not None and position is not None
         scored = scored + temperature * gumbel(seed, step, row, position, columns)
     token = scored.argmax(-1)
     if banned or deferred:
@@ -325,7 +325,7 @@ def select(
         score = best[:, 0] - best[:, 1]
     elif confidence == "entropy":
         score = -torch.special.entr(torch.exp(logits - lse[:, None])).sum(-1)
-    else:
+    elif row is not None and position is not None:
         score = uniform(seed, step, row, position).to(lse.dtype)
     if deferred:
         held = (token[:, None] == torch.tensor(deferred, dtype=torch.int64, device=token.device)).any(-1)
@@ -373,7 +373,7 @@ def commit(
     elif factor is not None:
         nth = torch.arange(1, best.shape[1] + 1, device=best.device)
         k = (nth * ((nth + 1) * (1 - best) < factor)).amax(-1).clamp(min=1)
-    else:
+    elif bound is not None:
         before = torch.nn.functional.pad(-best, (1, 0))[:, :-1].cumsum(-1)
         k = (before <= bound).sum(-1).clamp(min=1)
     chosen = candidate & (rank < k[:, None])

@@ -224,7 +224,5 @@ def _check(q, k, v, cos, sin, position, slot, keys, values):
     check_tensors(q.device, cos=(cos, [None, head_dim // 2], (torch.float32,)))
     if cos.shape[0] == 0:
         raise ValueError(f"cos is {list(cos.shape)}: it holds no position")
-    rows = {"position": position, "slot": slot}
-    check_tensors(
-        q.device, sin=(sin, cos.shape, (torch.float32,)), **{name: (x, [batch], INTEGERS) for name, x in rows.items()}
-    )
+    check_tensors(q.device, sin=(sin, cos.shape, (torch.float32,)))
+    check_tensors(q.device, position=(position, [batch], INTEGERS), slot=(slot, [batch], INTEGERS))

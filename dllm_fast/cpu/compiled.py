@@ -57,11 +57,11 @@ def missing() -> str | None:
 @functools.cache
 def _library() -> ctypes.CDLL:
     spec = importlib.util.find_spec("dllm_fast._cpu")
-    if spec is None:
+    if spec is None or spec.origin is None:
         raise ImportError("the compiled extension was not built; `pip install` builds it where there is a C++ compiler")
     library = ctypes.CDLL(spec.origin)
     openmp = getattr(ctypes.CDLL(torch._C.__file__), "GOMP_parallel", None)
-    library.dllm_openmp(ctypes.cast(openmp, ctypes.c_void_p))
+    library.dllm_openmp(None if openmp is None else ctypes.cast(openmp, ctypes.c_void_p))
     for name in ("attention", "linear", "predict", "rms_norm", "swiglu", "rope"):
         kernel = getattr(library, f"dllm_{name}")
         kernel.argtypes, kernel.restype = (ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_int64), None
@@ -335,18 +335,15 @@ def predict(
     _check(torch.bool, candidate=(candidate, (rows,)))
     if vocabulary >= 1 << 31:
         raise ValueError(f"weight has {vocabulary} rows; expected fewer than 2^31")
-    banned, deferred, noisy = check_choice(
+    banned_ranges, deferred_ranges, noisy = check_choice(
         mask_id, banned, deferred, vocabulary, confidence, temperature, row, position
     )
-    if noisy:
-        row = row.contiguous()  # a single row's number is an expanded tensor
-        position = position.contiguous()
+    noise: tuple = (None, None, None, None)
+    if noisy and row is not None and position is not None:
+        row, position = row.contiguous(), position.contiguous()  # a single row's number is an expanded tensor
         _check(torch.int64, row=(row, (rows,)), position=(position, (rows,)))
-        seed = as_scalar("seed", seed, hidden.device)
-        step = as_scalar("step", step, hidden.device)
-    else:
-        seed = step = row = position = None
+        noise = (as_scalar("seed", seed, hidden.device), as_scalar("step", step, hidden.device), row, position)
     return _predict_op(
-        hidden, weight, bias, candidate, uncond, seed, step, row, position, mask_id, banned, deferred,
+        hidden, weight, bias, candidate, uncond, *noise, mask_id, banned_ranges, deferred_ranges,
         confidence, float(temperature), cfg_scale + 1.0,
     )  # fmt: skip

@@ -197,6 +197,6 @@ def rope(
     """
     if (keys is None) != (values is None):
         raise ValueError(f"keys and values go together; keys={keys!r}, values={values!r}")
-    if keys is None:
+    if keys is None or values is None:
         return *_rotated_op(q, k, cos, sin, position), v
     return _rope_op(q, k, v, cos, sin, position, slot, keys, values), keys, values

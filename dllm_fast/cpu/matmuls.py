@@ -63,13 +63,13 @@ def _measured(dtype: torch.dtype) -> int:
 
 def _times(ours, theirs) -> tuple[float, float]:
     """The least seconds of each, in turns after a round of warming up; if that round differs fourfold, its seconds."""
-    best = None
-    for _ in range(ROUNDS + 1):
-        seconds = [_seconds(run) for run in (ours, theirs)]
-        if best is None and seconds[1] > 4 * seconds[0]:
-            return seconds[0], seconds[1]
-        best = seconds if best is None else [min(pair) for pair in zip(best, seconds, strict=True)]
-    return best[0], best[1]
+    best_ours, best_theirs = _seconds(ours), _seconds(theirs)
+    if best_theirs > 4 * best_ours:
+        return best_ours, best_theirs
+    for _ in range(ROUNDS):
+        best_ours = min(best_ours, _seconds(ours))
+        best_theirs = min(best_theirs, _seconds(theirs))
+    return best_ours, best_theirs
 
 
 def _seconds(run) -> float:

@@ -3,6 +3,7 @@
 import gc
 import warnings
 from collections.abc import Callable, Hashable
+from typing import Any
 
 import torch
 
@@ -22,10 +23,13 @@ class Graphs:
     recordings = 0  # of this process
 
     def __init__(self, enabled: bool, device: torch.device):
-        self.enabled, self.device = enabled, device
+        self.enabled = enabled
+        self.device = device
         self.failure: str | None = None  # why recording was given up
         self.nbytes = 0  # of the device's memory that the graphs hold for themselves
-        self._graphs, self._pool, self._stream = {}, None, None
+        self._graphs: dict[Hashable, torch.cuda.CUDAGraph | None] = {}  # None: the key has run once
+        self._pool: Any = None  # the memory that all of them share
+        self._stream: torch.cuda.Stream | None = None
 
     def run(self, key: Hashable, step: Callable[[], None]) -> None:
         if not self.enabled:
@@ -35,20 +39,23 @@ class Graphs:
             self._graphs[key] = None
             step()
             return
-        if self._graphs[key] is None:
+        graph = self._graphs[key]
+        if graph is None:
             try:
-                self._graphs[key] = self._record(step)
+                graph = self._graphs[key] = self._record(step)
             except Exception as error:
                 # Nothing that was recorded has run, so the step can still be taken.
                 self.release()
-                self.enabled, self.failure = False, f"{type(error).__name__}: {error}"
+                self.enabled = False
+                self.failure = f"{type(error).__name__}: {error}"
                 warnings.warn(f"steps go on without CUDA graphs; recording one failed: {self.failure}", stacklevel=2)
                 step()
                 return
-        self._graphs[key].replay()
+        graph.replay()
 
-    def _record(self, step: Callable[[], None]):
-        graph, failure = torch.cuda.CUDAGraph(), None
+    def _record(self, step: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        failure: Exception | None = None
         # PyTorch keeps one stream for recording, made once a process on the GPU that is current then. Of another GPU
         # it sees no step, and replays would change nothing. Within a stream its GPU is current.
         self._stream = self._stream or torch.cuda.Stream(self.device)
@@ -57,8 +64,7 @@ class Graphs:
         gc.disable()
         try:
             # thread_local: another thread may allocate on the device while this one records.
-            options = {"pool": self._pool, "stream": self._stream, "capture_error_mode": "thread_local"}
-            with torch.cuda.graph(graph, **options):
+            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
                 try:
                     step()
                 except Exception as error:
@@ -78,4 +84,5 @@ class Graphs:
     def release(self) -> None:
         """Free the graphs now, not when a collection comes by."""
         self._graphs.clear()
-        self._pool, self.nbytes = None, 0
+        self._pool = None
+        self.nbytes = 0

@@ -2,8 +2,12 @@
 
 import threading
 from collections.abc import Hashable
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from dllm_fast.decoding.engine import Engine
 
 
 def total_memory(device: torch.device) -> float:
@@ -22,7 +26,7 @@ class Pool:
     def __init__(self):
         self.lock = threading.RLock()
         self.failure: str | None = None  # of the last recording that failed
-        self._engines: dict[Hashable, object] = {}
+        self._engines: dict[Hashable, Engine] = {}
 
     def __deepcopy__(self, memo) -> "Pool":
         return Pool()

@@ -23,7 +23,11 @@ class _Planned:
     """A schedule that is planned by `counts` alone."""
 
     confidence: ClassVar[str | None] = None
-    rule: ClassVar[dict] = {}
+
+    @property
+    def rule(self) -> dict[str, float]:
+        """`reference.commit`'s keyword argument, if the model's confidences decide; else empty."""
+        return {}
 
     def check(self, blocks: int, masked: int) -> None:
         """Raises ValueError if a row of ``blocks``, the fullest with ``masked`` positions to fill, cannot be planned.
@@ -83,7 +87,8 @@ class Pyramid(_Planned):
         keep(self, "factor", whole)
 
     def counts(self, masked, blocks, draw):
-        found, kept = [], 0
+        found: list[tuple[int, torch.Tensor]] = []
+        kept = 0
         while kept < int(masked.max()):
             step = len(found)
             found.append((step, (masked - kept).clamp(0, step // self.factor + 1)))

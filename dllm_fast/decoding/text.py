@@ -2,8 +2,15 @@
 
 import re
 from collections.abc import Sequence
+from typing import TypedDict
 
 from dllm_fast.decoding.request import before_end
+
+
+class HeldBack(TypedDict):
+    suppress_tokens: list[int]
+    defer_tokens: list[int]
+
 
 END_OF_TURN = "<|eot_id|>"  # in LLaDA's chats, where it ends an answer before the end of text does
 
@@ -16,7 +23,8 @@ def encode(tokenizer, texts: list[str], mask_id: int | None, add_special_tokens:
     """
     found = tokenizer(texts, add_special_tokens=add_special_tokens, verbose=False)["input_ids"] if texts else []
     return [
-        ids if mask_id not in ids else _spelled_out(tokenizer, text, mask_id, ids) for text, ids in zip(texts, found)
+        ids if mask_id is None or mask_id not in ids else _spelled_out(tokenizer, text, mask_id, ids)
+        for text, ids in zip(texts, found)
     ]
 
 
@@ -59,7 +67,7 @@ def held_back(
     defer_tokens: str | int | Sequence | None = None,
     logits_eos_inf: bool = False,
     confidence_eos_eot_inf: bool = False,
-) -> dict[str, list[int]]:
+) -> HeldBack:
     """`generate`'s ``suppress_tokens`` and ``defer_tokens`` from tokens as `token_ids` reads them, and from LLaDA's
     options: ``logits_eos_inf`` suppresses the end of text, ``confidence_eos_eot_inf`` defers it and a chat's end of
     turn, ``<|eot_id|>``, where the tokenizer has one."""

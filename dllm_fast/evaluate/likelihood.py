@@ -20,7 +20,6 @@ from dllm_fast import ops
 from dllm_fast.decoding.device import as_written
 from dllm_fast.decoding.request import as_prompt, check_vocabulary
 from dllm_fast.decoding.values import finite, is_whole, require, whole
-from dllm_fast.families.bypass import unwrapped
 from dllm_fast.kernels import reference
 from dllm_fast.patch import bound_family, bound_pool
 
@@ -137,9 +136,11 @@ class _Scorer:
     def __init__(self, model, pairs: Iterable[tuple[Ids, Ids]], batch_size: int, cfg_scale: float):
         self.family = bound_family(model)
         self.lock = bound_pool(model).lock
-        self.mask_id = unwrapped(model).config.mask_token_id
+        mask_id = getattr(self.family.model.config, "mask_token_id", None)
+        if mask_id is None:
+            raise ValueError("model.config has no mask_token_id")
+        self.mask_id: int = mask_id
         self.device = self.family.head()[0].device
-        require(self.mask_id is not None, "model.config has no mask_token_id")
         self.batch_size = whole("batch_size", batch_size)
         self.cfg_scale = finite("cfg_scale", cfg_scale)
         self.pairs = [self._pair(f"pairs[{i}]", *pair) for i, pair in enumerate(pairs)]

@@ -12,7 +12,7 @@ FAMILIES: dict[str, type[Family]] = {"llada": LLaDA, "modernbert": ModernBert}  
 def family_of(model: nn.Module) -> type[Family]:
     """The family of a model with its language-model head. Raises ValueError for a model of none."""
     kind = getattr(getattr(model, "config", None), "model_type", None)
-    family = FAMILIES.get(kind)
+    family = FAMILIES.get(kind or "")
     if family is not None and family.matches(model):
         return family
     raise ValueError(

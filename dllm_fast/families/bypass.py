@@ -9,7 +9,7 @@ no effect: `departure` finds these, in half a microsecond a module.
 import types
 import warnings
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 from torch.nn.modules import module as torch_module
@@ -56,7 +56,7 @@ def departure(model: nn.Module, calls: Calls, known: frozenset[type], modes: boo
         first = Departure(model, "is called with hooks on every module (register_module_forward_hook)")
     device = None
     bypassed = list(model._modules.values())
-    called = []
+    called: list[nn.Module | None] = []
     while bypassed or called:
         is_called = not bypassed
         module = (bypassed or called).pop()
@@ -107,16 +107,17 @@ def attached(module: nn.Module) -> str | None:
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside the wrappers of torch.compile, DistributedDataParallel, DataParallel and PEFT."""
-    while isinstance(model, nn.Module):
-        if "_orig_mod" in model._modules:
-            model = model._orig_mod
-        elif isinstance(model, DistributedDataParallel | nn.DataParallel):
-            model = model.module
-        elif hasattr(model, "get_base_model"):
-            model = model.get_base_model()
+    inner: Any = model
+    while isinstance(inner, nn.Module):
+        if "_orig_mod" in inner._modules:
+            inner = inner._orig_mod
+        elif isinstance(inner, DistributedDataParallel | nn.DataParallel):
+            inner = inner.module
+        elif (base := getattr(inner, "get_base_model", None)) is not None:
+            inner = base()
         else:
             break
-    return model
+    return inner
 
 
 def require_no_learned_prompt(model: nn.Module) -> None:

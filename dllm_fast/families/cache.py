@@ -46,11 +46,11 @@ class BlockCache:
     def put(self, index: torch.Tensor, part: "BlockCache") -> None:
         """Write the copy that `rows` made back to the rows ``index`` [N]."""
         self.buffers[:, :, index] = part.buffers
-        if self.states is not None:
+        if self.states is not None and part.states is not None:
             self.states[:, index] = part.states
 
     def take_over(self, other: "BlockCache", index: torch.Tensor, shift: int, slots: int) -> None:
         """Fill slots 0 to ``slots`` from the rows ``index`` [N] of a larger cache, whose slots begin at ``shift``."""
         self.buffers[:, :, :, :slots] = other.buffers[:, :, index, shift : shift + slots]
-        if self.states is not None:
+        if self.states is not None and other.states is not None:
             self.states[:, :, :slots] = other.states[:, index, shift : shift + slots]

@@ -55,7 +55,8 @@ def like(own: Callable) -> Callable:
     if not inspect.ismethod(own):
         signature = inspect.signature(own)
         first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-        forward.__signature__ = signature.replace(parameters=[first, *map(signature.parameters.get, names)])
+        parameters = [first, *(signature.parameters[name] for name in names)]
+        vars(forward)["__signature__"] = signature.replace(parameters=parameters)
     return forward
 
 
@@ -81,7 +82,7 @@ def _fast(self, input_ids=None, attention_mask=None, **kwargs):
         and not _config_wants_more(self.config, family.output_type(self))
         and all(value is None or value is (name == "return_dict") for name, value in kwargs.items())
     )
-    span = (None, None)
+    span: tuple[torch.Tensor | None, torch.Tensor | None] | None = (None, None)
     if plain and attention_mask is not None:
         fits = isinstance(attention_mask, torch.Tensor) and attention_mask.shape == input_ids.shape
         span = _span(attention_mask) if fits else None

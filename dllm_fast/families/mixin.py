@@ -106,7 +106,7 @@ def generation_config_of(model: nn.Module) -> GenerationConfig:
     return DiffusionGenerationConfig.of(config)
 
 
-def lend_generate(model: nn.Module, generation_config: GenerationConfig) -> None:
+def lend_generate(model: nn.Module, generation_config: GenerationConfig | None) -> None:
     """Set `DiffusionGenerationMixin.generate` on this instance, with the other attributes of `LENT`."""
     model.__dict__.update(
         generate=types.MethodType(DiffusionGenerationMixin.generate, model),

@@ -193,12 +193,12 @@ class RoundedHead:
     def __init__(self):
         self.copy: _Copy | None = None
 
-    def refresh(self, weight: nn.Parameter) -> None:
+    def refresh(self, weight: torch.Tensor) -> None:
         """Round the head's weight [V, d] again."""
         self.copy = _copied("fp8", [weight], [_stamp(weight)], self.copy)
 
     def __call__(
-        self, weight: nn.Parameter, bias: nn.Parameter | None
+        self, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """The weight in e4m3 [V, d], the bias as it is, and the scale [V]."""
         if not torch.compiler.is_compiling() and (self.copy is None or self.copy.stamps != [_stamp(weight)]):
@@ -207,11 +207,11 @@ class RoundedHead:
         return rounded.matrix, bias, rounded.scale[:, 0]
 
 
-def _stamp(weight: nn.Parameter) -> tuple:
+def _stamp(weight: torch.Tensor) -> tuple:
     return 0 if weight.is_inference() else weight._version, weight.data_ptr(), weight.dtype
 
 
-def _copied(kind: str, weights: list[nn.Parameter], stamps: list[tuple], old: _Copy | None) -> _Copy:
+def _copied(kind: str, weights: list[torch.Tensor], stamps: list[tuple], old: _Copy | None) -> _Copy:
     """A rounded copy of weights [n, K], one below the other, in the memory of ``old`` if it fits."""
     shape = sum(weight.shape[0] for weight in weights), weights[0].shape[1]
     # Tensors that are made in inference mode could not be written outside it.

@@ -40,7 +40,7 @@ class Impl:
 
     def __init__(self, asked: str, weight: torch.Tensor):
         self.asked = asked
-        self._resolved = {}
+        self._resolved: dict[tuple[torch.device, torch.dtype], str] = {}
         self(weight)  # now, because torch.compile could not trace it
 
     def __call__(self, weight: torch.Tensor) -> str:
@@ -56,7 +56,7 @@ class RopeTables:
     def __init__(self, positions: int, head_dim: int, thetas: Iterable[float], device: torch.device):
         self.positions = positions
         self.head_dim = head_dim
-        self._tables = {}
+        self._tables: dict[tuple[float, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
         for theta in set(thetas):
             self(theta, device)
 

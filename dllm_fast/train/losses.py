@@ -96,17 +96,15 @@ def masked_nll(
     """
     labelled = labels != IGNORED
     target = labels[labelled]  # [N]
-    family = FAMILIES.get(getattr(model.config, "model_type", None))
-    if family is not None and isinstance(model, family.model_class):
-        hidden, head = family.labelled(model, input_ids, labelled)
-    else:
-        hidden = head = None
-    if head is None:
+    family = FAMILIES.get(getattr(model.config, "model_type", ""))
+    if family is None or not isinstance(model, family.model_class):
         nll = F.cross_entropy(model(input_ids=input_ids).logits[labelled].float(), target, reduction="none")
-    elif isinstance(head, nn.Embedding) or plain(head):
-        nll = ops.masked_loss(hidden, head.weight, getattr(head, "bias", None), target, None)
-    else:  # an adapter in the head's place: call it, so that it takes effect
-        nll = F.cross_entropy(head(hidden).float(), target, reduction="none")
+    else:
+        hidden, head = family.labelled(model, input_ids, labelled)
+        if isinstance(head, nn.Embedding) or plain(head):
+            nll = ops.masked_loss(hidden, head.weight, getattr(head, "bias", None), target, None)
+        else:  # an adapter in the head's place: call it, so that it takes effect
+            nll = F.cross_entropy(head(hidden).float(), target, reduction="none")
     row = labelled.nonzero()[:, 0]
     return nll.new_zeros(len(labels)).index_add(0, row, nll)
 
