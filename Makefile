@@ -31,6 +31,7 @@ gpu:
 
 lint: .venv/.dev
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+	$(BIN)/mypy
 
 .venv/.core: requirements.txt pyproject.toml setup.py $(wildcard csrc/cpu/*)
 	$(PYTHON) -m venv .venv

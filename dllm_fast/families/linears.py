@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from dllm_fast import ops
 from dllm_fast.families.bypass import class_name
 
-Matmuls = Callable[..., tuple[torch.Tensor, ...]]  # `matmuls`, or `rounded.Copies`
+Matmuls = Callable[..., tuple[torch.Tensor, ...] | torch.Tensor | None]  # `matmuls`, or `rounded.Copies`
 
 
 def matmuls(

@@ -1,5 +1,7 @@
 """LLaDA's published remote code, made to load under transformers 5."""
 
+from typing import Any
+
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
@@ -12,8 +14,9 @@ def published_classes(auto_map: dict, name: str, **kwargs) -> tuple[PretrainedCo
     The code reads ``config.use_cache``, which configs no longer have. It never calls ``post_init``, which sets
     attributes that ``from_pretrained`` now needs. Its ``tie_weights`` takes no arguments, but now gets some.
     """
-    config = get_class_from_dynamic_module(auto_map["AutoConfig"], name, **kwargs).from_pretrained(name, **kwargs)
-    cls = get_class_from_dynamic_module(auto_map["AutoModel"], name, **kwargs)
+    config_class: Any = get_class_from_dynamic_module(auto_map["AutoConfig"], name, **kwargs)
+    config = config_class.from_pretrained(name, **kwargs)
+    cls: Any = get_class_from_dynamic_module(auto_map["AutoModel"], name, **kwargs)
     register()
     if not hasattr(config, "use_cache"):
         config.use_cache = False
