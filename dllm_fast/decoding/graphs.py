@@ -64,7 +64,7 @@ class Graphs:
         gc.disable()
         try:
             # thread_local: another thread may allocate on the device while this one records.
-            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 try:
                     step()
                 except Exception as error:

@@ -1,5 +1,6 @@
 """What a step of a block computes, and what a row's forwards are counted in."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -60,11 +61,15 @@ class Rows(NamedTuple):
     kept: torch.Tensor | None  # bool: whether the cache takes in what is computed
 
     def repeat(self, times: int) -> "Rows":
-        return Rows(*(None if x is None else x.repeat(times) for x in self))
+        return self._map(lambda x: x.repeat(times))
 
     def select(self, index: torch.Tensor) -> "Rows":
         """The rows ``index`` [N]."""
-        return Rows(*(None if x is None else x[index] for x in self))
+        return self._map(lambda x: x[index])
+
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Rows":
+        start, end, kept = (None if x is None else change(x) for x in (self.start, self.end, self.kept))
+        return Rows(change(self.slot), change(self.begin), start, end, kept)
 
 
 @dataclass
