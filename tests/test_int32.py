@@ -4,25 +4,35 @@ Runs in the interpreter. Only the last program of each launch's grid runs, becau
 memory that nothing else touches. Any int32 sum or product that overflows is an error.
 """
 
+import functools
+import importlib
+import math
+import mmap
+
 import numpy as np
 import pytest
 import torch
 from needs import needs_triton
 
+from dllm_fast import launchers
+
 pytestmark = [
     needs_triton,
     pytest.mark.skipif(torch.cuda.is_available(), reason="checks the interpreter's arithmetic"),
 ]
-BF16 = torch.bfloat16
+BF16, FP16, E4M3 = torch.bfloat16, torch.float16, torch.float8_e4m3fn
+UNRESERVED = 0x4000  # Linux's MAP_NORESERVE, for which Python has no name before 3.13: allows more than the memory
 SIZES = {  # width, heads, K/V heads, FFN, positions, vocabulary
     "llada-8b": (4096, 32, 32, 12288, 4096, 126464),
     "illada-8b": (4096, 32, 8, 14336, 8192, 155136),
 }
 
 
-def lazy(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
+def lazy(*shape: int, dtype: torch.dtype = BF16, device=None) -> torch.Tensor:
     """Zeros that take up memory only in the pages that are touched."""
-    return torch.from_numpy(np.zeros(shape, np.int16)).view(dtype)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | UNRESERVED
+    memory = mmap.mmap(-1, (math.prod(shape) or 1) * dtype.itemsize, flags=flags)
+    return torch.frombuffer(memory, dtype=dtype)[: math.prod(shape)].view(shape)
 
 
 @pytest.fixture
@@ -53,45 +63,140 @@ def last_program(monkeypatch):
     monkeypatch.setattr(InterpretedFunction, "run", launch)
     monkeypatch.setattr(InterpreterBuilder, "set_grid_dim", lambda self, *_: set_dim(self, *whole))
     monkeypatch.setattr(InterpreterBuilder, "set_grid_idx", lambda self, *_: set_idx(self, *(n - 1 for n in whole)))
+    monkeypatch.setattr(torch, "empty", lambda *shape, **options: lazy(*np.ravel(shape).tolist(), **options))
     watched("create_mul", np.multiply)
     watched("create_add", np.add)
 
 
-@pytest.mark.parametrize("name", SIZES)
-@pytest.mark.parametrize("op", ["rms_norm", "swiglu", "rope", "attention", "gumbel", "predict", "linear"])
-def test_last_program(op, name, last_program):
-    from dllm_fast.kernels.attention import attention
-    from dllm_fast.kernels.glu import swiglu
-    from dllm_fast.kernels.gumbel import gumbel
-    from dllm_fast.kernels.linear import linear
-    from dllm_fast.kernels.norm import rms_norm
-    from dllm_fast.kernels.predict import predict
-    from dllm_fast.kernels.rope import rope
+def batch_of(*row: int) -> tuple[int, ...]:
+    """The shape of so many such rows that there are more than 2^31 elements."""
+    return 2**31 // math.prod(row) + 1, *row
 
-    width, heads, kv_heads, ffn, positions, vocabulary = SIZES[name]
-    if op in ("rms_norm", "swiglu"):
-        channels = width if op == "rms_norm" else ffn
-        x = lazy(2**31 // (positions * channels) + 1, positions, channels)
-        assert x.numel() > 2**31
-        rms_norm(x, torch.ones(width, dtype=BF16), 1e-5) if op == "rms_norm" else swiglu(x, x)
-    elif op in ("rope", "attention"):
-        batch = 2**31 // (positions * kv_heads * 128) + 1
-        keys = lazy(batch, positions, kv_heads, 128)
-        assert keys.numel() > 2**31
-        q, k = lazy(batch, 32, heads, 128), lazy(batch, 32, kv_heads, 128)
-        slot = torch.full((batch,), positions - 32)
-        if op == "rope":
-            table = torch.zeros(positions, 64)
-            rope(q, k, k, table, table, slot, slot, keys, keys)
-        else:
-            attention(q, keys, keys, slot - 64, slot + 32, slot)
-    elif op == "gumbel":
-        row = torch.zeros(2**31 // vocabulary + 2, dtype=torch.int64)  # the last program begins beyond 2^31
-        gumbel(0, 0, row, row, torch.arange(vocabulary))
-    elif op == "predict":
-        predict(lazy(64, width, dtype=torch.float16), lazy(vocabulary, width, dtype=torch.float16), mask_id=5)
-    else:
-        linear(lazy(64, width, dtype=torch.float16), lazy(2 * ffn, width, dtype=torch.float16), gated=True)
+
+class Calls:
+    """An op a method, at the sizes of a model."""
+
+    def __init__(self, name: str):
+        self.width, self.heads, self.kv_heads, self.ffn, self.positions, self.vocabulary = SIZES[name]
+
+    def rms_norm(self, norm):
+        norm.rms_norm(lazy(*batch_of(self.positions, self.width)), torch.ones(self.width, dtype=BF16), 1e-5)
+
+    def layer_norm(self, norm):
+        ones = torch.ones(self.width, dtype=BF16)
+        norm.layer_norm(lazy(*batch_of(self.positions, self.width)), ones, ones, 1e-5)
+
+    def swiglu(self, glu):
+        x = lazy(*batch_of(self.positions, self.ffn))
+        glu.swiglu(x, x)
+
+    def geglu(self, glu):
+        x = lazy(*batch_of(self.positions, self.ffn))
+        glu.geglu(x, x)
+
+    def round_rows(self, round_rows):
+        round_rows.round_rows(lazy(*batch_of(self.ffn)))
+
+    def split_rows(self, round_rows):
+        round_rows.split_rows(lazy(*batch_of(self.ffn)))
+
+    def _queries(self, rows: int | None = None):
+        """Buffers, and what is written to their ends; of ``rows`` sequences."""
+        shape = batch_of(self.positions, self.kv_heads, 128)
+        rows = shape[0] if rows is None else rows
+        keys = lazy(rows, *shape[1:], dtype=FP16)
+        table = torch.zeros(self.positions, 64)
+        return keys, table, torch.full((rows,), self.positions - 32)
+
+    def rope(self, rope):
+        keys, table, slot = self._queries()
+        q, k = lazy(len(keys), 32, self.heads, 128, dtype=FP16), lazy(len(keys), 32, self.kv_heads, 128, dtype=FP16)
+        rope.rope(q, k, k, table, table, slot, slot, keys, keys)
+
+    def attention(self, attention):
+        keys, _, slot = self._queries()
+        attention.attention(lazy(len(keys), 32, self.heads, 128, dtype=FP16), keys, keys, slot - 64, slot + 32, slot)
+
+    def linear(self, linear):
+        linear.linear(lazy(64, self.width, dtype=FP16), lazy(2 * self.ffn, self.width, dtype=FP16), gated=True)
+
+    def linear_e4m3(self, linear):
+        weight, scale = lazy(2 * self.ffn, self.width, dtype=E4M3), torch.ones(2 * self.ffn)
+        linear.linear(lazy(64, self.width, dtype=FP16), weight, scale, gated=True)
+
+    def _four_bits(self, n: int):
+        packed = lazy(n, self.width // 2, dtype=torch.uint8)
+        return packed, lazy(self.width // 128, n), lazy(self.width // 128, n, dtype=torch.uint8)
+
+    def linear_int4(self, linear_int4):
+        linear_int4.linear_int4(lazy(64, self.width, dtype=FP16), *self._four_bits(self.width), gated=True)
+
+    def widen_int4(self, linear_int4):
+        linear_int4.widen_int4(*self._four_bits(2 * self.ffn), self.width, BF16)
+
+    def linear_rope(self, linear_rope):
+        keys, table, slot = self._queries(64)
+        weight = lazy((self.heads + 2 * self.kv_heads) * 128, self.width, dtype=FP16)
+        x = lazy(64, 1, self.width, dtype=FP16)
+        linear_rope.linear_rope(x, weight, None, table, table, slot, slot, keys, keys)
+
+    def linear_int4_rope(self, linear_rope):
+        keys, table, slot = self._queries(32)  # a tile of more rows is half a head
+        weights = self._four_bits((self.heads + 2 * self.kv_heads) * 128)
+        x = lazy(32, 1, self.width, dtype=FP16)
+        linear_rope.linear_int4_rope(x, *weights, table, table, slot, slot, keys, keys)
+
+    def gumbel(self, gumbel):
+        row = torch.zeros(2**31 // self.vocabulary + 2, dtype=torch.int64)  # the last program begins beyond 2^31
+        gumbel.gumbel(0, 0, row, row, torch.arange(self.vocabulary))
+
+    def uniform(self, gumbel):
+        row = lazy(2**31 + 1, dtype=torch.int64)
+        gumbel.uniform(0, 0, row, row)
+
+    def predict(self, predict):
+        predict.predict(lazy(64, self.width, dtype=FP16), lazy(self.vocabulary, self.width, dtype=FP16), mask_id=5)
+
+    def select(self, predict):
+        """Of so many rows that a chunk of the logits has 2^31 elements; they are not computed."""
+        rows = 2**31 // predict.SELECT["BV"] + 1
+        weight = lazy(self.vocabulary, self.width, dtype=FP16)
+        predict.predict(lazy(rows, self.width, dtype=FP16), weight, mask_id=5, _path="streamed")
+
+    def commit(self, commit):
+        sequence = lazy(*batch_of(self.positions), dtype=torch.int64)
+        token = lazy(len(sequence), 32, dtype=torch.int64)
+        slot = torch.full((len(sequence),), self.positions - 32)
+        commit.commit(sequence, token, token.float(), token == 0, slot, threshold=0.5)
+
+    def masked_loss(self, masked_loss):
+        hidden = lazy(*batch_of(self.width), dtype=FP16)
+        target = lazy(len(hidden), dtype=torch.int64)
+        weight = lazy(self.vocabulary, self.width, dtype=FP16)
+        masked_loss.masked_loss(hidden, weight, None, target, target.float())
+
+
+FILES = {  # of an op whose file has another name
+    "rms_norm": "norm", "layer_norm": "norm", "swiglu": "glu", "geglu": "glu", "split_rows": "round_rows",
+    "linear_e4m3": "linear", "widen_int4": "linear_int4", "linear_int4_rope": "linear_rope", "uniform": "gumbel",
+    "select": "predict",
+}  # fmt: skip
+OPS = [name for name in vars(Calls) if not name.startswith("_")]
+
+
+@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("op", OPS)
+def test_last_program(op, name, last_program, monkeypatch):
+    module = importlib.import_module(f"dllm_fast.kernels.{FILES.get(op, op)}")
+    if op == "select":
+        logits = functools.cache(lambda *shape: lazy(*shape, dtype=torch.float32))
+        monkeypatch.setattr(module, "_logits", lambda hidden, weight: logits(len(hidden), len(weight)))
+    getattr(Calls(name), op)(module)
+
+
+def test_no_op_is_left_out():
+    called = {name for names in launchers.KERNELS.values() for name in names}
+    assert called - {"counters", "fits", "fits_int4", "fits_rope"} <= set(OPS)
 
 
 def test_int32_is_watched(last_program):
