@@ -52,13 +52,11 @@ def matmuls(
 
 def fused(linears: Sequence[nn.Module]) -> torch.Tensor | None:
     """The matrix [sum of out, in] of the linears' weights; None if not adjacent, not plain or to be trained."""
-    if not all(plain(linear) and linear._parameters["bias"] is None for linear in linears):
+    weights = _bare_weights(linears)
+    if not weights or wants_grad(weights) or not _lie_together(weights):
         return None
-    weights = [linear._parameters["weight"] for linear in linears]
-    if wants_grad(weights) or not _lie_together(weights):
-        return None
-    rows, width = sum(weight.shape[0] for weight in weights), weights[0].shape[1]
-    return weights[0].as_strided((rows, width), (width, 1))
+    width = weights[0].shape[1]
+    return weights[0].as_strided((sum(len(weight) for weight in weights), width), (width, 1))
 
 
 @dataclass
@@ -90,9 +88,7 @@ def fuse(linears: Sequence[nn.Module]) -> Fused | None:
     cannot be moved, because other processes share it, it was made in inference mode, or it is in the group twice. While
     it runs, it needs the memory of these weights a second time. If there is not enough it raises, and changes nothing.
     """
-    if not all(plain(linear) and linear._parameters["bias"] is None for linear in linears):
-        return None
-    weights = [linear._parameters["weight"] for linear in linears]
+    weights = _bare_weights(linears)
     alike = len({(weight.dtype, weight.device, weight.shape[1]) for weight in weights}) == 1
     if len(set(weights)) < 2 or not alike or not pays(weights[0]):
         return None
@@ -100,13 +96,24 @@ def fuse(linears: Sequence[nn.Module]) -> Fused | None:
         return None
     # Data that is made in inference mode could never be trained.
     with torch.inference_mode(False), torch.no_grad():
-        matrix = weights[0].new_empty(sum(weight.shape[0] for weight in weights), weights[0].shape[1])
-        parts = matrix.split([weight.shape[0] for weight in weights])
+        matrix = weights[0].new_empty(sum(len(weight) for weight in weights), weights[0].shape[1])
+        parts = matrix.split([len(weight) for weight in weights])
         for weight, part in zip(weights, parts, strict=True):
             part.copy_(weight)
         for weight, part in zip(weights, parts, strict=True):
             weight.data = part
     return Fused(weights, [linear.register_state_dict_post_hook(_own_storage) for linear in linears])
+
+
+def _bare_weights(linears: Sequence[nn.Module]) -> list[nn.Parameter]:
+    """The weights of plain linears without a bias; empty unless all of them are."""
+    weights = []
+    for linear in linears:
+        weight = linear._parameters.get("weight")
+        if weight is None or not plain(linear) or linear._parameters["bias"] is not None:
+            return []
+        weights.append(weight)
+    return weights
 
 
 def _own_storage(linear: nn.Linear, state_dict: dict, prefix: str, local_metadata: dict) -> None:
