@@ -131,6 +131,24 @@ def test_bytes_of_rounded_weights(llada_8b):
 
 
 @needs_triton
+def test_a_head_in_e4m3(llada_8b):
+    """A block's rows read half the bytes and a scale a row; many rows widen the weight and scale the logits first."""
+
+    def kernels(step, head):
+        return {kernel.what: kernel for kernel in step_kernels(llada_8b, H200, *step, None, head)}
+
+    own, rounded = (kernels(BLOCK, head)["LM head, selection"] for head in (None, "fp8"))
+    assert own.bytes - rounded.bytes == 126464 * (4096 - 4)
+    assert (own.microseconds(H200), rounded.microseconds(H200)) == pytest.approx((247, 124), abs=0.5)
+    least = floor(llada_8b, H200, *BLOCK, "fp8") - floor(llada_8b, H200, *BLOCK, "fp8", "fp8")
+    assert least == pytest.approx(1e6 * 126464 * 4096 / H200.copy)
+    many = 8, 1024, 32, 32, 256
+    own, rounded = (kernels(many, head) for head in (None, "fp8"))
+    assert rounded.keys() - own.keys() == {"LM head from e4m3", "logits times scales"}
+    assert all(rounded[what] == kernel for what, kernel in own.items())
+
+
+@needs_triton
 def test_it_prints_both_steps(capsys):
     assert paper.main(["--copy", "4.19e12", "--matrix", "779e12", "--batch", "8", "--weights", "int4"]) == 0
     out = capsys.readouterr().out

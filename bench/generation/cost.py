@@ -1,6 +1,6 @@
 """What a step should cost, computed from a model's shapes alone: bytes, FLOPs, launches and microseconds.
 
-    python -m bench.generation.cost --shape llada-8b --copy 4.19e12 --matrix 779e12 [--weights fp8] [--batch 8]
+    python -m bench.generation.cost --shape llada-8b --copy 4.19e12 --matrix 779e12 [--weights fp8] [--head fp8] [--batch 8]
 
 `Cost` has lower bounds of a step's bytes and FLOPs. A step over n positions runs every matmul of the layers on n rows,
 attention of n queries over the slots that they see, and the LM head on the masked positions; in the last layer, only
@@ -119,12 +119,20 @@ class Kernel:
 
 
 def step_kernels(
-    cost: Cost, card: Card, batch: int, slots: int, positions: int, live: int, masked: int, weights: str | None = None
+    cost: Cost,
+    card: Card,
+    batch: int,
+    slots: int,
+    positions: int,
+    live: int,
+    masked: int,
+    weights: str | None = None,
+    head: str | None = None,
 ) -> list[Kernel]:
     """The kernels of one step: ``positions`` of each of ``batch`` sequences of ``slots``, ``live`` of them in a block.
 
-    ``masked`` rows, of all sequences together, go to the LM head. ``weights``: None, "fp8" or "int4". Raises ValueError
-    if the model's layers are not LLaDA's.
+    ``masked`` rows, of all sequences together, go to the LM head. ``weights``: None, "fp8" or "int4", ``head``: None
+    or "fp8". Raises ValueError if the model's layers are not LLaDA's.
     """
     if cost.transform:
         raise ValueError("cost: ModernBERT's layers are not modelled, only LLaDA's")
@@ -137,7 +145,7 @@ def step_kernels(
                        kernel.narrow)
             )  # fmt: skip
     merged: dict[tuple, Kernel] = {}
-    for kernel in [*found, _norm(cost, batch * live), *_head(cost, card, batch * live, masked)]:
+    for kernel in [*found, _norm(cost, batch * live), *_head(cost, batch * live, masked, head)]:
         key = kernel.what, kernel.name, kernel.narrow
         one = merged.get(key, Kernel(*key[:2], 0, 0.0, 0.0, kernel.narrow))
         merged[key] = Kernel(
@@ -224,12 +232,14 @@ def _product(
             yield Kernel("cuBLAS's sums over K", "splitKreduce", 1, 0)
 
 
-def _head(cost: Cost, card: Card, rows: int, masked: int) -> Iterator[Kernel]:
+def _head(cost: Cost, rows: int, masked: int, head: str | None) -> Iterator[Kernel]:
     """LM head, selection and commit. The canvas counts no bytes, and PyTorch's launches for it are not counted."""
     from dllm_fast.kernels.predict import CHUNK_ELEMENTS, CROSSOVER, SELECT
 
     width = _width(cost)
-    vocabulary, read = cost.head // width, (cost.head + rows * width) * cost.item
+    vocabulary = cost.head // width
+    weight = cost.head * BYTES.get(head, cost.item) + (vocabulary * FP32 if head else 0)  # and a scale a row
+    read = weight + rows * width * cost.item
     if rows <= CROSSOVER[cost.item]:
         yield Kernel("masked rows", "_compact_kernel", 1, 0)
         yield Kernel("LM head, selection", "_predict_kernel", 1, read, 2.0 * cost.head * masked)
@@ -237,6 +247,10 @@ def _head(cost: Cost, card: Card, rows: int, masked: int) -> Iterator[Kernel]:
         tiles = -(-vocabulary // SELECT["BV"])
         chunks = -(-tiles // max(1, CHUNK_ELEMENTS // (rows * SELECT["BV"])))
         logits = rows * vocabulary * FP32
+        if head:  # by PyTorch, chunk by chunk
+            yield Kernel("LM head from e4m3", "elementwise", chunks, weight + cost.head * cost.item)
+            yield Kernel("logits times scales", "elementwise", chunks, 2 * logits)
+            read = (cost.head + rows * width) * cost.item
         yield Kernel("LM head", "", chunks, read + logits, 2.0 * cost.head * rows)
         yield Kernel("selection", "_select_kernel", chunks, logits)
     yield Kernel("merge of selection", "_combine_kernel", 1, 0)
@@ -244,13 +258,14 @@ def _head(cost: Cost, card: Card, rows: int, masked: int) -> Iterator[Kernel]:
 
 
 def floor(
-    cost: Cost, card: Card, batch: int, slots: int, positions: int, live: int, masked: int, weights=None
+    cost: Cost, card: Card, batch: int, slots: int, positions: int, live: int, masked: int, weights=None, head=None
 ) -> float:
     """A lower bound in microseconds: weights, keys and values at the copy rate, or FLOPs at the matrix rate."""
     layers = (cost.every + cost.rest) * len(cost.windows)
     read = cost.bytes(batch, slots, True) + layers * (BYTES.get(weights, cost.item) - cost.item)
+    read += cost.head * (BYTES.get(head, cost.item) - cost.item)
     flops = cost.flops(batch * positions, batch * live, masked, slots)
-    kernels = step_kernels(cost, card, batch, slots, positions, live, masked, weights)
+    kernels = step_kernels(cost, card, batch, slots, positions, live, masked, weights, head)
     narrow = sum(kernel.flops for kernel in kernels if kernel.narrow)
     return 1e6 * max(read / card.copy, (flops - narrow) / card.matrix + narrow / card.narrow)
 
@@ -303,6 +318,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--launch", type=float, default=0.0, help="seconds that each launch adds")
     parser.add_argument("--multiprocessors", type=int, default=132)
     parser.add_argument("--weights", choices=list(BYTES))
+    parser.add_argument("--head", choices=["fp8"])
     parser.add_argument("--batch", type=int, default=1)
     options = parser.parse_args(arguments)
     card = Card(options.copy, options.matrix, options.launch, options.multiprocessors)
@@ -311,10 +327,10 @@ def main(arguments: list[str] | None = None) -> int:
     for name, positions in (("block", live), ("whole", slots)):
         step = options.batch, slots, positions, live, options.batch * live
         title = f"{options.shape}, a {name} step: {options.batch} x {positions} positions of {slots} slots"
-        title += f", {options.weights or 'bf16'} weights, {1e6 * card.launch:g} us per launch"
-        print_kernels(
-            step_kernels(cost, card, *step, options.weights), card, floor(cost, card, *step, options.weights), title
-        )
+        title += f", {options.weights or 'bf16'} weights, {options.head or 'bf16'} head"
+        title += f", {1e6 * card.launch:g} us per launch"
+        rounded = options.weights, options.head
+        print_kernels(step_kernels(cost, card, *step, *rounded), card, floor(cost, card, *step, *rounded), title)
     return 0
 
 

@@ -188,10 +188,10 @@ def profile(graph, engine, mask_id: int, predicted: dict[str, float], top: int =
     print_beside(measured, predicted)
 
 
-def predict(model, engine, card: Card, positions: int, weights: str | None) -> dict[str, float]:
+def predict(model, engine, card: Card, positions: int, options) -> dict[str, float]:
     """Microseconds by group that `bench.generation.cost` predicts for a step of the current variant."""
     shape = engine.rows, engine.slots, positions, engine.block_size, engine.rows * engine.block_size
-    return by_group(step_kernels(Cost.of(model), card, *shape, weights), card)
+    return by_group(step_kernels(Cost.of(model), card, *shape, options.weights, options.head), card)
 
 
 @torch.no_grad()
@@ -263,7 +263,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"\n{name}:")
         tiles, chained, _ = ways[name]
         with way(tiles, chained, rows, weights):
-            predicted = predict(model, engine, card, engine.block_size, weights)
+            predicted = predict(model, engine, card, engine.block_size, options)
         profile(graphs[name], engine, mask_id, predicted)
     if not options.quick:
         whole = {}
@@ -273,7 +273,7 @@ def main(arguments: list[str] | None = None) -> int:
         for name, graph in whole.items():
             values = [replay(graph, engine, mask_id) for _ in range(5)]
             print(f"whole step, {name}: {statistics.median(values):.2f} ms")
-        predicted = predict(model, engine, card, engine.slots, weights)
+        predicted = predict(model, engine, card, engine.slots, options)
         profile(whole["chained"], engine, mask_id, predicted)
     return 0
 
