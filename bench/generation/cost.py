@@ -1,6 +1,6 @@
 """What a step should cost, computed from a model's shapes alone: bytes, FLOPs, launches and microseconds.
 
-    python -m bench.generation.cost --shape llada-8b --copy 4.19e12 --matrix 779e12 [--weights fp8] [--head fp8] [--batch 8]
+    python -m bench.generation.cost --copy 4.19e12 --matrix 779e12 [--weights fp8] [--head fp8] [--batch 8]
 
 `Cost` has lower bounds of a step's bytes and FLOPs. A step over n positions runs every matmul of the layers on n rows,
 attention of n queries over the slots that they see, and the LM head on the masked positions; in the last layer, only
