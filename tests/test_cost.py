@@ -1,5 +1,6 @@
 """The cost model of a step: its floors are the documented ones, its kernels the ones that a step launches."""
 
+import dataclasses
 import sys
 from collections import Counter
 from pathlib import Path
@@ -77,11 +78,15 @@ def test_launches_are_those_of_the_h200(kind, weights, llada_8b):
 @needs_triton
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts launches of the interpreter")
 @pytest.mark.parametrize("weights", [None, "fp8", "int4"])
-def test_a_step_launches_these_kernels(weights, monkeypatch):
+@pytest.mark.parametrize("family", ["llada", "modernbert"])
+def test_a_step_launches_these_kernels(family, weights, monkeypatch):
     """In the interpreter: a change to a layer's kernels must be made in `bench.generation.cost._layer` too."""
     from triton.runtime.interpreter import InterpretedFunction
 
-    model = make_llada(d_model=128, n_heads=2, n_layers=2, mlp_hidden_size=128).half()
+    if family == "llada":
+        model = make_llada(d_model=128, n_heads=2, n_layers=2, mlp_hidden_size=128).half()
+    else:
+        model = make_modernbert(hidden_size=128, num_hidden_layers=2, intermediate_size=128).half()
     monkeypatch.setattr("dllm_fast.families.linears.pays", lambda weight: True)  # as on a GPU
     dllm_fast.patch(model, impl="triton", weights=weights)
     found, steps, run, run_step = Counter(), {}, InterpretedFunction.run, Engine.run_step
@@ -156,6 +161,17 @@ def test_it_prints_both_steps(capsys):
     assert out.count("floor ") == 2
 
 
-def test_modernbert_is_refused():
-    with pytest.raises(ValueError, match="ModernBERT"):
-        step_kernels(Cost.of(dllm_fast.patch(make_modernbert(), impl="torch")), H200, *BLOCK)
+@needs_triton
+def test_modernberts_windows():
+    """A sliding layer's queries see 17 slots, and its block of 8 reaches 24; nothing of the others' is left out."""
+    cost = Cost.of(dllm_fast.patch(make_modernbert(), impl="torch"))
+    wide = dataclasses.replace(cost, windows=(None,) * 5)
+    found, whole = (
+        next(kernel for kernel in step_kernels(one, H200, 1, 512, 8, 8, 8) if kernel.what == "attention")
+        for one in (cost, wide)
+    )
+    sliding = len([window for window in cost.windows if window is not None])
+    assert sliding == 3 and set(cost.windows) == {None, 8}
+    assert whole.flops - found.flops == sliding * 4 * 8 * 64 * (512 - 17)
+    kernels = step_kernels(cost, H200, 1, 512, 8, 8, 8)
+    assert sum(kernel.flops for kernel in kernels) == cost.flops(8, 8, 8, 512)

@@ -8,7 +8,7 @@ keys and values are computed for all n positions, the rest for the block's alone
 cache, the keys and values of all slots. Norms, rotations, gates and activations count as free. A multiplication and an
 addition count as two FLOPs.
 
-`step_kernels` lists every kernel of LLaDA's step on an NVIDIA card, under its name in a profile. Each takes the longer
+`step_kernels` lists every kernel of a step on an NVIDIA card, under its name in a profile. Each takes the longer
 of its bytes at the copy rate and its FLOPs at the matrix rate, plus the cost of a launch. Here activations count too.
 This is a prediction: `bench.generation.steps` prints it beside the measured times.
 """
@@ -132,20 +132,13 @@ def step_kernels(
     """The kernels of one step: ``positions`` of each of ``batch`` sequences of ``slots``, ``live`` of them in a block.
 
     ``masked`` rows, of all sequences together, go to the LM head. ``weights``: None, "fp8" or "int4", ``head``: None
-    or "fp8". Raises ValueError if the model's layers are not LLaDA's.
+    or "fp8".
     """
-    if cost.transform:
-        raise ValueError("cost: ModernBERT's layers are not modelled, only LLaDA's")
-    layers, found = len(cost.windows), []
-    for last, count in ((False, layers - 1), (True, 1)):
-        queries = live if last else positions
-        for kernel in _layer(cost, card, batch, slots, positions, queries, weights):
-            found.append(
-                Kernel(kernel.what, kernel.name, kernel.launches * count, kernel.bytes * count, kernel.flops * count,
-                       kernel.narrow)
-            )  # fmt: skip
+    found, last = [], len(cost.windows) - 1
+    for layer, window in enumerate(cost.windows):
+        found += _layer(cost, card, batch, slots, positions, live if layer == last else positions, window, weights)
     merged: dict[tuple, Kernel] = {}
-    for kernel in [*found, _norm(cost, batch * live), *_head(cost, batch * live, masked, head)]:
+    for kernel in [*found, *_head(cost, batch * live, masked, head)]:
         key = kernel.what, kernel.name, kernel.narrow
         one = merged.get(key, Kernel(*key[:2], 0, 0.0, 0.0, kernel.narrow))
         merged[key] = Kernel(
@@ -154,10 +147,11 @@ def step_kernels(
     return list(merged.values())
 
 
-def _layer(cost, card, batch, slots, positions, queries, weights) -> Iterator[Kernel]:
-    """A layer's kernels in order. Change this whenever `families/llada.py` or its kernels change.
+def _layer(cost, card, batch, slots, positions, queries, window, weights) -> Iterator[Kernel]:
+    """A layer's kernels in order. Change this whenever `families/` or the kernels change.
 
-    Of each sequence's ``positions``, ``queries`` need more than keys and values.
+    Of each sequence's ``positions``, ``queries`` need more than keys and values. ModernBERT's first norm is that of the
+    embeddings, and its gate always has a kernel of its own.
     """
     from dllm_fast.kernels.attention import _plan
 
@@ -169,14 +163,18 @@ def _layer(cost, card, batch, slots, positions, queries, weights) -> Iterator[Ke
     if not _rotates(cost, every, weights):
         yield Kernel("rope", "_rope_kernel", 1, 2 * every * (inner + 2 * pairs) * cost.item)
     group = cost.heads // cost.kv_heads
-    splits = _plan(batch, queries, cost.kv_heads, group, cost.head_dim, slots, None, cost.item, True)[2]
-    seen, results = 2 * batch * slots * pairs * cost.item, rows * inner
+    splits = _plan(batch, queries, cost.kv_heads, group, cost.head_dim, slots, window, cost.item, True)[2]
+    reached = slots if window is None else min(slots, queries + 2 * window)
+    seen_by_each = slots if window is None else min(slots, 2 * window + 1)
+    seen, results = 2 * batch * reached * pairs * cost.item, rows * inner
     parts = results * splits * FP32 if splits > 1 else 0
-    yield Kernel("attention", "_attention_kernel", 1, seen + 2 * results * cost.item + parts, 4 * results * slots)
+    yield Kernel(
+        "attention", "_attention_kernel", 1, seen + 2 * results * cost.item + parts, 4 * results * seen_by_each
+    )
     yield from _product("attention's output", cost, card, rows, width, inner, weights)
     yield _norm(cost, rows)
-    yield from _product("gate, up", cost, card, rows, 2 * ffn, width, weights, gated=True)
-    if not _streams(cost, rows, weights):
+    yield from _product("gate, up", cost, card, rows, 2 * ffn, width, weights, gated=not cost.transform)
+    if cost.transform or not _streams(cost, rows, weights):
         yield Kernel("gate", "_glu_kernel", 1, 3 * rows * ffn * cost.item)
     yield from _product("down", cost, card, rows, width, ffn, weights)
 
@@ -233,11 +231,18 @@ def _product(
 
 
 def _head(cost: Cost, rows: int, masked: int, head: str | None) -> Iterator[Kernel]:
-    """LM head, selection and commit. The canvas counts no bytes, and PyTorch's launches for it are not counted."""
+    """From the last norm to commit. The canvas counts no bytes; PyTorch's launches for it and for ModernBERT's GELU are
+    not counted."""
     from dllm_fast.kernels.predict import CHUNK_ELEMENTS, CROSSOVER, SELECT
 
     width = _width(cost)
     vocabulary = cost.head // width
+    yield _norm(cost, rows)
+    if cost.transform:
+        yield Kernel(
+            "head's linear", "", 1, (cost.transform + 2 * rows * width) * cost.item, 2.0 * cost.transform * rows
+        )
+        yield _norm(cost, rows)
     weight = cost.head * BYTES.get(head, cost.item) + (vocabulary * FP32 if head else 0)  # and a scale a row
     read = weight + rows * width * cost.item
     if rows <= CROSSOVER[cost.item]:
