@@ -149,9 +149,9 @@ def _whole_attention(device: torch.device) -> str:
 
 
 def _settings() -> Iterator[str]:
-    found = {name: value for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)}
-    yield from (f"{name}={value}" for name, value in found.items())
-    if not found:
+    variables = {name: value for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)}
+    yield from (f"{name}={value}" for name, value in variables.items())
+    if not variables:
         yield "no environment variable that changes speed"
     yield f"default dtype {torch.get_default_dtype()}, default device {torch.get_default_device()}"
     try:

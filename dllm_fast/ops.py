@@ -247,7 +247,11 @@ def visible(like, slots, start=None, end=None, slot=None, window=None, impl="tor
         reach = queries + 2 * window
         first = (slot - window).clamp(0, slots - reach)
         near = first[:, None] + torch.arange(reach, device=like.device)
-        slots, start, end, slot = reach, start - first, end - first, slot - first
+        # From here on slots count from the first one in reach.
+        slots = reach
+        start = start - first
+        end = end - first
+        slot = slot - first
     mask = reference.visible_slots(queries, slots, start, end, slot, window)
     return near, mask, ~mask.any(-1)
 

@@ -194,7 +194,7 @@ def _unpatch_model(model: nn.Module) -> None:
             model.__dict__.pop(STATE, None)  # a shallow copy has its original's
         return
     if (kind := loaded_kind(model)) is not None:
-        raise ValueError(f"model: it was loaded with weights={kind!r} and has no weights of its own to go back to")
+        raise ValueError(f"model: it was loaded with weights={kind!r} and has no other weights to restore")
     with state.pool.lock:
         if patch_of(model) is state:
             _take_out(model.__dict__, state)
@@ -313,7 +313,7 @@ def _first_parameter(model: nn.Module) -> nn.Parameter:
         raise ValueError("model: its weights are on the meta device; load them first")
     plain = next((p for p in model.parameters() if _is_plain(p)), None)
     if plain is None:
-        raise ValueError(f"model: this {type(model).__name__} has no plain weight of a floating-point type")
+        raise ValueError(f"model: this {type(model).__name__} has no floating-point weight that is not quantised")
     return plain
 
 

@@ -114,7 +114,7 @@ def test_weights_on_several_devices_are_refused_by_name(either):
     module = next(module for path, module in either.named_modules() if path.endswith(name))
     kept = module._parameters["weight"]
     module._parameters["weight"] = Elsewhere(kept.detach())
-    error = r"model: its weights lie on several devices, .* on cpu and .*norm.weight on cuda:1"
+    error = r"model: its weights are on several devices, .* on cpu and .*norm.weight on cuda:1"
     with pytest.raises(ValueError, match=error):
         dllm_fast.patch(either)
     assert "forward" not in either.__dict__
@@ -123,7 +123,7 @@ def test_weights_on_several_devices_are_refused_by_name(either):
     with torch.no_grad():
         expected = model(ids).logits
     module._parameters["weight"] = Elsewhere(kept.detach())
-    with pytest.raises(ValueError, match=f"{name} lies on cuda:1, and others on cpu; move them to one"):
+    with pytest.raises(ValueError, match=f"{name} is on cuda:1, and others are on cpu; move them to one device"):
         dllm_fast.generate(model, ids, gen_length=8, block_length=4)
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, expected)  # the model's own forward, since there are hooks

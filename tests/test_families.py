@@ -1,9 +1,13 @@
 """The native LLaDA, and both families' forward against the models' own, with and without a cache."""
 
+import ast
+from pathlib import Path
+
 import pytest
 import torch
 from tiny import make_llada, make_modernbert
 
+import dllm_fast
 from dllm_fast import LLaDAConfig, LLaDAModelLM
 from dllm_fast.families import FAMILIES
 from dllm_fast.families.cache import BlockCache
@@ -51,6 +55,20 @@ def test_llada_config_refuses_what_was_never_published(field, value):
 def test_llada_forward_refuses_labels(llada, ids):
     with pytest.raises(ValueError, match="does not take labels"):
         llada(ids, labels=ids)
+
+
+def test_only_the_table_spells_families():
+    """But for the yardstick, which takes nothing from `families`, and the default of ``train --family``."""
+    names = {"LLaDA", "ModernBert", "ModernBertForMaskedLM", "ModernBertConfig", "llada", "modernbert"}
+    package = Path(dllm_fast.__file__).parent
+    spelled = set()
+    for path in package.rglob("*.py"):
+        words = {getattr(node, "id", getattr(node, "value", None)) for node in ast.walk(ast.parse(path.read_text()))}
+        if names & {word for word in words if isinstance(word, str)}:
+            spelled.add(str(path.relative_to(package)))
+    assert {name for name in spelled if not name.startswith("families/")} == {
+        "decoding/fast_dllm.py", "train/training.py",
+    }  # fmt: skip
 
 
 @torch.no_grad()

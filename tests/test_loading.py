@@ -93,7 +93,7 @@ def drop_config(folder):
 def drop_weights(folder):
     for file in folder.glob("*.safetensors*"):
         file.unlink()
-    return "holds no weights"
+    return "contains no weights"
 
 
 def leave_a_pointer(folder):

@@ -80,7 +80,7 @@ def test_the_older_name_of_grouped_heads(ids, given, multi, heads):
     model = make_llada(n_kv_heads=given, multi_query_attention=multi)
     assert model.config.n_kv_heads == heads and bound_family(dllm_fast.patch(model)).kv_heads == heads
     assert model.model.transformer.blocks[0].k_proj.weight.shape == (16 * heads, 64)
-    with pytest.raises(ValueError, match="n_kv_heads=2 with multi_query_attention=True"):
+    with pytest.raises(ValueError, match="n_kv_heads=2 contradicts multi_query_attention=True"):
         make_llada(n_kv_heads=2, multi_query_attention=True)
 
 
@@ -104,7 +104,9 @@ def test_a_tensor_that_the_config_has_no_place_for_is_an_error(tmp_path, llada, 
     name = f"model.transformer.blocks.1.{name}"
     tensors[name] = torch.ones(64)
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=f"1 tensors that config.json has no place for, the first of them {name}"):
+    with pytest.raises(
+        ValueError, match=f"1 tensors that do not belong to config.json's model, the first of them {name}"
+    ):
         dllm_fast.from_pretrained(tmp_path)
 
 

@@ -82,7 +82,7 @@ def test_its_own_forward_multiplies_the_same_weights(folder, kind, ids):
 def test_what_such_a_model_cannot_do_is_refused(tmp_path, kind, ids):
     loaded = dllm_fast.from_pretrained(saved_llada(tmp_path), weights=kind)
     other = {"fp8": "int4", "int4": "fp8"}[kind]
-    with pytest.raises(ValueError, match=f"loaded with weights='{kind}' and has no weights of its own to go back to"):
+    with pytest.raises(ValueError, match=f"loaded with weights='{kind}' and has no other weights to restore"):
         dllm_fast.unpatch(loaded)
     for weights in (None, other):
         message = f"weights={weights!r}: this model was loaded with weights='{kind}' and has no others"
@@ -97,9 +97,9 @@ def test_what_such_a_model_cannot_do_is_refused(tmp_path, kind, ids):
         loaded(ids)
     loaded.requires_grad_(False)
     for save in (loaded.state_dict, lambda: loaded.save_pretrained(tmp_path / "again")):
-        with pytest.raises(ValueError, match=f"loaded with weights='{kind}' and holds no weights that could be saved"):
+        with pytest.raises(ValueError, match=f"loaded with weights='{kind}' and has no weights to save"):
             save()
-    with pytest.raises(ValueError, match=f"loaded with weights='{kind}', which no state dict replaces"):
+    with pytest.raises(ValueError, match=f"loaded with weights='{kind}', which a state dict cannot replace"):
         loaded.load_state_dict(make_llada().state_dict())
     dllm_fast.patch(loaded, "torch", kind)
     assert loaded(ids).logits.isfinite().all() and not any(x.requires_grad for x in loaded.parameters())
@@ -137,7 +137,7 @@ def test_only_safetensors_are_read(tmp_path, kind):
     model = make_llada()
     model.config.save_pretrained(tmp_path)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="weights= reads safetensors files"):
+    with pytest.raises(ValueError, match="weights= needs safetensors files"):
         dllm_fast.from_pretrained(tmp_path, weights=kind)
 
 

@@ -47,22 +47,35 @@ struct AttentionTask {
     lanes = parts(rows, W) * W;
     words = parts(a.head_dim, PER_WORD<T>);
     const int64_t slot = a.slot ? a.slot[b] : 0;
-    from = slot + first / group, to = slot + (first + rows - 1) / group;
-    lo = larger(0, a.start ? a.start[b] : 0), hi = smaller(a.slots, a.end ? a.end[b] : a.slots);
-    if (a.window >= 0) lo = larger(lo, from - a.window), hi = smaller(hi, to + a.window + 1);
+    from = slot + first / group;
+    to = slot + (first + rows - 1) / group;
+    lo = larger(0, a.start ? a.start[b] : 0);
+    hi = smaller(a.slots, a.end ? a.end[b] : a.slots);
+    if (a.window >= 0) {
+      lo = larger(lo, from - a.window);
+      hi = smaller(hi, to + a.window + 1);
+    }
     const int64_t wide = parts(a.head_dim, W) * W;
     float* memory = (float*)scratch(sizeof(float) * (lanes * (words + SLOTS + wide + 3) + 2 * SLOTS * wide + 16));
     auto take = [&](int64_t n) { return memory += n, memory - n; };
-    wide_k = take(SLOTS * wide), wide_v = take(SLOTS * wide);
-    q = take(words * lanes), score = take(SLOTS * lanes), out = take(wide * lanes);
-    peak = take(lanes), total = take(lanes), shrink = take(lanes);
+    wide_k = take(SLOTS * wide);
+    wide_v = take(SLOTS * wide);
+    q = take(words * lanes);
+    score = take(SLOTS * lanes);
+    out = take(wide * lanes);
+    peak = take(lanes);
+    total = take(lanes);
+    shrink = take(lanes);
   }
 
   void run() {
     const T* k = (const T*)a.keys + b * a.k_stride[0] + g * a.k_stride[2];
     for (int64_t j = lo; j < smaller(hi, lo + SLOTS); ++j) fetch_head(k + j * a.k_stride[1]);
     load_queries();
-    for (int64_t l = 0; l < lanes; ++l) peak[l] = -INFINITY, total[l] = 0;
+    for (int64_t l = 0; l < lanes; ++l) {
+      peak[l] = -INFINITY;
+      total[l] = 0;
+    }
     memset(out, 0, sizeof(float) * parts(a.head_dim, W) * W * lanes);
     for (int64_t j = lo; j < hi; j += SLOTS) absorb(j, smaller(SLOTS, hi - j));
     store_out();
@@ -85,9 +98,13 @@ struct AttentionTask {
     // 1. Keys and values as words.
     if (WIDEN<T> || D % PER_WORD<T>) {
       for (int64_t i = 0; i < n; ++i) copy_words(wide_k + i * wide, k + i * a.k_stride[1], D);
-      k_words = (const char*)wide_k, k_row = wide * sizeof(float);
+      k_words = (const char*)wide_k;
+      k_row = wide * sizeof(float);
     }
-    if (sizeof(T) == 2) v_words = (const char*)wide_v, v_row = wide * sizeof(float);
+    if (sizeof(T) == 2) {
+      v_words = (const char*)wide_v;
+      v_row = wide * sizeof(float);
+    }
     const bool edge = a.window >= 0 && (j < to - a.window || j + n - 1 > from + a.window);
     // 2. A few vectors of rows at a time: scores, softmax, and weights times values.
     in_groups(lanes / W, [&](auto count, int64_t first_vector) {
@@ -98,7 +115,10 @@ struct AttentionTask {
       matmul<T, NR, false, SCORE_PART<T>>(
           n, k_words, k_row, 4, q + lane, lanes, words, nullptr,
           [&](int64_t i, int c) {
-            if (first_vector + c == 0) fetch_head(k + (i + n) * a.k_stride[1]), fetch_head(v + i * a.v_stride[1]);
+            if (first_vector + c == 0) {
+              fetch_head(k + (i + n) * a.k_stride[1]);
+              fetch_head(v + i * a.v_stride[1]);
+            }
             return Vec{};
           },
           [&](int64_t i, int c, Vec x) {
@@ -164,7 +184,8 @@ struct AttentionTask {
     int64_t i = 0;
     for (; i + 2 <= n; i += 2, x += 2 * lanes) {
       const Vec p0 = exp2_small((load<Vec>(x) - base) * scale), p1 = exp2_small((load<Vec>(x + lanes) - base) * scale);
-      sum[0] += p0, sum[1] += p1;
+      sum[0] += p0;
+      sum[1] += p1;
       to = store_weights(to, p0, p1);
     }
     if (i < n) {
@@ -184,7 +205,8 @@ struct AttentionTask {
       return to + lanes;
     }
 #endif
-    store(to, p0), store(to + lanes, p1);
+    store(to, p0);
+    store(to + lanes, p1);
     return to + 2 * lanes;
   }
 

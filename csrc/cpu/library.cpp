@@ -115,7 +115,9 @@ void dllm_predict(Predict* a, int level, int is_bf16, int64_t threads) {
   a->chosen = reinterpret_cast<int64_t*>(a->part + part);
   a->chosen_rows = 0;
   for (int64_t n = 0; n < a->rows; ++n) {
-    a->token[n] = a->mask_id, a->score[n] = -INFINITY, a->lse[n] = 0;
+    a->token[n] = a->mask_id;
+    a->score[n] = -INFINITY;
+    a->lse[n] = 0;
     if (!a->candidate || a->candidate[n]) a->chosen[a->chosen_rows++] = n;
   }
   const int64_t groups = parts(a->chosen_rows, kernels.group);

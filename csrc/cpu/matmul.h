@@ -83,7 +83,10 @@ __attribute__((noinline)) void block(int64_t first, const char* a, int64_t row, 
 #pragma GCC unroll 16
       for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 3
-        for (int n = 0; n < NR; ++n) total[i][n] += c[i][n], c[i][n] = Vec{};
+        for (int n = 0; n < NR; ++n) {
+          total[i][n] += c[i][n];
+          c[i][n] = Vec{};
+        }
     }
   }
 #pragma GCC unroll 16

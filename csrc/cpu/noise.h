@@ -30,9 +30,12 @@ inline void philox(uint64_t seed, Word (&c)[4]) {
     Word a_high, a_low, b_high, b_low;
     multiply(c[0], 0xD2511F53u, a_high, a_low);
     multiply(c[2], 0xCD9E8D57u, b_high, b_low);
-    c[0] = b_high ^ c[1] ^ key[0], c[2] = a_high ^ c[3] ^ key[1];
-    c[1] = b_low, c[3] = a_low;
-    key[0] += 0x9E3779B9u, key[1] += 0xBB67AE85u;
+    c[0] = b_high ^ c[1] ^ key[0];
+    c[2] = a_high ^ c[3] ^ key[1];
+    c[1] = b_low;
+    c[3] = a_low;
+    key[0] += 0x9E3779B9u;
+    key[1] += 0xBB67AE85u;
   }
 }
 
@@ -59,7 +62,8 @@ inline void split(Vec x, Vec& f, Vec& k) {
 // Gumbel noise from 64 random bits.
 inline Vec gumbel(Word high, Word low) {
   const Int upper = (Int)high < 0;
-  high ^= (Word)upper, low ^= (Word)upper;
+  high ^= (Word)upper;
+  low ^= (Word)upper;
   const float tiny = 1.0f / 4294967296.0f;
   const Vec s = (to_float(high) + (to_float(low) + 0.5f) * tiny) * tiny;  // min(U, 1 - U)
   Vec f, k;

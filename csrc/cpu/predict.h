@@ -31,7 +31,9 @@ struct PredictTask {
   PredictTask(const Predict& arguments, int64_t task) : a(arguments) {
     // All groups go through one part of the vocabulary before the next, so that its rows of W stay in a cache.
     const int64_t groups = parts(a.chosen_rows, POSITIONS);
-    group = task % groups, first = group * POSITIONS, low = task / groups * IDS;
+    group = task % groups;
+    first = group * POSITIONS;
+    low = task / groups * IDS;
     positions = smaller(POSITIONS, a.chosen_rows - first);
     lanes = parts(positions, W) * W;
     part = a.part + task * FIELDS * POSITIONS;
@@ -41,7 +43,8 @@ struct PredictTask {
     if (a.temperature > 0)
       for (int64_t l = 0; l < lanes; ++l) {
         const int64_t n = a.chosen[first + smaller(l, positions - 1)];
-        row[l / W][l % W] = uint32_t(a.row[n]), position[l / W][l % W] = uint32_t(a.position[n]);
+        row[l / W][l % W] = uint32_t(a.row[n]);
+        position[l / W][l % W] = uint32_t(a.position[n]);
       }
   }
 
@@ -127,7 +130,10 @@ struct PredictTask {
       for (int64_t i = larger(id, range[2 * r]); i < smaller(id + n, range[2 * r + 1]); ++i)
         for (int64_t lane = 0; lane < lanes; lane += W) {
           float* z = logits + (i - id) * step + lane;
-          if (kept) store(kept, load<Vec>(z)), kept += W;
+          if (kept) {
+            store(kept, load<Vec>(z));
+            kept += W;
+          }
           store(z, all(-INFINITY));
         }
   }
@@ -146,7 +152,8 @@ struct PredictTask {
       two = larger(two, choose(x < one, x, one));
       one = larger(one, x);
     }
-    set(FIRST, lane, one), set(SECOND, lane, two);
+    set(FIRST, lane, one);
+    set(SECOND, lane, two);
   }
 
   void pick(int64_t id, int64_t n, int64_t lane, int64_t step) {
@@ -158,7 +165,9 @@ struct PredictTask {
       best = choose(better, x, best);
       token = (better & int32_t(id + i)) | (~better & token);
     }
-    set(BEST, lane, best), set(LOGIT, lane, best), set(TOKEN, lane, (Vec)token);
+    set(BEST, lane, best);
+    set(LOGIT, lane, best);
+    set(TOKEN, lane, (Vec)token);
   }
 
   void pick_noisy(int64_t id, int64_t n, int64_t lane, int64_t step) {
@@ -171,11 +180,14 @@ struct PredictTask {
         const Vec x = load<Vec>(logits + (i + k) * step + lane);
         const Vec noisy = x + a.temperature * (k ? gumbel(c[2], c[3]) : gumbel(c[0], c[1]));
         const Int better = noisy > best;
-        best = choose(better, noisy, best), logit = choose(better, x, logit);
+        best = choose(better, noisy, best);
+        logit = choose(better, x, logit);
         token = (better & int32_t(id + i + k)) | (~better & token);
       }
     }
-    set(BEST, lane, best), set(LOGIT, lane, logit), set(TOKEN, lane, (Vec)token);
+    set(BEST, lane, best);
+    set(LOGIT, lane, logit);
+    set(TOKEN, lane, (Vec)token);
   }
 };
 
@@ -222,7 +234,8 @@ inline void finish_predict(const void* arguments, int64_t group) {
     for (int64_t t = 1; t < tasks; ++t) {
       peak = larger(get(PEAK, t), peak);
       const Int better = get(BEST, t) > best;  // ties stay with the lowest id
-      best = choose(better, get(BEST, t), best), logit = choose(better, get(LOGIT, t), logit);
+      best = choose(better, get(BEST, t), best);
+      logit = choose(better, get(LOGIT, t), logit);
       token = (better & (Int)get(TOKEN, t)) | (~better & token);
       two = larger(larger(two, get(SECOND, t)), choose(get(FIRST, t) < one, get(FIRST, t), one));
       one = larger(one, get(FIRST, t));
@@ -232,7 +245,10 @@ inline void finish_predict(const void* arguments, int64_t group) {
     for (int64_t t = 0; t < tasks; ++t) {
       const Vec less = larger(all(-127.0f), (get(PEAK, t) - base) * LOG2E), shrink = exp2_small(less);
       const Vec sum = shrink * get(TOTAL, t), part = shrink * (get(PLOGP, t) + less * get(TOTAL, t));
-      for (int l = 0; l < W; ++l) total[l] += sum[l], plogp[l] += part[l];
+      for (int l = 0; l < W; ++l) {
+        total[l] += sum[l];
+        plogp[l] += part[l];
+      }
     }
     for (int64_t l = 0; l < smaller(W, positions - lane); ++l) {
       const int64_t n = a.chosen[first + lane + l];

@@ -166,7 +166,10 @@ inline void transpose(Word (&x)[W]) {
   for (int i = 0; i < W; i += 4) {
     const Word a = low_words(x[i], x[i + 1]), b = low_words(x[i + 2], x[i + 3]);
     const Word c = high_words(x[i], x[i + 1]), d = high_words(x[i + 2], x[i + 3]);
-    x[i] = low_pairs(a, b), x[i + 1] = high_pairs(a, b), x[i + 2] = low_pairs(c, d), x[i + 3] = high_pairs(c, d);
+    x[i] = low_pairs(a, b);
+    x[i + 1] = high_pairs(a, b);
+    x[i + 2] = low_pairs(c, d);
+    x[i + 3] = high_pairs(c, d);
   }
   // 2. The blocks.
 #if defined(__AVX512F__)
@@ -174,15 +177,18 @@ inline void transpose(Word (&x)[W]) {
   for (int i = 0; i < 4; ++i) {
     const __m512i a = (__m512i)x[i], b = (__m512i)x[i + 4], c = (__m512i)x[i + 8], d = (__m512i)x[i + 12];
     const __m512i ab = _mm512_shuffle_i32x4(a, b, 0x44), cd = _mm512_shuffle_i32x4(c, d, 0x44);
-    x[i] = (Word)_mm512_shuffle_i32x4(ab, cd, 0x88), x[i + 4] = (Word)_mm512_shuffle_i32x4(ab, cd, 0xDD);
+    x[i] = (Word)_mm512_shuffle_i32x4(ab, cd, 0x88);
+    x[i + 4] = (Word)_mm512_shuffle_i32x4(ab, cd, 0xDD);
     const __m512i AB = _mm512_shuffle_i32x4(a, b, 0xEE), CD = _mm512_shuffle_i32x4(c, d, 0xEE);
-    x[i + 8] = (Word)_mm512_shuffle_i32x4(AB, CD, 0x88), x[i + 12] = (Word)_mm512_shuffle_i32x4(AB, CD, 0xDD);
+    x[i + 8] = (Word)_mm512_shuffle_i32x4(AB, CD, 0x88);
+    x[i + 12] = (Word)_mm512_shuffle_i32x4(AB, CD, 0xDD);
   }
 #elif defined(__AVX2__)
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
     const __m256i a = (__m256i)x[i], b = (__m256i)x[i + 4];
-    x[i] = (Word)_mm256_permute2x128_si256(a, b, 0x20), x[i + 4] = (Word)_mm256_permute2x128_si256(a, b, 0x31);
+    x[i] = (Word)_mm256_permute2x128_si256(a, b, 0x20);
+    x[i + 4] = (Word)_mm256_permute2x128_si256(a, b, 0x31);
   }
 #endif
 }

@@ -20,7 +20,10 @@ inline float widen(bf16 x) {
 template <class T>
 inline Word load_words(const T* from, int64_t n) {
   alignas(64) T some[W * PER_WORD<T>] = {};
-  if (n < W * PER_WORD<T>) memcpy(some, from, n * sizeof(T)), from = some;
+  if (n < W * PER_WORD<T>) {
+    memcpy(some, from, n * sizeof(T));
+    from = some;
+  }
   if constexpr (WIDEN<T>)
     return (Word)from_bf16(load<Half>(from));
   else

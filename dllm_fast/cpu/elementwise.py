@@ -189,7 +189,7 @@ def rope(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`reference.rope` for fp32 and bf16: the rotated q, the keys and the values.
 
-    Without buffers those are the rotated k, and v itself. ``position`` and ``slot`` default to 0. The strides are free
+    Without buffers it returns the rotated k, and v itself. ``position`` and ``slot`` default to 0. The strides are free
     but for the last dimension's.
 
     Raises:

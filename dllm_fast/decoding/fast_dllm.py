@@ -111,9 +111,12 @@ class PlainModernBert:
         return self.model.decoder(x), cache
 
 
+PLAIN = {"llada": PlainLLaDA, "modernbert": PlainModernBert}  # by a config's model_type
+
+
 @torch.no_grad()
 def fast_dllm(
-    forward,  # PlainLLaDA or PlainModernBert
+    forward,  # one of `PLAIN`
     prompt: torch.Tensor,  # [P] int64
     *,
     gen_length: int,

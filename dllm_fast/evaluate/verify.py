@@ -20,7 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dllm_fast.config import show_config
-from dllm_fast.decoding.fast_dllm import PlainLLaDA, PlainModernBert, fast_dllm
+from dllm_fast.decoding.fast_dllm import PLAIN, fast_dllm
 from dllm_fast.decoding.published import published_generate
 from dllm_fast.decoding.schedules import Schedule, Threshold, Uniform
 from dllm_fast.decoding.text import encode
@@ -215,7 +215,7 @@ def _published(model: PreTrainedModel, rule: Rule, ids: torch.Tensor, mask_id: i
     """The published code's sequence. Each step calls ``watch(sequence [L], block, the block's logits [T, V])``."""
     options = {"gen_length": GEN_LENGTH, "block_length": BLOCK_LENGTH, "mask_id": mask_id, **rule.published}
     if rule.cache != "none":
-        plain = PlainModernBert(model) if model.config.model_type == "modernbert" else PlainLLaDA(model)
+        plain = PLAIN[model.config.model_type](model)
         return fast_dllm(plain, ids, cache=rule.cache, watch=watch, **options)[0]
     return published_generate(
         lambda x, mask: model(x).logits, ids[None], watch=lambda x, block, y: watch(x[0], block, y[0]), **options

@@ -25,8 +25,8 @@ class Departure(NamedTuple):
     module: nn.Module
     reason: str  # follows the module's name in the message
     advice: str = (
-        ", which would never act: generation does not call it. Remove it, merge it into the weights, or leave it out "
-        "of quantisation"
+        ", which would have no effect: generation does not call the module. Remove it, merge it into the weights, or "
+        "do not quantise it"
     )
 
 
@@ -82,8 +82,8 @@ def departure(model: nn.Module, calls: Calls, known: frozenset[type], modes: boo
                 )
             device = device or parameter.device
             if parameter.device != device:
-                reason = f"lies on {parameter.device}, and others on {device}"
-                first = first or Departure(module, reason, "; move them to one")
+                reason = f"is on {parameter.device}, and others are on {device}"
+                first = first or Departure(module, reason, "; move them to one device")
             if not is_called and type(parameter) is not nn.Parameter:
                 first = first or Departure(module, f"has a {name} that is a {type(parameter).__name__}")
         for name, child in own["_modules"].items():
@@ -125,7 +125,7 @@ def require_no_learned_prompt(model: nn.Module) -> None:
     for name, config in (getattr(model, "peft_config", None) or {}).items():
         if hasattr(model, "get_base_model") and getattr(config, "is_prompt_learning", False):
             raise ValueError(
-                f"model: the learned prompt of adapter {name!r} would be left out; hand in model.get_base_model() to "
+                f"model: the learned prompt of adapter {name!r} would be left out; pass model.get_base_model() to "
                 "generate without it"
             )
 
@@ -141,8 +141,8 @@ def known_classes(model: nn.Module, calls: Calls, files: Iterable[str]) -> froze
             continue
         if type(module).__module__ not in files:
             raise ValueError(
-                f"model: {name} is a {class_name(module)}, which would be passed by; merge or remove what stands "
-                "in its place before patching"
+                f"model: {name} is a {class_name(module)}, which the patched forward would not call; merge or remove "
+                "it before patching"
             )
         classes.add(type(module))
         unvisited += [(f"{name}.{child}", inner) for child, inner in module._modules.items()]
@@ -175,13 +175,13 @@ def require_nothing_left_out(model: nn.Module, calls: Calls, known: frozenset[ty
 
 
 def require_one_device(model: nn.Module) -> None:
-    """Raise ValueError if the weights lie on several devices, naming two of them."""
+    """Raise ValueError if the weights are on several devices, naming two of them."""
     first = None
     for name, parameter in model.named_parameters():
         if first is None:
             first = name, parameter.device
         elif parameter.device != first[1] and "meta" not in (parameter.device.type, first[1].type):
             raise ValueError(
-                f"model: its weights lie on several devices, {first[0]} on {first[1]} and {name} on "
+                f"model: its weights are on several devices, {first[0]} on {first[1]} and {name} on "
                 f"{parameter.device}; move them to one, or do not patch"
             )

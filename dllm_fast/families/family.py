@@ -117,11 +117,11 @@ class Family(ABC):
 
     @abstractmethod
     def _after_attention(self, block, attended, x, impl):
-        """The rest of a layer, from attended [B, T, H D]: the new delta, and the x that it is to be added to."""
+        """The rest of a layer, from attended [B, T, H D]: the next delta, and the x to which it is added."""
 
     @abstractmethod
     def _finish(self, x, delta):
-        """What the head multiplies, [B, T, d], after the last layer."""
+        """The input of the head, [B, T, d], from x and delta of the last layer."""
 
     def hidden(
         self,
@@ -135,18 +135,18 @@ class Family(ABC):
         kept: torch.Tensor | None = None,  # [B] bool: rows whose keys and values are written; None: all
         padding_counts: bool = False,  # positions are slots, as in the models' own forwards; else padding has none
     ) -> torch.Tensor:
-        """What the LM head multiplies, [B, T, d] or the chosen rows of it.
+        """The input of the LM head, [B, T, d], or its chosen rows.
 
-        Without a cache the T ids are the whole sequence. With one they are slots ``slot`` to ``slot + T`` of it:
-        their keys and values are written there, and every valid slot is attended to, however old. Rows that are not
-        ``kept`` leave the cache as it was, and what is returned for them is of no use. With ``from_layer`` above 0 the
-        ids are not read: the forward starts there, over all slots, from the hidden states that the cache has kept.
+        Without a cache the T ids are the whole sequence. With a cache they are its slots ``slot`` to ``slot + T``:
+        their keys and values are written there, and all valid slots are attended to, stale ones too. Rows that are not
+        ``kept`` do not change the cache, and their results are meaningless. With ``from_layer`` above 0 the ids are not
+        read: the forward starts at that layer, over all slots, from the hidden states in the cache.
         """
         impl = self.impl
         slots = input_ids.shape[1] if cache is None else cache[0][0].shape[1]
         seen = {w: ops.visible(input_ids, slots, start, end, slot, w, impl=impl) for w in set(self.windows)}
         position = slot if start is None or padding_counts else (slot if slot is not None else 0) - start
-        # A row that is not kept writes behind the buffers, which is nowhere.
+        # A row that is not kept writes behind the buffers, where nothing is stored.
         write_at = slot if kept is None else slot.where(kept, slots)
         x = self._embed(input_ids) if from_layer == 0 else cache.states[from_layer][:, : input_ids.shape[1]].clone()
         delta = None
@@ -198,10 +198,10 @@ class Family(ABC):
         return self._impl(self.head()[0])
 
     def head_operands(self) -> tuple[torch.Tensor | None, ...]:
-        """What `ops.predict` and `ops.logits` multiply by: `head`, or its weight in e4m3, the bias and a scale [V]."""
+        """The head for `ops.predict` and `ops.logits`: `head`, or its weight in e4m3, the bias and a scale [V]."""
         return self.head() if self.rounded_head is None else self.rounded_head(*self.head())
 
     @property
     def vocab_size(self) -> int:
-        """Tokens that have a logit: `resize_token_embeddings` changes it."""
+        """The number of tokens that have a logit; `resize_token_embeddings` changes it."""
         return self.head()[0].shape[0]

@@ -151,12 +151,12 @@ def require_weights(modules: Iterable[tuple[str, nn.Module]]) -> None:
     for name, module in modules:
         if type(module._parameters.get("weight")) is not nn.Parameter:
             raise ValueError(
-                f"model: {name} is a {class_name(module)} without a plain weight of its own; "
-                "merge or remove what stands in its place before patching, and leave it out of quantisation"
+                f"model: {name} is a {class_name(module)} without a plain weight of its own; before patching, merge or "
+                "remove what replaces it, and do not quantise it"
             )
 
 
-def stamp(weight: nn.Parameter) -> tuple[int, int]:
+def stamp(weight: torch.Tensor) -> tuple[int, int]:
     """A weight's address, and how often it was written to; a quantised tensor has no one address, so its id."""
     place = weight.data_ptr() if type(weight) is nn.Parameter else id(weight)
     return place, 0 if weight.is_inference() else weight._version

@@ -70,7 +70,9 @@ class DiffusionGenerationMixin:
             return run(model=self, **arguments)
         own = getattr(type(self), "generate", None)
         if own is None or isinstance(self, DiffusionGenerationMixin):
-            raise ValueError(f"custom_generate={custom_generate!r}: {type(self).__name__} decodes by dllm_fast alone")
+            raise ValueError(
+                f"custom_generate={custom_generate!r}: {type(self).__name__} generates only with dllm_fast"
+            )
         return own(self, custom_generate=custom_generate, trust_remote_code=trust_remote_code, **arguments)
 
     def adjust_generation_fn(self, *args, **kwargs) -> None:

@@ -123,7 +123,7 @@ def kv_heads(config: PretrainedConfig) -> int:
     multi_query = getattr(config, "multi_query_attention", None)
     implied = {None: None, True: 1, False: config.n_heads}[multi_query]
     if given is not None and implied is not None and given != implied:
-        raise ValueError(f"model.config: n_kv_heads={given} with multi_query_attention={multi_query}")
+        raise ValueError(f"model.config: n_kv_heads={given} contradicts multi_query_attention={multi_query}")
     heads = given or implied or config.n_heads
     if config.n_heads % heads:
         raise ValueError(f"model.config: n_heads={config.n_heads} is not a multiple of n_kv_heads={heads}")

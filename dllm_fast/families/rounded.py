@@ -16,7 +16,7 @@ from dllm_fast import ops
 from dllm_fast.families.bypass import class_name
 from dllm_fast.families.fp8 import Fp8
 from dllm_fast.families.int4 import Int4
-from dllm_fast.families.linears import plain, wants_grad
+from dllm_fast.families.linears import plain, stamp, wants_grad
 
 KINDS = {"fp8": Fp8, "int4": Int4}  # by what `patch` calls them
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
@@ -38,9 +38,9 @@ def _not_plain(linear: nn.Module) -> str:
     hooks = [*linear._forward_pre_hooks.values(), *linear._forward_hooks.values()]
     if hooks:
         named = ", ".join(getattr(hook, "__qualname__", class_name(hook)) for hook in hooks)
-        return f"has a hook that rounded weights would pass by: {named}; remove it first"
+        return f"has a hook that would not run with rounded weights: {named}; remove it first"
     if "forward" in linear.__dict__:
-        return "has a forward of its own (an Accelerate hook, say) that rounded weights would pass by; remove it first"
+        return "has a forward of its own (an Accelerate hook?) that would not run with rounded weights; remove it first"
     return f"has a {class_name(linear._parameters.get('weight'))} for a weight, not a plain parameter"
 
 
@@ -100,13 +100,13 @@ class RoundedLinear(nn.Module):
         super()._save_to_state_dict(*args)
         if self.held.matrix is not None:
             raise ValueError(
-                f"model: it was loaded with weights={self.held.kind!r} and holds no weights that could be saved; save "
-                "what it was loaded from"
+                f"model: it was loaded with weights={self.held.kind!r} and has no weights to save; copy the "
+                "checkpoint that it was loaded from"
             )
 
     def _load_from_state_dict(self, *args) -> None:
         if self.held.matrix is not None:
-            raise ValueError(f"model: it was loaded with weights={self.held.kind!r}, which no state dict replaces")
+            raise ValueError(f"model: it was loaded with weights={self.held.kind!r}, which a state dict cannot replace")
         super()._load_from_state_dict(*args)
 
 
@@ -208,7 +208,7 @@ class RoundedHead:
 
 
 def _stamp(weight: torch.Tensor) -> tuple:
-    return 0 if weight.is_inference() else weight._version, weight.data_ptr(), weight.dtype
+    return *stamp(weight), weight.dtype
 
 
 def _copied(kind: str, weights: list[torch.Tensor], stamps: list[tuple], old: _Copy | None) -> _Copy:

@@ -106,7 +106,7 @@ def _files(name: str, **places) -> list[str]:
         return [cached_file(name, shard, **places) for shard in shards]
     single = cached_file(name, SINGLE, **places, **optional)
     if single is None:
-        raise ValueError(f"{name}: weights= reads safetensors files, and there is neither {SINGLE} nor {INDEX}")
+        raise ValueError(f"{name}: weights= needs safetensors files, and there is neither {SINGLE} nor {INDEX}")
     return [single]
 
 
