@@ -9,7 +9,7 @@ import torch
 from dllm_fast.decoding.options import OPTIONS, Options
 from dllm_fast.decoding.refresh import Refresh
 from dllm_fast.decoding.remask import Remask
-from dllm_fast.decoding.request import as_prompt, check_batch, check_token_types, plan_row
+from dllm_fast.decoding.request import check_batch, check_token_types, plan_row
 from dllm_fast.decoding.schedules import Schedule, Threshold
 from dllm_fast.decoding.server import Server
 from dllm_fast.decoding.values import require, whole
@@ -182,10 +182,8 @@ def generate_many(
     noise_rows = range(len(prompts)) if noise_rows is None else list(noise_rows)
     require(len(noise_rows) == len(prompts), f"noise_rows: {len(noise_rows)} for {len(prompts)} prompts")
     noise_rows = [whole(f"noise_rows[{index}]", row, 0, 32) for index, row in enumerate(noise_rows)]
-    rows = []
-    for index, prompt in enumerate(prompts):
-        name = f"prompts[{index}]"
-        rows.append(plan_row(asked, family, index, as_prompt(name, prompt), name, noise_rows[index]))
+    numbered = enumerate(zip(prompts, noise_rows, strict=True))
+    rows = [plan_row(asked, family, n, prompt, f"prompts[{n}]", noise) for n, (prompt, noise) in numbered]
     server = Server(model, family, bound_pool(model), asked, rows, batch_size)
     return _completions(server, len(rows), ordered, progress)
 

@@ -130,7 +130,7 @@ def _resolved(fields: dict[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def gathered(model, config: GenerationConfig | None, keywords: dict[str, Any]) -> dict[str, Any]:
+def gather(model, config: GenerationConfig | None, keywords: dict[str, Any]) -> dict[str, Any]:
     """What a call asks for: its keywords, then the config that it hands in, then the model's own.
 
     ``keywords`` are fields alone, by transformers' names; None takes ``eos_token_id`` and ``pad_token_id`` back.
@@ -175,7 +175,7 @@ def new_tokens(fields: dict[str, Any], prompt: int) -> int:
 
 
 def options_of(model, family, fields: dict[str, Any], prompt: int) -> Options:
-    """What `gathered` found, as options. Raises ValueError that names the argument."""
+    """What `gather` found, as options. Raises ValueError that names the argument."""
     found = {name: fields[name] for name in (*DIFFUSION, "suppress_tokens") if fields.get(name) is not None}
     found |= {name: policy_of(name, found[name]) for name in SPELLED if isinstance(found.get(name), str)}
     found["gen_length"] = new_tokens(fields, prompt)

@@ -14,15 +14,7 @@ from dllm_fast.decoding.request import before_end, check_token_types
 from dllm_fast.decoding.values import require, whole
 from dllm_fast.families.bypass import unwrapped
 from dllm_fast.generate import fill, generate
-from dllm_fast.generation_config import (
-    ALIASES,
-    FIELDS,
-    HONOURED,
-    TOP_K,
-    DiffusionGenerationConfig,
-    gathered,
-    options_of,
-)  # fmt: skip
+from dllm_fast.generation_config import ALIASES, FIELDS, HONOURED, TOP_K, DiffusionGenerationConfig, gather, options_of
 from dllm_fast.patch import family_and_pool
 
 NONE_COUNTS = ("eos_token_id", "pad_token_id", "eos_id", "pad_id")  # given as None, they take back what a config says
@@ -70,7 +62,7 @@ def diffusion_generate(
         require(not kinds, f"{name}: {kinds} cannot be honoured: many tokens are chosen at once, in any order")
     require(not getattr(streamer, "_takes_logits", False), "streamer: asks for logits, which are never kept")
     attention_mask, fields = _split(kwargs, input_ids)
-    fields = gathered(model, generation_config, fields)
+    fields = gather(model, generation_config, fields)
     options = options_of(model, family, fields, input_ids.shape[1]).resolved(model, family)
     copies = whole("num_return_sequences", fields.get("num_return_sequences", 1))
     if copies > 1:
@@ -166,10 +158,8 @@ def _filled(
     masked = input_ids == options.mask_id
     masked = masked if attention_mask is None else masked & attention_mask.bool()
     open_[:, : input_ids.shape[1]] = masked.cpu()
-    counts = []
-    for row, mine in zip(sequences.cpu(), open_):
-        text = row[mine].tolist()
-        counts.append(min(len(before_end(text, options.eos_id)) + 1, len(text)))
+    texts = [row[mine].tolist() for row, mine in zip(sequences.cpu(), open_)]
+    counts = [min(len(before_end(text, options.eos_id)) + 1, len(text)) for text in texts]
     return torch.tensor(counts, dtype=torch.float32, device="cpu")
 
 

@@ -61,9 +61,10 @@ def warmup(
     require(asked.gen_length > 0, f"gen_length={asked.gen_length}: there is nothing to fill")
     batch_size = whole("batch_size", batch_size)
     lengths = _lengths(prompt_lengths)
+    word = int(asked.mask_id == 0)  # an id that is not [MASK]
     recorded = records(family.head()[0].device, family.impl)
     batches = [
-        [_row(asked, n, length, family) for n in range(seats)]
+        [plan_row(asked, family, n, [word] * length, "prompt_lengths") for n in range(seats)]
         for length in (_representatives(lengths, asked.gen_length) if recorded else lengths[-1:])
         for seats in (_halves(batch_size) if recorded else [batch_size])
     ]
@@ -104,12 +105,6 @@ def _halves(seats: int) -> list[int]:
     while found[-1] > 1:
         found.append(found[-1] // 2)
     return found[::-1]
-
-
-def _row(options: Options, n: int, length: int, family) -> Row:
-    word = int(options.mask_id == 0)
-    ids = torch.full((length,), word, dtype=torch.int64, device="cpu")
-    return plan_row(options, family, n, ids, "prompt_lengths")
 
 
 def _plan(options: Options, rows: list[Row]) -> Plan:
@@ -194,13 +189,13 @@ def _reporting(progress: bool | Report) -> Iterator[Report]:
         from rich.console import Console
         from rich.progress import Progress
     except ImportError:
-        rich = None
-    else:
-        rich = Console(stderr=True)
-    if rich is None or not rich.is_terminal:
         yield _line
         return
-    with Progress(console=rich, transient=True) as bar:
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _line
+        return
+    with Progress(console=console, transient=True) as bar:
         task = bar.add_task("warmup")
         yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
 

@@ -212,6 +212,7 @@ import dllm_fast
 from dllm_fast import Drift, P2, Uniform, launchers
 from dllm_fast.patch import bound_family, bound_pool
 from dllm_fast.decoding.options import Options
+from dllm_fast.decoding.request import plan_row
 from dllm_fast.decoding.server import Server
 from test_recording import SMALL
 warmup = sys.modules["dllm_fast.warmup"]
@@ -231,7 +232,7 @@ for name, options in (("llada", {"remask": P2(1.0), "refresh": Drift(0.3)}), ("m
     family = bound_family(model)
     given = {"gen_length": 16, "block_length": 8, "schedule": Uniform(8), "seed": 0, **options}
     options = Options(**given).resolved(model, family)
-    rows = [warmup._row(options, n, 9, family) for n in range(2)]
+    rows = [plan_row(options, family, n, [1] * 9) for n in range(2)]
     work = warmup._Work(warmup._plan(options, rows), lambda *_: None, 0, 1)
     with Server(model, family, bound_pool(model), options, rows, 2).seated_engine() as engine:
         canvas, before = engine.canvas.clone(), engine.options

@@ -45,6 +45,7 @@ class Engine:
         device = self.device = self.weight.device
         self.block_size = min(options.block_length, slots)
         self.passes = options.passes
+        self.is_planned = not options.schedule.rule  # the schedule says beforehand how many a step commits
         self.counts = [Counts() for _ in range(rows)]  # of each row in the last block
         self.lengths = [slots] * rows  # of each row's sequence, which ends at the last slot
         self.firsts = [0] * rows  # each row's position at which its live block begins
@@ -56,13 +57,10 @@ class Engine:
         self.number = long(rows)  # of each row's live block, among its blocks
         self.budget = long(rows)  # positions of this block that may still be masked again
         self.step, self.seed = long(1), long(1)
-        self.any_masked = torch.zeros(
-            rows, dtype=torch.bool, device=device
-        )  # has the row's block a position still open
+        self.any_masked = torch.zeros(rows, dtype=torch.bool, device=device)  # whether the row's block holds a [MASK]
         self.bad = long(rows)  # number << 32 | step at which a candidate's logits first were NaN or infinite, or GOOD
-        self.committed_probability = torch.zeros(
-            (rows, self.block_size), dtype=torch.float32, device=device
-        )  # probabilities at commitment
+        # Of each of the block's tokens, when it was committed.
+        self.committed_probability = torch.zeros((rows, self.block_size), dtype=torch.float32, device=device)
         self.offsets = torch.arange(self.block_size, device=device)
         # Without padding there is no range to pass, and attention takes its unmasked path.
         self.start = self.pad if padded else None
@@ -210,7 +208,7 @@ class Engine:
         """The rows that take part in the step, [B] bool; None: there is one row, which takes part in every step."""
         if self.rows == 1:
             return None
-        return self.any_masked if self.options.schedule.rule else self.quota > 0
+        return self.quota > 0 if self.is_planned else self.any_masked
 
     def take_mixed_step(self, steps: Steps, going: torch.Tensor, begins: torch.Tensor, full_rows: torch.Tensor) -> None:
         """A step at which rows differ, [B] bool each: one forward a group, then one decision for all."""
@@ -302,15 +300,18 @@ class Engine:
     # Decision
 
     def _decide(self, hidden: torch.Tensor) -> None:
-        """Predict the block's candidates from hidden states, commit the schedule's choice of them, remask."""
+        """From hidden states to tokens: predict, commit, remask."""
         mask_id, remask = self.options.mask_id, self.options.remask
         hidden, uncond = hidden.chunk(2) if self.passes == 2 else (hidden, None)
         heads = hidden.flatten(0, 1), None if uncond is None else uncond.flatten(0, 1)
         at = self.slot[:, None] + self.offsets  # [B, T]
         block, ours = self.canvas.gather(1, at), self.open.gather(1, at)
         candidate = (block == mask_id) & ours
+        # 1. Predict the candidates; a remask asks for the committed positions too.
         token, score, lse = self._predict(heads, at, candidate if remask is None else ours)
+        # 2. Commit the schedule's choice of them.
         chosen = self._commit(token, score, candidate, self.quota)
+        # 3. Mask committed ones again. A planned step commits as many others in their place.
         if remask is not None:
             current = torch.where(candidate, token, block)
             probability = self._probability(heads, current, lse)
@@ -319,15 +320,11 @@ class Engine:
             committed = ours & ~candidate
             seen = Committed(committed, probability, self.committed_probability, candidate, chosen.sum(1))
             masked_again = self._remask(seen, at)
-            if self._is_planned:  # as many others are committed instead
+            if self.is_planned:
                 chosen = chosen | self._commit(token, score, candidate & ~chosen, masked_again)
             self.committed_probability.copy_(torch.where(chosen, probability, self.committed_probability))
+        # 4. The flag that the host reads where nothing is planned.
         self.any_masked.copy_(((self.canvas.gather(1, at) == mask_id) & ours).any(1))
-
-    @property
-    def _is_planned(self) -> bool:
-        """Whether the schedule says beforehand how many positions a step commits."""
-        return not self.options.schedule.rule
 
     def _predict(
         self, heads: tuple[torch.Tensor, torch.Tensor | None], at: torch.Tensor, wanted: torch.Tensor
@@ -359,7 +356,7 @@ class Engine:
 
     def _commit(self, token, score, candidate: torch.Tensor, quota: torch.Tensor) -> torch.Tensor:
         """Write the schedule's choice of the candidates [B, T], of a plan ``quota`` [B] of them; which they were."""
-        rule = {"count": quota} if self._is_planned else self.options.schedule.rule
+        rule = {"count": quota} if self.is_planned else self.options.schedule.rule
         return ops.commit(self.canvas, token, score, candidate, self.slot, **rule, impl=self.family.impl)
 
     def _probability(self, heads: tuple, token: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
@@ -373,12 +370,12 @@ class Engine:
     def _remask(self, seen: Committed, at: torch.Tensor) -> torch.Tensor:
         """Mask the most urgent of the committed positions, within the bound that ends the block; how many, [B]."""
         urgency = self.options.remask.urgency(seen)  # [B, T]
-        bound = seen.masked.sum(1) - seen.kept if self._is_planned else self.budget
+        bound = seen.masked.sum(1) - seen.kept if self.is_planned else self.budget
         if (going := self._going()) is not None:
             bound = bound * going
         again = (urgency > STAYS) & (ranks(urgency) < bound[:, None])
         self.canvas.scatter_(1, at, self.canvas.gather(1, at).masked_fill(again, self.options.mask_id))
         masked_again = again.sum(1)
-        if not self._is_planned:
+        if not self.is_planned:
             self.budget.sub_(masked_again)
         return masked_again

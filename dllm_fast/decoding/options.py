@@ -2,14 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from dllm_fast.decoding.refresh import Every, Refresh
 from dllm_fast.decoding.remask import Remask
 from dllm_fast.decoding.schedules import Schedule, Threshold
-from dllm_fast.decoding.values import finite, is_whole, one_of, require, whole
+from dllm_fast.decoding.values import Checked, checked, finite, is_whole, one_kind, one_of, require, whole
 from dllm_fast.kernels.checks import CONFIDENCES
 
 CACHES = ("none", "prefix", "dual")
@@ -17,21 +17,22 @@ Ids = int | Sequence[int] | None
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Checked):
     """What `generate` explains under the same names. Checked when made, and for a model by `resolved`.
 
     An engine serves all options that are equal: the fields that no step depends on are not compared.
     """
 
-    gen_length: int = field(default=128, compare=False)
-    block_length: int = 32
-    schedule: Schedule = Threshold(0.9)
-    confidence: str = "probability"
-    temperature: float = 0.0
-    cfg_scale: float = 0.0
-    cache: str = "dual"
-    refresh: Refresh = Every(1)  # "block" is that
-    remask: Remask | None = None
+    named: ClassVar[bool] = False
+    gen_length: int = checked(whole, 0, default=128, compare=False)
+    block_length: int = checked(whole, default=32)
+    schedule: Schedule = checked(one_kind, Schedule, "a schedule of dllm_fast", default=Threshold(0.9))
+    confidence: str = checked(one_of, CONFIDENCES, default="probability")
+    temperature: float = checked(finite, default=0.0)
+    cfg_scale: float = checked(finite, default=0.0)
+    cache: str = checked(one_of, CACHES, default="dual")
+    refresh: Refresh = checked(one_kind, Refresh, "one of 'block', Every, Window, Drift", default=Every(1))
+    remask: Remask | None = checked(one_kind, Remask | None, "one of ReMDM, Verify, P2", default=None)
     mask_id: int | None = None
     eos_id: Ids = field(default=None, compare=False)
     seed: int | None = field(default=None, compare=False)
@@ -41,25 +42,11 @@ class Options:
 
     def __post_init__(self) -> None:
         """Raises ValueError that names the option and the value. ``"block"`` becomes ``Every(1)``."""
-        kept = {
-            "gen_length": whole("gen_length", self.gen_length, 0),
-            "block_length": whole("block_length", self.block_length),
-            "temperature": finite("temperature", self.temperature),
-            "cfg_scale": finite("cfg_scale", self.cfg_scale),
-            "refresh": Every(1) if self.refresh == "block" else self.refresh,
-            "seed": None if self.seed is None else whole("seed", self.seed, 0, 63),
-        }
-        for name, value in kept.items():
-            object.__setattr__(self, name, value)
-        one_of("confidence", self.confidence, CONFIDENCES)
-        one_of("cache", self.cache, CACHES)
-        for name, kind, known in (
-            ("schedule", Schedule, "a schedule of dllm_fast"),
-            ("refresh", Refresh, "one of 'block', Every, Window, Drift"),
-            ("remask", Remask | None, "one of ReMDM, Verify, P2"),
-        ):
-            value = getattr(self, name)
-            require(isinstance(value, kind), f"{name}={value!r} is not {known}")
+        if self.refresh == "block":
+            object.__setattr__(self, "refresh", Every(1))
+        super().__post_init__()
+        if self.seed is not None:
+            object.__setattr__(self, "seed", whole("seed", self.seed, 0, 63))
         self.schedule.check_confidence(self.confidence)
         useless = f"refresh={self.refresh!r}: there is nothing to refresh with cache='none'"
         require(self.has_cache or self.refresh == Every(1), useless)

@@ -8,24 +8,15 @@ its last forward, so its keys and values are still those of [MASK]s.
 from dataclasses import dataclass
 from typing import ClassVar
 
-from dllm_fast.decoding.values import keep, real, whole
+from dllm_fast.decoding.values import Checked, checked, real, whole
 
 
-@dataclass(frozen=True)
-class Every:
-    """A full forward at every ``blocks``-th block; the others begin with the previous block and their own.
-
-    ``Every(1)`` is ``"block"``.
-    """
-
-    blocks: int
-    layerwise: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        keep(self, "blocks", whole)
+class _Refresh(Checked):
+    layerwise: ClassVar[bool] = False  # whether a full forward may begin at a layer whose values drifted
 
     def full(self, block: int) -> bool:
-        return block % self.blocks == 0
+        """Whether a row's block of that number begins with a full forward."""
+        return block == 0
 
     def span(self, block_length: int) -> tuple[int, int]:
         """Positions before and after the block that its first step computes if it is not a full forward."""
@@ -33,27 +24,32 @@ class Every:
 
 
 @dataclass(frozen=True)
-class Window:
+class Every(_Refresh):
+    """A full forward at every ``blocks``-th block; the others begin with the previous block and their own.
+
+    ``Every(1)`` is ``"block"``.
+    """
+
+    blocks: int = checked(whole)
+
+    def full(self, block: int) -> bool:
+        return block % self.blocks == 0
+
+
+@dataclass(frozen=True)
+class Window(_Refresh):
     """A block begins with itself, ``before`` positions before it and ``after`` positions after it; the far prefix
     and suffix stay as they were. ``before`` of at least a block length brings the previous block up to date."""
 
-    before: int
-    after: int = 0
-    layerwise: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        keep(self, "before", whole, 0)
-        keep(self, "after", whole, 0)
-
-    def full(self, block: int) -> bool:
-        return block == 0
+    before: int = checked(whole, 0)
+    after: int = checked(whole, 0, default=0)
 
     def span(self, block_length: int) -> tuple[int, int]:
         return self.before, self.after
 
 
 @dataclass(frozen=True)
-class Drift:
+class Drift(_Refresh):
     """A block begins with the previous block and itself, and the change of their value vectors decides.
 
     In each layer, ``d = mean_j ||v_j' - v_j|| / ||v_j||`` over those positions. From the first layer where d passes
@@ -62,17 +58,8 @@ class Drift:
     in place of attention's.) Keeps the hidden states: as much memory again as half a cache without grouped heads.
     """
 
-    tau: float = 0.2
+    tau: float = checked(real, "a number from 0 up", lambda number: number >= 0, default=0.2)
     layerwise: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        keep(self, "tau", real, "a number from 0 up", lambda number: number >= 0)
-
-    def full(self, block: int) -> bool:
-        return block == 0
-
-    def span(self, block_length: int) -> tuple[int, int]:
-        return block_length, 0
 
 
 Refresh = Every | Window | Drift

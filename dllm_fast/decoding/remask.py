@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dllm_fast.decoding.values import keep, share
+from dllm_fast.decoding.values import Checked, checked, share
 
 STAYS = float("-inf")
 
@@ -37,15 +37,12 @@ class Committed:
 
 
 @dataclass(frozen=True)
-class ReMDM:
+class ReMDM(Checked):
     """A share of the committed tokens, those whose probability fell most since they were committed
     (ReMDM, arXiv:2503.00307, the rescaled schedule): ``round(eta sigma n)`` of n committed ones, with
     ``sigma = min(1, (1 - alpha_s) / alpha_t)`` and alpha the share of the block that is filled before and after."""
 
-    eta: float = 0.1
-
-    def __post_init__(self) -> None:
-        keep(self, "eta", share)
+    eta: float = checked(share, default=0.1)
 
     def urgency(self, block: Committed) -> torch.Tensor:
         filled = block.before.sum(1)  # [B]
@@ -57,29 +54,23 @@ class ReMDM:
 
 
 @dataclass(frozen=True)
-class Verify:
+class Verify(Checked):
     """Every committed token whose probability is below ``threshold``: draft with a low `Threshold`, verify with a
     higher one (WINO, arXiv:2507.18578, which evaluates a second, masked copy of the block instead)."""
 
-    threshold: float = 0.7
-
-    def __post_init__(self) -> None:
-        keep(self, "threshold", share)
+    threshold: float = checked(share, default=0.7)
 
     def urgency(self, block: Committed) -> torch.Tensor:
         return (-block.now).where(block.before & (block.now < self.threshold), STAYS)
 
 
 @dataclass(frozen=True)
-class P2:
+class P2(Checked):
     """Path planning with the model as its own planner (P2, arXiv:2502.03540): of all positions of the block, as many
     as are filled after the step stay, those with the highest score: the log-probability of a masked position's
     prediction, and ``eta`` times that of a committed token. ``eta=0`` masks nothing again."""
 
-    eta: float = 1.0
-
-    def __post_init__(self) -> None:
-        keep(self, "eta", share)
+    eta: float = checked(share, default=1.0)
 
     def urgency(self, block: Committed) -> torch.Tensor:
         score = block.now.clamp(min=1e-30).log()  # [B, T]

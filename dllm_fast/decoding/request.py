@@ -59,7 +59,7 @@ def plan_row(
     options: Options,  # resolved
     family,
     index: int,
-    ids: torch.Tensor,  # [P] int64, on the host
+    prompt: torch.Tensor | list[int],  # [P] int64
     name: str = "input_ids",
     noise: int | None = None,
 ) -> Row:
@@ -67,11 +67,12 @@ def plan_row(
 
     Raises ValueError naming ``name`` and the value.
     """
+    ids = as_prompt(name, prompt)
     require(len(ids) > 0, f"{name}: an empty prompt")
     check_vocabulary(name, ids, family)
-    total, limit = len(ids) + options.gen_length, family.positions
     asked = f"a prompt of {len(ids)} and gen_length={options.gen_length}"
-    require(total <= limit, f"{name}: {asked} exceed the model's {limit} positions")
+    fits = len(ids) + options.gen_length <= family.positions
+    require(fits, f"{name}: {asked} exceed the model's {family.positions} positions")
     ids = torch.cat((ids, ids.new_full((options.gen_length,), options.mask_id)))
     open_ = ids == options.mask_id
     blocks = plan_blocks(open_, options.block_length)
@@ -96,9 +97,8 @@ def check_vocabulary(name: str, ids: torch.Tensor, family) -> None:
     require(good, f"{name}: id {wrong} is outside the vocabulary of {family.vocab_size}")
 
 
-def check_batch(input_ids, attention_mask, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def check_batch(ids, mask, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """First position and one past the last of each row's prompt, on the host. Raises ValueError."""
-    ids, mask = input_ids, attention_mask
     require(isinstance(ids, torch.Tensor), f"input_ids: a {type(ids).__name__} is not a tensor")
     require(ids.dtype == torch.int64, f"input_ids: dtype {ids.dtype} is not torch.int64")
     require(ids.dim() == 2, f"input_ids: shape {tuple(ids.shape)} is not [B, P]")

@@ -12,16 +12,14 @@ from typing import ClassVar
 
 import torch
 
-from dllm_fast.decoding.values import finite, keep, one_of, real, require, whole
+from dllm_fast.decoding.values import Checked, checked, finite, one_of, real, require, whole
 
 NOISES = ("linear", "cosine", "loglinear")
 FINEST = 2**20  # times of an ancestral grid in one block: 8 MB a row, and far more than any block has positions
 
 
 @dataclass(frozen=True)
-class _Planned:
-    """A schedule that is planned by `counts` alone."""
-
+class _Schedule(Checked):
     confidence: ClassVar[str | None] = None
 
     @property
@@ -30,10 +28,7 @@ class _Planned:
         return {}
 
     def check(self, blocks: int, masked: int) -> None:
-        """Raises ValueError if a row of ``blocks``, the fullest with ``masked`` positions to fill, cannot be planned.
-
-        What a schedule was made with was checked then.
-        """
+        """Raises ValueError if it cannot plan a row of ``blocks``, the fullest with ``masked`` positions to fill."""
 
     def check_confidence(self, confidence: str) -> None:
         """Raises ValueError if the schedule's values make no sense for this ``confidence``."""
@@ -45,7 +40,7 @@ class _Planned:
         draw: Callable[[], torch.Tensor],  # [B, T] fp64: uniform noise of the block's positions, 2 where none is open
     ) -> list[tuple[int, torch.Tensor]] | None:
         """(step's number, positions kept [B]) of each step that keeps any; None: `rule` decides."""
-        raise NotImplementedError
+        return None
 
 
 def _check_share(schedule: "Uniform | Ancestral", blocks: int, most: int, limit: str) -> None:
@@ -56,35 +51,27 @@ def _check_share(schedule: "Uniform | Ancestral", blocks: int, most: int, limit:
 
 
 @dataclass(frozen=True)
-class Uniform(_Planned):
+class Uniform(_Schedule):
     """``steps`` in all, shared equally by the blocks; of a block's n masked positions and s steps each step commits
     ``n // s``, the first ``n % s`` steps one more (LLaDA, arXiv:2502.09992)."""
 
-    steps: int
-
-    def __post_init__(self) -> None:
-        keep(self, "steps", whole)
+    steps: int = checked(whole)
 
     def check(self, blocks: int, masked: int) -> None:
         _check_share(self, blocks, masked, f"the {masked} positions of a block")
 
     def counts(self, masked, blocks, draw):
         share = self.steps // blocks  # [B]
-        found = []
-        for step in range(int(torch.minimum(share, masked).max())):
-            found.append((step, (masked // share + (step < masked % share)) * (step < share)))
-        return found
+        steps = range(int(torch.minimum(share, masked).max()))
+        return [(step, (masked // share + (step < masked % share)) * (step < share)) for step in steps]
 
 
 @dataclass(frozen=True)
-class Pyramid(_Planned):
+class Pyramid(_Schedule):
     """Step i of a block commits ``i // factor + 1``: few tokens at first, more as the block fills: factor 1
     takes 8 steps for 32 positions. As many steps as the block needs."""
 
-    factor: int = 1
-
-    def __post_init__(self) -> None:
-        keep(self, "factor", whole)
+    factor: int = checked(whole, default=1)
 
     def counts(self, masked, blocks, draw):
         found: list[tuple[int, torch.Tensor]] = []
@@ -97,7 +84,7 @@ class Pyramid(_Planned):
 
 
 @dataclass(frozen=True)
-class FirstHitting(_Planned):
+class FirstHitting(_Schedule):
     """One position at a time, at the times at which the reverse process hits them (arXiv:2409.02908).
 
     The times order the positions uniformly at random and enter a time-agnostic model no further, so a step commits one
@@ -111,7 +98,7 @@ class FirstHitting(_Planned):
 
 
 @dataclass(frozen=True)
-class Ancestral(_Planned):
+class Ancestral(_Schedule):
     """The reverse posterior on a grid (MDLM, arXiv:2406.07524): from time t to s every masked position is kept with
     probability ``(alpha_s - alpha_t) / (1 - alpha_t)``, by itself; at temperature 1.
 
@@ -120,13 +107,9 @@ class Ancestral(_Planned):
     on the model, so they are made first, and grid steps that keep nothing in any row are not evaluated.
     """
 
-    steps: int
-    noise: str = "linear"
+    steps: int = checked(whole)
+    noise: str = checked(one_of, NOISES, default="linear")
     confidence: ClassVar[str | None] = "random"
-
-    def __post_init__(self) -> None:
-        keep(self, "steps", whole)
-        keep(self, "noise", one_of, NOISES)
 
     def check(self, blocks: int, masked: int) -> None:
         _check_share(self, blocks, FINEST, f"{FINEST} in one block")
@@ -150,24 +133,19 @@ class Ancestral(_Planned):
 
 
 @dataclass(frozen=True)
-class _Adaptive(_Planned):
-    def counts(self, masked, blocks, draw):
-        return None
-
-
-@dataclass(frozen=True)
-class Threshold(_Adaptive):
+class Threshold(_Schedule):
     """Every position whose confidence reaches ``threshold``, and always the best (Fast-dLLM, arXiv:2505.22618).
 
     At most 1, which no confidence exceeds, and not 0, which any reaches. Below 0 it is for ``confidence="entropy"``,
     the negative entropy in nats: -0.5, say.
     """
 
-    threshold: float = 0.9
-
-    def __post_init__(self) -> None:
-        wanted = "a number above 0 and up to 1, or for confidence='entropy' a finite one below 0"
-        keep(self, "threshold", real, wanted, lambda number: number <= 1 and number != 0 and math.isfinite(number))
+    threshold: float = checked(
+        real,
+        "a number above 0 and up to 1, or for confidence='entropy' a finite one below 0",
+        lambda number: number <= 1 and number != 0 and math.isfinite(number),
+        default=0.9,
+    )
 
     def check_confidence(self, confidence: str) -> None:
         wrong = f"Threshold: threshold={self.threshold} is below every confidence={confidence!r}, which begin at 0"
@@ -179,13 +157,10 @@ class Threshold(_Adaptive):
 
 
 @dataclass(frozen=True)
-class Factor(_Adaptive):
+class Factor(_Schedule):
     """The largest k with ``(k + 1) (1 - c_k) < factor``, c sorted downwards, and always one (Fast-dLLM)."""
 
-    factor: float = 1.0
-
-    def __post_init__(self) -> None:
-        keep(self, "factor", real, "a positive finite number", lambda number: 0 < number < math.inf)
+    factor: float = checked(real, "a positive finite number", lambda number: 0 < number < math.inf, default=1.0)
 
     @property
     def rule(self) -> dict:
@@ -193,15 +168,12 @@ class Factor(_Adaptive):
 
 
 @dataclass(frozen=True)
-class EntropyBound(_Adaptive):
+class EntropyBound(_Schedule):
     """The most certain positions whose entropies, without the largest, sum to at most ``gamma`` nats
     (EB-Sampler, arXiv:2505.24857): a bound on how far sampling them at once is from one after the other."""
 
-    gamma: float = 0.1
+    gamma: float = checked(finite, default=0.1)
     confidence: ClassVar[str | None] = "entropy"
-
-    def __post_init__(self) -> None:
-        keep(self, "gamma", finite)
 
     @property
     def rule(self) -> dict:

@@ -7,7 +7,8 @@ the argument and the value.
 import math
 import numbers
 from collections.abc import Callable, Collection
-from typing import Any
+from dataclasses import field, fields
+from typing import Any, ClassVar
 
 
 def require(good: bool, message: str) -> None:
@@ -55,7 +56,24 @@ def one_of(name: str, value: Any, choices: Collection[str]) -> str:
     return value
 
 
-def keep(policy: object, name: str, check: Callable, *wanted) -> None:
-    """Check the field ``name`` of a frozen ``policy``, and keep it as ``check`` returns it."""
-    value = check(f"{type(policy).__name__}: {name}", getattr(policy, name), *wanted)
-    object.__setattr__(policy, name, value)
+def one_kind(name: str, value: Any, kind: Any, wanted: str) -> Any:
+    require(isinstance(value, kind), f"{name}={value!r} is not {wanted}")
+    return value
+
+
+def checked(check: Callable, *wanted, **options) -> Any:
+    """A field of a `Checked` dataclass, kept as ``check(name, value, *wanted)`` returns it."""
+    return field(metadata={"check": (check, wanted)}, **options)
+
+
+class Checked:
+    """Of a frozen dataclass: its `checked` fields are, when it is made. Errors name the class too."""
+
+    named: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        prefix = f"{type(self).__name__}: " if self.named else ""
+        for own in fields(self):  # type: ignore[arg-type]
+            if "check" in own.metadata:
+                check, wanted = own.metadata["check"]
+                object.__setattr__(self, own.name, check(prefix + own.name, getattr(self, own.name), *wanted))
