@@ -1,7 +1,6 @@
 """transformers' generation config for masked diffusion: what of it is honoured, and what is refused by name.
 
-Every field is one of three kinds: honoured; of no part here, whatever it holds (`NO_PART`); or not supported, and then
-refused unless it is at the value that asks for nothing. A field that a newer transformers brings is of the last kind.
+A field is honoured; ignored (`NO_PART`); or, as any that a newer transformers adds, refused unless it asks for nothing.
 """
 
 from typing import Any, cast

@@ -35,10 +35,10 @@ def warmup(
 
     On a GPU: the kernels that Triton has not compiled yet, side by side in threads, then a CUDA graph of each kind of
     step, for each length of prompts rounded up to 64 positions, and for ``batch_size`` rows and the halves of it that
-    are left when rows are done. A call of the same options and of prompts of these lengths then compiles and records
-    nothing. What is recorded is kept by the model within a share of the GPU's memory (`Pool.SHARE`): of more than that
-    holds, the longest prompts' are. On a CPU one step of each kind is taken, which makes what the first would make: the
-    table of `matmuls`, rotary tables, what libraries set up.
+    remain as rows finish. A call of the same options and of prompts of these lengths then compiles and records
+    nothing. The model keeps its recordings within a share of the GPU's memory (`Pool.SHARE`), those of the longest
+    prompts if not all fit. On a CPU one step of each kind runs, which makes what a first step needs: the table of
+    `matmuls`, rotary tables, what libraries set up.
 
     Nothing is generated, and no random number is drawn.
 

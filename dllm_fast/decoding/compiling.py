@@ -29,7 +29,7 @@ def side_by_side() -> Iterator[None]:
     """Within it, this thread's launches of the package's kernels launch nothing: what they lack is compiled, in
     threads. At its end all of it is compiled; what could not be is compiled again, and raises, when it is launched.
 
-    So the tensors that kernels would have written hold anything. Other threads launch as ever. Where Triton has no
+    The tensors that they would have written hold arbitrary values. Other threads launch as usual. Where Triton has no
     `AsyncCompileMode`, one kernel is compiled after the other.
     """
     mine, wrapped = threading.get_ident(), []

@@ -1,5 +1,4 @@
-"""Copies between host and device, and what a script has set for its thread that would change what a model's ops do:
-autocast, and which GPU is current."""
+"""Copies between host and device, and steps that no script's autocast or choice of the current GPU changes."""
 
 import contextlib
 from collections.abc import Iterator
@@ -29,8 +28,8 @@ def on_host(values: list, dtype: torch.dtype = torch.int64) -> torch.Tensor:
 
 
 def upload(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """What the host's ``values`` are on ``device``, without waiting for it: ordinary memory would have to be copied
-    before the call returns, which a GPU does when it has done all that was launched before."""
+    """Copy ``values`` from the host to ``device`` without waiting for it: from ordinary memory, the call would return
+    only when the GPU has finished everything that was launched before."""
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 

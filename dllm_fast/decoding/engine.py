@@ -65,7 +65,7 @@ class Engine:
         # Without padding there is no range to pass, and attention takes its unmasked path.
         self.start = self.pad if padded else None
         self.unpadded = False  # no row is padded, and PyTorch's attention serves that: full steps then pass no range
-        # Rows at different slots are evaluated to a common length; what overruns lands in the spare slots.
+        # Rows at different slots are computed to a common length; what overruns lands in the spare slots.
         self.end = torch.full_like(self.pad, slots) if spare else None
         self.cache = None
         if options.has_cache:
@@ -78,11 +78,11 @@ class Engine:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its cache and its graphs, which is all of it that is large."""
+        """Bytes of its cache and its graphs. The other buffers are small."""
         return self.graphs.nbytes + (0 if self.cache is None else self.cache.nbytes)
 
     def load(self, rows: list) -> None:
-        """Write the sequences of ``rows`` (`request.Row`) into the canvas, as they stand; one that is done is idle."""
+        """Write the sequences of ``rows`` (`request.Row`) into the canvas. Rows that are done are idle."""
         shape = (len(rows), self.slots)
         canvas, open_ = (torch.zeros(shape, dtype=dtype, device="cpu") for dtype in (torch.int64, torch.bool))
         for b, row in enumerate(rows):
@@ -105,7 +105,7 @@ class Engine:
         return read[:, :-1], [None if bad == GOOD else divmod(bad, 1 << 32) for bad in read[:, -1].tolist()]
 
     def take_over(self, other: "Engine", stayed: list[int]) -> None:
-        """Go on with the rows ``stayed`` of a larger engine: its cache, the last slots of it."""
+        """Continue with the rows ``stayed`` of a larger engine: copy the last slots of its cache."""
         if self.cache is not None and not self.options.refresh.full(1):
             index = other._doubled(upload(on_host(stayed), self.device))
             self.cache.take_over(other.cache, index, other.slots - self.slots, self.slots)
@@ -330,7 +330,7 @@ class Engine:
         self, heads: tuple[torch.Tensor, torch.Tensor | None], at: torch.Tensor, wanted: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Token and confidence [B, T] and log-sum-exp [B*T] of the positions ``wanted`` [B, T], which lie at slots
-        ``at``. Keeps in mind at which step logits first were NaN or infinite."""
+        ``at``. Records the step at which logits first were NaN or infinite."""
         o, (hidden, uncond) = self.options, heads
         token, score, lse = ops.predict(
             hidden,
@@ -355,7 +355,7 @@ class Engine:
         return token.view_as(at), score.view_as(at), lse
 
     def _commit(self, token, score, candidate: torch.Tensor, quota: torch.Tensor) -> torch.Tensor:
-        """Write the schedule's choice of the candidates [B, T], of a plan ``quota`` [B] of them; which they were."""
+        """Write the candidates [B, T] that the schedule chooses, ``quota`` [B] of them if planned. Returns which."""
         rule = {"count": quota} if self.is_planned else self.options.schedule.rule
         return ops.commit(self.canvas, token, score, candidate, self.slot, **rule, impl=self.family.impl)
 

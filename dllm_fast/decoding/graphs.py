@@ -14,7 +14,7 @@ def records(device: torch.device, impl: str) -> bool:
 
 
 class Graphs:
-    """Runs functions that read and write static buffers alone and never wait for the device.
+    """Runs functions that read and write only static buffers and never wait for the device.
 
     On CUDA the first run of a key is eager, which lets kernels compile and libraries make their handles; the second
     is recorded, and from then on it is one launch. Elsewhere every run is eager.

@@ -11,7 +11,7 @@ LOGITS = 256  # rows of fp32 logits that are held at once where there is no fuse
 
 
 def need(family, options: Options, rows: int, slots: int, spare: int) -> int:
-    """Bytes that generating takes beside the weights: the cache, a full forward's activations, a chunk of logits."""
+    """Bytes that generation needs besides the weights: the cache, a full forward's activations, a chunk of logits."""
     vocabulary, width = family.head()[0].shape
     size = family.head()[0].element_size()
     rows *= options.passes
@@ -41,7 +41,7 @@ def available(device: torch.device) -> int | None:
 
 
 def fits(family, options: Options, rows: int, slots: int, spare: int, held: int) -> bool:
-    """Whether a batch of this shape fits into what is free, less ``held`` bytes, as far as there is any telling."""
+    """Whether a batch of this shape fits into what is free, less ``held`` bytes; True if that is unknown."""
     there = available(family.head()[0].device)
     return there is None or need(family, options, rows, slots, spare) <= there - held
 

@@ -107,7 +107,7 @@ class Server:
                 rows[seat] = self.waiting.pop(0)
         self.going = [row for row in rows if not row.done]
         stayed = self._stay(rows)
-        # An idle seat goes along with the first row, and has nothing to fill.
+        # An idle seat repeats the first row, with nothing to fill.
         ids = self.going[0].ids
         idle = Row(-1, 0, ids, torch.zeros_like(ids, dtype=torch.bool), [], self.options.mask_id)
         self.seated = [idle if rows[seat].done else rows[seat] for seat in stayed]
@@ -124,7 +124,7 @@ class Server:
         self.engine.load(self.seated)
 
     def _stay(self, rows: list[Row]) -> list[int]:
-        """Which seats stay: the taken ones. Where steps are recorded, empty ones too, until half of all suffice."""
+        """The seats to keep: the taken ones and, where steps are recorded, empty ones until half the seats will do."""
         taken = [seat for seat, row in enumerate(rows) if not row.done]
         seats = len(rows) if self.recorded else len(taken)
         while seats // 2 >= len(taken):

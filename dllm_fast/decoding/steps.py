@@ -48,7 +48,7 @@ class Steps(NamedTuple):
             window = before + block
         else:
             window = min(before + block + after, slots)
-        return cls(Step(slots, 0, True, True), Step(window, before, False, True), Step(block))
+        return cls(Step(slots, whole=True, refreshes=True), Step(window, before, refreshes=True), Step(block))
 
 
 class Rows(NamedTuple):

@@ -91,8 +91,8 @@ def before_stop(text: str, until: Sequence[str]) -> str:
 def answer_text(tokenizer, ids: list[int], eos_ids: Sequence[int], until: Sequence[str] = ()) -> str:
     """Generated ids as text: up to the end of text, then to the first stop string, then without special tokens.
 
-    In this order, because a stop string may be a special token, as a chat's end of turn is. Text that spells a special
-    token, but is none, stays.
+    In this order, because a stop string may be a special token, as a chat's end of turn is. Text that only looks like a
+    special token stays.
     """
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     runs: list[list[int]] = []
