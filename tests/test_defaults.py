@@ -31,6 +31,7 @@ from dllm_fast import (
     Window,
 )
 from dllm_fast.evaluate.likelihood import are_greedy, log_likelihoods
+from dllm_fast.families.native import TRANSFORMERS_5
 from dllm_fast.train import losses
 
 MAKERS = {"llada": make_llada, "modernbert": make_modernbert}
@@ -202,6 +203,8 @@ def training_losses(model):
 
 @pytest.mark.parametrize("family", MAKERS)
 def test_losses_are_the_same_under_any_setting(family, setting):
+    if family == "modernbert" and setting in (SETTINGS["meta"], SETTINGS["with-meta"]) and not TRANSFORMERS_5:
+        pytest.skip("transformers 4's ModernBERT makes its mask on the default device")
     model = MAKERS[family]()
     expected = training_losses(model)
     with setting():

@@ -12,6 +12,7 @@ from tiny import make_llada
 import dllm_fast
 from dllm_fast.cli import main as cli
 from dllm_fast.errors import exit_code, one_line
+from dllm_fast.families.native import TRANSFORMERS_5
 from dllm_fast.loading import load_tokenizer, require_device
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -41,6 +42,8 @@ def fails(capsys, arguments) -> str:
 @pytest.mark.parametrize("locale", [{}, {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}], ids=["", "C"])
 @pytest.mark.parametrize("text", [b"\xff\xfe\x00 [MASK]", b"[MASK] \xe9t\xe9"], ids=["utf-16", "latin-1"])
 def test_standard_input_that_is_not_utf8(text, locale):
+    if locale and not TRANSFORMERS_5:
+        pytest.skip("transformers 4 imports Inductor, which reads a file of its own in the locale's encoding")
     done = start(*QUICK, input=text, env={**os.environ, **locale})
     error = done.stderr.decode()
     assert done.returncode == 2 and last_line(error).startswith("error: standard input is not"), error

@@ -12,6 +12,12 @@ from dllm_fast.train.training import DiffusionTrainer
 ROWS = [{"input_ids": row} for row in torch.randint(0, EOS, (16, 24), generator=torch.Generator().manual_seed(2))]
 
 
+@pytest.fixture(autouse=True)
+def full_precision(monkeypatch):
+    """transformers 4 leaves a run's precision in the environment, for those that follow."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+
+
 def trained(tmp_path, model, **settings) -> list[float]:
     """The losses of three steps on four rows each."""
     args = TrainingArguments(

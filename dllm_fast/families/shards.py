@@ -17,6 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from dllm_fast.families import FAMILIES
+from dllm_fast.families.native import TRANSFORMERS_5
 from dllm_fast.families.rounded import KINDS, Held, RoundedLinear, require_kind
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -73,8 +74,10 @@ def _skeleton(cls: type[PreTrainedModel], family: type, kind: str) -> type[PreTr
                 path, _, last = names[linear].rpartition(".")
                 setattr(self.get_submodule(path), last, RoundedLinear(linear, held, first))
                 first += linear.out_features
-        rounded = {f"^{re.escape(path)}[.]weight$" for path in _rounded(self)}
-        self._keys_to_ignore_on_load_unexpected = {*(self._keys_to_ignore_on_load_unexpected or ()), *rounded}
+        rounded = (f"^{re.escape(path)}[.]weight$" for path in _rounded(self))
+        patterns = [*(self._keys_to_ignore_on_load_unexpected or ()), *rounded]
+        # transformers 5 adds a set of its own to them, transformers 4 a list.
+        self._keys_to_ignore_on_load_unexpected = set(patterns) if TRANSFORMERS_5 else patterns
         for part in _drawing(self):
             part._init_weights = functools.partial(_draw, part._init_weights)
 
