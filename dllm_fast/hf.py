@@ -4,6 +4,7 @@ import copy
 import functools
 import inspect
 from dataclasses import InitVar, dataclass
+from typing import Any
 
 import torch
 from transformers import EosTokenCriteria, GenerationConfig, MaxLengthCriteria, TemperatureLogitsWarper
@@ -35,9 +36,9 @@ class DiffusionOutput(ModelOutput):
     The last two are attributes and no entries: a pipeline hands a batch on row by row, and fails at a second entry.
     """
 
-    sequences: torch.LongTensor | None = None
-    nfe: InitVar[torch.LongTensor | None] = None
-    tokens_per_forward: InitVar[torch.FloatTensor | None] = None
+    sequences: torch.Tensor | None = None
+    nfe: InitVar[torch.Tensor | None] = None
+    tokens_per_forward: InitVar[torch.Tensor | None] = None
 
     def __post_init__(self, nfe, tokens_per_forward):
         super().__post_init__()
@@ -91,7 +92,7 @@ def custom_generate(model, input_ids: torch.Tensor | None = None, **kwargs) -> t
 
 # transformers' own generate reads the signature to learn which keyword arguments are the callable's. An attention mask
 # it hands over in any case.
-custom_generate.__signature__ = inspect.Signature(
+custom_generate.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
     [
         *(p for name, p in inspect.signature(generate).parameters.items() if name != "attention_mask"),
         *(
@@ -159,7 +160,8 @@ def _filled(
     masked = masked if attention_mask is None else masked & attention_mask.bool()
     open_[:, : input_ids.shape[1]] = masked.cpu()
     texts = [row[mine].tolist() for row, mine in zip(sequences.cpu(), open_)]
-    counts = [min(len(before_end(text, options.eos_id)) + 1, len(text)) for text in texts]
+    eos_ids: Any = options.eos_id  # a tuple, once resolved
+    counts = [min(len(before_end(text, eos_ids)) + 1, len(text)) for text in texts]
     return torch.tensor(counts, dtype=torch.float32, device="cpu")
 
 
@@ -171,7 +173,7 @@ def _split(kwargs: dict, input_ids: torch.Tensor) -> tuple[torch.Tensor | None, 
     attention_mask = kwargs.pop("attention_mask", None)
     check_token_types(kwargs.pop("token_type_ids", None))
     kwargs.pop("tokenizer", None)  # of use to stop strings alone, which are refused
-    fields = {}
+    fields: dict[str, Any] = {}
     for name, value in kwargs.items():
         field = ALIASES.get(name, name)
         if value is None and name not in NONE_COUNTS:

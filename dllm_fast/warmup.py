@@ -15,7 +15,7 @@ from dllm_fast.decoding.options import Options
 from dllm_fast.decoding.request import Row, plan_row
 from dllm_fast.decoding.server import Server, rounded_up
 from dllm_fast.decoding.steps import Step, Steps
-from dllm_fast.decoding.values import is_whole, require, whole
+from dllm_fast.decoding.values import require, whole
 from dllm_fast.families.bypass import unwrapped
 from dllm_fast.patch import bound_family, bound_pool
 
@@ -81,7 +81,7 @@ def warmup(
 
 def _lengths(given: int | Iterable[int]) -> list[int]:
     """Sorted, each once."""
-    lengths = [given] if is_whole(given) else list(given)
+    lengths = list(given) if isinstance(given, Iterable) else [given]
     require(bool(lengths), "prompt_lengths: there are none")
     return sorted({whole("prompt_lengths", length) for length in lengths})
 

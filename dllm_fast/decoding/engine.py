@@ -16,8 +16,8 @@ its block is filled or nothing of it is committed, the forward computes it along
 
 import contextlib
 import functools
-from collections.abc import Callable
-from typing import ClassVar
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
 
 import torch
 
@@ -92,9 +92,9 @@ class Engine:
         self.open.copy_(upload(open_, self.device))
         self.lengths = [len(row.ids) for row in rows]
         self.idle = [row.done for row in rows]
-        shape = self.family.heads, self.family.kv_heads, self.family.head_dim, self.slots
+        attention_shape = self.family.heads, self.family.kv_heads, self.family.head_dim, self.slots
         filled = self.end is None and min(self.lengths) == self.slots
-        self.unpadded = filled and attentions.serves(self.device, self.weight.dtype, *shape)
+        self.unpadded = filled and attentions.serves(self.device, self.weight.dtype, *attention_shape)
         self.pad.copy_(upload(on_host([row.pad(self.slots) for row in rows]), self.device))
         self.row.copy_(upload(on_host([row.noise for row in rows]), self.device))
         self.bad.fill_(GOOD)
@@ -127,7 +127,7 @@ class Engine:
         steps = self.steps(int(slot.min()))
         if planned is not None:
             plan = upload(torch.stack([count for _, count in planned]), self.device)  # [steps, B]
-            numbers = [step for step, _ in planned]
+            numbers: Iterable[int] = [step for step, _ in planned]
         else:
             numbers = range(self.block_size + (self.options.block_length if self.options.remask else 0))
         going = ~on_host(self.idle, torch.bool)  # [B]
@@ -362,9 +362,10 @@ class Engine:
     def _probability(self, heads: tuple, token: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
         """The probabilities that the model now gives to ``token`` [B, T]."""
         o, (hidden, uncond) = self.options, heads
+        suppressed: Any = o.suppress_tokens  # a tuple, once resolved
         return ops.token_probability(
             hidden, *self.family.head_operands(), token=token.flatten(), lse=lse, uncond=uncond,
-            cfg_scale=o.cfg_scale, deferred=[i for i in o.defer_tokens if i not in o.suppress_tokens],
+            cfg_scale=o.cfg_scale, deferred=[i for i in o.defer_tokens if i not in suppressed],
         ).view_as(token)  # fmt: skip
 
     def _remask(self, seen: Committed, at: torch.Tensor) -> torch.Tensor:

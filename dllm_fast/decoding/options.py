@@ -74,12 +74,15 @@ class Options(Checked):
         require(mask_id not in eos_ids, f"eos_id={self.eos_id}: the mask id, {mask_id}, ends no text")
         pad_id = None if self.pad_id is None else as_id("pad_id", self.pad_id, vocabulary)
         require(pad_id != mask_id, f"pad_id={pad_id} is the mask id")
-        names = ("suppress_tokens", "defer_tokens")
-        held = {name: tuple(sorted(set(as_ids(name, getattr(self, name), vocabulary)))) for name in names}
-        left = vocabulary - len({mask_id, *held["suppress_tokens"]})
+        suppressed = tuple(sorted(set(as_ids("suppress_tokens", self.suppress_tokens, vocabulary))))
+        deferred = tuple(sorted(set(as_ids("defer_tokens", self.defer_tokens, vocabulary))))
+        left = vocabulary - len({mask_id, *suppressed})
         require(left > 0, f"suppress_tokens: leaves no token of the vocabulary of {vocabulary} to choose")
         seed = int(torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu")) if self.seed is None else self.seed
-        return replace(self, mask_id=mask_id, eos_id=eos_ids, pad_id=pad_id, seed=seed, **held)
+        return replace(
+            self, mask_id=mask_id, eos_id=eos_ids, pad_id=pad_id, seed=seed, suppress_tokens=suppressed,
+            defer_tokens=deferred,
+        )  # fmt: skip
 
     @property
     def has_cache(self) -> bool:

@@ -10,6 +10,7 @@ waits for the host.
 import contextlib
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -43,7 +44,8 @@ class Server:
         self.waiting = sorted((row for row in rows if not row.done), key=lambda row: -len(row.ids))
         self.seated: list[Row] = []
         self.going: list[Row] = []  # those of them that are not done
-        self.engine = self.key = None
+        self.engine: Engine | None = None
+        self.key: tuple | None = None
         self.recorded = records(self.device, family.impl)
         self.stream = None if streamer is None else _Stream(streamer, rows[0])
         self.seats = min(seats, len(self.waiting))
@@ -180,7 +182,8 @@ class Server:
                     f"model: logits are NaN or infinite at step {step} of block {block} of row {row.index}: "
                     f"weights that are, or activations too large for {engine.weight.dtype}"
                 )
-            row.take(ids[row.pad(engine.slots) :], self.options.eos_id, self.options.pad_id)
+            eos_ids: Any = self.options.eos_id  # a tuple, once resolved
+            row.take(ids[row.pad(engine.slots) :], eos_ids, self.options.pad_id)
         if self.stream is not None:
             self.stream.flush()
 

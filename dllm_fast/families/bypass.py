@@ -149,7 +149,7 @@ def known_classes(model: nn.Module, calls: Calls, files: Iterable[str]) -> froze
     return frozenset(classes)
 
 
-def class_name(module: nn.Module) -> str:
+def class_name(module: object) -> str:
     """Its class, with the module unless that is PyTorch's: several libraries have classes of the same name."""
     kind = type(module)
     return kind.__qualname__ if kind.__module__.startswith("torch.nn.") else f"{kind.__module__}.{kind.__qualname__}"

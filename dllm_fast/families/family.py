@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,7 +29,6 @@ class Family(ABC):
     remote_code: Callable | None = None
     # Modules whose classes the forward may bypass, beside the model's own and PyTorch's.
     files: tuple[str, ...]
-    calls: Calls  # the modules that `hidden` calls, so hooks and adapters on them act, see `bypass`
     positions: int
     heads: int
     kv_heads: int
@@ -42,15 +42,21 @@ class Family(ABC):
     def __init__(
         self, model: nn.Module, impl: str, matmuls: Matmuls = matmuls, rounded_head: RoundedHead | None = None
     ):
-        self.model = model
+        self.model: Any = model  # each family knows its modules' names
         self.matmuls = matmuls
         self.rounded_head = rounded_head
-        self._read_config(model.config)
+        config: Any = model.config
+        self._read_config(config)
         require_weights(self._read_modules())
         self.known = known_classes(model, self.calls, self.files)
         weight = self.head()[0]
         self._impl = Impl(impl, weight)
         self._tables = RopeTables(self.positions, self.head_dim, self.thetas, weight.device)
+
+    @property
+    @abstractmethod
+    def calls(self) -> Calls:
+        """The modules that `hidden` calls, so that hooks and adapters on them act, see `bypass`."""
 
     # What `patch`, `loading` and training ask of the family, whose forward is not needed for it.
 

@@ -1,6 +1,7 @@
 """LLaDA: the published remote-code class and the native one, which name their modules alike."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,12 +34,12 @@ class LLaDA(Family):
         return MaskedLMOutput if isinstance(model, LLaDAModelLM) else CausalLMOutputWithPast
 
     @staticmethod
-    def linears(model: nn.Module) -> Iterator[tuple[nn.Module, ...]]:
+    def linears(model: Any) -> Iterator[tuple[nn.Module, ...]]:
         for block in model.model.transformer.blocks:
             yield from (LLaDA._qkv(block), (block.attn_out,), _gate_up(block), (block.ff_out,))
 
     @staticmethod
-    def labelled(model: nn.Module, input_ids: torch.Tensor, chosen: torch.Tensor) -> tuple[torch.Tensor, nn.Module]:
+    def labelled(model: Any, input_ids: torch.Tensor, chosen: torch.Tensor) -> tuple[torch.Tensor, nn.Module]:
         return model.model(input_ids, head=False)[chosen], model.model.transformer.ff_out
 
     @staticmethod
@@ -70,7 +71,7 @@ class LLaDA(Family):
                 yield f"model.transformer.{name}", module
 
     @property
-    def transformer(self) -> nn.Module:
+    def transformer(self) -> Any:
         return self.model.model.transformer
 
     @property
@@ -99,7 +100,8 @@ class LLaDA(Family):
         return block.q_proj, block.k_proj, block.v_proj
 
     def _after_attention(self, block, attended, x, impl):
-        y, x = self._norm(x, *self.matmuls(attended, block.attn_out, impl=impl), block.ff_norm)
+        (delta,) = self.matmuls(attended, block.attn_out, impl=impl)
+        y, x = self._norm(x, delta, block.ff_norm)
         (gated,) = self.matmuls(y, *_gate_up(block), gated=True, impl=impl)
         (delta,) = self.matmuls(gated, block.ff_out, impl=impl)
         return delta, x
@@ -108,5 +110,5 @@ class LLaDA(Family):
         return self._norm(x, delta, self.transformer.ln_f)[0]
 
 
-def _gate_up(block: nn.Module) -> tuple[nn.Module, ...]:
+def _gate_up(block: Any) -> tuple[nn.Module, ...]:
     return block.ff_proj, block.up_proj

@@ -1,6 +1,7 @@
 """`DiffusionGenerationMixin`: ``model.generate`` of the native LLaDA, and of any model while it is patched."""
 
 import types
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,7 +18,7 @@ class DiffusionGenerationMixin:
 
     @torch.no_grad()
     def generate(
-        self,
+        self: Any,
         inputs: torch.Tensor | None = None,  # [B, P] int64
         generation_config: GenerationConfig | None = None,
         logits_processor=None,
@@ -75,7 +76,7 @@ class DiffusionGenerationMixin:
             )
         return own(self, custom_generate=custom_generate, trust_remote_code=trust_remote_code, **arguments)
 
-    def adjust_generation_fn(self, *args, **kwargs) -> None:
+    def adjust_generation_fn(self: Any, *args, **kwargs) -> None:
         """Read ``generation_config.json``; transformers 5 calls this after loading."""
         GenerationMixin.adjust_generation_fn(self, *args, **kwargs)
         self.generation_config = generation_config_of(self)
@@ -98,7 +99,7 @@ def would_replace(model: nn.Module) -> dict[str, object] | None:
     return {name: model.__dict__[name] for name in LENT if name in model.__dict__}
 
 
-def generation_config_of(model: nn.Module) -> GenerationConfig:
+def generation_config_of(model: Any) -> GenerationConfig:
     """The model's generation config as a `DiffusionGenerationConfig`, or a new one from the model's config."""
     from dllm_fast.generation_config import DiffusionGenerationConfig
 

@@ -1,6 +1,7 @@
 """ModernBERT (arXiv:2412.13663): transformers' own `ModernBertForMaskedLM`, 4.57 or 5.x."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,14 +29,14 @@ class ModernBert(Family):
         return fresh_rotary(model)
 
     @staticmethod
-    def linears(model: nn.Module) -> Iterator[tuple[nn.Module, ...]]:
+    def linears(model: Any) -> Iterator[tuple[nn.Module, ...]]:
         # Each alone: `Wqkv` and `Wi` are one matrix as they come.
         for block in model.model.layers:
             for linear in (block.attn.Wqkv, block.attn.Wo, block.mlp.Wi, block.mlp.Wo):
                 yield (linear,)
 
     @staticmethod
-    def labelled(model: nn.Module, input_ids: torch.Tensor, chosen: torch.Tensor) -> tuple[torch.Tensor, nn.Module]:
+    def labelled(model: Any, input_ids: torch.Tensor, chosen: torch.Tensor) -> tuple[torch.Tensor, nn.Module]:
         return model.head(model.model(input_ids=input_ids).last_hidden_state[chosen]), model.decoder
 
     @staticmethod
@@ -92,7 +93,8 @@ class ModernBert(Family):
         return (block.attn.Wqkv,)
 
     def _after_attention(self, block, attended, x, impl):
-        y, x = self._norm(x, *self.matmuls(attended, block.attn.Wo, impl=impl), block.mlp_norm)
+        (delta,) = self.matmuls(attended, block.attn.Wo, impl=impl)
+        y, x = self._norm(x, delta, block.mlp_norm)
         (gate_up,) = self.matmuls(y, block.mlp.Wi, impl=impl)
         (delta,) = self.matmuls(ops.geglu(*gate_up.chunk(2, -1), impl=impl), block.mlp.Wo, impl=impl)
         return delta, x
@@ -121,7 +123,7 @@ def rope_theta(config, sliding: bool) -> float:
     return parameters["rope_theta"]
 
 
-def fresh_rotary(model: nn.Module) -> list[tuple[nn.Module, str, torch.Tensor]]:
+def fresh_rotary(model: Any) -> list[tuple[nn.Module, str, torch.Tensor]]:
     """(module, buffer name, fp32 values) of every rotary buffer that differs from the config's.
 
     ``.to(torch.bfloat16)`` rounds them with the weights: cos is then off by 0.36 at position 8000.

@@ -5,6 +5,8 @@ remote code. The forward is the plain one, with all logits at all positions; `dl
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -110,8 +112,8 @@ class LLaDAConfig(PretrainedConfig):
         self.attention_dropout = attention_dropout
         self.residual_dropout = residual_dropout
         self.embedding_dropout = embedding_dropout
-        kwargs["tie_word_embeddings"] = weight_tying
-        super().__init__(eos_token_id=eos_token_id, pad_token_id=pad_token_id, **kwargs)
+        kwargs |= {"tie_word_embeddings": weight_tying, "eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
+        super().__init__(**kwargs)
 
 
 def kv_heads(config: PretrainedConfig) -> int:
@@ -179,10 +181,12 @@ class LLaDABlock(nn.Module):
 
 
 class LLaDAModel(nn.Module):
+    _gradient_checkpointing_func: Callable  # set with `gradient_checkpointing` by `gradient_checkpointing_enable`
+
     def __init__(self, config: LLaDAConfig):
         super().__init__()
         self.config = config
-        self.gradient_checkpointing = False  # set, with the function to call, by `gradient_checkpointing_enable`
+        self.gradient_checkpointing = False
         wte = nn.Embedding(config.embedding_size, config.d_model)
         self.transformer = nn.ModuleDict(
             {
@@ -204,7 +208,7 @@ class LLaDAModel(nn.Module):
     ) -> torch.Tensor:
         """Logits [B, L, V]; without ``head``, the input of the head, [B, L, d]."""
         config = self.config
-        transformer = self.transformer
+        transformer: Any = self.transformer
         x = transformer.wte(input_ids) if inputs_embeds is None else inputs_embeds
         x = F.dropout(x, config.embedding_dropout, self.training)
         cos, sin = rope_table(x.shape[1], config.d_model // config.n_heads, config.rope_theta, x.device)
@@ -223,7 +227,7 @@ class LLaDAModel(nn.Module):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """The head's logits [..., V] of hidden states [..., d]."""
-        head = self.transformer.ff_out
+        head: Any = self.transformer.ff_out
         # A tied head is the embedding itself; any other head is called, so that adapters and hooks on it act.
         return F.linear(hidden, head.weight) if isinstance(head, nn.Embedding) else head(hidden)
 
@@ -241,7 +245,8 @@ class LLaDAModelLM(PreTrainedModel, DiffusionGenerationMixin):
         super().__init__(config)
         if config.weight_tying:
             head, embedding = "model.transformer.ff_out.weight", "model.transformer.wte.weight"
-            self._tied_weights_keys = {head: embedding} if TRANSFORMERS_5 else [head]
+            tied: Any = {head: embedding} if TRANSFORMERS_5 else [head]
+            self._tied_weights_keys = tied
         self.generation_config = generation_config_of(self)
         self.model = LLaDAModel(config)
         self.post_init()
@@ -262,7 +267,7 @@ class LLaDAModelLM(PreTrainedModel, DiffusionGenerationMixin):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         **kwargs,
-    ) -> MaskedLMOutput | tuple[torch.Tensor, ...]:
+    ) -> MaskedLMOutput | tuple:
         """Logits [B, L, V] in the model's dtype; if asked for, also hidden states [B, L, d]: the input of each layer
         and of the head. Losses are in `train.losses`; ``labels`` raise a ValueError."""
         if self.config.output_attentions:
@@ -273,7 +278,7 @@ class LLaDAModelLM(PreTrainedModel, DiffusionGenerationMixin):
             raise ValueError("LLaDAModelLM.forward takes either input_ids or inputs_embeds")
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        states = [] if output_hidden_states else None
+        states: list[Any] | None = [] if output_hidden_states else None
         logits = self.model(input_ids, attention_mask, inputs_embeds, states)
         if not (self.config.return_dict if return_dict is None else return_dict):
             return (logits, tuple(states)) if output_hidden_states else (logits,)
@@ -293,7 +298,7 @@ class LLaDAModelLM(PreTrainedModel, DiffusionGenerationMixin):
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.model.transformer["ff_out"] = value
 
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Module:
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Embedding:
         """transformers' own; also sets ``config.embedding_size``, from which a saved model is built again."""
         embedding = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
         self.config.embedding_size = self.model.transformer.wte.weight.shape[0]

@@ -18,7 +18,7 @@ from dllm_fast.families.fp8 import Fp8
 from dllm_fast.families.int4 import Int4
 from dllm_fast.families.linears import plain, stamp, wants_grad
 
-KINDS = {"fp8": Fp8, "int4": Int4}  # by what `patch` calls them
+KINDS: dict[str, type[Fp8] | type[Int4]] = {"fp8": Fp8, "int4": Int4}  # by what `patch` calls them
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
@@ -117,7 +117,7 @@ def loaded_kind(model: nn.Module) -> str | None:
 
 @dataclass
 class _Copy:
-    sources: list[nn.Parameter]  # kept alive, so that no other weight can get the same address
+    sources: list[torch.Tensor]  # kept alive, so that no other weight can get the same address
     stamps: list[tuple]  # of the sources, see `Copies._stamps`
     matrix: Fp8 | Int4  # their rows, one weight below the other
 
@@ -158,8 +158,8 @@ class Copies:
         if not biased:
             y = matrix.matmul(x, gated, impl)
             return (y,) if gated else y.split(widths, -1)
-        parts = zip(matrix.matmul(x, False, impl).split(widths, -1), linears, strict=True)
-        parts = tuple(part if linear.bias is None else part + linear.bias for part, linear in parts)
+        pairs = zip(matrix.matmul(x, False, impl).split(widths, -1), linears, strict=True)
+        parts = tuple(part if linear.bias is None else part + linear.bias for part, linear in pairs)
         return (ops.swiglu(*parts, impl=impl),) if gated else parts
 
     def _matrix(self, linears: tuple[nn.Module, ...]) -> Fp8 | Int4:
@@ -183,7 +183,7 @@ class Copies:
     def _copied(self, linears: tuple[nn.Module, ...]) -> _Copy:
         """A copy of the linears' weights, in the old one's memory if it fits: CUDA graphs go on reading there."""
         stamps = self._stamps(linears)
-        weights = [linear.weight for linear in linears]
+        weights: list[torch.Tensor] = [linear.get_parameter("weight") for linear in linears]
         return _copied(self.kind, weights, stamps, self.copies.get(linears[0]))
 
 

@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -17,6 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from dllm_fast.families import FAMILIES
+from dllm_fast.families.family import Family
 from dllm_fast.families.native import TRANSFORMERS_5
 from dllm_fast.families.rounded import KINDS, Held, RoundedLinear, require_kind
 
@@ -43,7 +45,7 @@ def load_rounded(
     """
     require_kind(kind, device)
     files = _files(name, **{key: value for key, value in kwargs.items() if key in PLACES})
-    skeleton = _skeleton(cls, FAMILIES[config.model_type], kind)
+    skeleton: Any = _skeleton(cls, FAMILIES[config.model_type], kind)
     with torch.device("cpu"):
         model, report = skeleton.from_pretrained(name, config=config, dtype=dtype, output_loading_info=True, **kwargs)
     model.__class__ = cls
@@ -61,7 +63,7 @@ def load_rounded(
     return model.to(device), report
 
 
-def _skeleton(cls: type[PreTrainedModel], family: type, kind: str) -> type[PreTrainedModel]:
+def _skeleton(cls: type[PreTrainedModel], family: type[Family], kind: str) -> type[PreTrainedModel]:
     """``cls`` without weights in the layers' linears."""
 
     def __init__(self, *args, **kwargs):
@@ -70,6 +72,7 @@ def _skeleton(cls: type[PreTrainedModel], family: type, kind: str) -> type[PreTr
         for linears in list(family.linears(self)):
             held = Held(kind)
             first = 0
+            linear: Any
             for linear in linears:
                 path, _, last = names[linear].rpartition(".")
                 setattr(self.get_submodule(path), last, RoundedLinear(linear, held, first))
@@ -85,7 +88,7 @@ def _skeleton(cls: type[PreTrainedModel], family: type, kind: str) -> type[PreTr
     return type(cls.__name__, (cls,), {"__init__": __init__, "__module__": cls.__module__})
 
 
-def _drawing(model: nn.Module) -> list[PreTrainedModel]:
+def _drawing(model: nn.Module) -> list[Any]:
     """The modules that draw new weights for their own modules: ModernBERT has a model inside the model."""
     return [module for module in model.modules() if isinstance(module, PreTrainedModel)]
 
