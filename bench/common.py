@@ -4,7 +4,6 @@ import datetime
 import os
 import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 import transformers
 
+from bench import checkout
 from dllm_fast import LLaDAConfig, LLaDAModelLM
 from dllm_fast.decoding import schedules
 from dllm_fast.decoding.graphs import Graphs
@@ -133,13 +133,12 @@ def require_idle(force: bool) -> float:
 
 def machine(device: torch.device, dtype: torch.dtype) -> str:
     """One line that says where, and with which versions, a bench ran."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     name = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     return (
         f"{name}, {str(dtype).removeprefix('torch.')}, {datetime.date.today()}, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}, commit {commit or 'unknown'}"
+        f"transformers {transformers.__version__}, commit {checkout.commit()}"
     )
 
 

@@ -18,7 +18,9 @@ import threading
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from bench import checkout
+from bench.checkout import ROOT
+
 RESULTS = ROOT / "bench" / "results"
 
 PYTEST = "-m pytest -q -p no:cacheprovider"
@@ -75,22 +77,6 @@ PIECES = {
     "compile": (480, tests("resources")),
     "sanitizer": (480, "-m bench.ops.sanitize"),
 }
-
-
-def commit() -> str:
-    """The checkout's commit, with a "+" if it has changes outside the results; without git, $COMMIT."""
-
-    def git(*arguments: str) -> str:
-        try:
-            done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
-        except OSError:
-            return ""
-        return done.stdout.strip() if done.returncode == 0 else ""
-
-    head = git("rev-parse", "--short=12", "HEAD")
-    if not head:
-        return os.environ.get("COMMIT", "unknown")
-    return head + "+" * bool(git("status", "--porcelain", "--", ".", ":!bench/results"))
 
 
 def has_run(path: Path, at: str) -> bool:
@@ -157,7 +143,7 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("no CUDA device: these checks and benches need one", file=sys.stderr)
         return 2
-    device, at = torch.cuda.get_device_name().lower().replace(" ", "-"), commit()
+    device, at = torch.cuda.get_device_name().lower().replace(" ", "-"), checkout.commit(12)
     out = options.out / device
     out.mkdir(parents=True, exist_ok=True)
     versions = f"torch {torch.__version__}, triton {triton.__version__}, transformers {transformers.__version__}"

@@ -24,9 +24,7 @@ import datetime
 import json
 import math
 import os
-import subprocess
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 
@@ -36,6 +34,7 @@ if not torch.cuda.is_available():
 import triton
 import triton.language as tl
 
+from bench import checkout
 from dllm_fast.kernels import gumbel as kernel
 from dllm_fast.kernels import reference
 
@@ -250,15 +249,9 @@ def grouped(count: int, generator: torch.Generator) -> dict[str, dict]:
 
 
 def head(device: str) -> str:
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    except OSError:
-        commit = ""
-    commit = commit or os.environ.get("COMMIT", "unknown")
     where = torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()} CPU cores, Triton's interpreter"
     versions = f"torch {torch.__version__}, triton {triton.__version__}"
-    return f"{where}, {datetime.date.today()}, {versions}, commit {commit}"
+    return f"{where}, {datetime.date.today()}, {versions}, commit {checkout.commit()}"
 
 
 def report_draws(count: int, generator: torch.Generator) -> dict:

@@ -13,7 +13,6 @@ import datetime
 import json
 import os
 import platform
-import subprocess
 import sys
 from pathlib import Path
 
@@ -22,6 +21,7 @@ import transformers
 from tqdm import tqdm
 
 import dllm_fast
+from bench import checkout
 from dllm_fast.cli.main import add_held_back, add_model_options, load
 from dllm_fast.cli.view import print_table
 from dllm_fast.decoding.options import CACHES
@@ -126,7 +126,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     if args.execute:
         check_executor(problems)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    commit = checkout.commit()
     device = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{os.cpu_count()} cores"
     print(f"{platform.machine()}, {device}, {datetime.date.today()}, commit {commit}")
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, {' '.join(sys.argv[1:])}")

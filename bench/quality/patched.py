@@ -10,13 +10,13 @@ import datetime
 import json
 import os
 import platform
-import subprocess
 
 import torch
 import transformers
 from transformers import AutoTokenizer
 
 import dllm_fast
+from bench import checkout
 from dllm_fast.cli.view import print_table
 from dllm_fast.decoding.published import published_generate
 from dllm_fast.kernels.checks import dtype_name
@@ -91,7 +91,7 @@ def samples(name: str, tokenizer) -> list[dict]:
 
 
 def main() -> None:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    commit = checkout.commit()
     device = f"{platform.machine()}, {os.cpu_count()} cores, {datetime.date.today()}"
     print(f"{device}, torch {torch.__version__}, transformers {transformers.__version__}, commit {commit}")
     rows, texts = [], []

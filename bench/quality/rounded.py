@@ -16,7 +16,6 @@ import datetime
 import json
 import os
 import platform
-import subprocess
 from unittest.mock import patch as replaced
 
 import task
@@ -26,6 +25,7 @@ from patched import BLOCK, LENGTH, PROMPTS
 from transformers import AutoTokenizer
 
 import dllm_fast
+from bench import checkout
 from dllm_fast.cli.view import print_table
 from dllm_fast.families import fp8
 
@@ -128,7 +128,7 @@ def task_scores() -> list[dict]:
 
 
 def main() -> None:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    commit = checkout.commit()
     device = f"{platform.machine()}, {os.cpu_count()} cores, {datetime.date.today()}"
     print(f"{device}, torch {torch.__version__}, transformers {transformers.__version__}, commit {commit}")
     rows = [row for name, case in cases().items() for row in measured(name, *case)]
