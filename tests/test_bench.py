@@ -204,6 +204,15 @@ def test_turns_are_taken_and_long_ones_are_fewer():
 
 
 @on_cpu
+def test_every_bench_is_imported():
+    """In a process of its own: a bench sets what it needs before it imports Triton."""
+    files = [path.relative_to(ROOT).with_suffix("") for path in (ROOT / "bench").rglob("*.py")]
+    names = [".".join(file.parts) for file in files if file.name != "conftest"]
+    program = "import importlib, sys\nfor name in sys.argv[1:]: importlib.import_module(name)"
+    done = subprocess.run([sys.executable, "-c", program, *names], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert len(names) > 40 and done.returncode == 0, done.stderr
+
+
 def test_pytest_benchmark_gets_the_times(tmp_path):
     pytest.importorskip("pytest_benchmark")
     saved = tmp_path / "saved.json"

@@ -18,14 +18,13 @@ import os
 import platform
 from unittest.mock import patch as replaced
 
-import task
 import torch
 import transformers
-from patched import BLOCK, LENGTH, PROMPTS
 from transformers import AutoTokenizer
 
 import dllm_fast
-from bench import checkout
+from bench import checkout, task
+from bench.quality.patched import BLOCK, LENGTH, PROMPTS
 from dllm_fast.cli.view import print_table
 from dllm_fast.families import fp8
 
