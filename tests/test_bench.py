@@ -209,7 +209,8 @@ def test_every_bench_is_imported():
     files = [path.relative_to(ROOT).with_suffix("") for path in (ROOT / "bench").rglob("*.py")]
     names = [".".join(file.parts) for file in files if file.name != "conftest"]
     program = "import importlib, sys\nfor name in sys.argv[1:]: importlib.import_module(name)"
-    done = subprocess.run([sys.executable, "-c", program, *names], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    command = [sys.executable, "-c", program, *names]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert len(names) > 40 and done.returncode == 0, done.stderr
 
 
