@@ -126,7 +126,7 @@ def run(piece: Piece, envs: Path) -> dict:
     for line in () if piece.daily else text.splitlines():
         if line.startswith(("FAILED", "ERROR", "SKIPPED")):
             print(f"    {line}")
-    closing = re.findall(r"^.*\b(?:passed|failed|error)\b.* in .*s.*$", text, re.MULTILINE)
+    closing = re.findall(r"^.*\b\d+ (?:passed|failed|errors?)\b.* in .*s.*$", text, re.MULTILINE)
     return {
         "outcome": "failed" if code else "passed",
         "line": closing[-1].strip("= ") if closing else text.strip().rpartition("\n")[2][:120],
