@@ -160,8 +160,7 @@ def _filled(
     masked = masked if attention_mask is None else masked & attention_mask.bool()
     open_[:, : input_ids.shape[1]] = masked.cpu()
     texts = [row[mine].tolist() for row, mine in zip(sequences.cpu(), open_)]
-    eos_ids: Any = options.eos_id  # a tuple, once resolved
-    counts = [min(len(before_end(text, eos_ids)) + 1, len(text)) for text in texts]
+    counts = [min(len(before_end(text, options.eos_id)) + 1, len(text)) for text in texts]
     return torch.tensor(counts, dtype=torch.float32, device="cpu")
 
 

@@ -13,8 +13,8 @@ from dllm_fast.kernels import linear, linear_int4
 from dllm_fast.kernels.checks import INTEGERS, check_tensors, one_device
 
 # Whether `fits_rope` ever says so. Not measured yet: bench.generation.steps does. By arithmetic, for LLaDA-8B's 32 rows
-# on an H200: `rope.py` takes 2.5 us a layer and the gap before it. Here a program
-# that finishes a tile reads 16 KB of tables from L2, twice at most, which is under 1 us.
+# on an H200: `rope.py` takes 2.5 us a layer and the gap before it. Here a program that finishes a tile reads 16 KB of
+# tables from L2, twice at most, which is under 1 us.
 ROPE = True
 
 

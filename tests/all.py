@@ -23,6 +23,9 @@ from pathlib import Path
 import environments
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+from bench.checkout import commit  # noqa: E402
+
 RUNS = ROOT / "runs" / "test-all"
 DAILY_MINUTES = 45
 # Variables that limit oneDNN, ATen and MKL to the instruction set of one of the extension's levels.
@@ -81,7 +84,6 @@ def pieces() -> dict[str, Piece]:
 
 def compiled_levels() -> tuple[str, ...]:
     """The extension's levels that this processor supports, the best last; none if it is not built."""
-    sys.path.insert(0, str(ROOT))
     from dllm_fast.cpu import compiled
 
     return () if compiled.missing() else tuple(compiled.levels())
@@ -148,14 +150,6 @@ def _stream(command: list[str], tree: Path, piece: Piece, out) -> int:
         if piece.daily:
             print(line, end="", flush=True)
     return process.wait()
-
-
-def commit() -> str:
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
-
-    changed = "+" * bool(git("status", "--porcelain", "--", ".", ":!bench/results"))
-    return (git("rev-parse", "--short", "HEAD") or "unknown") + changed
 
 
 def table(results: dict[str, dict]) -> str:

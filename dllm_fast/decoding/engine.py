@@ -17,7 +17,7 @@ its block is filled or nothing of it is committed, the forward computes it along
 import contextlib
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
@@ -362,10 +362,9 @@ class Engine:
     def _probability(self, heads: tuple, token: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
         """The probabilities that the model now gives to ``token`` [B, T]."""
         o, (hidden, uncond) = self.options, heads
-        suppressed: Any = o.suppress_tokens  # a tuple, once resolved
         return ops.token_probability(
             hidden, *self.family.head_operands(), token=token.flatten(), lse=lse, uncond=uncond,
-            cfg_scale=o.cfg_scale, deferred=[i for i in o.defer_tokens if i not in suppressed],
+            cfg_scale=o.cfg_scale, deferred=[i for i in o.defer_tokens if i not in o.suppress_tokens],
         ).view_as(token)  # fmt: skip
 
     def _remask(self, seen: Committed, at: torch.Tensor) -> torch.Tensor:

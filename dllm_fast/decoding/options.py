@@ -1,6 +1,5 @@
 """The options of `generate`: one class, from the caller to the engine."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
@@ -13,7 +12,7 @@ from dllm_fast.decoding.values import Checked, checked, finite, is_whole, one_ki
 from dllm_fast.kernels.checks import CONFIDENCES
 
 CACHES = ("none", "prefix", "dual")
-Ids = int | Sequence[int] | None
+Ids = Any  # an id, a list or a tuple of ids, or None; a tuple once resolved
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ waits for the host.
 import contextlib
 import functools
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 
@@ -182,8 +181,7 @@ class Server:
                     f"model: logits are NaN or infinite at step {step} of block {block} of row {row.index}: "
                     f"weights that are, or activations too large for {engine.weight.dtype}"
                 )
-            eos_ids: Any = self.options.eos_id  # a tuple, once resolved
-            row.take(ids[row.pad(engine.slots) :], eos_ids, self.options.pad_id)
+            row.take(ids[row.pad(engine.slots) :], self.options.eos_id, self.options.pad_id)
         if self.stream is not None:
             self.stream.flush()
 
