@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from tiny import EOS, MASK
+from transformers import AutoTokenizer, TrainerCallback, default_data_collator
 
 from dllm_fast.errors import one_line
 from dllm_fast.train import losses, training
@@ -61,7 +62,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, text, asked, command, 
     text = asked if command == "sft" else text
     whole = run(tmp_path / "whole", text, *options, command=command)
 
-    class Stop(training.TrainerCallback):
+    class Stop(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             if state.global_step == 5:
                 raise KeyboardInterrupt
@@ -130,7 +131,7 @@ def test_a_saved_tokenizer_loads_in_transformers_4_too(tmp_path):
     save_tokenizer(tokenizer, tmp_path)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
-    again = training.AutoTokenizer.from_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
     assert again("The fox.")["input_ids"] == tokenizer("The fox.")["input_ids"] and again.mask_token_id == 299
 
 
@@ -187,7 +188,7 @@ def test_one_step_in_a_hundred_is_cut():
     packed = PackedText([TEXT], train_tokenizer([TEXT], 300, 64), 32)
     for evaluation in (False, True):
         run = Run(packed, 2, 2000, 0, evaluation)
-        collated = Corruption(training.default_data_collator, 299, 0)
+        collated = Corruption(default_data_collator, 299, 0)
         for step in (0, lengths.index(min(lengths))):
             batch = collated([run[2 * step], run[2 * step + 1]]) if not evaluation else collated([run[0], run[1]])
             assert batch["input_ids"].shape[1] == (32 if evaluation else lengths[step])

@@ -1,0 +1,66 @@
+"""The command line of `python -m dllm_fast.train`."""
+
+import argparse
+import re
+from pathlib import Path
+
+from dllm_fast.families import FAMILIES
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="python -m dllm_fast.train", description="Train a masked-diffusion model.")
+    commands = top.add_subparsers(dest="command", required=True)
+    p = commands.add_parser("pretrain", help="masked-diffusion pre-training on plain text")
+    add_options(p, ".txt (each paragraph is a document) or .jsonl (each line is one)", "tokens per training row")
+    p.add_argument("--template", default="{text}", help="how to make text of a .jsonl line")
+    p.add_argument("--drop", type=pattern, help="a regular expression to remove from every document")
+    p = commands.add_parser("sft", help="LLaDA's fine-tuning: answers are masked, prompts stay visible")
+    add_options(p, '.jsonl with {"prompt": ..., "answer": ...} on each line', "most tokens in a prompt with its answer")
+    return top
+
+
+def pattern(text: str) -> re.Pattern:
+    """A regular expression."""
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a regular expression: {error}") from error
+
+
+def count(text: str) -> int:
+    """A positive whole number."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
+def add_options(p: argparse.ArgumentParser, data: str, length: str) -> None:
+    """The options that both commands take."""
+    add = p.add_argument
+    add("--data", type=Path, nargs="+", required=True, help=data)
+    add("--eval-data", type=Path, nargs="*", default=[], help="held-out files of the same kind")
+    add("--out", type=Path, required=True, help="folder for checkpoints, loss.csv, loss.png and final/")
+    add("--resume", action="store_true", help="continue from the last checkpoint in --out")
+    add("--model", help="continue training this model: a folder, a hub name or a shipped model")
+    add("--family", choices=tuple(FAMILIES), default="llada")
+    add("--vocab-size", type=count, default=2048)
+    add("--width", type=count, default=192)
+    add("--layers", type=count, default=6)
+    add("--heads", type=count, default=3)
+    add("--kv-heads", type=count, default=None)
+    add("--ffn", type=count, default=512)
+    add("--tie", action="store_true", help="tie the LM head to the embedding (ModernBERT always does)")
+    add("--positions", type=count, default=1024, help="longest sequence that the model accepts")
+    add("--length", type=count, default=256, help=length)
+    add("--batch", type=count, default=16, help="rows per device and micro-batch")
+    add("--accumulate", type=count, default=1)
+    add("--steps", type=count, default=1000)
+    add("--lr", type=float, default=2e-3)
+    add("--warmup", type=int, default=100)
+    add("--decay", type=float, default=0.3, help="share of the steps, at the end, in which the rate falls to 0")
+    add("--log-every", type=count, default=25)
+    add("--save-every", type=count, default=500)
+    add("--seed", type=int, default=0)
+    add("--threads", type=count, default=None, help="CPU threads")
+    add("--cpu", action="store_true", help="train on the CPU even if there is a GPU")
+    add("--save-dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
