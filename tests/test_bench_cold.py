@@ -9,9 +9,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # `bench` is a folder of the checkout, not a package that is installed
 
-from bench import common, gpu  # noqa: E402
-from bench.generation import cold, engine  # noqa: E402
-from dllm_fast.decoding.spelling import schedule_of  # noqa: E402
+from bench import common, gpu
+from bench.generation import cold, engine
+from dllm_fast.decoding.spelling import schedule_of
 
 
 def test_phases_follow_one_another_in_a_process_of_its_own(capsys, monkeypatch):

@@ -16,8 +16,8 @@ from dllm_fast.cpu import compiled
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # `bench` is a folder of the checkout, not a package that is installed
 
-from bench import common, peers  # noqa: E402
-from bench.generation import bare, breakdown, engine  # noqa: E402
+from bench import common, peers
+from bench.generation import bare, breakdown, engine
 
 CPU = torch.device("cpu")
 # PyTorch's counter knows only the flash attention of GPUs.

@@ -31,19 +31,23 @@ SIZE = (6.0, 4.2)  # inches; readable on a phone with letters of 11 points
 BARS = 14
 
 
-def draw(result: dict, theme: str = "light") -> dict[str, Figure]:
-    """The pictures that the result has data for, by name."""
+def style(theme: str = "light") -> dict:
+    """Matplotlib's settings."""
     ink, paper, grid = THEMES[theme]
-    style = {
+    return {
         "font.size": 11, "axes.titlesize": 12, "text.color": ink, "axes.labelcolor": ink, "axes.edgecolor": ink,
         "xtick.color": ink, "ytick.color": ink, "figure.facecolor": paper, "axes.facecolor": paper,
         "grid.color": grid, "legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False,
         "svg.hashsalt": "dllm_fast", "figure.figsize": SIZE, "figure.constrained_layout.use": True,
     }  # fmt: skip
+
+
+def draw(result: dict, theme: str = "light") -> dict[str, Figure]:
+    """The pictures that the result has data for, by name."""
     pictures: dict[str, Callable[[dict], Figure | None]] = {
         "accuracy": accuracy, "variants": variants, "speed": speed, "parts": parts,
     }  # fmt: skip
-    with plt.rc_context(style):
+    with plt.rc_context(style(theme)):
         drawn = {name: picture(result) for name, picture in pictures.items()}
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
