@@ -82,8 +82,11 @@ class Family(ABC):
 
     @staticmethod
     @abstractmethod
-    def labelled(model: nn.Module, input_ids: torch.Tensor, chosen: torch.Tensor) -> tuple[torch.Tensor, nn.Module]:
-        """Hidden states [N, d] at ``chosen`` [B, L] bool by the modules of a `model_class`, and its head."""
+    def labelled(
+        model: nn.Module, input_ids: torch.Tensor | None, chosen: torch.Tensor, embeds: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, nn.Module]:
+        """Hidden states [N, d] at ``chosen`` [B, L] bool by the modules of a `model_class`, and its head. The input is
+        ``input_ids`` [B, L], or ``embeds`` [B, L, d] in their place."""
 
     @staticmethod
     @abstractmethod

@@ -39,8 +39,10 @@ class LLaDA(Family):
             yield from (LLaDA._qkv(block), (block.attn_out,), _gate_up(block), (block.ff_out,))
 
     @staticmethod
-    def labelled(model: Any, input_ids: torch.Tensor, chosen: torch.Tensor) -> tuple[torch.Tensor, nn.Module]:
-        return model.model(input_ids, head=False)[chosen], model.model.transformer.ff_out
+    def labelled(
+        model: Any, input_ids: torch.Tensor | None, chosen: torch.Tensor, embeds: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, nn.Module]:
+        return model.model(input_ids, inputs_embeds=embeds, head=False)[chosen], model.model.transformer.ff_out
 
     @staticmethod
     def new(width, heads, kv_heads, layers, ffn, positions, tie, **tokens):

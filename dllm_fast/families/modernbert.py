@@ -36,8 +36,11 @@ class ModernBert(Family):
                 yield (linear,)
 
     @staticmethod
-    def labelled(model: Any, input_ids: torch.Tensor, chosen: torch.Tensor) -> tuple[torch.Tensor, nn.Module]:
-        return model.head(model.model(input_ids=input_ids).last_hidden_state[chosen]), model.decoder
+    def labelled(
+        model: Any, input_ids: torch.Tensor | None, chosen: torch.Tensor, embeds: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, nn.Module]:
+        hidden = model.model(input_ids=input_ids, inputs_embeds=embeds).last_hidden_state
+        return model.head(hidden[chosen]), model.decoder
 
     @staticmethod
     def new(width, heads, kv_heads, layers, ffn, positions, tie, **tokens):

@@ -244,6 +244,11 @@ class Corruption:
             ids = torch.cat((ids, ids[:, -1:].expand(-1, tokens - ids.shape[1])), 1)
         if prompt is None and step >= 0:
             ids = ids[:, : losses.cut_length(self.seed, step, ids.shape[1])]
-        rows = [place.row for place in places]
-        noisy, labels, weight = losses.corrupt(ids, prompt, self.mask_id, self.seed, step, rows, places[0].batch)
+        return self.corrupt(ids, prompt, step, [place.row for place in places], places[0].batch)
+
+    def corrupt(
+        self, ids: torch.Tensor, prompt: torch.Tensor | None, step: int, rows: list[int], batch: int
+    ) -> dict[str, torch.Tensor]:
+        """What the loss is computed from: clean ``ids`` [B, L] whose leading ``prompt`` [B] positions stay."""
+        noisy, labels, weight = losses.corrupt(ids, prompt, self.mask_id, self.seed, step, rows, batch)
         return {"input_ids": noisy, "masked_labels": labels, "weight": weight}

@@ -39,7 +39,7 @@ class DiffusionTrainer(Trainer):
         if processes != args.world_size:
             # Without a GPU and without use_cpu, Accelerate silently lets each process train alone.
             raise ValueError(f"args: {processes} processes would each train alone; without a GPU, give use_cpu=True")
-        losses.bind_loss(model)
+        self.bind_loss(model)
         self.mask_id = mask_id
         args = copy.copy(args)
         batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -53,7 +53,7 @@ class DiffusionTrainer(Trainer):
             args.gradient_checkpointing_kwargs = {"use_reentrant": False}
         super().__init__(
             model, args, train_dataset=train_dataset, eval_dataset=self._rows_of(eval_dataset, args.seed),
-            data_collator=Corruption(data_collator, mask_id, args.seed), compute_metrics=_mean_loss, **kwargs,
+            data_collator=self.corruption(data_collator, args), compute_metrics=_mean_loss, **kwargs,
         )  # fmt: skip
         self.model_accepts_loss_kwargs = False
         sharded = args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
@@ -82,6 +82,14 @@ class DiffusionTrainer(Trainer):
         assert self.optimizer is not None and self.lr_scheduler is not None
         for part, file in ((self.optimizer, "optimizer.pt"), (self.lr_scheduler, "scheduler.pt")):
             part.load_state_dict(torch.load(Path(checkpoint) / file, map_location="cpu", weights_only=True))
+
+    def bind_loss(self, model) -> None:
+        """Make the model's forward compute the loss."""
+        losses.bind_loss(model)
+
+    def corruption(self, collate, args: TrainingArguments) -> Corruption:
+        """What makes batches of a `Run`'s rows; ``args.max_steps`` is the number of steps."""
+        return Corruption(collate, self.mask_id, args.seed)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         row_loss = self._row_loss(model, inputs)
