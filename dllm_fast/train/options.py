@@ -14,8 +14,20 @@ def parser() -> argparse.ArgumentParser:
     add_options(p, ".txt (each paragraph is a document) or .jsonl (each line is one)", "tokens per training row")
     p.add_argument("--template", default="{text}", help="how to make text of a .jsonl line")
     p.add_argument("--drop", type=pattern, help="a regular expression to remove from every document")
+    p.set_defaults(pairs=False)
+    p = commands.add_parser("flow", help="a flow language model: tokens are flipped or mixed, none is masked")
+    add_options(p, "as pretrain's, or with --pairs as sft's", "tokens per training row, or most in a prompt and answer")
+    p.add_argument("--template", default="{text}", help="how to make text of a .jsonl line")
+    p.add_argument("--drop", type=pattern, help="a regular expression to remove from every document")
+    p.add_argument("--pairs", action="store_true", help="the data are prompts, which have no noise, and answers")
+    p.add_argument("--noise", type=float, nargs=2, default=(0.0, 0.999), metavar=("LOW", "HIGH"),
+                   help="range of a row's noise weight")  # fmt: skip
+    p.add_argument("--tau", type=float, nargs=2, default=(1e-3, 1e-8), metavar=("FIRST", "LAST"),
+                   help="the noisy softmax's temperature, first and at the end; 0 0 flips tokens")  # fmt: skip
+    p.add_argument("--smoothing", type=float, default=1e-4, help="of the one-hot targets")
     p = commands.add_parser("sft", help="LLaDA's fine-tuning: answers are masked, prompts stay visible")
     add_options(p, '.jsonl with {"prompt": ..., "answer": ...} on each line', "most tokens in a prompt with its answer")
+    p.set_defaults(pairs=True)
     return top
 
 
@@ -35,7 +47,7 @@ def count(text: str) -> int:
 
 
 def add_options(p: argparse.ArgumentParser, data: str, length: str) -> None:
-    """The options that both commands take."""
+    """The options that all commands take."""
     add = p.add_argument
     add("--data", type=Path, nargs="+", required=True, help=data)
     add("--eval-data", type=Path, nargs="*", default=[], help="held-out files of the same kind")

@@ -142,7 +142,7 @@ def plot_loss(history: list[dict], path: Path) -> None:
         points = [(entry["step"], entry[key]) for entry in history if key in entry]
         if points:
             axes.plot(*zip(*points, strict=True), label=label, marker="o" if key == "eval_loss" else None, markersize=3)
-    axes.set(xlabel="step", ylabel="masked-diffusion loss, nats per token")
+    axes.set(xlabel="step", ylabel="loss, nats per token")
     axes.legend(frameon=False)
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)

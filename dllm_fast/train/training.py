@@ -1,4 +1,4 @@
-"""Training: ``python -m dllm_fast.train pretrain --help``, and ``sft``.
+"""Training: ``python -m dllm_fast.train pretrain --help``, ``sft`` and ``flow``.
 
 transformers' `Trainer` does the work (optimiser, schedule, checkpoints, several GPUs through Accelerate). This room
 adds the masked-diffusion losses and a record of how the weights were made.
@@ -10,6 +10,7 @@ import hashlib
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -33,6 +34,7 @@ from dllm_fast.train.data import (
     save_tokenizer,
     train_tokenizer,
 )
+from dllm_fast.train.flow import Flow, FlowTrainer
 from dllm_fast.train.options import parser
 from dllm_fast.train.trainer import DiffusionTrainer, LossRecord, plot_loss
 
@@ -47,10 +49,10 @@ def build_model(args, tokenizer) -> transformers.PreTrainedModel:
 
 
 def read(args: argparse.Namespace, option: str) -> list:
-    """The contents of an option's files: documents, or (prompt, answer) pairs for ``sft``. Raises ValueError."""
+    """The contents of an option's files: documents, or (prompt, answer) with ``args.pairs``. Raises ValueError."""
     paths = getattr(args, option.replace("-", "_"))
     try:
-        if args.command == "sft":
+        if args.pairs:
             return [pair for path in paths for pair in pairs(path)]
         return [text for path in paths for text in documents(path, args.template, args.drop)]
     except BadData as error:
@@ -72,10 +74,17 @@ def start(
     if not (args.resume and folder.is_dir()):
         with PartialState().main_process_first():
             if PartialState().is_main_process:
-                strings = [text for pair in texts for text in pair] if args.command == "sft" else texts
+                strings = [text for pair in texts for text in pair] if args.pairs else texts
                 save_tokenizer(train_tokenizer(strings, args.vocab_size, args.positions), folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     return build_model(args, tokenizer), tokenizer
+
+
+def trainer_of(args: argparse.Namespace) -> Callable[..., DiffusionTrainer]:
+    """The trainer of ``args.command``. Raises ValueError for options of its objective."""
+    if args.command != "flow":
+        return DiffusionTrainer
+    return functools.partial(FlowTrainer, objective=Flow(tuple(args.noise), tuple(args.tau), args.smoothing))
 
 
 def train(args: argparse.Namespace) -> Path:
@@ -87,7 +96,6 @@ def train(args: argparse.Namespace) -> Path:
         torch.set_num_threads(args.threads)
     transformers.set_seed(args.seed)
     out = args.out
-    sft = args.command == "sft"
     texts = read(args, "data")
     eval_texts = read(args, "eval-data")
     checkpoint = get_last_checkpoint(str(out)) if out.is_dir() else None
@@ -109,16 +117,16 @@ def train(args: argparse.Namespace) -> Path:
     mask_id = tokenizer.mask_token_id if model.config.mask_token_id is None else model.config.mask_token_id
     if mask_id is None:
         raise ValueError(f"--model: neither the config nor the tokenizer of {args.model} names a mask token")
-    kind = PromptAnswers if sft else PackedText
+    kind = PromptAnswers if args.pairs else PackedText
     rows = kind(texts, tokenizer, args.length)
     eval_rows = kind(eval_texts, tokenizer, args.length) if eval_texts else None
     positions = model.config.max_position_embeddings
     if args.length > positions:
         raise ValueError(f"--length: {args.length} exceeds the model's {positions} positions")
-    trainer = DiffusionTrainer(
+    trainer = trainer_of(args)(
         model=model, args=settings, mask_id=mask_id, callbacks=[LossRecord()],
         train_dataset=rows, eval_dataset=eval_rows,
-        data_collator=collate if sft else default_data_collator,
+        data_collator=collate if args.pairs else default_data_collator,
     )  # fmt: skip
     began = time.time()
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -148,7 +156,7 @@ def recipe(args: argparse.Namespace, trainer: Trainer, seconds: float) -> dict:
         "steps": trainer.state.global_step,
         "processes": trainer.args.world_size,
         "rows": rows,
-        **({"tokens": rows * args.length} if args.command == "pretrain" else {}),
+        **({"tokens": rows * args.length} if not args.pairs else {}),
         "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
         "final_loss": {key: values[-1] if values else None for key, values in losses.items()},
         "mean_loss_of_last_10_logs": sum(losses["loss"][-10:]) / max(1, len(losses["loss"][-10:])),
