@@ -11,8 +11,8 @@ the one that it starts from. More than half of an answer's tokens can be copied 
 a chain of four to eight links, so the least number of forwards depends on the problem.
 
 ``write`` makes a file for ``python -m dllm_fast.train sft``; ``train`` makes files, trains and scores a small LLaDA;
-``score`` scores a model at several NFE. A hash of the problem decides whether it is for training or held out, so no
-problem is both.
+``distill`` does the same for a model that answers in fewer forwards; ``score`` scores a model at several NFE. A hash of
+the problem decides whether it is for training or held out, so no problem is both.
 """
 
 import argparse
@@ -42,6 +42,12 @@ RECIPE = (
     *("--width", "128", "--heads", "4", "--layers", "4", "--ffn", "256"),
     *("--batch", "64", "--steps", "1250", "--lr", "3e-3", "--warmup", "100", "--seed", "0", "--threads", "1", "--cpu"),
     *("--log-every", "20", "--save-every", "250"),
+)  # fmt: skip
+# Goes on from llada-steps, to answer by Uniform(8).
+DISTILLED = (
+    *("--model", "llada-steps", "--schedule", "uniform=8", "--length", "128"),
+    *("--batch", "8", "--steps", "300", "--lr", "1e-3", "--warmup", "20", "--threads", "1", "--cpu"),
+    *("--log-every", "10", "--save-every", "50"),
 )  # fmt: skip
 
 
@@ -134,17 +140,18 @@ def scores(name: str, count: int, seed: int, batch: int) -> list[dict]:
     return rows
 
 
-def train(out: Path, extra: list[str]) -> Path:
-    """Write the files, train, and add a description of the data and the model's scores to the recipe."""
+def train(command: str, out: Path, extra: list[str]) -> Path:
+    """Write the files, train (``sft`` or ``distill``), and add what the data are and the scores to the recipe."""
     files = {"train.jsonl": problems(TRAINING, seed=0, held_out=False), "eval.jsonl": problems(512, 1, held_out=True)}
     for name, found in files.items():
         write(out / name, found)
-    command = [sys.executable, "-m", "dllm_fast.train", "sft", "--data", out / "train.jsonl", "--eval-data"]
-    command += [out / "eval.jsonl", "--out", out, *RECIPE, *extra]
-    subprocess.run([str(word) for word in command], check=True)
+    words = [sys.executable, "-m", "dllm_fast.train", command, "--data", out / "train.jsonl", "--eval-data"]
+    words += [out / "eval.jsonl", "--out", out, *(RECIPE if command == "sft" else DISTILLED), *extra]
+    subprocess.run([str(word) for word in words], check=True)
     final = out / "final"
     recipe = json.loads((final / "recipe.json").read_text())
-    recipe["task"] = {"command": ["python", "bench/task.py", "train"], "generator_version": VERSION}
+    named = {"sft": "train", "distill": "distill"}[command]
+    recipe["task"] = {"command": ["python", "-m", "bench.task", named], "generator_version": VERSION}
     recipe["scores"] = scores(str(final), 512, seed=2, batch=64)
     (final / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
     return final
@@ -158,8 +165,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--count", type=int, default=1000)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--held-out", action="store_true", help="write held-out problems")
-    p = commands.add_parser("train", help="train and score a small LLaDA; all other options go to dllm_fast.train")
-    p.add_argument("--out", type=Path, required=True, help="folder for data, checkpoints and final/")
+    for name, what in (("train", "train and score a small LLaDA"), ("distill", "teach it to answer in 8 forwards")):
+        p = commands.add_parser(name, help=f"{what}; all other options go to dllm_fast.train")
+        p.add_argument("--out", type=Path, required=True, help="folder for data, checkpoints and final/")
     p = commands.add_parser("score", help="score a model, from NFE = tokens down")
     p.add_argument("--model", default="llada-steps")
     p.add_argument("--count", type=int, default=512)
@@ -170,12 +178,12 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args, extra = parser().parse_known_args()
-    if extra and args.command != "train":
+    if extra and args.command not in ("train", "distill"):
         parser().error(f"unrecognized arguments: {' '.join(extra)}")
     if args.command == "write":
         write(args.out, problems(args.count, args.seed, args.held_out))
-    elif args.command == "train":
-        print(train(args.out, extra))
+    elif args.command in ("train", "distill"):
+        print(train("sft" if args.command == "train" else "distill", args.out, extra))
     else:
         rows = scores(args.model, args.count, args.seed, args.batch)
         print(json.dumps({"bench": "task", "model": args.model, "seed": args.seed, "scores": rows}))

@@ -4,6 +4,8 @@ import argparse
 import re
 from pathlib import Path
 
+from dllm_fast.decoding.schedules import Schedule
+from dllm_fast.decoding.spelling import schedule_of
 from dllm_fast.families import FAMILIES
 
 
@@ -28,7 +30,21 @@ def parser() -> argparse.ArgumentParser:
     p = commands.add_parser("sft", help="LLaDA's fine-tuning: answers are masked, prompts stay visible")
     add_options(p, '.jsonl with {"prompt": ..., "answer": ...} on each line', "most tokens in a prompt with its answer")
     p.set_defaults(pairs=True)
+    p = commands.add_parser("distill", help="teach a model to answer in fewer forwards")
+    add_options(p, '.jsonl with {"prompt": ..., "answer": ...} on each line', "most tokens in a prompt with its answer")
+    p.add_argument("--schedule", type=schedule, required=True, help="what it shall answer by, such as uniform=8")
+    p.add_argument("--runs", type=count, default=4, help="orders that are tried for each answer")
+    p.add_argument("--hold", type=float, default=0.1, help="certainty kept from what a step does not commit")
+    p.set_defaults(pairs=True)
     return top
+
+
+def schedule(text: str) -> Schedule:
+    """A schedule, spelled as in `dllm-fast generate`."""
+    try:
+        return schedule_of(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def pattern(text: str) -> re.Pattern:

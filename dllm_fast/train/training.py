@@ -1,4 +1,4 @@
-"""Training: ``python -m dllm_fast.train pretrain --help``, ``sft`` and ``flow``.
+"""Training: ``python -m dllm_fast.train pretrain --help``, ``sft``, ``flow`` and ``distill``.
 
 transformers' `Trainer` does the work (optimiser, schedule, checkpoints, several GPUs through Accelerate). This room
 adds the masked-diffusion losses and a record of how the weights were made.
@@ -34,6 +34,7 @@ from dllm_fast.train.data import (
     save_tokenizer,
     train_tokenizer,
 )
+from dllm_fast.train.distill import DistillTrainer
 from dllm_fast.train.flow import Flow, FlowTrainer
 from dllm_fast.train.options import parser
 from dllm_fast.train.trainer import DiffusionTrainer, LossRecord, plot_loss
@@ -82,9 +83,13 @@ def start(
 
 def trainer_of(args: argparse.Namespace) -> Callable[..., DiffusionTrainer]:
     """The trainer of ``args.command``. Raises ValueError for options of its objective."""
-    if args.command != "flow":
-        return DiffusionTrainer
-    return functools.partial(FlowTrainer, objective=Flow(tuple(args.noise), tuple(args.tau), args.smoothing))
+    if args.command == "flow":
+        return functools.partial(FlowTrainer, objective=Flow(tuple(args.noise), tuple(args.tau), args.smoothing))
+    if args.command == "distill":
+        if not args.model:
+            raise ValueError("--model: distill needs a trained model")
+        return functools.partial(DistillTrainer, schedule=args.schedule, runs=args.runs, hold=args.hold)
+    return DiffusionTrainer
 
 
 def train(args: argparse.Namespace) -> Path:
@@ -96,6 +101,7 @@ def train(args: argparse.Namespace) -> Path:
         torch.set_num_threads(args.threads)
     transformers.set_seed(args.seed)
     out = args.out
+    trainer_class = trainer_of(args)
     texts = read(args, "data")
     eval_texts = read(args, "eval-data")
     checkpoint = get_last_checkpoint(str(out)) if out.is_dir() else None
@@ -123,7 +129,7 @@ def train(args: argparse.Namespace) -> Path:
     positions = model.config.max_position_embeddings
     if args.length > positions:
         raise ValueError(f"--length: {args.length} exceeds the model's {positions} positions")
-    trainer = trainer_of(args)(
+    trainer = trainer_class(
         model=model, args=settings, mask_id=mask_id, callbacks=[LossRecord()],
         train_dataset=rows, eval_dataset=eval_rows,
         data_collator=collate if args.pairs else default_data_collator,
