@@ -13,6 +13,7 @@ from dllm_fast.decoding.refresh import Drift, Every, Window
 from dllm_fast.decoding.remask import P2, ReMDM, Verify
 from dllm_fast.decoding.schedules import Ancestral, EntropyBound, Factor, FirstHitting, Pyramid, Threshold, Uniform
 from dllm_fast.families.native import LLaDAConfig, LLaDAModelLM
+from dllm_fast.flow import generate_flow
 from dllm_fast.generate import Completion, Output, generate, generate_many
 from dllm_fast.generation_config import DiffusionGenerationConfig
 from dllm_fast.hf import DiffusionOutput, custom_generate
@@ -45,6 +46,7 @@ __all__ = [
     "custom_generate",
     "from_pretrained",
     "generate",
+    "generate_flow",
     "generate_many",
     "model_path",
     "patch",

@@ -17,7 +17,7 @@ ROOMS = [
     {"patch"},
     {"generation_config", "loading", "config"},
     {"generate"},
-    {"hf", "warmup"},
+    {"hf", "warmup", "flow"},
     {"train", "evaluate", "errors"},
     {"cli"},
 ]
