@@ -78,7 +78,8 @@ def pieces() -> dict[str, Piece]:
     every.append(
         Piece("no-triton", SUITE, 45, {"PYTHONPATH": str(_blocked())}, None if installed else "there is no Triton here")
     )
-    every += [Piece(name, SUITE, 90, apart=setting) for name, setting in environments.SETTINGS.items()]
+    for name, setting in environments.SETTINGS.items():
+        every.append(Piece(name, SUITE, 90, environments.compilers(setting), apart=setting))
     return {piece.name: piece for piece in every}
 
 

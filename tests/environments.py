@@ -77,6 +77,18 @@ def find_python(version: str) -> str | None:
     return None
 
 
+def compilers(setting: Setting) -> dict[str, str]:
+    """Environment variables without which there would be a compiler."""
+    return {} if setting.compiler else {"CC": "false", "CXX": "false"}
+
+
+@cache
+def has_compiler() -> bool:
+    """Whether a C++ compiler answers: CXX's, else c++."""
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    return compiler is not None and subprocess.run([compiler, "--version"], capture_output=True).returncode == 0
+
+
 @cache
 def registry_answers() -> bool:
     command = [
@@ -132,8 +144,7 @@ def make(name: str, setting: Setting, folder: Path, out: TextIO) -> tuple[str, P
             if setting.packages:
                 do(python, "-m", "pip", "install", "-q", *setting.packages)
         (here / "made").write_text(repr(setting))
-    compiler = {} if setting.compiler else {"CC": "false", "CXX": "false"}
-    do(python, "-m", "pip", "install", "-q", "--no-deps", "--force-reinstall", "-e", tree, **compiler)
+    do(python, "-m", "pip", "install", "-q", "--no-deps", "--force-reinstall", "-e", tree, **compilers(setting))
     return str(python), tree
 
 

@@ -3,10 +3,9 @@
 The backend is ``aot_eager``, which traces, functionalises and runs without a compiler; one case goes through Inductor.
 """
 
-import shutil
-
 import pytest
 import torch
+from environments import has_compiler
 from tiny import make_llada, make_modernbert
 
 import dllm_fast
@@ -106,7 +105,7 @@ def test_compiling_survives_patching_and_unpatching(ids):
 
 
 @torch.no_grad()
-@pytest.mark.skipif(shutil.which("c++") is None, reason="Inductor needs a C++ compiler, and there is no c++")
+@pytest.mark.skipif(not has_compiler(), reason="Inductor needs a C++ compiler, and none answers")
 @pytest.mark.skipif(" " in torch.__file__, reason="Inductor does not quote the path of PyTorch, which has a space here")
 def test_inductor_compiles_a_patched_model(ids, tmp_path, monkeypatch):
     # Inductor's cache ignores ATEN_CPU_CAPABILITY: cached code for longer vectors fails or gives wrong results.

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from environments import has_compiler
 
 from dllm_fast.cpu import compiled
 
@@ -57,7 +58,7 @@ def test_without_the_compiled_extension_pytorch_is_used_and_that_is_said_once():
 def test_the_compiled_extension_is_built_where_there_is_a_compiler():
     """An installation may lack the extension only if it could not be compiled; a bare checkout has none."""
     installed = any(True for _ in importlib.metadata.distributions(name="dllm_fast"))
-    if installed and shutil.which("g++"):
+    if installed and has_compiler():
         assert compiled.missing() is None
 
 
