@@ -19,6 +19,7 @@ from dllm_fast.generation_config import DiffusionGenerationConfig
 from dllm_fast.hf import DiffusionOutput, custom_generate
 from dllm_fast.loading import from_pretrained, model_path, shipped
 from dllm_fast.patch import patch, patched, unpatch
+from dllm_fast.plain import generate_plain, load_plain
 from dllm_fast.warmup import warmup
 
 __version__ = "0.1.0"
@@ -48,6 +49,8 @@ __all__ = [
     "generate",
     "generate_flow",
     "generate_many",
+    "generate_plain",
+    "load_plain",
     "model_path",
     "patch",
     "patched",

@@ -17,7 +17,7 @@ ROOMS = [
     {"patch"},
     {"generation_config", "loading", "config"},
     {"generate"},
-    {"hf", "warmup", "flow"},
+    {"hf", "warmup", "flow", "plain"},
     {"train", "evaluate", "errors"},
     {"cli"},
 ]

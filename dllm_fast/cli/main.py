@@ -21,6 +21,7 @@ from dllm_fast.errors import exit_code, require_utf8
 from dllm_fast.families.rounded import KINDS
 from dllm_fast.generate import Output, generate
 from dllm_fast.loading import end_of_text, from_pretrained, load_tokenizer, shipped
+from dllm_fast.plain import generate_plain, is_plain, load_plain
 
 
 def add_model_options(add) -> None:
@@ -42,16 +43,24 @@ def add_held_back(add) -> None:
     add("--defer-tokens", metavar="IDS", help="tokens to choose last, when nothing else is left")
 
 
-def load(args: argparse.Namespace):
+def load(args: argparse.Namespace, plain: bool = False):
+    """The model of ``--model`` and its tokenizer; a ``plain`` one is not patched."""
     dtype = "auto" if args.dtype is None else getattr(torch, args.dtype)
     if args.model in shipped() and args.dtype is None and args.device == "cpu":
         dtype = torch.float32  # the files are bf16, which most CPUs only emulate
-    model = from_pretrained(args.model, dtype, args.device, args.impl, args.trust_remote_code, args.weights)
+    if plain:
+        given = {"--weights": args.weights, "--remask": args.remask, "--impl": args.impl.replace("auto", "")}
+        if wrong := [name for name, value in given.items() if value]:
+            raise ValueError(f"{', '.join(wrong)}: {args.model} is sampled by a plain loop, which has no such option")
+        model = load_plain(args.model, dtype, args.device)
+    else:
+        model = from_pretrained(args.model, dtype, args.device, args.impl, args.trust_remote_code, args.weights)
     return model, load_tokenizer(args.model, args.trust_remote_code)
 
 
-def encode(tokenizer, text: str, mask_id: int, chat: bool) -> torch.Tensor:
-    r"""Ids [1, P]. ``[MASK]`` becomes the mask id, whatever the tokenizer calls that token; ``\[MASK]`` stays text."""
+def encode(tokenizer, text: str, mask_id: int, chat: bool, first: int | None = None) -> torch.Tensor:
+    r"""Ids [1, P]. ``[MASK]`` becomes the mask id, whatever the tokenizer calls that token; ``\[MASK]`` stays text.
+    The id ``first`` goes ahead of a prompt that is no chat."""
     if chat:
         message = [{"role": "user", "content": text}]
         text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
@@ -61,11 +70,13 @@ def encode(tokenizer, text: str, mask_id: int, chat: bool) -> torch.Tensor:
         ids += [mask_id, *part] if i else part
     if not ids:
         raise ValueError("--prompt: an empty prompt")
+    if first is not None and not chat:
+        ids = [first, *ids]
     return torch.tensor([ids], dtype=torch.int64, device="cpu")
 
 
 def mask_of(args: argparse.Namespace, model, tokenizer) -> int:
-    known = (args.mask_id, model.config.mask_token_id, tokenizer.mask_token_id)
+    known = (args.mask_id, getattr(model.config, "mask_token_id", None), tokenizer.mask_token_id)
     mask_id = next((i for i in known if i is not None), None)
     if mask_id is None:
         raise ValueError("--mask-id: neither the model's config nor its tokenizer names one")
@@ -82,21 +93,29 @@ def standard_input() -> str:
 
 def run_generate(args: argparse.Namespace) -> int:
     prompts = [require_utf8("--prompt", prompt) for prompt in args.prompt or ()] or [standard_input()]
-    model, tokenizer = load(args)
+    plain = is_plain(args.model)
+    model, tokenizer = load(args, plain)
     mask_id = mask_of(args, model, tokenizer)
     if args.chat and not tokenizer.chat_template:
         raise ValueError("--chat: this model's tokenizer has no chat template")
-    eos_ids = end_of_text(model, tokenizer)
+    if plain:
+        eos_ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    else:
+        eos_ids = end_of_text(model, tokenizer)
     options = {name: value for name, value in vars(args).items() if name in OPTIONS}
     options["suppress_tokens"] = token_ids("--suppress-tokens", args.suppress_tokens, tokenizer)
     options["defer_tokens"] = token_ids("--defer-tokens", args.defer_tokens, tokenizer)
     options |= {"mask_id": mask_id, "eos_id": eos_ids}
+    if plain:
+        options = {name: value for name, value in options.items() if name not in ("cache", "refresh", "remask")}
+    run = generate_plain if plain else generate
     for prompt in prompts:
-        ids = encode(tokenizer, prompt, mask_id, args.chat).to(args.device)
+        # A BERT was trained on texts that begin with [CLS].
+        ids = encode(tokenizer, prompt, mask_id, args.chat, tokenizer.cls_token_id if plain else None).to(args.device)
         watch = nullcontext() if args.quiet else watching(tokenizer, mask_id, args.plain, eos_ids=eos_ids)
         began = time.perf_counter()
         with watch as streamer:
-            out = generate(model, ids, streamer=streamer, **options)
+            out = run(model, ids, streamer=streamer, **options)
         seconds = time.perf_counter() - began
         print(tokenizer.decode(out.sequences[0], skip_special_tokens=True))
         print(report(out, generated(out.sequences[0], ids[0], mask_id, eos_ids), seconds), file=sys.stderr)
@@ -141,7 +160,7 @@ def run_verify(args: argparse.Namespace) -> int:
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="dllm-fast", description="Masked-diffusion language models, fast.")
     commands = top.add_subparsers(dest="command", required=True)
-    p = commands.add_parser("generate", help="continue or fill in text with any LLaDA or ModernBERT")
+    p = commands.add_parser("generate", help="continue or fill in text with any LLaDA or masked language model")
     p.set_defaults(run=run_generate, **{name: getattr(Options, name) for name in OPTIONS})
     add = p.add_argument
     add("--model", required=True, help=f"a folder, a hub name, or a shipped model: {', '.join(shipped())}")

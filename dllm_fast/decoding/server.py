@@ -46,7 +46,7 @@ class Server:
         self.engine: Engine | None = None
         self.key: tuple | None = None
         self.recorded = records(self.device, family.impl)
-        self.stream = None if streamer is None else _Stream(streamer, rows[0])
+        self.stream = None if streamer is None else Stream(streamer, rows[0])
         self.seats = min(seats, len(self.waiting))
         if self.seats:
             self._require_memory(self._plan(self.waiting, self.seats))
@@ -147,7 +147,7 @@ class Server:
         draft = None
         if self.stream is not None:
             self.stream.flush()
-            draft = functools.partial(self.stream.draft, engine, int(slot[0]) + engine.block_size)
+            draft = functools.partial(self._draft, int(slot[0]) + engine.block_size)
         engine.block(slot, number, plan, full_rows, draft)
         for row, counts in zip(self.seated, engine.counts, strict=True):
             if not row.done:
@@ -170,6 +170,12 @@ class Server:
         left &= left.flip(1).cumsum(1).flip(1) <= masked[:, None]
         return drawn.where(left, 2.0)
 
+    def _draft(self, end: int) -> None:
+        """Show the one row's tokens after a step of the block that ends at slot ``end``."""
+        if self.stream.drafts:
+            pad = self.seated[0].pad(self.engine.slots)
+            self.stream.draft(self.engine.canvas[0].to("cpu", copy=True)[pad:], end - pad)
+
     def _take_in(self) -> None:
         """Read the seated rows' tokens from the device."""
         engine = self.engine
@@ -186,11 +192,12 @@ class Server:
             self.stream.flush()
 
 
-class _Stream:
+class Stream:
     """Hands a row to a transformers streamer: everything up to the first position still open."""
 
     def __init__(self, streamer, row: Row):
         self.streamer, self.row, self.shown = streamer, row, 0
+        self.drafts = hasattr(streamer, "put_draft")  # it wants each step
 
     def flush(self) -> None:
         left = self.row.left().nonzero()[:, 0]
@@ -199,11 +206,9 @@ class _Stream:
             self.streamer.put(self.row.ids[self.shown : end].clone())
             self.shown = end
 
-    def draft(self, engine: Engine, end: int) -> None:
-        if hasattr(self.streamer, "put_draft"):
-            sequence = engine.canvas[0].to("cpu", copy=True)
-            pad = self.row.pad(engine.slots)
-            self.streamer.put_draft(sequence[pad:][self.shown : max(end - pad, self.shown)], sequence=sequence[pad:])
+    def draft(self, sequence: torch.Tensor, end: int) -> None:
+        """``sequence`` [L] on the host after a step of the block that ends at position ``end``."""
+        self.streamer.put_draft(sequence[self.shown : max(end, self.shown)], sequence=sequence)
 
     def end(self) -> None:
         self.streamer.end()

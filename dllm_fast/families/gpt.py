@@ -1,0 +1,79 @@
+"""A GPT-2 whose causal mask is taken off: every position sees every other.
+
+Its folders have a ``model_type`` of their own, so that no library loads them as the causal model that they are not.
+"""
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForMaskedLM, GPT2Config, GPT2LMHeadModel
+from transformers.modeling_outputs import MaskedLMOutput
+
+
+class BidirectionalGPT2Config(GPT2Config):
+    """GPT-2's config, with two fields more.
+
+    Args:
+        mask_token_id: the id of [MASK].
+        shifted: the head's output at position i predicts token i + 1, as in the autoregressive checkpoint that the
+            model came from; else token i.
+    """
+
+    model_type = "bidirectional_gpt2"
+    mask_token_id: int | None = None
+    shifted: bool = False
+
+    def __init__(self, mask_token_id: int | None = None, shifted: bool = False, **kwargs):
+        super().__init__(**kwargs)
+        self.mask_token_id = mask_token_id
+        self.shifted = shifted
+
+
+class BidirectionalGPT2LMHeadModel(GPT2LMHeadModel):
+    """GPT-2's modules and parameter names, without the causal mask. ``logits[:, i]`` predict token i."""
+
+    config_class = BidirectionalGPT2Config
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,  # [B, L] int64
+        attention_mask: torch.Tensor | None = None,  # [B, L], 0 = padding
+        position_ids: torch.Tensor | None = None,  # [B, L]
+        **kwargs,
+    ) -> MaskedLMOutput:
+        """``logits`` [B, L, V]. With ``config.shifted``, they are the head's output one position to the left; the
+        first token has no such position, and takes the head's output at its own."""
+        # A mask of four dimensions is taken as it is: transformers adds no causal one to it.
+        seen = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        dtype = self.transformer.wte.weight.dtype
+        hidden = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+        hidden = hidden.masked_fill(seen == 0, torch.finfo(dtype).min)[:, None, None]
+        mask = hidden.expand(-1, 1, input_ids.shape[1], -1)  # [B, 1, L, L]
+        output = self.transformer(input_ids, attention_mask=mask, position_ids=position_ids, use_cache=False)
+        states = output.last_hidden_state  # [B, L, d]
+        if self.config.shifted:
+            states = torch.cat((states[:, :1], states[:, :-1]), 1)
+        return MaskedLMOutput(logits=self.lm_head(states))
+
+
+def register() -> None:
+    """Let transformers' ``AutoModelForMaskedLM`` load such folders. Harmless when called again."""
+    AutoConfig.register(BidirectionalGPT2Config.model_type, BidirectionalGPT2Config, exist_ok=True)
+    AutoModelForMaskedLM.register(BidirectionalGPT2Config, BidirectionalGPT2LMHeadModel, exist_ok=True)
+
+
+def without_causal_mask(model: GPT2LMHeadModel, shifted: bool) -> BidirectionalGPT2LMHeadModel:
+    """A model with the weights of an autoregressive GPT-2; they are shared, not copied."""
+    fields = model.config.to_dict()
+    fields.pop("model_type", None)
+    bidirectional = BidirectionalGPT2LMHeadModel(BidirectionalGPT2Config(**{**fields, "shifted": shifted}))
+    bidirectional.transformer = model.transformer
+    bidirectional.lm_head = model.lm_head
+    return bidirectional
+
+
+def new(width: int, heads: int, layers: int, ffn: int, positions: int, tie: bool, **ids) -> nn.Module:
+    """A newly initialised model of these sizes; ``ids`` are ``vocab_size`` and the special tokens' ids."""
+    config = BidirectionalGPT2Config(
+        n_embd=width, n_head=heads, n_layer=layers, n_inner=ffn, n_positions=positions, tie_word_embeddings=tie, **ids
+    )
+    return BidirectionalGPT2LMHeadModel(config)
