@@ -106,6 +106,13 @@ def test_at_a_low_temperature_it_is_the_flipped_tokens_embedding():
     torch.testing.assert_close(found, weight[winner])
 
 
+def test_autocast_does_not_round_the_noise():
+    weight = torch.randn(101, 8, generator=torch.Generator().manual_seed(1))
+    expected = soft(weight, 0.05)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(soft(weight, 0.05)[0], expected)
+
+
 class Largest(TorchDispatchMode):
     """The number of elements of the largest tensor that an op makes."""
 

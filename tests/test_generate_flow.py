@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from needs import needs_triton
 from tiny import MAKERS, MASK, VOCAB, make_llada
 
 import dllm_fast
@@ -56,6 +57,16 @@ def test_rows_are_those_of_a_plain_loop_alone(name, impl, start, noise, temperat
     if padded is not None and start is None and not temperature:
         alone = dllm_fast.generate_flow(model, ids[:1], **options)
         assert torch.equal(alone.sequences, out.sequences[:1])
+
+
+@needs_triton
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["llada", "modernbert"])
+def test_tritons_kernels_give_the_models_own_tokens(name, ids, padded):
+    model, options = MAKERS[name](), {"gen_length": 6, "steps": 3, "temperature": 0.5, "seed": 4}
+    expected = dllm_fast.generate_flow(model, ids, padded, **options).sequences
+    found = dllm_fast.generate_flow(dllm_fast.patch(model, "triton"), ids, padded, **options).sequences
+    assert torch.equal(found, expected)
 
 
 def test_the_first_tokens_are_uniform_and_the_last_ones_the_models(llada, ids):

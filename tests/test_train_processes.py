@@ -20,6 +20,7 @@ CUT = ["--steps", "8", "--save-every", "4"]
 KINDS = {
     "pretrain": ["pretrain", "--data", "{text}", "--eval-data", "{held}", "--family", "llada"],
     "sft": ["sft", "--data", "{asked}", "--eval-data", "{asked}", "--family", "llada"],
+    "flow": ["flow", "--data", "{asked}", "--eval-data", "{asked}", "--pairs", "--tau", "1e-2", "1e-3"],
     "modernbert": ["pretrain", "--data", "{text}", "--family", "modernbert"],
 }
 

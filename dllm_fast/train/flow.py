@@ -123,7 +123,8 @@ def soft_embedding(
     """``softmax((c onehot(token) + n g) / tau) @ weight`` [N, d], g = `normals`; at most ``part`` normals at once, but
     two a row. Its gradient with regard to ``weight`` is exact."""
     columns = max(2, part // max(1, len(token)) // 2 * 2)
-    return _SoftEmbedding.apply(weight, token, noise_weight, tau, (seed, step, row, position), columns)  # type: ignore[no-any-return]
+    with torch.autocast(weight.device.type, enabled=False):  # noise is not rounded to 16 bits
+        return _SoftEmbedding.apply(weight, token, noise_weight, tau, (seed, step, row, position), columns)  # type: ignore[no-any-return]
 
 
 class _SymmetricKL(torch.autograd.Function):
