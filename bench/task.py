@@ -46,8 +46,8 @@ RECIPE = (
 # Goes on from llada-steps, to answer by Uniform(8).
 DISTILLED = (
     *("--model", "llada-steps", "--schedule", "uniform=8", "--length", "128"),
-    *("--batch", "8", "--steps", "300", "--lr", "1e-3", "--warmup", "20", "--threads", "1", "--cpu"),
-    *("--log-every", "10", "--save-every", "50"),
+    *("--batch", "8", "--steps", "200", "--lr", "1e-3", "--warmup", "20", "--threads", "1", "--cpu"),
+    *("--log-every", "10", "--save-every", "100"),
 )  # fmt: skip
 
 
@@ -142,7 +142,8 @@ def scores(name: str, count: int, seed: int, batch: int) -> list[dict]:
 
 def train(command: str, out: Path, extra: list[str]) -> Path:
     """Write the files, train (``sft`` or ``distill``), and add what the data are and the scores to the recipe."""
-    files = {"train.jsonl": problems(TRAINING, seed=0, held_out=False), "eval.jsonl": problems(512, 1, held_out=True)}
+    held_out = problems(512 if command == "sft" else 64, 1, held_out=True)
+    files = {"train.jsonl": problems(TRAINING, seed=0, held_out=False), "eval.jsonl": held_out}
     for name, found in files.items():
         write(out / name, found)
     words = [sys.executable, "-m", "dllm_fast.train", command, "--data", out / "train.jsonl", "--eval-data"]

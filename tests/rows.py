@@ -25,6 +25,7 @@ from dllm_fast import (
     Verify,
     Window,
 )
+from dllm_fast.decoding.noise import NOISES
 from dllm_fast.decoding.request import plan_blocks
 
 BLOCKS = (4, 8, 16)
@@ -81,7 +82,7 @@ def _planned(prompts: list[torch.Tensor], gen_length: int, block: int, rng: rand
     plans = [plan_blocks(torch.cat((p == MASK, torch.ones(gen_length, dtype=torch.bool))), block) for p in prompts]
     steps = math.lcm(*map(len, plans))
     found = [Pyramid(rng.choice([1, 2])), FirstHitting()]
-    found.append(Ancestral(steps * rng.choice([1, 4]), rng.choice(["linear", "cosine", "loglinear"])))
+    found.append(Ancestral(steps * rng.choice([1, 4]), rng.choice(NOISES)))
     fit = min(len(plan) * max(masked for _, masked in plan) for plan in plans)
     if steps <= fit:
         found.append(Uniform(steps * rng.randint(1, fit // steps)))

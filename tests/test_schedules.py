@@ -14,6 +14,7 @@ ALPHA = {
     "linear": lambda t: 1 - t,
     "cosine": lambda t: math.cos(math.pi * t / 2),
     "loglinear": lambda t: 1 - (1 - 1e-3) * t,
+    "polynomial": lambda t: 1 - t * t,
 }
 
 

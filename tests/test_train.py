@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, TrainerCallback, default_data_collator
 from dllm_fast.errors import one_line
 from dllm_fast.train import losses, training
 from dllm_fast.train.data import (
-    Corruption,
+    Masked,
     PackedText,
     PromptAnswers,
     Run,
@@ -20,6 +20,7 @@ from dllm_fast.train.data import (
     save_tokenizer,
     train_tokenizer,
 )  # fmt: skip
+from dllm_fast.train.masking import EPS
 
 TEXT = "\n\n".join(f"The {a} {b} sat on the {c} and looked at the sea." for a in ("old", "red", "sly", "big", "shy")
                    for b in ("fox", "cat", "hen", "dog", "owl") for c in ("mat", "log", "hill", "roof"))  # fmt: skip
@@ -145,10 +146,14 @@ def test_packed_rows_hold_every_token_in_order():
     assert flat == [*joined, tokenizer.eos_token_id][: len(flat)]
 
 
+def mask_ratios(*place) -> torch.Tensor:
+    return losses.LLADA.ratios(losses.times(*place)).float()
+
+
 def test_mask_ratios_are_uniform_and_spread_over_the_batch():
-    ratios = torch.stack([losses.mask_ratios(0, step, range(8), 8) for step in range(2000)])
-    assert ratios.min() >= losses.EPS and ratios.max() <= 1
-    assert abs(float(ratios.mean()) - (1 + losses.EPS) / 2) < 0.005
+    ratios = torch.stack([mask_ratios(0, step, range(8), 8) for step in range(2000)])
+    assert ratios.min() >= EPS and ratios.max() <= 1
+    assert abs(float(ratios.mean()) - (1 + EPS) / 2) < 0.005
     share = torch.histc(ratios, 10, 0, 1) / ratios.numel()
     assert (share - 0.1).abs().max() < 0.01
     for row in ratios[:50]:
@@ -170,7 +175,7 @@ def test_the_loss_is_the_published_one(either):
     """Against a transcription of LLaDA's guideline code: CE / p at masked tokens, averaged over all tokens."""
     ids = torch.randint(0, EOS, (4, 20))
     got = losses.DiffusionLoss(either, MASK)(ids, seed=3, step=2)
-    ratio = losses.mask_ratios(3, 2, range(4), 4)
+    ratio = mask_ratios(3, 2, range(4), 4)
     noisy, labels, _ = losses.corrupt(ids, None, MASK, 3, 2, range(4), 4)
     masked = labels == ids
     assert torch.equal(noisy[~masked], ids[~masked]) and (noisy[masked] == MASK).all() and (labels[~masked] < 0).all()
@@ -188,7 +193,7 @@ def test_one_step_in_a_hundred_is_cut():
     packed = PackedText([TEXT], train_tokenizer([TEXT], 300, 64), 32)
     for evaluation in (False, True):
         run = Run(packed, 2, 2000, 0, evaluation)
-        collated = Corruption(default_data_collator, 299, 0)
+        collated = Masked(default_data_collator, 299, 0)
         for step in (0, lengths.index(min(lengths))):
             batch = collated([run[2 * step], run[2 * step + 1]]) if not evaluation else collated([run[0], run[1]])
             assert batch["input_ids"].shape[1] == (32 if evaluation else lengths[step])
@@ -224,7 +229,7 @@ def test_the_fine_tuning_loss_is_the_published_one(llada):
     ids, prompt = torch.randint(0, EOS, (4, 20)), torch.tensor([0, 5, 12, 19])
     loss = losses.DiffusionLoss(llada)
     got = loss(ids, prompt, seed=3)
-    ratio = losses.mask_ratios(3, 0, range(4), 4)
+    ratio = mask_ratios(3, 0, range(4), 4)
     noisy, _, _ = losses.corrupt(ids, None, MASK, 3, 0, range(4), 4)
     expected = torch.zeros(())
     for row in range(4):

@@ -12,9 +12,9 @@ from typing import ClassVar
 
 import torch
 
+from dllm_fast.decoding.noise import NOISES, alpha
 from dllm_fast.decoding.values import Checked, checked, finite, one_of, real, require, whole
 
-NOISES = ("linear", "cosine", "loglinear")
 FINEST = 2**20  # times of an ancestral grid in one block: 8 MB a row, and far more than any block has positions
 
 
@@ -102,8 +102,8 @@ class Ancestral(_Schedule):
     """The reverse posterior on a grid (MDLM, arXiv:2406.07524): from time t to s every masked position is kept with
     probability ``(alpha_s - alpha_t) / (1 - alpha_t)``, by itself; at temperature 1.
 
-    ``steps`` in all, shared equally by the blocks, each block's times going from 1 to 0. ``noise``: alpha is
-    ``1 - t`` ("linear"), ``cos(pi t / 2)`` ("cosine") or ``1 - (1 - 10^-3) t`` ("loglinear"). The draws do not depend
+    ``steps`` in all, shared equally by the blocks, each block's times going from 1 to 0. ``noise``: "linear", "cosine",
+    "loglinear" or "polynomial", see `dllm_fast.decoding.noise`. The draws do not depend
     on the model, so they are made first, and grid steps that keep nothing in any row are not evaluated.
     """
 
@@ -114,18 +114,13 @@ class Ancestral(_Schedule):
     def check(self, blocks: int, masked: int) -> None:
         _check_share(self, blocks, FINEST, f"{FINEST} in one block")
 
-    def _alpha(self, t: torch.Tensor) -> torch.Tensor:
-        if self.noise == "cosine":
-            return torch.cos(math.pi / 2 * t)
-        return 1 - t if self.noise == "linear" else 1 - (1 - 1e-3) * t
-
     def counts(self, masked, blocks, draw):
         share = (self.steps // blocks)[:, None]  # [B, 1]
         grid = torch.arange(1, int(share.max()) + 1, dtype=torch.float64, device=share.device)
         time = 1 - grid / share  # [B, n]: each step's end
-        begin = self._alpha(torch.ones((), dtype=torch.float64, device=share.device))
+        begin = alpha(self.noise, torch.ones((), dtype=torch.float64, device=share.device))
         # The product of (1 - alpha_s) / (1 - alpha_t) over a position's steps telescopes into the share still masked.
-        reached = (self._alpha(time.clamp(min=0)) - begin) / (1 - begin)
+        reached = (alpha(self.noise, time.clamp(min=0)) - begin) / (1 - begin)
         reached[time <= 0] = 1.0  # cos(0) and the division leave it within rounding of 1
         hit = torch.searchsorted(reached, draw())  # [B, T]: each position's step; a draw of 2 is in none
         found = [(step, (hit == step).sum(1)) for step in range(reached.shape[1])]

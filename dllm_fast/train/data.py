@@ -2,6 +2,7 @@
 
 import json
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dllm_fast.decoding.text import encode
 from dllm_fast.train import losses
+from dllm_fast.train.masking import Masking
 
 T = TypeVar("T")
 
@@ -222,8 +224,8 @@ def _recent(kept: dict[int, T], key: int, make: Callable[[], T]) -> T:
 
 
 @dataclass
-class Corruption:
-    """Collates and corrupts rows of a `Run`: input_ids (noisy) and masked_labels [B, L], weight [B]."""
+class Corruption(ABC):
+    """Collates rows of a `Run` and adds an objective's noise."""
 
     collate: Callable[[list], dict[str, torch.Tensor]]
     mask_id: int
@@ -246,9 +248,20 @@ class Corruption:
             ids = ids[:, : losses.cut_length(self.seed, step, ids.shape[1])]
         return self.corrupt(ids, prompt, step, [place.row for place in places], places[0].batch)
 
+    @abstractmethod
     def corrupt(
         self, ids: torch.Tensor, prompt: torch.Tensor | None, step: int, rows: list[int], batch: int
     ) -> dict[str, torch.Tensor]:
         """What the loss is computed from: clean ``ids`` [B, L] whose leading ``prompt`` [B] positions stay."""
-        noisy, labels, weight = losses.corrupt(ids, prompt, self.mask_id, self.seed, step, rows, batch)
+
+
+@dataclass
+class Masked(Corruption):
+    """`Corruption` by masks: input_ids (noisy) and masked_labels [B, L], weight [B]."""
+
+    masking: Masking = losses.LLADA
+
+    def corrupt(self, ids, prompt, step, rows, batch):
+        given = (ids, prompt, self.mask_id, self.seed, step, rows, batch, self.masking)
+        noisy, labels, weight = losses.corrupt(*given)
         return {"input_ids": noisy, "masked_labels": labels, "weight": weight}

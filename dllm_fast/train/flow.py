@@ -41,7 +41,7 @@ def noise_weights(
     seed: int, step: int, rows: Sequence[int], batch: int, low: float, high: float
 ) -> torch.Tensor:  # fmt: skip
     """Noise weights [B] fp32 of ``rows`` of a step's ``batch``: uniform from ``low`` to ``high``, and evenly spaced
-    over the batch as `losses.mask_ratios` are."""
+    over the batch as `losses.times` are."""
     first = torch.rand(1, generator=losses.generator(seed, step, "noise"), dtype=torch.float64, device="cpu")
     t = (first + torch.tensor(rows, dtype=torch.float64, device="cpu") / batch) % 1.0
     return (low + (high - low) * t).float()

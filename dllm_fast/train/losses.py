@@ -22,8 +22,9 @@ from transformers import PreTrainedModel
 from dllm_fast import ops
 from dllm_fast.families import FAMILIES
 from dllm_fast.families.linears import plain
+from dllm_fast.train.masking import Masking
 
-EPS = 1e-3
+LLADA = Masking()
 CUT = 0.01  # share of steps that cut their rows to a random length, as in LLaDA's pre-training
 IGNORED = -100  # the label of unmasked positions
 
@@ -34,15 +35,14 @@ def generator(*key: object) -> torch.Generator:
     return torch.Generator(device="cpu").manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-def mask_ratios(seed: int, step: int, rows: Sequence[int], batch: int) -> torch.Tensor:
-    """Mask probabilities [B] fp32 of ``rows`` of a step's ``batch``: ``(1 - 1e-3) t + 1e-3`` with t ~ U(0, 1).
+def times(seed: int, step: int, rows: Sequence[int], batch: int) -> torch.Tensor:
+    """Times t [B] fp64 of ``rows`` of a step's ``batch``, uniform on [0, 1).
 
     A step draws one number and spaces its rows' t evenly from there (arXiv:2107.00630, appendix I). Each t is still
     uniform, and the loss varies less from step to step.
     """
     shift = torch.tensor(rows, dtype=torch.float64, device="cpu") / batch
-    t = (_uniform(generator(seed, step, "ratio"), 1).double() + shift) % 1.0
-    return ((1 - EPS) * t + EPS).float()
+    return (_uniform(generator(seed, step, "ratio"), 1).double() + shift) % 1.0
 
 
 def _uniform(source: torch.Generator, count: int) -> torch.Tensor:
@@ -65,22 +65,24 @@ def corrupt(
     step: int,
     rows: Sequence[int],
     batch: int,
+    masking: Masking = LLADA,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Mask each position after row b's prompt with probability p_b. Returns (noisy ids, labels, weight).
+    """Mask positions after row b's prompt, as ``masking`` says. Returns (noisy ids, labels, weight).
 
     Noisy ids and labels are [B, L]; the label is the clean id at masked positions and -100 elsewhere. The weight [B]
-    fp32, ``1 / (p_b (L - prompt))``, multiplies a row's summed negative log-likelihood. Noise is drawn on the CPU, so
-    it is the same whatever device ``input_ids`` is on.
+    fp32 multiplies a row's summed negative log-likelihood: by default ``1 / (p_b (L - prompt))``, p_b being the
+    probability of masking. Noise is drawn on the CPU, so it is the same whatever device ``input_ids`` is on.
     """
     device = input_ids.device
-    ratio = mask_ratios(seed, step, rows, batch)
-    draw = [_uniform(generator(seed, step, row), input_ids.shape[1]) for row in rows]
-    masked = (torch.stack(draw) < ratio[:, None]).to(device)  # [B, L]
-    answer = torch.full((len(rows),), input_ids.shape[1], dtype=torch.int64, device=device)  # [B]
+    t = times(seed, step, rows, batch)
+    ratio = masking.ratios(t)
+    draw = torch.stack([_uniform(generator(seed, step, row), input_ids.shape[1]) for row in rows])
+    open_ = torch.ones(input_ids.shape, dtype=torch.bool, device="cpu")
     if prompt_length is not None:
-        answer = answer - prompt_length.to(device)
-        masked &= torch.arange(input_ids.shape[1], device=device) >= prompt_length.to(device)[:, None]
-    weight = 1 / (ratio.to(device) * answer.clamp(min=1))
+        open_ = torch.arange(input_ids.shape[1], device="cpu") >= prompt_length.cpu()[:, None]
+    masked = masking.masked(ratio, open_, draw)
+    weight = masking.weights(t, ratio, open_, masked).to(device)
+    masked = masked.to(device)
     return input_ids.masked_fill(masked, mask_id), input_ids.masked_fill(~masked, IGNORED), weight
 
 
@@ -117,13 +119,15 @@ class DiffusionLoss(nn.Module):
     Args:
         model: a LLaDA or ModernBERT, or a PEFT model of one.
         mask_id: default ``model.config.mask_token_id``.
+        masking: which positions are masked, and what they weigh.
 
     Raises:
         ValueError: ``model`` is of another kind or already wrapped, or there is no mask id.
     """
 
-    def __init__(self, model: nn.Module, mask_id: int | None = None):
+    def __init__(self, model: nn.Module, mask_id: int | None = None, masking: Masking = LLADA):
         super().__init__()
+        self.masking = masking
         self.mask_id = base_model(model).config.mask_token_id if mask_id is None else mask_id
         if self.mask_id is None:
             raise ValueError("mask_id: None given, and model.config has no mask_token_id")
@@ -151,7 +155,7 @@ class DiffusionLoss(nn.Module):
         """
         rows = range(first_row, first_row + len(input_ids))
         given = (input_ids, prompt_length, self.mask_id, seed, step, rows, batch or len(input_ids))
-        noisy, labels, weight = corrupt(*given)
+        noisy, labels, weight = corrupt(*given, self.masking)
         return (masked_nll(base_model(self.model), noisy, labels) * weight).mean()
 
 

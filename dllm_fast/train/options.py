@@ -4,9 +4,11 @@ import argparse
 import re
 from pathlib import Path
 
+from dllm_fast.decoding.noise import NOISES
 from dllm_fast.decoding.schedules import Schedule
 from dllm_fast.decoding.spelling import schedule_of
 from dllm_fast.families import FAMILIES
+from dllm_fast.train.masking import FORMS, WEIGHTINGS
 
 
 def parser() -> argparse.ArgumentParser:
@@ -16,6 +18,7 @@ def parser() -> argparse.ArgumentParser:
     add_options(p, ".txt (each paragraph is a document) or .jsonl (each line is one)", "tokens per training row")
     p.add_argument("--template", default="{text}", help="how to make text of a .jsonl line")
     p.add_argument("--drop", type=pattern, help="a regular expression to remove from every document")
+    add_masking(p)
     p.set_defaults(pairs=False)
     p = commands.add_parser("flow", help="a flow language model: tokens are flipped or mixed, none is masked")
     add_options(p, "as pretrain's, or with --pairs as sft's", "tokens per training row, or most in a prompt and answer")
@@ -29,6 +32,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--smoothing", type=float, default=1e-4, help="of the one-hot targets")
     p = commands.add_parser("sft", help="LLaDA's fine-tuning: answers are masked, prompts stay visible")
     add_options(p, '.jsonl with {"prompt": ..., "answer": ...} on each line', "most tokens in a prompt with its answer")
+    add_masking(p)
     p.set_defaults(pairs=True)
     p = commands.add_parser("distill", help="teach a model to answer in fewer forwards")
     add_options(p, '.jsonl with {"prompt": ..., "answer": ...} on each line', "most tokens in a prompt with its answer")
@@ -37,6 +41,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--hold", type=float, default=0.1, help="certainty kept from what a step does not commit")
     p.set_defaults(pairs=True)
     return top
+
+
+def add_masking(p: argparse.ArgumentParser) -> None:
+    """The fields of `Masking`."""
+    p.add_argument("--noise", choices=NOISES, default="linear", help="how the share of masked tokens grows with time")
+    p.add_argument("--mask-ratio", type=float, nargs=2, metavar=("LOW", "HIGH"), help="range of that share")
+    p.add_argument("--masking", choices=FORMS, default="time", help="mask each token by itself, or a number of them")
+    p.add_argument("--weighting", choices=WEIGHTINGS, default="elbo", help="none: the mean over masked tokens")
 
 
 def schedule(text: str) -> Schedule:

@@ -13,7 +13,8 @@ from torch.utils.data import SequentialSampler
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 from dllm_fast.train import losses
-from dllm_fast.train.data import Corruption, Run
+from dllm_fast.train.data import Corruption, Masked, Run
+from dllm_fast.train.masking import Masking
 
 
 class DiffusionTrainer(Trainer):
@@ -28,12 +29,13 @@ class DiffusionTrainer(Trainer):
         model: a LLaDA or ModernBERT, or a PEFT model of one.
         train_dataset, eval_dataset: datasets with a length. ``data_collator`` makes their examples into batches of
             ``input_ids`` and, for fine-tuning, ``prompt_length``.
+        masking: which positions are masked, and what they weigh.
         kwargs: passed on to `Trainer`.
     """
 
     def __init__(
         self, model, args: TrainingArguments, *, mask_id: int, train_dataset=None, eval_dataset=None,
-        data_collator=default_data_collator, **kwargs,
+        data_collator=default_data_collator, masking: Masking = losses.LLADA, **kwargs,
     ):  # fmt: skip
         processes = int(os.environ.get("WORLD_SIZE", "1"))
         if processes != args.world_size:
@@ -41,6 +43,7 @@ class DiffusionTrainer(Trainer):
             raise ValueError(f"args: {processes} processes would each train alone; without a GPU, give use_cpu=True")
         self.bind_loss(model)
         self.mask_id = mask_id
+        self.masking = masking
         args = copy.copy(args)
         batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         if train_dataset is not None:
@@ -89,7 +92,7 @@ class DiffusionTrainer(Trainer):
 
     def corruption(self, collate, args: TrainingArguments) -> Corruption:
         """What makes batches of a `Run`'s rows; ``args.max_steps`` is the number of steps."""
-        return Corruption(collate, self.mask_id, args.seed)
+        return Masked(collate, self.mask_id, args.seed, self.masking)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         row_loss = self._row_loss(model, inputs)

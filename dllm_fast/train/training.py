@@ -36,6 +36,7 @@ from dllm_fast.train.data import (
 )
 from dllm_fast.train.distill import DistillTrainer
 from dllm_fast.train.flow import Flow, FlowTrainer
+from dllm_fast.train.masking import Masking
 from dllm_fast.train.options import parser
 from dllm_fast.train.trainer import DiffusionTrainer, LossRecord, plot_loss
 
@@ -89,7 +90,8 @@ def trainer_of(args: argparse.Namespace) -> Callable[..., DiffusionTrainer]:
         if not args.model:
             raise ValueError("--model: distill needs a trained model")
         return functools.partial(DistillTrainer, schedule=args.schedule, runs=args.runs, hold=args.hold)
-    return DiffusionTrainer
+    ratio = args.mask_ratio and tuple(args.mask_ratio)
+    return functools.partial(DiffusionTrainer, masking=Masking(args.noise, ratio, args.masking, args.weighting))
 
 
 def train(args: argparse.Namespace) -> Path:
