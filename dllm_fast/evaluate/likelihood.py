@@ -5,25 +5,50 @@ A masked-diffusion model has no cheap exact likelihood. For an answer x of L ids
 
     ln p(x | prompt) >= E_l E_S [ (L / l) * sum over i in S of ln p(x_i | prompt, x without S) ],
 
-with l uniform over 1 to L, and S a uniformly drawn set of l positions. A sample is one S and costs one forward (two
-with guidance). The last hidden states and logits are computed at masked positions only, `ops.CHUNK` rows of logits at a
-time.
+with l uniform over 1 to L, and S a uniformly drawn set of l positions. The same bound over time (MDLM, arXiv:
+2406.07524) masks each position by itself with probability t and weighs the sum with 1 / t, t uniform over 0 to 1; it
+varies more. A sample is one S and costs one forward (two with guidance). The last hidden states and logits are computed
+at masked positions only, `ops.CHUNK` rows of logits at a time.
 """
 
 import hashlib
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from statistics import mean, stdev
 
 import torch
 
 from dllm_fast import ops
 from dllm_fast.decoding.device import as_written
 from dllm_fast.decoding.request import as_prompt, check_vocabulary
-from dllm_fast.decoding.values import finite, is_whole, require, whole
+from dllm_fast.decoding.values import finite, is_whole, one_of, require, whole
 from dllm_fast.kernels import reference
 from dllm_fast.patch import bound_family, bound_pool
 
 Ids = torch.Tensor | list[int]
+ESTIMATORS = ("count", "time")
+
+
+@dataclass(frozen=True)
+class Bound:
+    """An estimate of the bound of ``ln p(answer | prompt)``, in nats.
+
+    value: the estimate; standard_error: its own, from independent replicates. perplexity: ``exp(-value / tokens)``, an
+    upper bound of the answer's; its standard error is ``perplexity * standard_error / tokens``.
+    """
+
+    value: float
+    standard_error: float
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(-self.value / self.tokens)
+
+    @property
+    def perplexity_error(self) -> float:
+        return self.perplexity * self.standard_error / self.tokens
 
 
 def log_likelihood(
@@ -68,9 +93,48 @@ def log_likelihoods(
             logits are NaN or infinite: the message names the pair.
     """
     samples = whole("samples", samples)
+    scorer = _Scorer(model, pairs, batch_size, cfg_scale)
+    return (value for (value,) in scorer.bounds([_Design(samples, _seed(seed))]))
+
+
+def likelihood_bounds(
+    model: torch.nn.Module,
+    pairs: Iterable[tuple[Ids, Ids]],
+    samples: int = 128,
+    seed: int | None = None,
+    batch_size: int = 32,
+    cfg_scale: float = 0.0,
+    estimator: str = "count",
+    replicates: int = 8,
+) -> Iterator[Bound]:
+    """The bound of each pair with its standard error: an iterator of `Bound`, in order.
+
+    The masks of one estimate depend on each other, which lowers its variance, so they do not tell its error. The
+    samples are therefore divided among ``replicates`` independent estimates: the bound is their mean, and its error
+    comes from how they differ.
+
+    Args:
+        samples: masks per pair in all, a multiple of ``replicates``.
+        estimator: "count" for a uniform number of masks, "time" for masks of probability t.
+        replicates: at least 2. Fewer vary less, and tell their error less precisely.
+        Others: see `log_likelihoods`, whose errors this raises.
+    """
+    samples, replicates = whole("samples", samples), whole("replicates", replicates)
+    one_of("estimator", estimator, ESTIMATORS)
+    require(replicates >= 2, f"replicates={replicates} tells no error; at least 2")
+    require(samples % replicates == 0, f"samples={samples} is not a multiple of replicates={replicates}")
+    seed = _seed(seed)
+    designs = [_Design(samples // replicates, seed, estimator, number) for number in range(replicates)]
+    scorer = _Scorer(model, pairs, batch_size, cfg_scale)
+    return (
+        Bound(mean(values), stdev(values) / math.sqrt(replicates), pair.length)
+        for pair, values in zip(scorer.pairs, scorer.bounds(designs))
+    )
+
+
+def _seed(seed: int | None) -> int:
     require(seed is None or is_whole(seed), f"seed={seed!r} is not a whole number")
-    seed = int(torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu")) if seed is None else seed
-    return _Scorer(model, pairs, batch_size, cfg_scale).bounds(samples, seed)
+    return int(torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu")) if seed is None else int(seed)
 
 
 def are_greedy(
@@ -111,6 +175,27 @@ def draw_masks(length: int, samples: int, generator: torch.Generator) -> torch.T
     return masks
 
 
+def draw_times(length: int, samples: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Times t [samples] fp64, and sets of positions [samples, length] bool, each position masked with probability t.
+
+    The times are evenly spaced with one random shift, as in `draw_masks`.
+    """
+    shift = torch.rand(1, generator=generator, dtype=torch.float64, device="cpu")
+    t = (torch.arange(samples, device="cpu") + shift) / samples
+    draw = torch.rand(samples, length, generator=generator, dtype=torch.float64, device="cpu")
+    return t, draw < t[:, None]
+
+
+@dataclass(frozen=True)
+class _Design:
+    """The masks of one estimate."""
+
+    samples: int
+    seed: int
+    estimator: str = "count"
+    replicate: int = 0
+
+
 @dataclass(frozen=True)
 class _Pair:
     ids: torch.Tensor  # [P + L] int64, on the host
@@ -120,13 +205,22 @@ class _Pair:
     def length(self) -> int:
         return len(self.ids) - self.prompt
 
-    def weighted_masks(self, samples: int, seed: int) -> Iterator[tuple[torch.Tensor, float]]:
-        """Each distinct mask [L] of the pair, and the weight of its summed log-probabilities in the estimate."""
-        key = f"{seed} {self.ids[: self.prompt].tolist()}".encode()
-        digest = hashlib.blake2b(key, digest_size=7).digest()
+    def weighted_masks(self, design: _Design) -> Iterator[tuple[torch.Tensor, float]]:
+        """Each distinct mask [L] of the pair, and the weight of its summed log-probabilities in the estimate.
+
+        Masks of nothing are left out: their sum is 0.
+        """
+        key = f"{design.seed} {self.ids[: self.prompt].tolist()}"
+        if design.replicate or design.estimator != "count":
+            key += f" {design.estimator} {design.replicate}"
+        digest = hashlib.blake2b(key.encode(), digest_size=7).digest()
         generator = torch.Generator(device="cpu").manual_seed(int.from_bytes(digest, "big"))
-        masks, times = torch.unique(draw_masks(self.length, samples, generator), dim=0, return_counts=True)
-        weights = times.double() / samples * self.length / masks.sum(1)
+        if design.estimator == "time":
+            t, masks = draw_times(self.length, design.samples, generator)
+            yield from ((mask, float(1 / t_ / design.samples)) for t_, mask in zip(t, masks) if mask.any())
+            return
+        masks, times = torch.unique(draw_masks(self.length, design.samples, generator), dim=0, return_counts=True)
+        weights = times.double() / design.samples * self.length / masks.sum(1)
         yield from zip(masks, weights.tolist())
 
 
@@ -154,19 +248,22 @@ class _Scorer:
         require(len(ids) <= limit, f"{name}: {len(ids)} ids exceed the model's {limit} positions")
         return _Pair(ids, len(prompt))
 
-    def bounds(self, samples: int, seed: int) -> Iterator[float]:
+    def bounds(self, designs: list[_Design]) -> Iterator[list[float]]:
+        """Each pair's estimate by every design."""
         rows = (
-            (index, mask, weight)
+            (index, number, mask, weight)
             for index, pair in enumerate(self.pairs)
-            for mask, weight in pair.weighted_masks(samples, seed)
+            for number, design in enumerate(designs)
+            for mask, weight in pair.weighted_masks(design)
         )
-        total, done = [0.0] * len(self.pairs), 0
+        total = [[0.0] * len(designs) for _ in self.pairs]
+        done = 0
         for batch in _batches(rows, self.batch_size):
-            indices, masks, weights = zip(*batch)
+            indices, numbers, masks, weights = zip(*batch)
             sums = self._log_probability([self.pairs[i] for i in indices], masks)
-            for index, weight, value in zip(indices, weights, sums):
+            for index, number, weight, value in zip(indices, numbers, weights, sums):
                 require(value == value, f"model: logits are NaN or infinite for pairs[{index}]")
-                total[index] += weight * value
+                total[index][number] += weight * value
             yield from total[done : indices[-1]]  # the last pair's masks may go on in the next batch
             done = indices[-1]
         yield from total[done:]
