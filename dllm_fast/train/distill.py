@@ -27,6 +27,7 @@ from dllm_fast.families.linears import plain
 from dllm_fast.kernels import reference
 from dllm_fast.train import losses
 from dllm_fast.train.data import Corruption
+from dllm_fast.train.head_loss import head_nll
 from dllm_fast.train.trainer import DiffusionTrainer
 
 CERTAIN = 3.0  # log-odds above which positions are equally certain, 95 %
@@ -103,7 +104,7 @@ def distill_loss(
     hidden, head = head_inputs(model, states, masked)
     target, later = input_ids[masked], ~committed[masked]
     bias = getattr(head, "bias", None)
-    loss = ops.masked_loss(hidden, head.weight, bias, target, None)
+    loss = head_nll(hidden, head, target)
     # (1 - hold) (lse - z[x]) + hold (lse - mean z) = (lse - z[x]) + hold (z[x] - mean z): no other [N, V] is needed.
     weight = head.weight.float()
     above = (hidden.float() * (weight[target] - weight.mean(0))).sum(1)

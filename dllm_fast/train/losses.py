@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
-from dllm_fast import ops
 from dllm_fast.families import FAMILIES
 from dllm_fast.families.linears import plain
+from dllm_fast.train.head_loss import head_nll
 from dllm_fast.train.masking import Masking
 
 LLADA = Masking()
@@ -104,7 +104,7 @@ def masked_nll(
     else:
         hidden, head = family.labelled(model, input_ids, labelled)
         if isinstance(head, nn.Embedding) or plain(head):
-            nll = ops.masked_loss(hidden, head.weight, getattr(head, "bias", None), target, None)
+            nll = head_nll(hidden, head, target)
         else:  # an adapter in the head's place: call it, so that it takes effect
             nll = F.cross_entropy(head(hidden).float(), target, reduction="none")
     row = labelled.nonzero()[:, 0]
