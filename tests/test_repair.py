@@ -55,3 +55,14 @@ def test_verifying_masks_wrong_tokens_and_leaves_none(half):
 def test_training_takes_the_recipe():
     args = options.parser().parse_args(["flow", "--data", "x", "--out", "y", *repair.RECIPE])
     assert args.pairs and args.noise == [0, 0.7] and args.steps == 1000
+
+
+def test_the_tables_show_shares_with_intervals(capsys):
+    row = {"replaced by": "a digit", "share": 0.1, "way": "flow", "wrong": 40, "repaired": 30, "intact": 100}
+    fresh = {"way": "masked", "forwards": 8, "whole": 2, "problems": 20}
+    rows = [row | {"broken": 0, "whole": 10}]
+    repair.show({"problems": 20, "rows": rows, "fresh": [fresh]})
+    printed = capsys.readouterr().out
+    for text in ("75.0 (59.8 to 85.8)", "0.0 (0.0 to 3.7)", "50.0 (29.9 to 70.1)", "10.0 (2.8 to 30.1)"):
+        assert text in printed
+    assert printed.splitlines()[-1].startswith('{"problems": 20')

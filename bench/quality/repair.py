@@ -105,7 +105,7 @@ def ways(flow, masked) -> dict:
     found[f"masked, {FORWARDS} forwards, told which"] = lambda p, a, wrong: masked_decoding(
         masked, p, a, wrong, None, FORWARDS
     )
-    found[f"masked, {FORWARDS} forwards, from the prompt"] = lambda p, a, wrong: masked_decoding(
+    found[f"masked, {FORWARDS} forwards, prompt alone"] = lambda p, a, wrong: masked_decoding(
         masked, p, a, torch.ones_like(wrong), None, FORWARDS
     )
     return found
@@ -151,9 +151,28 @@ def from_noise(flow, masked, tokenizer, count: int) -> list[dict]:
     return rows
 
 
-def share_of(part: int, whole: int) -> str:
+def percent(part: int, whole: int) -> str:
+    """A share in per cent, and its interval."""
     low, high = wilson(part, whole)
-    return f"{part / whole:.1%} ({low:.1%} to {high:.1%})"
+    return f"{100 * part / whole:.1f} ({100 * low:.1f} to {100 * high:.1f})"
+
+
+def show(result: dict) -> None:
+    """Print the tables of ``result``, then all of it on one line."""
+    columns = ["replaced", "way", "repaired, %", "others broken, %", "whole answers right, %"]
+    count = result["problems"]
+    for kind in dict.fromkeys(row["replaced by"] for row in result["rows"]):
+        cells = [
+            [f"{row['share']:.0%}", row["way"], percent(row["repaired"], row["wrong"]),
+             percent(row["broken"], row["intact"]), percent(row["whole"], count)]
+            for row in result["rows"] if row["replaced by"] == kind
+        ]  # fmt: skip
+        title = "replaced by any token" if kind == "any token" else "a digit replaced by another digit"
+        print_table(columns, cells, title)
+    cells = [[str(row["forwards"]), row["way"], percent(row["whole"], count)] for row in result["fresh"]]
+    title = "from the prompt alone: generate_flow, and generate with Uniform"
+    print_table(["forwards", "way", "whole answers right, %"], cells, title)
+    print(json.dumps(result))
 
 
 def score(name: str, count: int) -> None:
@@ -164,19 +183,8 @@ def score(name: str, count: int) -> None:
     print(f"{device}, torch {torch.__version__}, commit {commit}; {count} problems, fp32")
     print(f"trained in {recipe['seconds_since_start_or_resume']} s: {' '.join(recipe['command'][2:])}")
     rows = measured(flow, masked, tokenizer, count)
-    for kind in dict.fromkeys(row["replaced by"] for row in rows):
-        cells = [
-            [f"{row['share']:.0%}", row["way"], share_of(row["repaired"], row["wrong"]),
-             share_of(row["broken"], row["intact"]), share_of(row["whole"], count)]
-            for row in rows if row["replaced by"] == kind
-        ]  # fmt: skip
-        title = "replaced by any token" if kind == "any token" else "a digit replaced by another digit"
-        print_table(["replaced", "way", "repaired", "others broken", "whole answers right"], cells, title)
     fresh = from_noise(flow, masked, tokenizer, count)
-    cells = [[str(row["forwards"]), row["way"], share_of(row["whole"], count)] for row in fresh]
-    title = "from the prompt alone: generate_flow, and generate with Uniform"
-    print_table(["forwards", "way", "whole answers right"], cells, title)
-    print(json.dumps({"bench": "repair", "commit": commit, "problems": count, "rows": rows, "fresh": fresh}))
+    show({"bench": "repair", "commit": commit, "problems": count, "rows": rows, "fresh": fresh})
 
 
 def main() -> None:
