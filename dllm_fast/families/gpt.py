@@ -4,8 +4,7 @@ Its folders have a ``model_type`` of their own, so that no library loads them as
 """
 
 import torch
-from torch import nn
-from transformers import AutoConfig, AutoModelForMaskedLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoConfig, AutoModelForMaskedLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
 
@@ -71,9 +70,10 @@ def without_causal_mask(model: GPT2LMHeadModel, shifted: bool) -> BidirectionalG
     return bidirectional
 
 
-def new(width: int, heads: int, layers: int, ffn: int, positions: int, tie: bool, **ids) -> nn.Module:
+def new(width: int, heads: int, layers: int, ffn: int, positions: int, tie: bool, **ids) -> PreTrainedModel:
     """A newly initialised model of these sizes; ``ids`` are ``vocab_size`` and the special tokens' ids."""
     config = BidirectionalGPT2Config(
-        n_embd=width, n_head=heads, n_layer=layers, n_inner=ffn, n_positions=positions, tie_word_embeddings=tie, **ids
-    )
+        n_embd=width, n_head=heads, n_layer=layers, n_inner=ffn, n_positions=positions, tie_word_embeddings=tie,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **ids,
+    )  # fmt: skip
     return BidirectionalGPT2LMHeadModel(config)

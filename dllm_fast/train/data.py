@@ -30,8 +30,9 @@ def _text(path: Path) -> str:
         raise BadData(f"{path} is not UTF-8 text (byte {error.start})") from error
 
 
-def documents(path: Path, template: str, drop: str | re.Pattern | None) -> list[str]:
-    """The documents of a file: ``template`` filled in from each line of a ``.jsonl``; otherwise, each paragraph.
+def documents(path: Path, template: str, drop: str | re.Pattern | None, whole: bool = False) -> list[str]:
+    """The documents of a file: ``template`` filled in from each line of a ``.jsonl``; otherwise, each paragraph, or the
+    ``whole`` file.
 
     Whatever matches the regular expression ``drop`` is removed. Raises `BadData` if a line is not an object with the
     template's keys (naming the line), or if the file has no text.
@@ -39,6 +40,8 @@ def documents(path: Path, template: str, drop: str | re.Pattern | None) -> list[
     text = _text(path)
     if path.suffix == ".jsonl":
         texts = [_templated(line, number, path, template) for number, line in _lines(text)]
+    elif whole:
+        texts = [text]
     else:
         texts = [paragraph.strip() for paragraph in text.split("\n\n")]
     if drop:
@@ -46,6 +49,11 @@ def documents(path: Path, template: str, drop: str | re.Pattern | None) -> list[
     if not any(texts):
         raise BadData(f"{path} holds no text")
     return [document for document in texts if document]
+
+
+def lines_of(path: Path) -> list[tuple[int, str]]:
+    """`_lines` of a file. Raises `BadData` if it is not UTF-8 text."""
+    return _lines(_text(path))
 
 
 def _lines(text: str) -> list[tuple[int, str]]:
@@ -66,7 +74,7 @@ def _templated(line: str, number: int, path: Path, template: str) -> str:
 def pairs(path: Path) -> list[tuple[str, str]]:
     """(prompt, answer) of each line of a ``.jsonl`` file. Raises `BadData`, naming the line, if a line has none."""
     prompts_and_answers = []
-    for number, line in _lines(_text(path)):
+    for number, line in lines_of(path):
         try:
             entry = json.loads(line)
             pair = entry["prompt"], entry["answer"]
@@ -103,6 +111,22 @@ def train_tokenizer(texts: list[str], vocab_size: int, length: int) -> PreTraine
         padding_side="left",
         clean_up_tokenization_spaces=False,
     )
+
+
+def train_characters(texts: list[str], length: int) -> PreTrainedTokenizerFast:
+    """A token for each character of ``texts``; the last ids are [UNK], <|endoftext|>, [PAD] and [MASK]."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    special = {"unk_token": "[UNK]", "eos_token": "<|endoftext|>", "pad_token": "[PAD]", "mask_token": "[MASK]"}
+    characters = sorted(set().union(*texts))
+    vocabulary = {token: i for i, token in enumerate([*characters, *special.values()])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, model_max_length=length, padding_side="left",
+        clean_up_tokenization_spaces=False, **special,
+    )  # fmt: skip
 
 
 def save_tokenizer(tokenizer, folder: Path) -> None:

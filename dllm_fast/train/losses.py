@@ -26,6 +26,7 @@ from dllm_fast.train.masking import Masking
 
 LLADA = Masking()
 CUT = 0.01  # share of steps that cut their rows to a random length, as in LLaDA's pre-training
+HEADS = {"bert": "cls", "roberta": "lm_head"}  # by model_type, which also names the backbone
 IGNORED = -100  # the label of unmasked positions
 
 
@@ -73,13 +74,27 @@ def corrupt(
     fp32 multiplies a row's summed negative log-likelihood: by default ``1 / (p_b (L - prompt))``, p_b being the
     probability of masking. Noise is drawn on the CPU, so it is the same whatever device ``input_ids`` is on.
     """
+    open_ = torch.ones(input_ids.shape, dtype=torch.bool, device="cpu")
+    if prompt_length is not None:
+        open_ = torch.arange(input_ids.shape[1], device="cpu") >= prompt_length.cpu()[:, None]
+    return corrupt_open(input_ids, open_, mask_id, seed, step, rows, batch, masking)
+
+
+def corrupt_open(
+    input_ids: torch.Tensor,  # [B, L] int64
+    open_: torch.Tensor,  # [B, L] bool, on the host: what may be masked
+    mask_id: int,
+    seed: int,
+    step: int,
+    rows: Sequence[int],
+    batch: int,
+    masking: Masking,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`corrupt` of any positions."""
     device = input_ids.device
     t = times(seed, step, rows, batch)
     ratio = masking.ratios(t)
     draw = torch.stack([_uniform(generator(seed, step, row), input_ids.shape[1]) for row in rows])
-    open_ = torch.ones(input_ids.shape, dtype=torch.bool, device="cpu")
-    if prompt_length is not None:
-        open_ = torch.arange(input_ids.shape[1], device="cpu") >= prompt_length.cpu()[:, None]
     masked = masking.masked(ratio, open_, draw)
     weight = masking.weights(t, ratio, open_, masked).to(device)
     masked = masked.to(device)
@@ -93,13 +108,17 @@ def masked_nll(
 ) -> torch.Tensor:
     """Each row's sum of -ln p(label) over its labelled positions, [B] fp32.
 
-    The backbone runs as the model's own modules. A native LLaDA or a ModernBERT applies its head to the labelled
-    positions only; any other model (LLaDA's remote code, for example) computes all its logits.
+    The backbone runs as the model's own modules. A native LLaDA, a ModernBERT, a BERT or a RoBERTa applies its head to
+    the labelled positions only; any other model (LLaDA's remote code, for example) computes all its logits.
     """
     labelled = labels != IGNORED
     target = labels[labelled]  # [N]
-    family = FAMILIES.get(getattr(model.config, "model_type", ""))
-    if family is None or not isinstance(model, family.model_class):
+    kind = getattr(model.config, "model_type", "")
+    family = FAMILIES.get(kind)
+    if kind in HEADS and hasattr(model, HEADS[kind]):
+        hidden = getattr(model, kind)(input_ids=input_ids).last_hidden_state[labelled]  # [N, d]
+        nll = F.cross_entropy(getattr(model, HEADS[kind])(hidden).float(), target, reduction="none")
+    elif family is None or not isinstance(model, family.model_class):
         nll = F.cross_entropy(model(input_ids=input_ids).logits[labelled].float(), target, reduction="none")
     else:
         hidden, head = family.labelled(model, input_ids, labelled)

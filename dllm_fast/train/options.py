@@ -7,8 +7,8 @@ from pathlib import Path
 from dllm_fast.decoding.noise import NOISES
 from dllm_fast.decoding.schedules import Schedule
 from dllm_fast.decoding.spelling import schedule_of
-from dllm_fast.families import FAMILIES
 from dllm_fast.train.masking import FORMS, WEIGHTINGS
+from dllm_fast.train.models import NEW
 
 
 def parser() -> argparse.ArgumentParser:
@@ -30,8 +30,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--tau", type=float, nargs=2, default=(1e-3, 1e-8), metavar=("FIRST", "LAST"),
                    help="the noisy softmax's temperature, first and at the end; 0 0 flips tokens")  # fmt: skip
     p.add_argument("--smoothing", type=float, default=1e-4, help="of the one-hot targets")
-    p = commands.add_parser("sft", help="LLaDA's fine-tuning: answers are masked, prompts stay visible")
-    add_options(p, '.jsonl with {"prompt": ..., "answer": ...} on each line', "most tokens in a prompt with its answer")
+    p = commands.add_parser("sft", help="fine-tuning: answers are masked, prompts and what users say stay visible")
+    add_options(p, '.jsonl with {"prompt": ..., "answer": ...} or {"messages": [{"role": ..., "content": ...}]} a line',
+                "most tokens in a prompt with its answer, or in a chat")  # fmt: skip
     add_masking(p)
     p.set_defaults(pairs=True)
     p = commands.add_parser("distill", help="teach a model to answer in fewer forwards")
@@ -46,9 +47,11 @@ def parser() -> argparse.ArgumentParser:
 def add_masking(p: argparse.ArgumentParser) -> None:
     """The fields of `Masking`."""
     p.add_argument("--noise", choices=NOISES, default="linear", help="how the share of masked tokens grows with time")
-    p.add_argument("--mask-ratio", type=float, nargs=2, metavar=("LOW", "HIGH"), help="range of that share")
+    p.add_argument("--mask-ratio", type=float, nargs=2, metavar=("LOW", "HIGH"),
+                   help="range of that share; default: 0.001 1, for chats 0.15 0.99")  # fmt: skip
     p.add_argument("--masking", choices=FORMS, default="time", help="mask each token by itself, or a number of them")
-    p.add_argument("--weighting", choices=WEIGHTINGS, default="elbo", help="none: the mean over masked tokens")
+    p.add_argument("--weighting", choices=WEIGHTINGS,
+                   help="none: the mean over masked tokens; default: elbo, for chats none")  # fmt: skip
 
 
 def schedule(text: str) -> Schedule:
@@ -81,8 +84,20 @@ def add_options(p: argparse.ArgumentParser, data: str, length: str) -> None:
     add("--eval-data", type=Path, nargs="*", default=[], help="held-out files of the same kind")
     add("--out", type=Path, required=True, help="folder for checkpoints, loss.csv, loss.png and final/")
     add("--resume", action="store_true", help="continue from the last checkpoint in --out")
-    add("--model", help="continue training this model: a folder, a hub name or a shipped model")
-    add("--family", choices=tuple(FAMILIES), default="llada")
+    add(
+        "--model",
+        help="continue training this model: a folder, a hub name or a shipped model; also a folder with a "
+        "BERT, a RoBERTa or another masked language model, or an autoregressive GPT-2, whose causal mask is taken off",
+    )
+    add("--shifted", action="store_true", help="that GPT-2 goes on predicting token i + 1 at position i; else token i")
+    add(
+        "--lora",
+        type=count,
+        metavar="RANK",
+        help="train LoRA adapters of this rank (PEFT): they are saved in adapter/, and merged into final/",
+    )
+    add("--tokenizer", choices=("bpe", "char"), default="bpe", help="of a new model; with char a .txt is one document")
+    add("--family", choices=NEW, default="llada", help="of a new model; gpt: a GPT-2 without its causal mask")
     add("--vocab-size", type=count, default=2048)
     add("--width", type=count, default=192)
     add("--layers", type=count, default=6)

@@ -12,74 +12,56 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from accelerate import PartialState
-from transformers import AutoTokenizer, Trainer, TrainingArguments, default_data_collator
+from transformers import Trainer, TrainingArguments, default_data_collator
 from transformers.trainer_utils import get_last_checkpoint
 
 from dllm_fast.errors import exit_code
-from dllm_fast.families import FAMILIES
-from dllm_fast.loading import from_pretrained, model_path
-from dllm_fast.patch import unpatch
-from dllm_fast.train.data import (
-    BadData,
-    PackedText,
-    PromptAnswers,
-    Run,
-    collate,
-    documents,
-    pairs,
-    save_tokenizer,
-    train_tokenizer,
-)
+from dllm_fast.loading import model_path
+from dllm_fast.plain import positions_of
+from dllm_fast.train.chat import CHAT_RATIO, Chats, ChatTrainer, chats, is_chat
+from dllm_fast.train.data import BadData, PackedText, PromptAnswers, Run, collate, documents, pairs, save_tokenizer
 from dllm_fast.train.distill import DistillTrainer
 from dllm_fast.train.flow import Flow, FlowTrainer
 from dllm_fast.train.masking import Masking
+from dllm_fast.train.models import start, with_adapters
 from dllm_fast.train.options import parser
 from dllm_fast.train.trainer import DiffusionTrainer, LossRecord, plot_loss
 
 
-def build_model(args, tokenizer) -> transformers.PreTrainedModel:
-    """A newly initialised model with the family and sizes that the options give."""
-    ids = {name: getattr(tokenizer, name) for name in ("eos_token_id", "pad_token_id", "mask_token_id")}
-    return FAMILIES[args.family].new(
-        args.width, args.heads, args.kv_heads, args.layers, args.ffn, args.positions, args.tie,
-        vocab_size=len(tokenizer), **ids,
-    )  # fmt: skip
-
-
 def read(args: argparse.Namespace, option: str) -> list:
-    """The contents of an option's files: documents, or (prompt, answer) with ``args.pairs``. Raises ValueError."""
+    """The contents of an option's files: chats, (prompt, answer) with ``args.pairs``, or documents.
+
+    Raises ValueError.
+    """
     paths = getattr(args, option.replace("-", "_"))
     try:
+        if args.chat:
+            return [chat for path in paths for chat in chats(path)]
         if args.pairs:
             return [pair for path in paths for pair in pairs(path)]
-        return [text for path in paths for text in documents(path, args.template, args.drop)]
+        whole = args.tokenizer == "char"
+        return [text for path in paths for text in documents(path, args.template, args.drop, whole)]
     except BadData as error:
         raise ValueError(f"--{option}: {error}") from error
 
 
-def start(
-    args: argparse.Namespace, texts: list
-) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]:
-    """The model to train and its tokenizer: ``--model``'s, or new ones. The first process makes a new tokenizer, and
-    all processes read it."""
-    if args.model:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(model_path(args.model))
-            return unpatch(from_pretrained(args.model, torch.float32, impl="torch")), tokenizer
-        except (OSError, ValueError) as error:  # transformers' message has several lines
-            raise ValueError(f"--model: {args.model}: {str(error).strip().splitlines()[0]}") from error
-    folder = args.out / "tokenizer"  # a resumed run needs the tokenizer that its checkpoints were trained with
-    if not (args.resume and folder.is_dir()):
-        with PartialState().main_process_first():
-            if PartialState().is_main_process:
-                strings = [text for pair in texts for text in pair] if args.pairs else texts
-                save_tokenizer(train_tokenizer(strings, args.vocab_size, args.positions), folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    return build_model(args, tokenizer), tokenizer
+def holds_chats(path: Path) -> bool:
+    try:
+        return is_chat(path)
+    except BadData as error:
+        raise ValueError(f"--data: {error}") from error
+
+
+def strings(args: argparse.Namespace, texts: list) -> list[str]:
+    """The text in what `read` returns."""
+    if args.chat:
+        return [message["content"] for chat in texts for message in chat]
+    return [text for pair in texts for text in pair] if args.pairs else texts
 
 
 def trainer_of(args: argparse.Namespace) -> Callable[..., DiffusionTrainer]:
@@ -91,7 +73,12 @@ def trainer_of(args: argparse.Namespace) -> Callable[..., DiffusionTrainer]:
             raise ValueError("--model: distill needs a trained model")
         return functools.partial(DistillTrainer, schedule=args.schedule, runs=args.runs, hold=args.hold)
     ratio = args.mask_ratio and tuple(args.mask_ratio)
-    return functools.partial(DiffusionTrainer, masking=Masking(args.noise, ratio, args.masking, args.weighting))
+    if args.chat:
+        masking = Masking(args.noise, ratio or CHAT_RATIO, args.masking, args.weighting or "none")
+        return functools.partial(ChatTrainer, masking=masking)
+    return functools.partial(
+        DiffusionTrainer, masking=Masking(args.noise, ratio, args.masking, args.weighting or "elbo")
+    )
 
 
 def train(args: argparse.Namespace) -> Path:
@@ -103,6 +90,7 @@ def train(args: argparse.Namespace) -> Path:
         torch.set_num_threads(args.threads)
     transformers.set_seed(args.seed)
     out = args.out
+    args.chat = args.command == "sft" and holds_chats(args.data[0])
     trainer_class = trainer_of(args)
     texts = read(args, "data")
     eval_texts = read(args, "eval-data")
@@ -121,18 +109,16 @@ def train(args: argparse.Namespace) -> Path:
         seed=args.seed, data_seed=args.seed, use_cpu=not gpu, remove_unused_columns=False, report_to=[],
         dataloader_pin_memory=gpu and torch.cuda.is_available(),
     )  # fmt: skip
-    model, tokenizer = start(args, texts)
-    mask_id = tokenizer.mask_token_id if model.config.mask_token_id is None else model.config.mask_token_id
-    if mask_id is None:
-        raise ValueError(f"--model: neither the config nor the tokenizer of {args.model} names a mask token")
-    kind = PromptAnswers if args.pairs else PackedText
+    model, tokenizer = start(args, strings(args, texts))
+    kind = Chats if args.chat else PromptAnswers if args.pairs else PackedText
     rows = kind(texts, tokenizer, args.length)
     eval_rows = kind(eval_texts, tokenizer, args.length) if eval_texts else None
-    positions = model.config.max_position_embeddings
+    positions = positions_of(model.config)
     if args.length > positions:
         raise ValueError(f"--length: {args.length} exceeds the model's {positions} positions")
+    adapted: Any = with_adapters(model, args.lora) if args.lora else model
     trainer = trainer_class(
-        model=model, args=settings, mask_id=mask_id, callbacks=[LossRecord()],
+        model=adapted, args=settings, mask_id=model.config.mask_token_id, callbacks=[LossRecord()],
         train_dataset=rows, eval_dataset=eval_rows,
         data_collator=collate if args.pairs else default_data_collator,
     )  # fmt: skip
@@ -140,6 +126,9 @@ def train(args: argparse.Namespace) -> Path:
     trainer.train(resume_from_checkpoint=checkpoint)
     final = out / "final"
     if trainer.is_world_process_zero():
+        if args.lora:
+            adapted.save_pretrained(str(out / "adapter"))
+            adapted.merge_and_unload()  # into ``model``
         model.to(getattr(torch, args.save_dtype)).save_pretrained(final)
         save_tokenizer(tokenizer, final)
         (final / "recipe.json").write_text(json.dumps(recipe(args, trainer, time.time() - began), indent=2) + "\n")
