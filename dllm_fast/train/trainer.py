@@ -4,6 +4,7 @@ import copy
 import csv
 import math
 import os
+import shutil
 from collections.abc import Sized
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 from torch.utils.data import SequentialSampler
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
-from dllm_fast.train import losses
+from dllm_fast.train import losses, saving
 from dllm_fast.train.data import Corruption, Masked, Run
 from dllm_fast.train.masking import Masking
 
@@ -59,6 +60,7 @@ class DiffusionTrainer(Trainer):
             data_collator=self.corruption(data_collator, args), compute_metrics=_mean_loss, **kwargs,
         )  # fmt: skip
         self.model_accepts_loss_kwargs = False
+        self._staging = False
         sharded = args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
         if sharded and not self.is_fsdp_enabled:
             raise ValueError(f"fsdp: on {args.device}, Accelerate would run DistributedDataParallel instead")
@@ -77,6 +79,36 @@ class DiffusionTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset=None):
         return super().get_eval_dataloader(self._rows_of(eval_dataset, self.args.seed))
+
+    def _get_output_dir(self, trial):
+        folder = super()._get_output_dir(trial)
+        return os.path.join(folder, saving.STAGE) if self._staging else folder
+
+    def _save_checkpoint(self, model, trial):
+        """`Trainer`'s, but a checkpoint has its name only once it is whole and on the disk. Older ones are deleted only
+        then. So whenever a run is killed, its last checkpoint is whole."""
+        out, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
+        with saving.writing(name, out):
+            if self.args.should_save:
+                saving.stage(out)
+            self.accelerator.wait_for_everyone()
+            self._staging = True
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._staging = False
+            made = out / saving.STAGE / name
+            best = self.state.best_model_checkpoint
+            if best is not None and Path(best) == made:
+                self.state.best_model_checkpoint = str(out / name)
+                if self.args.should_save:
+                    self.state.save_to_json(str(made / "trainer_state.json"))
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                saving.publish(made, out / name)
+                saving.rotate(out, self.args.save_total_limit, self.state.best_model_checkpoint)
+                shutil.rmtree(out / saving.STAGE)
+        self.accelerator.wait_for_everyone()
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         if checkpoint is None or self.args.device.type != "cpu" or self.is_fsdp_enabled:
@@ -118,19 +150,24 @@ def _mean_loss(prediction: EvalPrediction) -> dict[str, float]:
 
 
 class LossRecord(TrainerCallback):
-    """Writes ``loss.csv`` and ``loss.png`` into the run's folder at every save."""
+    """Writes ``loss.csv`` and ``loss.png`` into the run's folder at every save. A reader never finds half a file."""
 
     def on_save(self, args, state, control, **kwargs):
         if not state.is_world_process_zero:
             return
-        folder = Path(args.output_dir)
-        with open(folder / "loss.csv", "w", newline="") as file:
-            table = csv.writer(file)
-            table.writerow(("step", "loss", "eval_loss"))
-            for entry in state.log_history:
-                if "loss" in entry or "eval_loss" in entry:
-                    table.writerow((entry["step"], entry.get("loss", ""), entry.get("eval_loss", "")))
-        plot_loss(state.log_history, folder / "loss.png")
+        out = Path(args.output_dir)
+        with saving.writing("loss.csv", out):
+            folder = saving.stage(out)
+            with open(folder / "loss.csv", "w", newline="") as file:
+                table = csv.writer(file)
+                table.writerow(("step", "loss", "eval_loss"))
+                for entry in state.log_history:
+                    if "loss" in entry or "eval_loss" in entry:
+                        table.writerow((entry["step"], entry.get("loss", ""), entry.get("eval_loss", "")))
+            plot_loss(state.log_history, folder / "loss.png")
+            for name in ("loss.csv", "loss.png"):
+                saving.publish(folder / name, out / name)
+            folder.rmdir()
 
 
 def plot_loss(history: list[dict], path: Path) -> None:

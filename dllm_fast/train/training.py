@@ -8,6 +8,7 @@ import argparse
 import functools
 import hashlib
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -18,11 +19,13 @@ import torch
 import transformers
 from accelerate import PartialState
 from transformers import Trainer, TrainingArguments, default_data_collator
+from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_utils import get_last_checkpoint
 
 from dllm_fast.errors import exit_code
 from dllm_fast.loading import model_path
 from dllm_fast.plain import positions_of
+from dllm_fast.train import saving
 from dllm_fast.train.chat import CHAT_RATIO, Chats, ChatTrainer, chats, is_chat
 from dllm_fast.train.data import BadData, PackedText, PromptAnswers, Run, collate, documents, pairs, save_tokenizer
 from dllm_fast.train.distill import DistillTrainer
@@ -97,6 +100,9 @@ def train(args: argparse.Namespace) -> Path:
     checkpoint = get_last_checkpoint(str(out)) if out.is_dir() else None
     if checkpoint and not args.resume:
         raise ValueError(f"--out: {out} already holds {Path(checkpoint).name}; add --resume or choose another folder")
+    reporters = ["none", *get_available_reporting_integrations()]
+    if args.report_to not in reporters:
+        raise ValueError(f"--report-to: {args.report_to} is unknown or not installed; here are {', '.join(reporters)}")
     gpu = torch.accelerator.is_available() and not args.cpu
     settings = TrainingArguments(
         output_dir=str(out), max_steps=args.steps, per_device_train_batch_size=args.batch,
@@ -106,7 +112,8 @@ def train(args: argparse.Namespace) -> Path:
         lr_scheduler_kwargs={"num_decay_steps": round(args.decay * args.steps)},
         logging_steps=args.log_every, save_steps=args.save_every, save_total_limit=2,
         eval_strategy="steps" if eval_texts else "no", eval_steps=args.save_every,
-        seed=args.seed, data_seed=args.seed, use_cpu=not gpu, remove_unused_columns=False, report_to=[],
+        seed=args.seed, data_seed=args.seed, use_cpu=not gpu, remove_unused_columns=False, report_to=args.report_to,
+        bf16=args.bf16, gradient_checkpointing=args.gradient_checkpointing,
         dataloader_pin_memory=gpu and torch.cuda.is_available(),
     )  # fmt: skip
     model, tokenizer = start(args, strings(args, texts))
@@ -123,16 +130,30 @@ def train(args: argparse.Namespace) -> Path:
         data_collator=collate if args.pairs else default_data_collator,
     )  # fmt: skip
     began = time.time()
-    trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    finally:
+        for callback in trainer.callback_handler.callbacks:  # an error has a line of its own, below the progress bar
+            if getattr(callback, "training_bar", None) is not None:
+                callback.training_bar.close()
     final = out / "final"
+    # Sharded weights are gathered by all processes together.
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if trainer.is_fsdp_enabled else None
     if trainer.is_world_process_zero():
-        if args.lora:
-            adapted.save_pretrained(str(out / "adapter"))
-            adapted.merge_and_unload()  # into ``model``
-        model.to(getattr(torch, args.save_dtype)).save_pretrained(final)
-        save_tokenizer(tokenizer, final)
-        (final / "recipe.json").write_text(json.dumps(recipe(args, trainer, time.time() - began), indent=2) + "\n")
-        plot_loss(trainer.state.log_history, final / "loss.png")
+        with saving.writing("final", out):
+            made = saving.stage(out) / "final"
+            if args.lora:
+                adapted.save_pretrained(str(out / "adapter"))
+                adapted.merge_and_unload()  # into ``model``
+            dtype = getattr(torch, args.save_dtype)
+            if state is not None:
+                state = {name: value.to(dtype) for name, value in state.items()}
+            model.to(dtype).save_pretrained(made, state_dict=state)
+            save_tokenizer(tokenizer, made)
+            (made / "recipe.json").write_text(json.dumps(recipe(args, trainer, time.time() - began), indent=2) + "\n")
+            plot_loss(trainer.state.log_history, made / "loss.png")
+            saving.publish(made, final)
+            shutil.rmtree(made.parent)
     trainer.accelerator.wait_for_everyone()
     return final
 
