@@ -47,7 +47,7 @@ setup(
     packages=["dllm_fast", *(f"dllm_fast.{room}" for room in ROOMS), "dllm_fast.kernels"],
     package_dir={"dllm_fast.kernels": "kernels"},
     include_package_data=False,  # or MANIFEST.in's files count as data, and a folder of them as a package left out
-    package_data={"dllm_fast": ["py.typed", "models/*/*", "hub/custom_generate/*"]},
+    package_data={"dllm_fast": ["py.typed", "train/fsdp2.yaml", "models/*/*", "hub/custom_generate/*"]},
     ext_modules=[Extension("dllm_fast._cpu", [f for f in files if f.endswith(".cpp")], depends=files, optional=True)],
     cmdclass={"build_ext": Build},
 )

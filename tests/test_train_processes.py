@@ -108,3 +108,17 @@ def test_a_loop_of_ones_own_goes_through_its_wrapper(pair, wrap):
     assert expected.keys() == first.keys()
     for name, values in expected.items():
         torch.testing.assert_close(first[name], values, atol=1e-5, rtol=1e-5)
+
+
+def test_accelerate_launches_it_on_two_processes(files, tmp_path):
+    """The command that docs/training.md gives, on the CPU: one run of two processes, not two of one."""
+    options = [*arguments("pretrain", files), *split(2, 1), "--steps", "2", "--save-every", "2", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command += ["--num_cpu_threads_per_process", "1", "--num_machines", "1", "--mixed_precision", "no"]
+    command += ["--dynamo_backend", "no", "-m", "dllm_fast.train"]
+    done = subprocess.run([*command, *options], env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-6000:]
+    recipe = json.loads((tmp_path / "final" / "recipe.json").read_text())
+    assert (recipe["processes"], recipe["rows"]) == (2, 8)
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= {path.name for path in (tmp_path / "checkpoint-2").iterdir()}

@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_train import SMALL, TEXT, run, tensors, text  # noqa: F401
 from tiny import MASK, make_llada
-from transformers import TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from dllm_fast.train import saving, training
 from dllm_fast.train.trainer import DiffusionTrainer
@@ -45,17 +45,6 @@ def test_a_run_killed_while_it_saves_goes_on_bit_for_bit(tmp_path, text, kills):
     for path in killed.glob("checkpoint-*"):
         assert {file.name for file in path.iterdir()} >= CHECKPOINT
     assert len(list(killed.glob("checkpoint-*"))) == 2
-
-
-class At(TrainerCallback):
-    """Calls ``act`` after a step."""
-
-    def __init__(self, step, act):
-        self.step, self.act = step, act
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            self.act()
 
 
 @pytest.fixture
@@ -98,6 +87,34 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on(tmp_path, text, monkeypatch
     resumed = run(out, text, *options, "--resume")
     a, b = tensors(whole), tensors(resumed)
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("where", ["tokenizing", "first step", "saving", "final"])
+def test_ctrl_c_leaves_nothing_half_written(tmp_path, text, monkeypatch, capsys, where):  # noqa: F811
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    def second(self, *args):
+        return interrupt() if self.state.global_step == 4 else Trainer._save_rng_state(self, *args)
+
+    if where == "tokenizing":
+        monkeypatch.setattr(training, "PackedText", interrupt)
+    elif where == "first step":
+        monkeypatch.setattr(DiffusionTrainer, "training_step", interrupt)
+    elif where == "saving":
+        monkeypatch.setattr(DiffusionTrainer, "_save_rng_state", second)
+    else:
+        monkeypatch.setattr(training, "recipe", interrupt)
+    options, out = ["--steps", "4", "--save-every", "2"], tmp_path / "run"
+    assert training.main(["pretrain", "--data", str(text), "--out", str(out), *SMALL, *options]) == 130
+    assert "continue with --resume" in capsys.readouterr().err
+    kept = {"tokenizing": [], "first step": [], "saving": [2], "final": [2, 4]}[where]
+    assert sorted(path.name for path in out.glob("checkpoint-*")) == [f"checkpoint-{step}" for step in kept]
+    assert not (out / "final").exists()
+    monkeypatch.undo()
+    final = run(out, text, *options, "--resume")
+    assert json.loads((final / "recipe.json").read_text())["steps"] == 4
+    assert not (out / saving.STAGE).exists()
 
 
 def test_the_best_checkpoint_is_kept_and_named(tmp_path):

@@ -4,9 +4,11 @@ import copy
 
 import pytest
 import torch
+from test_train import SMALL, asked, text  # noqa: F401
 from tiny import EOS, MASK, make_llada, make_modernbert
 from transformers import TrainingArguments
 
+from dllm_fast.train import training
 from dllm_fast.train.training import DiffusionTrainer
 
 ROWS = [{"input_ids": row} for row in torch.randint(0, EOS, (16, 24), generator=torch.Generator().manual_seed(2))]
@@ -85,3 +87,33 @@ def test_processes_that_would_train_alone_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="2 processes would each train alone; without a GPU, give use_cpu=True"):
         DiffusionTrainer(make_llada(), args, mask_id=MASK, train_dataset=ROWS)
+
+
+@pytest.mark.parametrize("command", ["pretrain", "sft", "flow"])
+def test_every_commands_options_are_settings(tmp_path, text, asked, command, monkeypatch, capsys):  # noqa: F811
+    """That the settings take effect is tested above."""
+    found = []
+
+    def stopped(*args, **kwargs):
+        found.append(kwargs["args"])
+        raise ValueError("stopped here")
+
+    monkeypatch.setattr(training, "FlowTrainer" if command == "flow" else "DiffusionTrainer", stopped)
+    data = asked if command == "sft" else text
+    options = [command, "--data", str(data), *SMALL, "--out"]
+    assert training.main([*options, str(tmp_path / "a"), "--bf16", "--gradient-checkpointing"]) == 2
+    assert training.main([*options, str(tmp_path / "b")]) == 2
+    settings = [(args.bf16, args.gradient_checkpointing, list(args.report_to)) for args in found]
+    assert settings == [(True, True, []), (False, False, [])]
+    capsys.readouterr()
+    assert training.main([*options, str(tmp_path / "c"), "--report-to", "nobody"]) == 2
+    assert capsys.readouterr().err.startswith("error: --report-to: nobody is unknown or not installed; here are none")
+
+
+def test_tensorboard_gets_the_losses(tmp_path, text):  # noqa: F811
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    options = ["--steps", "3", "--save-every", "3", "--report-to", "tensorboard", "--out", str(tmp_path / "run")]
+    assert training.main(["pretrain", "--data", str(text), *SMALL, *options]) == 0
+    (folder,) = {path.parent for path in (tmp_path / "run").rglob("events.out.*")}
+    log = events.EventAccumulator(str(folder)).Reload()
+    assert [event.step for event in log.Scalars("train/loss")] == [1, 2, 3]
