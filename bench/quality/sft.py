@@ -8,10 +8,12 @@ Ends with one JSON line.
 """
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
 import platform
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -104,7 +106,9 @@ def main() -> None:
         command = ["sft", "--model", options.model, "--data", str(chats), "--out", f"{folder}/run", "--cpu"]
         command += ["--length", str(options.length), "--batch", options.batch, "--steps", options.steps]
         command += ["--lr", options.lr, "--save-every", options.steps, "--save-dtype", "float32", "--threads", "1"]
-        if training.main(command):
+        with contextlib.redirect_stdout(sys.stderr):
+            code = training.main(command)
+        if code:
             raise SystemExit("training failed")
         trained = dllm_fast.load_plain(f"{folder}/run/final")
         recipe = json.loads(Path(f"{folder}/run/final/recipe.json").read_text())
