@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -122,3 +123,36 @@ def test_accelerate_launches_it_on_two_processes(files, tmp_path):
     recipe = json.loads((tmp_path / "final" / "recipe.json").read_text())
     assert (recipe["processes"], recipe["rows"]) == (2, 8)
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= {path.name for path in (tmp_path / "checkpoint-2").iterdir()}
+
+
+@pytest.mark.long  # three launches of two processes
+def test_a_sharded_run_is_the_unsharded_one_and_resumes(files, tmp_path):
+    """The shipped FSDP2 configuration, through Accelerate and Trainer, on the CPU and without bf16."""
+    from accelerate.commands import launch
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    given = ["--config_file", str(ROOT / "dllm_fast" / "train" / "fsdp2.yaml"), "script.py"]
+    args, _, _ = launch._validate_launch_command(launch.launch_command_parser().parse_args(given))
+    sharding = {name: value for name, value in prepare_multi_gpu_env(args).items() if "FSDP" in name}
+    assert sharding["ACCELERATE_USE_FSDP"] == "true" and sharding["FSDP_VERSION"] == "2" and args.num_processes == 8
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    options = [*arguments("pretrain", files), *split(2, 1), *CUT]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    script = str(ROOT / "tests" / "train_sharded.py")
+
+    def launched(out, script, *more, **variables):
+        words = [*command, *script, *options, "--out", str(out), *more]
+        done = subprocess.run(words, env=environment | variables, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr[-6000:]
+        return done.stdout, tensors(out / "final")
+
+    _, expected = launched(tmp_path / "whole", ["-m", "dllm_fast.train"])
+    printed, found = launched(tmp_path / "sharded", [script], **sharding)
+    assert "sharded 21 of 21" in printed and found.keys() == expected.keys()
+    for name, values in expected.items():
+        torch.testing.assert_close(found[name], values, atol=1e-5, rtol=1e-5)
+    for gone in ("final", "checkpoint-8"):
+        shutil.rmtree(tmp_path / "sharded" / gone)
+    _, again = launched(tmp_path / "sharded", [script], "--resume", **sharding)
+    assert all(torch.equal(again[name], found[name]) for name in found)
