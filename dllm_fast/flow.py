@@ -120,7 +120,9 @@ def generate_flow(
     position = (answer - (0 if start is None else start[:, None])).expand(batch, -1).flatten()
     key = {"row": row, "position": position}
     tokens = torch.zeros_like(row) if start_ids is None else start_ids.flatten()
-    bad = torch.full((), steps, device=runner.device)  # the first step with logits that are not finite
+    bad = torch.full(
+        (), steps, dtype=torch.int64, device=runner.device
+    )  # the first step with logits that are not finite
     with torch.inference_mode(False), torch.no_grad(), as_written(runner.device), runner.lock:
         if start_ids is None:
             tokens = flipped(tokens, torch.ones_like(tokens), runner.vocab_size, seed, steps, **key)

@@ -116,8 +116,10 @@ class ChatCorruption(Masked):
     def __call__(self, placed: list) -> dict[str, torch.Tensor]:
         rows, places = zip(*placed, strict=True)
         length = places[0].tokens
-        ids = torch.tensor([[*ids, *ids[-1:] * (length - len(ids))] for ids, _ in rows], device="cpu")
-        own = torch.tensor([[*own, *[True] * (length - len(own))] for _, own in rows], device="cpu")
+        ids = torch.tensor(
+            [[*ids, *ids[-1:] * (length - len(ids))] for ids, _ in rows], dtype=torch.int64, device="cpu"
+        )
+        own = torch.tensor([[*own, *[True] * (length - len(own))] for _, own in rows], dtype=torch.bool, device="cpu")
         numbers = [place.row for place in places]
         given = (self.mask_id, self.seed, places[0].step, numbers, places[0].batch, self.masking)
         noisy, labels, weight = losses.corrupt_open(ids, own, *given)

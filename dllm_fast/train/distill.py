@@ -153,7 +153,7 @@ class DistillTrainer(DiffusionTrainer):
             raise ValueError(f"runs: {runs} is not a positive whole number")
         if not 0 < hold < 1:
             raise ValueError(f"hold: {hold} is not between 0 and 1")
-        quotas(schedule, torch.tensor([2**20]))
+        quotas(schedule, torch.tensor([2**20], dtype=torch.int64, device="cpu"))
         self.schedule = schedule
         self.runs = runs
         self.hold = hold

@@ -97,7 +97,7 @@ def with_adapters(model: PreTrainedModel, rank: int) -> Any:
     try:
         import peft
     except ImportError as error:
-        raise ValueError("--lora: needs PEFT: pip install peft") from error
+        raise ValueError("--lora: needs PEFT: pip install 'dllm_fast[lora]'") from error
     embedding = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
     config = peft.LoraConfig(
         r=rank, lora_alpha=2 * rank, target_modules="all-linear",
