@@ -8,7 +8,15 @@ from test_likelihood import all_masks, expectation, make_pairs, terms
 from tiny import make_llada
 
 import dllm_fast
-from dllm_fast.evaluate.likelihood import ESTIMATORS, _Design, _Scorer, draw_times, likelihood_bounds, log_likelihoods
+from dllm_fast.evaluate.likelihood import (
+    ESTIMATORS,
+    Bound,
+    _Design,
+    _Scorer,
+    draw_times,
+    likelihood_bounds,
+    log_likelihoods,
+)
 
 STUDENT = 2.365  # of 7 degrees of freedom: 95 % lie within so many standard errors
 
@@ -58,6 +66,14 @@ def test_the_bound_of_a_model(estimator):
     assert estimator == "time" or found[2].standard_error < 1e-6, "a single token has one mask"
     [alone] = likelihood_bounds(model, pairs[:1], 512, 0, estimator=estimator)
     assert alone.value == pytest.approx(found[0].value, abs=1e-4)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_probability_0_is_a_bound_of_minus_infinity(estimator, monkeypatch):
+    monkeypatch.setattr(_Scorer, "_log_probability", lambda self, pairs, masks: [-math.inf] * len(pairs))
+    [bound] = likelihood_bounds(dllm_fast.patch(make_llada()), make_pairs((2, 3)), 64, 0, estimator=estimator)
+    assert bound.value == -math.inf and math.isnan(bound.standard_error) and bound.perplexity == math.inf
+    assert Bound(-4000.0, 1.0, 2).perplexity == math.inf, "beyond what a float holds"
 
 
 def test_times_are_spread_and_masks_follow_them():

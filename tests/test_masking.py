@@ -65,7 +65,7 @@ def masked_log_probability(p: torch.Tensor, ids: tuple[int, ...], masked: tuple[
     return total
 
 
-FORMS = [Masking(noise, (0, 1)) for noise in NOISES if noise != "loglinear"] + [Masking(form="count")]
+FORMS = [Masking(noise, (0, 1), form) for form in ("time", "count") for noise in NOISES if noise != "loglinear"]
 
 
 @pytest.mark.parametrize("masking", FORMS, ids=lambda masking: f"{masking.form}-{masking.noise}")
@@ -113,9 +113,19 @@ def test_weightings():
         (Masking("polynomial", (0, 1)), [0.5 / (0.0625 * 8), 1 / (0.25 * 4)]),
         (Masking(weighting="none"), [1 / 4, 1 / 2]),
         (Masking(form="count"), [1 / 4, 1 / 2]),
+        (Masking("polynomial", form="count"), [0.5 / 4, 1 / 2]),
+        (Masking("polynomial", form="count", weighting="none"), [1 / 4, 1 / 2]),
         (Masking(ratio=(0, 1), weighting=lambda t, ratio: t * 8), [2 / 8, 4 / 4]),
     ):
         assert masking.weights(t, masking.ratios(t), open_, masked).tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("noise", NOISES)
+def test_a_row_without_masks_has_no_loss(noise):
+    """At t = 0, where 1 / t is infinite."""
+    for masking in (Masking(noise, (0, 1)), Masking(noise, (0, 1), weighting=lambda t, ratio: 1 / t)):
+        t, open_ = torch.zeros(1, dtype=torch.float64), torch.ones(1, 4, dtype=torch.bool)
+        assert masking.weights(t, masking.ratios(t), open_, ~open_).tolist() == [0]
 
 
 def test_a_range_of_ratios_and_of_numbers():
@@ -132,6 +142,7 @@ def test_a_range_of_ratios_and_of_numbers():
 
 
 @pytest.mark.parametrize("wrong", [{"noise": "sine"}, {"ratio": (0.9, 0.1)}, {"ratio": (0, 0)}, {"ratio": (-1, 1)},
+                                   {"ratio": 0.5}, {"ratio": (0.1, 0.2, 0.3)},
                                    {"form": "both"}, {"weighting": "loss"}])  # fmt: skip
 def test_a_wrong_value_is_named(wrong):
     with pytest.raises(ValueError, match=f"Masking: {next(iter(wrong))}="):

@@ -34,8 +34,9 @@ ESTIMATORS = ("count", "time")
 class Bound:
     """An estimate of the bound of ``ln p(answer | prompt)``, in nats.
 
-    value: the estimate; standard_error: its own, from independent replicates. perplexity: ``exp(-value / tokens)``, an
-    upper bound of the answer's; its standard error is ``perplexity * standard_error / tokens``.
+    value: the estimate; standard_error: its own, from independent replicates, NaN if the model gives a token
+    probability 0. perplexity: ``exp(-value / tokens)``, an upper bound of the answer's; its standard error is
+    ``perplexity * standard_error / tokens``.
     """
 
     value: float
@@ -44,7 +45,10 @@ class Bound:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(-self.value / self.tokens)
+        try:
+            return math.exp(-self.value / self.tokens)
+        except OverflowError:
+            return math.inf
 
     @property
     def perplexity_error(self) -> float:
@@ -126,10 +130,13 @@ def likelihood_bounds(
     seed = _seed(seed)
     designs = [_Design(samples // replicates, seed, estimator, number) for number in range(replicates)]
     scorer = _Scorer(model, pairs, batch_size, cfg_scale)
-    return (
-        Bound(mean(values), stdev(values) / math.sqrt(replicates), pair.length)
-        for pair, values in zip(scorer.pairs, scorer.bounds(designs))
-    )
+    return (_bound(values, pair.length) for pair, values in zip(scorer.pairs, scorer.bounds(designs)))
+
+
+def _bound(values: list[float], tokens: int) -> Bound:
+    if not all(map(math.isfinite, values)):  # `stdev` takes no infinities
+        return Bound(sum(values), math.nan, tokens)
+    return Bound(mean(values), stdev(values) / math.sqrt(len(values)), tokens)
 
 
 def _seed(seed: int | None) -> int:

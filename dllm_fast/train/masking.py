@@ -27,9 +27,10 @@ WEIGHTINGS = ("elbo", "none")
 def _ratio(name: str, value: tuple[float, float] | None) -> tuple[float, float] | None:
     if value is None:
         return None
-    low, high = value
-    if not 0 <= low <= high <= 1 or high == 0:
+    pair = isinstance(value, (tuple, list)) and len(value) == 2
+    if not pair or not 0 <= value[0] <= value[1] <= 1 or value[1] == 0:
         raise ValueError(f"{name}={value!r} is not two numbers from 0 to 1, the smaller first")
+    low, high = value
     return float(low), float(high)
 
 
@@ -46,8 +47,8 @@ class Masking(Checked):
     form: "time" masks each position by itself. "count" masks a fixed number of a row's positions, the share of them
         rounded up.
     weighting: "elbo" makes the loss the bound, in nats per position, if the ratio goes up to 1. "none" is the mean over
-        masked positions; with "count" both are that. Or a function of t [B] and the ratio [B], both fp64, whose result
-        [B] multiplies the sum over masked positions divided by the number of positions.
+        masked positions; with "count" and linear noise both are that. Or a function of t [B] and the ratio [B], both
+        fp64, whose result [B] multiplies the sum over masked positions divided by the number of positions.
     """
 
     noise: str = checked(one_of, NOISES, default="linear")
@@ -80,10 +81,15 @@ class Masking(Checked):
         open_: torch.Tensor,  # [B, L] bool
         masked: torch.Tensor,  # [B, L] bool
     ) -> torch.Tensor:
-        """What a row's summed negative log-likelihood is multiplied by, [B] fp32."""
+        """What a row's summed negative log-likelihood is multiplied by, [B] fp32; 0 where nothing is masked."""
         positions = open_.sum(1).clamp(min=1)
+        number = masked.sum(1)
         if callable(self.weighting):
-            return (self.weighting(t, ratio) / positions).float()
-        if self.form == "count" or self.weighting == "none":
-            return 1 / masked.sum(1).clamp(min=1).float()
-        return slope(self.noise, t).float() / (ratio.float() * positions)
+            weight = (self.weighting(t, ratio) / positions).float()
+        elif self.weighting == "none":
+            weight = 1 / number.float()
+        elif self.form == "count":  # the slope makes a share that is not uniform count as one that is
+            weight = slope(self.noise, t).float() / number.float()
+        else:
+            weight = slope(self.noise, t).float() / (ratio.float() * positions)
+        return weight.where(number > 0, 0)  # at t = 0 it is infinite, and infinity times no loss would be NaN
