@@ -41,6 +41,15 @@ class BidirectionalGPT2LMHeadModel(GPT2LMHeadModel):
     ) -> MaskedLMOutput:
         """``logits`` [B, L, V]. With ``config.shifted``, they are the head's output one position to the left; the
         first token has no such position, and takes the head's output at its own."""
+        return MaskedLMOutput(logits=self.lm_head(self.states(input_ids, attention_mask, position_ids)))
+
+    def states(
+        self,
+        input_ids: torch.Tensor,  # [B, L] int64
+        attention_mask: torch.Tensor | None = None,  # [B, L], 0 = padding
+        position_ids: torch.Tensor | None = None,  # [B, L]
+    ) -> torch.Tensor:
+        """What the head makes the logits of, [B, L, d]."""
         # A mask of four dimensions is taken as it is: transformers adds no causal one to it.
         seen = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         dtype = self.transformer.wte.weight.dtype
@@ -51,7 +60,7 @@ class BidirectionalGPT2LMHeadModel(GPT2LMHeadModel):
         states = output.last_hidden_state  # [B, L, d]
         if self.config.shifted:
             states = torch.cat((states[:, :1], states[:, :-1]), 1)
-        return MaskedLMOutput(logits=self.lm_head(states))
+        return states
 
 
 def register() -> None:

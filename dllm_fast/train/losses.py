@@ -12,21 +12,21 @@ import functools
 import hashlib
 import types
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import BertForMaskedLM, PreTrainedModel, RobertaForMaskedLM
 
 from dllm_fast.families import FAMILIES
+from dllm_fast.families.gpt import BidirectionalGPT2LMHeadModel
 from dllm_fast.families.linears import plain
 from dllm_fast.train.head_loss import head_nll
 from dllm_fast.train.masking import Masking
 
 LLADA = Masking()
 CUT = 0.01  # share of steps that cut their rows to a random length, as in LLaDA's pre-training
-HEADS = {"bert": "cls", "roberta": "lm_head"}  # by model_type, which also names the backbone
 IGNORED = -100  # the label of unmasked positions
 
 
@@ -108,26 +108,40 @@ def masked_nll(
 ) -> torch.Tensor:
     """Each row's sum of -ln p(label) over its labelled positions, [B] fp32.
 
-    The backbone runs as the model's own modules. A native LLaDA, a ModernBERT, a BERT or a RoBERTa applies its head to
-    the labelled positions only; any other model (LLaDA's remote code, for example) computes all its logits.
+    The backbone runs as the model's own modules. A native LLaDA, a ModernBERT, a BERT, a RoBERTa or a GPT without its
+    causal mask applies its head to the labelled positions only, and keeps no logits; any other model (LLaDA's remote
+    code, for example) computes all its logits.
     """
     labelled = labels != IGNORED
     target = labels[labelled]  # [N]
-    kind = getattr(model.config, "model_type", "")
-    family = FAMILIES.get(kind)
-    if kind in HEADS and hasattr(model, HEADS[kind]):
-        hidden = getattr(model, kind)(input_ids=input_ids).last_hidden_state[labelled]  # [N, d]
-        nll = F.cross_entropy(getattr(model, HEADS[kind])(hidden).float(), target, reduction="none")
-    elif family is None or not isinstance(model, family.model_class):
+    found = _labelled(model, input_ids, labelled)
+    if found is None:
         nll = F.cross_entropy(model(input_ids=input_ids).logits[labelled].float(), target, reduction="none")
     else:
-        hidden, head = family.labelled(model, input_ids, labelled)
+        hidden, head = found
         if isinstance(head, nn.Embedding) or plain(head):
             nll = head_nll(hidden, head, target)
         else:  # an adapter in the head's place: call it, so that it takes effect
             nll = F.cross_entropy(head(hidden).float(), target, reduction="none")
     row = labelled.nonzero()[:, 0]
     return nll.new_zeros(len(labels)).index_add(0, row, nll)
+
+
+def _labelled(model: Any, input_ids: torch.Tensor, labelled: torch.Tensor) -> tuple[torch.Tensor, nn.Module] | None:
+    """The labelled positions' hidden states [N, d] and the matrix that makes logits of them; None of another model."""
+    family = FAMILIES.get(getattr(model.config, "model_type", ""))
+    if family is not None and isinstance(model, family.model_class):
+        return family.labelled(model, input_ids, labelled)
+    if isinstance(model, BertForMaskedLM):
+        head = model.cls.predictions
+        return head.transform(model.bert(input_ids).last_hidden_state[labelled]), head.decoder
+    if isinstance(model, RobertaForMaskedLM):
+        head = model.lm_head
+        hidden = head.dense(model.roberta(input_ids).last_hidden_state[labelled])
+        return head.layer_norm(F.gelu(hidden)), head.decoder
+    if isinstance(model, BidirectionalGPT2LMHeadModel):
+        return model.states(input_ids)[labelled], model.lm_head
+    return None
 
 
 class DiffusionLoss(nn.Module):
