@@ -140,18 +140,18 @@ def scores(name: str, count: int, seed: int, batch: int) -> list[dict]:
     return rows
 
 
-def train(command: str, out: Path, extra: list[str]) -> Path:
-    """Write the files, train (``sft`` or ``distill``), and add what the data are and the scores to the recipe."""
+def train(named: str, out: Path, extra: list[str]) -> Path:
+    """Write the files, ``train`` or ``distill``, and add what the data are and the scores to the recipe."""
+    command, options = ("sft", RECIPE) if named == "train" else ("distill", DISTILLED)
     held_out = problems(512 if command == "sft" else 64, 1, held_out=True)
     files = {"train.jsonl": problems(TRAINING, seed=0, held_out=False), "eval.jsonl": held_out}
     for name, found in files.items():
         write(out / name, found)
     words = [sys.executable, "-m", "dllm_fast.train", command, "--data", out / "train.jsonl", "--eval-data"]
-    words += [out / "eval.jsonl", "--out", out, *(RECIPE if command == "sft" else DISTILLED), *extra]
+    words += [out / "eval.jsonl", "--out", out, *options, *extra]
     subprocess.run([str(word) for word in words], check=True)
     final = out / "final"
     recipe = json.loads((final / "recipe.json").read_text())
-    named = {"sft": "train", "distill": "distill"}[command]
     recipe["task"] = {"command": ["python", "-m", "bench.task", named], "generator_version": VERSION}
     recipe["scores"] = scores(str(final), 512, seed=2, batch=64)
     (final / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
@@ -184,7 +184,7 @@ def main() -> None:
     if args.command == "write":
         write(args.out, problems(args.count, args.seed, args.held_out))
     elif args.command in ("train", "distill"):
-        print(train("sft" if args.command == "train" else "distill", args.out, extra))
+        print(train(args.command, args.out, extra))
     else:
         rows = scores(args.model, args.count, args.seed, args.batch)
         print(json.dumps({"bench": "task", "model": args.model, "seed": args.seed, "scores": rows}))

@@ -18,7 +18,7 @@ import math
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -260,7 +260,6 @@ class Flow(Checked):
     noise: tuple[float, float] = checked(_between, 0.0, 1.0, default=(0.0, 0.999))
     tau: tuple[float, float] = checked(_between, 0.0, math.inf, default=(1e-3, 1e-8))
     smoothing: float = checked(real, "above 0 and below 1", lambda x: 0 < x < 1, default=1e-4)
-    named: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
