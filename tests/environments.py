@@ -56,8 +56,8 @@ SETTINGS = {
     "transformers-4.57": Setting(("transformers==4.57.6",)),
     "triton-3.6": Setting(("triton==3.6.0", "numpy==2.3.*")),
     "triton-3.8": Setting(("triton==3.8.*",)),
-    # Python 3.10 has the oldest torch; the running Python has piece `suite`.
-    **{f"python-{version}": Setting(PINS, version) for version in ("3.11", "3.12", "3.13") if version != RUNNING},
+    # Each Python once: the running one has piece `suite`, the others come with a torch of their own.
+    **({} if RUNNING == "3.11" else {"python-3.11": Setting(PINS, "3.11")}),
     "torch-2.8": Setting(("torch==2.8.*", "transformers==5.17.0"), "3.10"),
     "torch-2.11": Setting(("torch==2.11.*", "triton==3.6.0", "numpy==2.3.*", "transformers==5.17.0"), "3.12"),
     "newest": Setting(("torch", "transformers"), "3.13"),
