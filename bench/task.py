@@ -1,18 +1,10 @@
-"""A task with exactly one right answer, to measure accuracy. ``python -m bench.task train --out runs/llada-steps``
+"""Tasks with exactly one right answer a problem, to measure accuracy. ``python -m bench.task train --out runs/task``
 
-A problem is a chain of nine sums and products. Each one, except the first, starts with the last digit of the previous
-result (p) or of the one before that (q). The answer writes out every step:
-
-    prompt  7+5=??;p*3=??;q*7=??;p+4=??;q+4=??;...
-    answer  7+5=12;2*3=06;2*7=14;4+4=08;4+4=08;...
-
-Every operation maps the ten possible starting digits to ten different last digits, so no result can be known without
-the one that it starts from. More than half of an answer's tokens can be copied from the prompt at once. The others form
-a chain of four to eight links, so the least number of forwards depends on the problem.
+`bench/tasks` has the problems: chains of sums and products (`steps`), and sentences rewritten by rules (`sentences`).
 
 ``write`` makes a file for ``python -m dllm_fast.train sft``; ``train`` makes files, trains and scores a small LLaDA;
-``distill`` does the same for a model that answers in fewer forwards; ``score`` scores a model at several NFE. A hash of
-the problem decides whether it is for training or held out, so no problem is both.
+``distill`` does the same for a model that answers `steps` in fewer forwards; ``score`` scores a model at several NFE. A
+hash of the problem decides whether it is for training or held out, so no problem is both.
 """
 
 import argparse
@@ -29,18 +21,15 @@ import torch
 from transformers import AutoTokenizer
 
 import dllm_fast
+from bench.tasks import sentences, steps
 
-VERSION = 1  # of the generator: a seed's problems change only with this number
-STEPS = 9
-TOKENS = 64  # in an answer: one per character, and end-of-text
-OPERATIONS = (*(("+", n) for n in (1, 2, 4, 5, 6, 8)), *(("*", n) for n in (3, 7, 9)))
+VERSION = 1  # of the generators: a seed's problems change only with this number
 HELD_OUT = 16  # one problem in this many is held out
 TRAINING = 200_000  # problems in the training file
-# For `dllm_fast.train sft`. A vocabulary of 259, all bytes and three special tokens, makes each character a token.
-RECIPE = (
-    *("--vocab-size", "259", "--positions", "256", "--length", "128", "--tie"),
-    *("--width", "128", "--heads", "4", "--layers", "4", "--ffn", "256"),
-    *("--batch", "64", "--steps", "1250", "--lr", "3e-3", "--warmup", "100", "--seed", "0", "--threads", "1", "--cpu"),
+# For `dllm_fast.train sft`.
+COMMON = (
+    *("--positions", "256", "--tie", "--width", "128", "--heads", "4", "--layers", "4", "--ffn", "256"),
+    *("--batch", "64", "--lr", "3e-3", "--warmup", "100", "--seed", "0", "--threads", "1", "--cpu"),
     *("--log-every", "20", "--save-every", "250"),
 )  # fmt: skip
 # Goes on from llada-steps, to answer by Uniform(8).
@@ -51,33 +40,37 @@ DISTILLED = (
 )  # fmt: skip
 
 
-def problem(draw: random.Random) -> tuple[str, str]:
-    """Prompt and answer, 63 characters each."""
-    prompt, answer, results = [], [], []
-    for i in range(STEPS):
-        back = draw.choice((1, 2)[:i]) if i else 0
-        first = results[-back] % 10 if back else draw.randrange(10)
-        sign, second = draw.choice(OPERATIONS)
-        results.append(first + second if sign == "+" else first * second)
-        prompt.append(f"{(first, 'p', 'q')[back]}{sign}{second}=??;")
-        answer.append(f"{first}{sign}{second}={results[-1]:02d};")
-    return "".join(prompt), "".join(answer)
+@dataclass(frozen=True)
+class Task:
+    """A function that draws a problem: prompt and answer; the most tokens in an answer; how its model is trained."""
+
+    problem: Callable[[random.Random], tuple[str, str]]
+    tokens: int
+    recipe: tuple[str, ...]
+
+    def problems(self, count: int, seed: int, held_out: bool) -> list[tuple[str, str]]:
+        """``count`` training or held-out problems; the same for the same arguments."""
+
+        def endless() -> Iterator[tuple[str, str]]:
+            draw = random.Random(f"{VERSION} {seed}")
+            while True:
+                yield self.problem(draw)
+
+        kept = (pair for pair in endless() if is_held_out(pair[0]) == held_out)
+        return [next(kept) for _ in range(count)]
+
+
+# In `steps`, a vocabulary of 259, all bytes and three special tokens, makes each character a token. In `sentences`,
+# every word has one.
+STEPS = Task(steps.problem, steps.TOKENS, ("--vocab-size", "259", "--length", "128", "--steps", "1250", *COMMON))
+SENTENCES = Task(
+    sentences.problem, sentences.TOKENS, ("--vocab-size", "1024", "--length", "84", "--steps", "1250", *COMMON)
+)
+TASKS = {"steps": STEPS, "sentences": SENTENCES}
 
 
 def is_held_out(prompt: str) -> bool:
     return hashlib.blake2b(prompt.encode()).digest()[0] % HELD_OUT == 0
-
-
-def problems(count: int, seed: int, held_out: bool) -> list[tuple[str, str]]:
-    """``count`` training or held-out problems; the same for the same arguments."""
-
-    def endless() -> Iterator[tuple[str, str]]:
-        draw = random.Random(f"{VERSION} {seed}")
-        while True:
-            yield problem(draw)
-
-    kept = (pair for pair in endless() if is_held_out(pair[0]) == held_out)
-    return [next(kept) for _ in range(count)]
 
 
 def write(path: Path, found: list[tuple[str, str]]) -> None:
@@ -117,8 +110,9 @@ def answering(model, tokenizer, **options) -> Callable[[list[str]], tuple[list[s
     """`answers` for `score`: `dllm_fast.generate` with ``options``."""
 
     def answers(prompts: list[str]) -> tuple[list[str], int]:
-        ids = tokenizer(prompts, return_tensors="pt")["input_ids"].to(model.device)
-        out = dllm_fast.generate(model, ids, gen_length=TOKENS, **options)
+        rows = tokenizer(prompts, return_tensors="pt", padding=True).to(model.device)
+        ids, real = rows["input_ids"], rows["attention_mask"]
+        out = dllm_fast.generate(model, ids, attention_mask=real, **options)
         return tokenizer.batch_decode(out.sequences[:, ids.shape[1] :], skip_special_tokens=True), out.nfe
 
     return answers
@@ -129,31 +123,33 @@ def load(name: str):
     return model, AutoTokenizer.from_pretrained(dllm_fast.model_path(name))
 
 
-def scores(name: str, count: int, seed: int, batch: int) -> list[dict]:
+def scores(task: Task, name: str, count: int, seed: int, batch: int) -> list[dict]:
     """A model's scores with `Uniform`, from NFE = tokens down, in one block without a cache."""
     model, tokenizer = load(name)
-    found, rows = problems(count, seed, held_out=True), []
+    found, rows = task.problems(count, seed, held_out=True), []
     for divisor in (1, 2, 4, 8):
-        options = {"block_length": TOKENS, "schedule": dllm_fast.Uniform(TOKENS // divisor), "cache": "none"}
+        length, schedule = task.tokens, dllm_fast.Uniform(task.tokens // divisor)
+        options = {"gen_length": length, "block_length": length, "schedule": schedule, "cache": "none"}
         rows.append(vars(score(answering(model, tokenizer, **options), found, batch)))
         print("NFE {nfe:g}: {exact:.1%} of {problems} right, {token:.2%} of their characters".format(**rows[-1]))
     return rows
 
 
-def train(named: str, out: Path, extra: list[str]) -> Path:
-    """Write the files, ``train`` or ``distill``, and add what the data are and the scores to the recipe."""
-    command, options = ("sft", RECIPE) if named == "train" else ("distill", DISTILLED)
-    held_out = problems(512 if command == "sft" else 64, 1, held_out=True)
-    files = {"train.jsonl": problems(TRAINING, seed=0, held_out=False), "eval.jsonl": held_out}
-    for name, found in files.items():
-        write(out / name, found)
+def train(name: str, named: str, out: Path, extra: list[str]) -> Path:
+    """Write the files of a task, ``train`` or ``distill``, and add what the data are and the scores to the recipe."""
+    task = TASKS[name]
+    command, options = ("sft", task.recipe) if named == "train" else ("distill", DISTILLED)
+    held_out = task.problems(512 if command == "sft" else 64, 1, held_out=True)
+    files = {"train.jsonl": task.problems(TRAINING, seed=0, held_out=False), "eval.jsonl": held_out}
+    for file, found in files.items():
+        write(out / file, found)
     words = [sys.executable, "-m", "dllm_fast.train", command, "--data", out / "train.jsonl", "--eval-data"]
     words += [out / "eval.jsonl", "--out", out, *options, *extra]
     subprocess.run([str(word) for word in words], check=True)
     final = out / "final"
     recipe = json.loads((final / "recipe.json").read_text())
-    recipe["task"] = {"command": ["python", "-m", "bench.task", named], "generator_version": VERSION}
-    recipe["scores"] = scores(str(final), 512, seed=2, batch=64)
+    recipe["task"] = {"name": name, "command": ["python", "-m", "bench.task", named], "generator_version": VERSION}
+    recipe["scores"] = scores(task, str(final), 512, seed=2, batch=64)
     (final / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
     return final
 
@@ -166,11 +162,16 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--count", type=int, default=1000)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--held-out", action="store_true", help="write held-out problems")
-    for name, what in (("train", "train and score a small LLaDA"), ("distill", "teach it to answer in 8 forwards")):
-        p = commands.add_parser(name, help=f"{what}; all other options go to dllm_fast.train")
-        p.add_argument("--out", type=Path, required=True, help="folder for data, checkpoints and final/")
+    p.add_argument("--task", choices=TASKS, default="steps")
+    p = commands.add_parser("train", help="train and score a small LLaDA; all other options go to dllm_fast.train")
+    p.add_argument("--task", choices=TASKS, default="steps")
+    p.add_argument("--out", type=Path, required=True, help="folder for data, checkpoints and final/")
+    p = commands.add_parser("distill", help="teach llada-steps to answer in 8 forwards, as train does")
+    p.add_argument("--out", type=Path, required=True, help="folder for data, checkpoints and final/")
+    p.set_defaults(task="steps")
     p = commands.add_parser("score", help="score a model, from NFE = tokens down")
-    p.add_argument("--model", default="llada-steps")
+    p.add_argument("--task", choices=TASKS, default="steps")
+    p.add_argument("--model", help="default: llada- and the task's name")
     p.add_argument("--count", type=int, default=512)
     p.add_argument("--seed", type=int, default=2)
     p.add_argument("--batch", type=int, default=64)
@@ -182,12 +183,13 @@ def main() -> None:
     if extra and args.command not in ("train", "distill"):
         parser().error(f"unrecognized arguments: {' '.join(extra)}")
     if args.command == "write":
-        write(args.out, problems(args.count, args.seed, args.held_out))
+        write(args.out, TASKS[args.task].problems(args.count, args.seed, args.held_out))
     elif args.command in ("train", "distill"):
-        print(train(args.command, args.out, extra))
+        print(train(args.task, args.command, args.out, extra))
     else:
-        rows = scores(args.model, args.count, args.seed, args.batch)
-        print(json.dumps({"bench": "task", "model": args.model, "seed": args.seed, "scores": rows}))
+        model = args.model or f"llada-{args.task}"
+        rows = scores(TASKS[args.task], model, args.count, args.seed, args.batch)
+        print(json.dumps({"bench": "task", "task": args.task, "model": model, "seed": args.seed, "scores": rows}))
 
 
 if __name__ == "__main__":

@@ -194,7 +194,7 @@ def test_a_sweep_leaves_out_what_differs_in_nothing():
 def test_steps_are_watched_and_rows_are_counted_on_their_own():
     """A row of a batch has the NFE that it has alone."""
     model, tokenizer = task.load("llada-steps")
-    prompts = tokenizer([prompt for prompt, _ in task.problems(4, 7, True)], return_tensors="pt")["input_ids"]
+    prompts = tokenizer([prompt for prompt, _ in task.STEPS.problems(4, 7, True)], return_tensors="pt")["input_ids"]
     for extra in ({}, {"remask": dllm_fast.Verify(0.9)}, {"cache": "dual", "refresh": dllm_fast.Drift(0.2)}):
         options = {"gen_length": 64, "block_length": 16, "schedule": dllm_fast.Threshold(0.6), "cache": "none", **extra}
         with watching(look=True) as steps:

@@ -29,7 +29,8 @@ def half():
     """Eight held-out problems, every third token of their answers wrong."""
     model, tokenizer = task.load("llada-steps")
     prompts, answers = (
-        tokenizer(list(texts), return_tensors="pt")["input_ids"] for texts in zip(*task.problems(8, 4, held_out=True))
+        tokenizer(list(texts), return_tensors="pt")["input_ids"]
+        for texts in zip(*task.STEPS.problems(8, 4, held_out=True))
     )
     wrong = torch.arange(63).expand(8, -1) % 3 == 0
     return model, prompts, answers, wrong, torch.where(wrong, 200, answers)

@@ -27,9 +27,10 @@ from bench.generation.settings import ADAPTIVE, Setting, short_names, study, swe
 from bench.generation.subjects import Subject, names, open_subject, usual_texts
 from bench.generation.sweep import Rates, time_settings
 from bench.peers import read_spec
-from bench.quality.accuracy import TASKS, on_task, score
+from bench.quality.accuracy import on_task, score
 from bench.quality.claims import claims
 from bench.report.store import read, save
+from bench.task import TASKS
 from dllm_fast import shipped
 from dllm_fast.cli.view import print_table
 from dllm_fast.decoding.options import CACHES, CONFIDENCES

@@ -9,25 +9,24 @@ from dataclasses import replace
 from statistics import mean
 
 import dllm_fast
-from bench import task as steps
 from bench.generation.settings import Setting
 from bench.generation.subjects import Subject
 from bench.generation.watch import own_forwards, watching
+from bench.task import Task
 
-TASKS = {"steps": steps}  # modules with problems(count, seed, held_out) and TOKENS
 Z = 1.959964  # standard errors on either side of a 95 % interval
 
 
-def on_task(subject: Subject, task, batch: int) -> tuple[Subject, list[str]]:
+def on_task(subject: Subject, task: Task, batch: int) -> tuple[Subject, list[str]]:
     """(the subject with the task's lengths, ``batch`` prompts). Raises ValueError for random weights."""
     if not subject.trained:
         raise ValueError(f"--task: {subject.name} has random weights, which cannot do a task")
     prompts = [prompt for prompt, _ in task.problems(batch, 0, held_out=True)]
-    length = len(subject.tokenizer(prompts[0])["input_ids"])
-    return replace(subject, shape=replace(subject.shape, prompt=length, gen_length=task.TOKENS)), prompts
+    length = max(len(ids) for ids in subject.tokenizer(prompts)["input_ids"])
+    return replace(subject, shape=replace(subject.shape, prompt=length, gen_length=task.tokens)), prompts
 
 
-def score(subject: Subject, setting: Setting, task, seeds: list[int], count: int, batch: int) -> dict:
+def score(subject: Subject, setting: Setting, task: Task, seeds: list[int], count: int, batch: int) -> dict:
     """Score ``count`` problems for each seed; "right" has a 1 for each problem answered without a mistake."""
     found = []
     for seed in seeds:
@@ -35,7 +34,7 @@ def score(subject: Subject, setting: Setting, task, seeds: list[int], count: int
         right, characters, nfe = [], [], []
         for at in range(0, count, batch):
             prompts, expected = zip(*problems[at : at + batch], strict=True)
-            got, forwards = answer(subject, setting, list(prompts), task.TOKENS, seed * count + at)
+            got, forwards = answer(subject, setting, list(prompts), task.tokens, seed * count + at)
             right += [mine == its for mine, its in zip(got, expected, strict=True)]
             characters += [agreement(mine, its) for mine, its in zip(got, expected, strict=True)]
             nfe += forwards
@@ -49,10 +48,11 @@ def score(subject: Subject, setting: Setting, task, seeds: list[int], count: int
 
 
 def answer(subject: Subject, setting: Setting, prompts: list[str], tokens: int, seed: int):
-    """(answers, each row's own NFE) for prompts of one length."""
-    ids = subject.tokenizer(prompts, return_tensors="pt")["input_ids"].to(subject.model.device)
+    """(answers, each row's own NFE)."""
+    rows = subject.tokenizer(prompts, return_tensors="pt", padding=True).to(subject.model.device)
+    ids, options = rows["input_ids"], {"gen_length": tokens, "seed": seed, **setting.options()}
     with watching(look=True) as taken:
-        out = dllm_fast.generate(subject.model, ids, gen_length=tokens, seed=seed, **setting.options())
+        out = dllm_fast.generate(subject.model, ids, attention_mask=rows["attention_mask"], **options)
     texts = subject.tokenizer.batch_decode(out.sequences[:, ids.shape[1] :], skip_special_tokens=True)
     return texts, own_forwards(taken, len(prompts))
 

@@ -1,6 +1,6 @@
 """Few-step distillation, before and after: ``python -m bench.quality.distilled --after llada-steps-8 [FOLDER ...]``
 
-Every model answers the same held-out problems of `bench/task.py`, with all of the answer in one block, by `Uniform` of
+Every model answers the same held-out problems of the task `steps`, with all of the answer in one block, by `Uniform` of
 fewer and fewer steps. Prints a table with 95 % intervals and draws the curves. Ends with one JSON line.
 """
 
@@ -27,7 +27,8 @@ def score(name: str, problems: list[tuple[str, str]], batch: int) -> list[int]:
     model, tokenizer = task.load(name)
     found = []
     for steps in STEPS:
-        options = {"block_length": task.TOKENS, "schedule": dllm_fast.Uniform(steps), "cache": "none"}
+        length = task.STEPS.tokens
+        options = {"gen_length": length, "block_length": length, "schedule": dllm_fast.Uniform(steps), "cache": "none"}
         answers = task.answering(model, tokenizer, **options)
         found.append(round(task.score(answers, problems, batch).exact * len(problems)))
     return found
@@ -59,7 +60,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="write the curves to this file")
     options = parser.parse_args()
     print(f"{os.cpu_count()} CPU cores, {datetime.date.today()}, torch {torch.__version__}, commit {checkout.commit()}")
-    problems = task.problems(options.count, 7, held_out=True)
+    problems = task.STEPS.problems(options.count, 7, held_out=True)
     found, rows = {}, []
     for name in (options.before, *options.after):
         recipe = json.loads((Path(dllm_fast.model_path(name)) / "recipe.json").read_text())

@@ -3,7 +3,7 @@
     python -m bench.quality.repair train --out runs/flow-steps  # 15 minutes on a core
     python -m bench.quality.repair score --model runs/flow-steps/final
 
-Answers to chains of sums (`bench/task.py`) have a share of their tokens replaced: by any token of the vocabulary, or a
+Answers to chains of sums (the task `steps`) have a share of their tokens replaced: by any token of the vocabulary, or a
 digit by another digit, which looks as right as what it replaces. Nobody says which. Beside each other, with as many
 forwards:
 
@@ -50,8 +50,8 @@ RECIPE = (
 def train(out: Path) -> None:
     """Write the problems, train for a quarter of an hour, and print the folder of the model."""
     for name, problems in {
-        "train.jsonl": task.problems(100_000, 0, held_out=False),
-        "eval.jsonl": task.problems(128, 1, held_out=True),
+        "train.jsonl": task.STEPS.problems(100_000, 0, held_out=False),
+        "eval.jsonl": task.STEPS.problems(128, 1, held_out=True),
     }.items():
         task.write(out / name, problems)
     command = [sys.executable, "-m", "dllm_fast.train", "flow", "--data", out / "train.jsonl"]
@@ -92,7 +92,7 @@ def ways(flow, masked) -> dict:
     """A way to repair (prompts, answers with wrong tokens, which are wrong) by name."""
     found = {}
     for steps, noise in ((2, 0.0), (FORWARDS, 0.0), (FORWARDS, 0.3)):
-        options = {"gen_length": task.TOKENS, "steps": steps, "noise": noise, "seed": 1}
+        options = {"gen_length": task.STEPS.tokens, "steps": steps, "noise": noise, "seed": 1}
         found[f"flow, {steps} forwards, noise {noise:g}"] = lambda p, a, wrong, options=options: (
             dllm_fast.generate_flow(flow, p, start_ids=a, **options).sequences[:, p.shape[1] :]
         )
@@ -112,7 +112,7 @@ def ways(flow, masked) -> dict:
 
 
 def measured(flow, masked, tokenizer, count: int) -> list[dict]:
-    prompts, answers = zip(*task.problems(count, 3, held_out=True), strict=True)
+    prompts, answers = zip(*task.STEPS.problems(count, 3, held_out=True), strict=True)
     prompts = tokenizer(list(prompts), return_tensors="pt")["input_ids"]
     answers = tokenizer(list(answers), return_tensors="pt")["input_ids"]
     answers = torch.cat((answers, answers.new_full((count, 1), tokenizer.eos_token_id)), 1)
@@ -133,18 +133,19 @@ def measured(flow, masked, tokenizer, count: int) -> list[dict]:
 
 def from_noise(flow, masked, tokenizer, count: int) -> list[dict]:
     """Whole answers that are right, from random tokens and from masks, with as many forwards."""
-    problems, rows = task.problems(count, 3, held_out=True), []
+    problems, rows = task.STEPS.problems(count, 3, held_out=True), []
 
     def by_flow(steps):
         def answers(prompts):
             ids = tokenizer(prompts, return_tensors="pt")["input_ids"]
-            out = dllm_fast.generate_flow(flow, ids, gen_length=task.TOKENS, steps=steps, seed=1)
+            out = dllm_fast.generate_flow(flow, ids, gen_length=task.STEPS.tokens, steps=steps, seed=1)
             return tokenizer.batch_decode(out.sequences[:, ids.shape[1] :], skip_special_tokens=True), out.nfe
 
         return answers
 
     for steps in (8, 16, 32, 64):
-        options = {"block_length": task.TOKENS, "schedule": dllm_fast.Uniform(steps), "cache": "none"}
+        length = task.STEPS.tokens
+        options = {"gen_length": length, "block_length": length, "schedule": dllm_fast.Uniform(steps), "cache": "none"}
         for way, answers in (("flow", by_flow(steps)), ("masked", task.answering(masked, tokenizer, **options))):
             exact = task.score(answers, problems, BATCH).exact
             rows.append({"way": way, "forwards": steps, "whole": round(exact * count), "problems": count})

@@ -7,7 +7,7 @@ row-scaled matmul). The LM head's weight is rounded too, or alone (``head="fp8"`
 - logit errors against fp64: the largest relative to the largest logit, the root mean square relative to the logits'
 own;
 - at how many positions the most probable token changes, and how many tokens of a greedy generate;
-- the share of chains of sums (`bench/task.py`) that ``llada-steps`` gets right, and how many tokens are unchanged.
+- the share of chains of sums (the task `steps`) that ``llada-steps`` gets right, and how many tokens are unchanged.
 
 Ends with one JSON line.
 """
@@ -103,7 +103,7 @@ def measured(name: str, model, prompts, mask) -> list[dict]:
 def task_scores() -> list[dict]:
     """For each kind of weights, how many answers to `TASK` are right, and how many tokens equal the fp32 model's."""
     model, tokenizer = task.load(TASK)
-    problems, rows = task.problems(PROBLEMS, 2, held_out=True), []
+    problems, length, rows = task.STEPS.problems(PROBLEMS, 2, held_out=True), task.STEPS.tokens, []
     for schedule, value in SCHEDULES.items():
         own = None
         for name, (dtype, weights, head) in SCORED.items():
@@ -112,9 +112,8 @@ def task_scores() -> list[dict]:
             for at in range(0, PROBLEMS, BATCH):
                 prompts = [prompt for prompt, _ in problems[at : at + BATCH]]
                 ids = tokenizer(prompts, return_tensors="pt")["input_ids"]
-                out = dllm_fast.generate(
-                    model, ids, gen_length=task.TOKENS, block_length=task.TOKENS, schedule=value, cache="none"
-                )
+                options = {"gen_length": length, "block_length": length, "schedule": value, "cache": "none"}
+                out = dllm_fast.generate(model, ids, **options)
                 found.append(out.sequences[:, ids.shape[1] :])
             tokens = torch.cat(found)
             own = tokens if own is None else own

@@ -169,11 +169,12 @@ def written(name: str, model, tokenizer, way: Way, prompts: list[list[int]]) -> 
 def sums(count: int, block_length: int) -> list[dict]:
     """Pyramid and uniform on the task: how many problems each answers, and the difference, problem by problem."""
     model, tokenizer = task.load("llada-steps")
-    found, rows = task.problems(count, 3, held_out=True), []
+    found, rows = task.STEPS.problems(count, 3, held_out=True), []
     for name, nfe in PYRAMIDS.items():
         right = {}
         for schedule in (name, f"uniform={nfe}"):
-            options = {"block_length": block_length, "schedule": schedule_of(schedule), "cache": "none"}
+            length = {"gen_length": task.STEPS.tokens, "block_length": block_length}
+            options = {**length, "schedule": schedule_of(schedule), "cache": "none"}
             answers = task.answering(model, tokenizer, **options)
             prompts, expected = zip(*found)
             got, _ = answers(list(prompts))
@@ -198,7 +199,7 @@ def measured(draws: int, texts: int, problems: int) -> dict:
             for way in ways:
                 result[comparison].append(written(name, model, tokenizer, way, prompts))
                 print(name, way.name, flush=True)
-    result["sums"] = sums(problems, task.TOKENS)
+    result["sums"] = sums(problems, task.STEPS.tokens)
     return result
 
 

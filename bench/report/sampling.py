@@ -119,7 +119,7 @@ def _pairs(rows: list[dict]) -> str:
 
 
 def _sums(rows: list[dict]) -> str:
-    lines = ["On the task of `bench/task.py`, with `llada-steps`, greedy, one block, problem by problem:\n"]
+    lines = ["On the task `steps` of `bench/task.py`, with `llada-steps`, greedy, one block, problem by problem:\n"]
     for row in rows:
         middle, low, high = (100 * x for x in row["difference"])
         first, second = (100 * x for x in row["right"])
