@@ -13,7 +13,8 @@ import torch
 _WORD = 0xFFFFFFFF
 
 
-def _wide(x: torch.Tensor) -> torch.Tensor:
+def widened(x: torch.Tensor) -> torch.Tensor:
+    """fp64 as it is, all else in fp32."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -31,8 +32,8 @@ def linear(
     ``gated``: the first half of W's rows are a gate, the second half an up projection. Returns `swiglu` of the two
     outputs, each rounded, [..., N / 2].
     """
-    wide = _wide(weight)
-    y = (_wide(x) @ (wide if scale is None else wide * scale.to(wide.dtype)[:, None]).T).to(x.dtype)
+    wide = widened(weight)
+    y = (widened(x) @ (wide if scale is None else wide * scale.to(wide.dtype)[:, None]).T).to(x.dtype)
     return swiglu(*y.chunk(2, -1)) if gated else y
 
 
@@ -69,7 +70,7 @@ def rms_norm(
     for the norm). Without a residual ``h`` is ``x`` itself.
     """
     h = x if residual is None else x + residual
-    wide = _wide(h)
+    wide = widened(h)
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return normed.to(h.dtype) * weight, h
 
@@ -86,7 +87,7 @@ def layer_norm(
     The variance is the biased one (arXiv:1607.06450); one rounding, at the end, as in ``torch.nn.LayerNorm``.
     """
     h = x if residual is None else x + residual
-    wide = _wide(h)
+    wide = widened(h)
     centred = wide - wide.mean(-1, keepdim=True)
     y = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps) * weight
     return (y if bias is None else y + bias).to(h.dtype), h
@@ -94,13 +95,13 @@ def layer_norm(
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """``silu(gate) * up`` (arXiv:2002.05202); both [..., f]. One rounding."""
-    wide = _wide(gate)
+    wide = widened(gate)
     return (wide * torch.sigmoid(wide) * up).to(gate.dtype)
 
 
 def geglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """``gelu(gate) * up`` with the exact, erf-based GELU (arXiv:2002.05202); both [..., f]. One rounding."""
-    wide = _wide(gate)
+    wide = widened(gate)
     return (0.5 * wide * (1 + torch.erf(wide * 0.5**0.5)) * up).to(gate.dtype)
 
 
@@ -141,7 +142,7 @@ def rope(
     """
     offset = torch.arange(q.shape[1], device=q.device)
     angle = (position[:, None] + offset).clamp(0, cos.shape[0] - 1)
-    c, s = (table.to(_wide(q).dtype)[angle][:, :, None] for table in (cos, sin))
+    c, s = (table.to(widened(q).dtype)[angle][:, :, None] for table in (cos, sin))
 
     slots = slot[:, None] + offset
     inside = (slots >= 0) & (slots < keys.shape[1])
@@ -168,8 +169,8 @@ def attention(
     gives 0.
     """
     group = q.shape[2] // keys.shape[2]
-    wide_k, wide_v = (_wide(x).repeat_interleave(group, 2) for x in (keys, values))
-    score = torch.einsum("bthd,bshd->bhts", _wide(q), wide_k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    wide_k, wide_v = (widened(x).repeat_interleave(group, 2) for x in (keys, values))
+    score = torch.einsum("bthd,bshd->bhts", widened(q), wide_k) * (q.shape[-1] ** -0.5 if scale is None else scale)
     visible = visible_slots(q.shape[1], keys.shape[1], start, end, slot, window)[:, None]
     score = score.masked_fill(~visible, float("-inf"))
     weight = torch.softmax(score, -1).masked_fill(~visible.any(-1, keepdim=True), 0.0)
@@ -277,10 +278,10 @@ def predict(
     sum p ln p (``entropy``); or a uniform draw (``random``). It is -inf where the token is a deferred one. A position
     that is no candidate gets token ``mask_id``, confidence -inf and log-sum-exp 0.
     """
-    wide = _wide(weight) if scale is None else weight.to(scale.dtype) * scale[:, None]
-    logits = _wide(hidden) @ wide.T
+    wide = widened(weight) if scale is None else weight.to(scale.dtype) * scale[:, None]
+    logits = widened(hidden) @ wide.T
     if uncond is not None:
-        logits = guided(logits, _wide(uncond) @ wide.T, cfg_scale)
+        logits = guided(logits, widened(uncond) @ wide.T, cfg_scale)
     if bias is not None:
         logits = logits + bias
     return select(logits, mask_id, candidate, confidence, temperature, seed, step, row, position, banned, deferred)
@@ -395,6 +396,6 @@ def masked_loss(
     Without ``loss_weight`` it is the terms themselves, [N]. With ``loss_weight = 1 / (p_mask * B * L)`` on masked
     positions it is LLaDA's training loss (arXiv:2502.09992, eq. 3).
     """
-    logits = _wide(torch.nn.functional.linear(hidden, weight, bias))
+    logits = widened(torch.nn.functional.linear(hidden, weight, bias))
     nll = torch.logsumexp(logits, -1) - logits.gather(1, target[:, None])[:, 0]
     return nll if loss_weight is None else (nll * loss_weight).sum()

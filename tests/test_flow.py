@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from test_plain import make
 from test_train import PAIRS, SMALL, TEXT, tensors
 from tiny import EOS, MASK, make_llada
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -111,6 +112,24 @@ def test_autocast_does_not_round_the_noise():
     expected = soft(weight, 0.05)[0]
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(soft(weight, 0.05)[0], expected)
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "gpt"])
+def test_other_models_take_mixed_embeddings_too(kind):
+    model = make(kind)
+    table, n = model.get_input_embeddings(), torch.tensor([0.3, 0.6, 0.9, 0.99])
+    ids = IDS.clamp(min=2) % len(table.weight)
+    labels = torch.where(torch.arange(20) < PROMPT[:, None], losses.IGNORED, ids)
+    key = torch.stack((torch.full((4,), 3), torch.full((4,), 1), torch.arange(4)), 1)
+    found = flow.flow_loss(model, ids, labels, 1e-4, (n, torch.full((4,), 0.02), key))
+    for row in range(4):
+        kept = int(PROMPT[row])
+        where = torch.arange(kept, 20)
+        mixed = flow.soft_embedding(
+            table.weight, ids[row, kept:], n[row].expand(20 - kept), 0.02, 3, 1, torch.full_like(where, row), where
+        )
+        logits = model(inputs_embeds=torch.cat((table(ids[row, :kept]), mixed))[None]).logits[0, kept:]
+        torch.testing.assert_close(found[row], direct_kl(logits, ids[row, kept:], 1e-4).sum(), atol=1e-4, rtol=1e-4)
 
 
 class Largest(TorchDispatchMode):

@@ -203,7 +203,7 @@ def test_what_does_not_fit_is_named(tmp_path, bert, talks, capsys):
 
     assert "chat 1 takes 14 tokens, more than --length 8" in error("--length", "8")
     assert "--length: 65 exceeds the model's 64 positions" in error("--length", "65")
-    assert "Masking: ratio=(0.9, 0.2) is not" in error("--mask-ratio", "0.9", "0.2")
+    assert "--mask-ratio: Masking: ratio=(0.9, 0.2) is not" in error("--mask-ratio", "0.9", "0.2")
     assert "--shifted: " in error("--shifted")
     talks.write_text(json.dumps({"messages": chat("a", "b [MASK]")}) + "\n")
     assert "chat 1 spells the mask token '[MASK]'" in error()

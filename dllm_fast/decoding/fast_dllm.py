@@ -31,17 +31,14 @@ import torch
 from torch.nn import functional as F
 
 from dllm_fast.families.modernbert import rope_theta, sliding_layers
-
-
-def wide(x):
-    return x if x.dtype == torch.float64 else x.float()
+from dllm_fast.kernels.reference import widened
 
 
 def rotate(x, at, theta):  # [T, H, D], [T]
     """Half-split rotary embedding: pair (x[i], x[i + D/2]) as a complex number, turned by ``at * theta^(-2i/D)``."""
     exponent = torch.arange(0, x.shape[-1], 2, dtype=torch.float32, device=x.device) / x.shape[-1]
     angle = at.float()[:, None, None] * (1.0 / theta**exponent)  # [T, 1, D/2]
-    turned = torch.complex(*wide(x).chunk(2, -1)) * torch.polar(torch.ones_like(angle), angle)
+    turned = torch.complex(*widened(x).chunk(2, -1)) * torch.polar(torch.ones_like(angle), angle)
     return torch.cat((turned.real, turned.imag), -1).to(x.dtype)
 
 
@@ -50,10 +47,10 @@ def attend(q, at, layer, window=None):  # [T, H, D], [T]
     places, keys, values = layer
     group = q.shape[1] // keys.shape[1]
     keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
-    score = torch.einsum("thd,shd->hts", wide(q), wide(keys)) / q.shape[-1] ** 0.5
+    score = torch.einsum("thd,shd->hts", widened(q), widened(keys)) / q.shape[-1] ** 0.5
     if window is not None:
         score = score.masked_fill((at[:, None] - places).abs() > window, float("-inf"))
-    return torch.einsum("hts,shd->thd", score.softmax(-1), wide(values)).flatten(1).to(q.dtype)
+    return torch.einsum("hts,shd->thd", score.softmax(-1), widened(values)).flatten(1).to(q.dtype)
 
 
 def remember(layer, at, keys, values):

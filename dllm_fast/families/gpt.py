@@ -34,30 +34,33 @@ class BidirectionalGPT2LMHeadModel(GPT2LMHeadModel):
 
     def forward(
         self,
-        input_ids: torch.Tensor,  # [B, L] int64
+        input_ids: torch.Tensor | None = None,  # [B, L] int64
         attention_mask: torch.Tensor | None = None,  # [B, L], 0 = padding
         position_ids: torch.Tensor | None = None,  # [B, L]
+        inputs_embeds: torch.Tensor | None = None,  # [B, L, d], in place of input_ids
         **kwargs,
     ) -> MaskedLMOutput:
         """``logits`` [B, L, V]. With ``config.shifted``, they are the head's output one position to the left; the
         first token has no such position, and takes the head's output at its own."""
-        return MaskedLMOutput(logits=self.lm_head(self.states(input_ids, attention_mask, position_ids)))
+        states = self.states(input_ids, attention_mask, position_ids, inputs_embeds)
+        return MaskedLMOutput(logits=self.lm_head(states))
 
     def states(
         self,
-        input_ids: torch.Tensor,  # [B, L] int64
+        input_ids: torch.Tensor | None = None,  # [B, L] int64
         attention_mask: torch.Tensor | None = None,  # [B, L], 0 = padding
         position_ids: torch.Tensor | None = None,  # [B, L]
+        inputs_embeds: torch.Tensor | None = None,  # [B, L, d], in place of input_ids
     ) -> torch.Tensor:
         """What the head makes the logits of, [B, L, d]."""
+        embeds = self.transformer.wte(input_ids) if inputs_embeds is None else inputs_embeds
         # A mask of four dimensions is taken as it is: transformers adds no causal one to it.
-        seen = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        dtype = self.transformer.wte.weight.dtype
-        hidden = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
-        hidden = hidden.masked_fill(seen == 0, torch.finfo(dtype).min)[:, None, None]
-        mask = hidden.expand(-1, 1, input_ids.shape[1], -1)  # [B, 1, L, L]
-        output = self.transformer(input_ids, attention_mask=mask, position_ids=position_ids, use_cache=False)
-        states = output.last_hidden_state  # [B, L, d]
+        bias = embeds.new_zeros(embeds.shape[:2])
+        if attention_mask is not None:
+            bias = bias.masked_fill(attention_mask == 0, torch.finfo(bias.dtype).min)
+        mask = bias[:, None, None].expand(-1, 1, embeds.shape[1], -1)  # [B, 1, L, L]
+        options = {"attention_mask": mask, "position_ids": position_ids, "use_cache": False}
+        states = self.transformer(inputs_embeds=embeds, **options).last_hidden_state  # [B, L, d]
         if self.config.shifted:
             states = torch.cat((states[:, :1], states[:, :-1]), 1)
         return states
@@ -84,5 +87,6 @@ def new(width: int, heads: int, layers: int, ffn: int, positions: int, tie: bool
     config = BidirectionalGPT2Config(
         n_embd=width, n_head=heads, n_layer=layers, n_inner=ffn, n_positions=positions, tie_word_embeddings=tie,
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **ids,
+        initializer_range=width**-0.5,  # at its default of 0.02 a narrow model knows only letter frequencies for long
     )  # fmt: skip
     return BidirectionalGPT2LMHeadModel(config)

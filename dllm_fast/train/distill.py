@@ -12,8 +12,7 @@ x being the right token. The first is certainty-forcing (dParallel, arXiv:2509.2
 order to be certain in.
 """
 
-import types
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -50,9 +49,10 @@ def _no_draw() -> torch.Tensor:
     raise AssertionError("a schedule with a confidence of its own was refused before")
 
 
-def head_inputs(model: Any, ids: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, Any]:
-    """Hidden states [N, d] at ``rows`` [B, L] bool, and the LM head."""
-    return FAMILIES[model.config.model_type].labelled(model, ids, rows)
+def _head_inputs(model: nn.Module, ids: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    found = losses.head_inputs(model, ids, rows)
+    assert found is not None  # `DistillTrainer` refuses other models
+    return found
 
 
 @torch.no_grad()
@@ -75,7 +75,7 @@ def best_run(
     slot = torch.zeros(batch * runs, dtype=torch.int64, device=clean.device)
     before, committed = [], []
     for step, count in enumerate(counts):
-        hidden, head = head_inputs(model, sequence, masked)
+        hidden, head = _head_inputs(model, sequence, masked)
         found, confidence, _ = ops.predict(hidden, head.weight, getattr(head, "bias", None), mask_id=mask_id)
         token = sequence.masked_scatter(masked, found)
         odds = torch.logit(confidence.double(), eps=1e-12).clamp(max=CERTAIN)
@@ -101,7 +101,7 @@ def distill_loss(
 ) -> torch.Tensor:
     """Each state's loss, [N] fp32: a mean over its masked positions; 0 where there are none."""
     masked = states == mask_id
-    hidden, head = head_inputs(model, states, masked)
+    hidden, head = _head_inputs(model, states, masked)
     target, later = input_ids[masked], ~committed[masked]
     bias = getattr(head, "bias", None)
     loss = head_nll(hidden, head, target)
@@ -116,13 +116,12 @@ def distill_loss(
     return total / masked.sum(1).clamp(min=1)
 
 
+@dataclass
 class OrderNoise(Corruption):
     """Batches for `DistillTrainer`: clean ids, prompt lengths, and the noise that varies the order."""
 
-    def __init__(self, collate: Callable, mask_id: int, seed: int, runs: int, schedule: Schedule):
-        super().__init__(collate, mask_id, seed)
-        self.runs = runs
-        self.schedule = schedule
+    runs: int
+    schedule: Schedule
 
     def corrupt(self, ids, prompt, step, rows, batch):
         if prompt is None:
@@ -165,22 +164,17 @@ class DistillTrainer(DiffusionTrainer):
         head = base.get_output_embeddings()
         if base.config.model_type not in FAMILIES or not (isinstance(head, nn.Embedding) or plain(head)):
             raise ValueError(f"model: a {type(base).__name__} is no LLaDA or ModernBERT with a head of its own")
-        own = base.forward.__func__
-        schedule, hold = self.schedule, self.hold
 
-        def forward(self, *args, order_noise=None, **kwargs):
-            if order_noise is None:
-                return own(self, *args, **kwargs)
-            ids, prompt = kwargs["input_ids"], kwargs["prompt_length"]
-            answer = torch.arange(ids.shape[1], device=ids.device) >= prompt[:, None]
-            counts = [count.to(ids.device) for count in quotas(schedule, answer.sum(1).cpu())]
-            mask_id = self.config.mask_token_id
-            states, committed, _ = best_run(self, ids, answer, counts, order_noise, mask_id)
+        def loss(base, input_ids, prompt_length, order_noise):
+            ids, mask_id = input_ids, base.config.mask_token_id
+            answer = torch.arange(ids.shape[1], device=ids.device) >= prompt_length[:, None]
+            counts = [count.to(ids.device) for count in quotas(self.schedule, answer.sum(1).cpu())]
+            states, committed, _ = best_run(base, ids, answer, counts, order_noise, mask_id)
             clean = ids.expand(len(counts), -1, -1).flatten(0, 1)
-            row_loss = distill_loss(self, states.flatten(0, 1), clean, committed.flatten(0, 1), hold, mask_id)
+            row_loss = distill_loss(base, states.flatten(0, 1), clean, committed.flatten(0, 1), self.hold, mask_id)
             return row_loss.view(len(counts), len(ids)).mean(0)
 
-        base.forward = types.MethodType(forward, base)
+        losses.bind(model, "order_noise", loss)
 
     def corruption(self, collate, args: TrainingArguments) -> OrderNoise:
         return OrderNoise(collate, self.mask_id, args.seed, self.runs, self.schedule)

@@ -15,7 +15,6 @@ time, in both passes.
 
 import functools
 import math
-import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -27,7 +26,6 @@ from torch.utils.checkpoint import checkpoint
 
 from dllm_fast.decoding.flips import flipped
 from dllm_fast.decoding.values import Checked, checked, real, require
-from dllm_fast.families import FAMILIES
 from dllm_fast.kernels import reference
 from dllm_fast.train import losses
 from dllm_fast.train.data import Corruption
@@ -130,15 +128,15 @@ def soft_embedding(
 class _SymmetricKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits, target, smoothing):
-        z = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+        z = reference.widened(logits)
         on, off = _smoothed(smoothing, z.shape[1])
         lse = torch.logsumexp(z, 1)
         log_p = z - lse[:, None]
         of_target = log_p.gather(1, target[:, None])[:, 0]
         p = torch.exp(of_target)
         forward = (torch.exp(log_p) * log_p).sum(1) - p * math.log(on) - (1 - p) * math.log(off)  # KL(p || q)
-        backward = on * math.log(on) + (z.shape[1] - 1) * off * math.log(off)
-        backward = backward - (on - off) * of_target - off * log_p.sum(1)  # KL(q || p)
+        constant = on * math.log(on) + (z.shape[1] - 1) * off * math.log(off)
+        backward = constant - (on - off) * of_target - off * log_p.sum(1)  # KL(q || p)
         ctx.save_for_backward(logits, target, lse, forward)
         ctx.smoothing = smoothing
         return forward + backward
@@ -211,12 +209,12 @@ def flow_loss(
         )  # fmt: skip
         clean = table(input_ids)
         embeds = clean.index_put((row, position), mixed.to(clean.dtype))
-    family = FAMILIES.get(getattr(model.config, "model_type", ""))
-    if family is None or not isinstance(model, family.model_class):
-        inputs = {"input_ids": input_ids} if embeds is None else {"inputs_embeds": embeds}
-        found = symmetric_kl(model(**inputs).logits[labelled], target, smoothing)
+    ids = input_ids if embeds is None else None
+    states = losses.head_inputs(model, ids, labelled, embeds)
+    if states is None:
+        found = symmetric_kl(model(input_ids=ids, inputs_embeds=embeds).logits[labelled], target, smoothing)
     else:
-        hidden, head = family.labelled(model, None if embeds is not None else input_ids, labelled, embeds)
+        hidden, head = states
         logits_of: Callable[[torch.Tensor], torch.Tensor] = head  # called, so that an adapter takes effect
         if isinstance(head, nn.Embedding):  # tied
             logits_of = functools.partial(F.linear, weight=head.weight)
@@ -226,19 +224,14 @@ def flow_loss(
 
 
 def bind_flow(model: nn.Module, smoothing: float) -> None:
-    """Make ``model(input_ids, flow_labels=labels, noise_weight=, tau=, noise_key=)`` return `flow_loss`'s [B], through
-    any wrapper; see `losses.bind_loss`."""
-    base = losses.base_model(model)
-    own = cast(types.MethodType, base.forward).__func__
+    """Make ``model(input_ids=, flow_labels=, noise_weight=, tau=, noise_key=)`` return `flow_loss`'s [B], through any
+    wrapper; the last three are given together or not at all."""
 
-    @functools.wraps(own)
-    def forward(self, *args, flow_labels=None, noise_weight=None, tau=None, noise_key=None, **kwargs):
-        if flow_labels is None:
-            return own(self, *args, **kwargs)
+    def loss(base, input_ids, flow_labels, noise_weight=None, tau=None, noise_key=None):
         soft = None if tau is None else (noise_weight, tau, noise_key)
-        return flow_loss(self, kwargs["input_ids"], flow_labels, smoothing, soft)
+        return flow_loss(base, input_ids, flow_labels, smoothing, soft)
 
-    base.forward = types.MethodType(forward, base)
+    losses.bind(model, "flow_labels", loss)
 
 
 def _between(name: str, value: Any, low: float, high: float) -> tuple[float, float]:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dllm_fast import ops
+from dllm_fast.kernels.reference import widened
 
 ELEMENTS = 1 << 25  # logits at once: 128 MB in fp32
 
@@ -35,16 +36,12 @@ def head_nll(hidden: torch.Tensor, head: nn.Module, target: torch.Tensor) -> tor
         return _ChunkedNLL.apply(hidden, weight, bias, target)  # type: ignore[no-any-return]
 
 
-def _wide(z: torch.Tensor) -> torch.Tensor:
-    return z.to(torch.promote_types(z.dtype, torch.float32))
-
-
 class _ChunkedNLL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, target):
         lse, found = [], []
         for part in _parts(target, weight):
-            z = _wide(F.linear(hidden[part], weight, bias))
+            z = widened(F.linear(hidden[part], weight, bias))
             lse.append(z.logsumexp(1))
             found.append(z.gather(1, target[part, None])[:, 0])
         total = torch.cat(lse)
@@ -60,7 +57,7 @@ class _ChunkedNLL(torch.autograd.Function):
         d_weight = torch.zeros(weight.shape, dtype=sums, device=weight.device)
         d_bias = None if bias is None else torch.zeros(bias.shape, dtype=sums, device=bias.device)
         for part in _parts(target, weight):
-            dz = _wide(F.linear(hidden[part], weight, bias)).sub_(lse[part, None]).exp_()
+            dz = widened(F.linear(hidden[part], weight, bias)).sub_(lse[part, None]).exp_()
             dz.scatter_add_(1, target[part, None], torch.full_like(lse[part, None], -1))
             dz.mul_(grad[part, None])
             if d_bias is not None:

@@ -11,7 +11,7 @@ or micro-batches changes no draw.
 import functools
 import hashlib
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -114,7 +114,7 @@ def masked_nll(
     """
     labelled = labels != IGNORED
     target = labels[labelled]  # [N]
-    found = _labelled(model, input_ids, labelled)
+    found = head_inputs(model, input_ids, labelled)
     if found is None:
         nll = F.cross_entropy(model(input_ids=input_ids).logits[labelled].float(), target, reduction="none")
     else:
@@ -127,20 +127,26 @@ def masked_nll(
     return nll.new_zeros(len(labels)).index_add(0, row, nll)
 
 
-def _labelled(model: Any, input_ids: torch.Tensor, labelled: torch.Tensor) -> tuple[torch.Tensor, nn.Module] | None:
-    """The labelled positions' hidden states [N, d] and the matrix that makes logits of them; None of another model."""
+def head_inputs(
+    model: Any,
+    input_ids: torch.Tensor | None,  # [B, L] int64
+    chosen: torch.Tensor,  # [B, L] bool
+    embeds: torch.Tensor | None = None,  # [B, L, d], in place of input_ids
+) -> tuple[torch.Tensor, nn.Module] | None:
+    """The chosen positions' hidden states [N, d] and the matrix that makes logits of them; None of another model."""
     family = FAMILIES.get(getattr(model.config, "model_type", ""))
     if family is not None and isinstance(model, family.model_class):
-        return family.labelled(model, input_ids, labelled)
+        return family.labelled(model, input_ids, chosen, embeds)
     if isinstance(model, BertForMaskedLM):
         head = model.cls.predictions
-        return head.transform(model.bert(input_ids).last_hidden_state[labelled]), head.decoder
+        hidden = model.bert(input_ids, inputs_embeds=embeds).last_hidden_state
+        return head.transform(hidden[chosen]), head.decoder
     if isinstance(model, RobertaForMaskedLM):
         head = model.lm_head
-        hidden = head.dense(model.roberta(input_ids).last_hidden_state[labelled])
-        return head.layer_norm(F.gelu(hidden)), head.decoder
+        hidden = model.roberta(input_ids, inputs_embeds=embeds).last_hidden_state
+        return head.layer_norm(F.gelu(head.dense(hidden[chosen]))), head.decoder
     if isinstance(model, BidirectionalGPT2LMHeadModel):
-        return model.states(input_ids)[labelled], model.lm_head
+        return model.states(input_ids, inputs_embeds=embeds)[chosen], model.lm_head
     return None
 
 
@@ -203,7 +209,12 @@ def base_model(model: nn.Module) -> PreTrainedModel:
 
 
 def bind_loss(model: nn.Module) -> None:
-    """Make ``model(input_ids=noisy, masked_labels=labels)`` return `masked_nll`'s [B], through any wrapper.
+    """Make ``model(input_ids=noisy, masked_labels=labels)`` return `masked_nll`'s [B], through any wrapper."""
+    bind(model, "masked_labels", lambda base, input_ids, masked_labels: masked_nll(base, input_ids, masked_labels))
+
+
+def bind(model: nn.Module, key: str, loss: Callable[..., torch.Tensor]) -> None:
+    """Make ``model(**inputs)`` return ``loss(base, **inputs)`` if ``key`` is among the inputs, base being `base_model`.
 
     Any other call behaves as before. Like `dllm_fast.patch`, this changes the forward of this instance alone.
     """
@@ -211,9 +222,7 @@ def bind_loss(model: nn.Module) -> None:
     own = cast(types.MethodType, base.forward).__func__
 
     @functools.wraps(own)
-    def forward(self, *args, masked_labels=None, **kwargs):
-        if masked_labels is None:
-            return own(self, *args, **kwargs)
-        return masked_nll(self, kwargs["input_ids"], masked_labels)
+    def forward(self, *args, **kwargs):
+        return loss(self, **kwargs) if key in kwargs else own(self, *args, **kwargs)
 
     base.forward = types.MethodType(forward, base)

@@ -76,12 +76,12 @@ def trainer_of(args: argparse.Namespace) -> Callable[..., DiffusionTrainer]:
             raise ValueError("--model: distill needs a trained model")
         return functools.partial(DistillTrainer, schedule=args.schedule, runs=args.runs, hold=args.hold)
     ratio = args.mask_ratio and tuple(args.mask_ratio)
-    if args.chat:
-        masking = Masking(args.noise, ratio or CHAT_RATIO, args.masking, args.weighting or "none")
-        return functools.partial(ChatTrainer, masking=masking)
-    return functools.partial(
-        DiffusionTrainer, masking=Masking(args.noise, ratio, args.masking, args.weighting or "elbo")
-    )
+    ratio, weighting = (ratio or CHAT_RATIO, "none") if args.chat else (ratio, "elbo")
+    try:
+        masking = Masking(args.noise, ratio, args.masking, args.weighting or weighting)
+    except ValueError as error:
+        raise ValueError(f"--mask-ratio: {error}") from None
+    return functools.partial(ChatTrainer if args.chat else DiffusionTrainer, masking=masking)
 
 
 def train(args: argparse.Namespace) -> Path:
