@@ -1,9 +1,11 @@
 """Fine-tuning of pretrained masked language models: chats, [MASK] for a vocabulary without it, adapters, GPTs."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_plain import SIZES, make
 from tiny import SEED, make_llada
 from tokenizers import Tokenizer, models
@@ -15,6 +17,8 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForMaskedLM,
 )  # fmt: skip
 
 import dllm_fast
@@ -45,17 +49,21 @@ def talks(tmp_path):
     return path
 
 
-@pytest.fixture
-def bert(tmp_path):
-    """The folder of a small BERT with a word tokenizer."""
-    folder = tmp_path / "bert"
+def folder_of(kind: str, folder):
+    """The folder of a small BERT or RoBERTa with a word tokenizer."""
     folder.mkdir()
     (folder / "vocab.txt").write_text("\n".join(WORDS))
     BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
     torch.manual_seed(SEED)
-    config = BertConfig(**SIZES, vocab_size=len(WORDS), max_position_embeddings=64, hidden_dropout_prob=0.0)
-    BertForMaskedLM(config).save_pretrained(folder)
+    sizes = {**SIZES, "vocab_size": len(WORDS), "max_position_embeddings": 66, "hidden_dropout_prob": 0.0}
+    model = BertForMaskedLM(BertConfig(**sizes)) if kind == "bert" else RobertaForMaskedLM(RobertaConfig(**sizes))
+    model.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def bert(tmp_path):
+    return folder_of("bert", tmp_path / "bert")
 
 
 def test_only_the_assistants_tokens_are_its_own(bert):
@@ -141,6 +149,20 @@ def test_a_bert_learns_to_answer_and_is_sampled(tmp_path, bert, talks):
     assert right >= 5
 
 
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_a_resumed_run_on_chats_is_the_uninterrupted_one(tmp_path, talks, kind):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    options = ["sft", "--data", str(talks), "--model", str(folder_of(kind, tmp_path / kind)), *FAST, "--steps", "4"]
+    for out, save in ((whole, "4"), (cut, "2")):
+        assert training.main([*options, "--out", str(out), "--save-every", save]) == 0
+    expected = load_file(whole / "final" / "model.safetensors")
+    shutil.rmtree(cut / "final")
+    shutil.rmtree(cut / "checkpoint-4")
+    assert training.main([*options, "--out", str(cut), "--save-every", "2", "--resume"]) == 0
+    found = load_file(cut / "final" / "model.safetensors")
+    assert expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in found)
+
+
 def test_adapters_alone_are_trained_saved_and_merged(tmp_path, bert, talks):
     peft = pytest.importorskip("peft", reason="peft is not installed")
     out = tmp_path / "run"
@@ -155,6 +177,35 @@ def test_adapters_alone_are_trained_saved_and_merged(tmp_path, bert, talks):
     again = peft.PeftModel.from_pretrained(before, str(out / "adapter")).eval()
     ids = torch.tensor([[2, 5, 4, 9, 4]])
     torch.testing.assert_close(again(ids).logits, merged(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_adapters_of_a_llada_are_merged(tmp_path, talks):
+    pytest.importorskip("peft", reason="peft is not installed")
+    sizes = [
+        "--width",
+        "32",
+        "--layers",
+        "2",
+        "--heads",
+        "2",
+        "--ffn",
+        "48",
+        "--positions",
+        "64",
+        "--vocab-size",
+        "300",
+    ]
+    for folder, options in (("base", sizes), ("adapted", ["--model", str(tmp_path / "base" / "final"), "--lora", "4"])):
+        out = ["--out", str(tmp_path / folder), "--steps", "2", "--save-every", "2", "--length", "64"]
+        assert training.main(["sft", "--data", str(talks), *FAST, *out, *options]) == 0
+    before, after = (load_file(tmp_path / folder / "final" / "model.safetensors") for folder in ("base", "adapted"))
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    embedding = "model.transformer.wte.weight"
+    assert before.keys() == after.keys() and moved - {embedding} and all(".blocks." in n for n in moved - {embedding})
+    rows = (before[embedding] != after[embedding]).any(1)
+    mask_id = AutoTokenizer.from_pretrained(tmp_path / "base" / "final").mask_token_id
+    assert set(rows.nonzero()[:, 0].tolist()) <= {mask_id}
+    assert (tmp_path / "adapted" / "adapter" / "adapter_config.json").exists()
 
 
 @pytest.mark.parametrize("family", ["llada", "gpt2"])
@@ -202,7 +253,7 @@ def test_what_does_not_fit_is_named(tmp_path, bert, talks, capsys):
         return capsys.readouterr().err
 
     assert "chat 1 takes 14 tokens, more than --length 8" in error("--length", "8")
-    assert "--length: 65 exceeds the model's 64 positions" in error("--length", "65")
+    assert "--length: 67 exceeds the model's 66 positions" in error("--length", "67")
     assert "--mask-ratio: Masking: ratio=(0.9, 0.2) is not" in error("--mask-ratio", "0.9", "0.2")
     assert "--shifted: " in error("--shifted")
     talks.write_text(json.dumps({"messages": chat("a", "b [MASK]")}) + "\n")

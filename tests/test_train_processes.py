@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_sft import TALKS
 from test_train import PAIRS, SMALL, TEXT, tensors
 from tiny import make_llada
 from train_processes import loop, run
@@ -21,6 +22,7 @@ CUT = ["--steps", "8", "--save-every", "4"]
 KINDS = {
     "pretrain": ["pretrain", "--data", "{text}", "--eval-data", "{held}", "--family", "llada"],
     "sft": ["sft", "--data", "{asked}", "--eval-data", "{asked}", "--family", "llada"],
+    "chats": ["sft", "--data", "{talks}", "--eval-data", "{talks}", "--family", "llada"],
     "flow": ["flow", "--data", "{asked}", "--eval-data", "{asked}", "--pairs", "--tau", "1e-2", "1e-3"],
     "modernbert": ["pretrain", "--data", "{text}", "--family", "modernbert"],
 }
@@ -37,7 +39,8 @@ def files(tmp_path_factory):
     (folder / "text.txt").write_text(TEXT)
     (folder / "held.txt").write_text(TEXT[: 2 * len(TEXT) // 5])
     (folder / "asked.jsonl").write_text("".join(json.dumps({"prompt": p, "answer": a}) + "\n" for p, a in PAIRS))
-    names = {"text": "text.txt", "held": "held.txt", "asked": "asked.jsonl"}
+    (folder / "talks.jsonl").write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in TALKS))
+    names = {"text": "text.txt", "held": "held.txt", "asked": "asked.jsonl", "talks": "talks.jsonl"}
     return {name: str(folder / file) for name, file in names.items()}
 
 
