@@ -246,7 +246,7 @@ def test_a_line_that_is_no_chat_is_named(tmp_path, talks, line, message):
         chats(talks)
 
 
-def test_what_does_not_fit_is_named(tmp_path, bert, talks, capsys):
+def test_what_does_not_fit_is_named(tmp_path, bert, talks, capsys, monkeypatch):
     def error(*more):
         arguments = ["sft", "--data", str(talks), "--out", str(tmp_path / "x"), *FAST, "--model", str(bert), *more]
         assert training.main(arguments) == 2
@@ -256,6 +256,9 @@ def test_what_does_not_fit_is_named(tmp_path, bert, talks, capsys):
     assert "--length: 67 exceeds the model's 66 positions" in error("--length", "67")
     assert "--mask-ratio: Masking: ratio=(0.9, 0.2) is not" in error("--mask-ratio", "0.9", "0.2")
     assert "--shifted: " in error("--shifted")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert "--lora: adapters are not gathered" in error("--lora", "4")
+    monkeypatch.delenv("ACCELERATE_USE_FSDP")
     talks.write_text(json.dumps({"messages": chat("a", "b [MASK]")}) + "\n")
     assert "chat 1 spells the mask token '[MASK]'" in error()
 

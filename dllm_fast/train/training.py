@@ -8,6 +8,7 @@ import argparse
 import functools
 import hashlib
 import json
+import os
 import shutil
 import sys
 import time
@@ -97,6 +98,8 @@ def train(args: argparse.Namespace) -> Path:
     trainer_class = trainer_of(args)
     texts = read(args, "data")
     eval_texts = read(args, "eval-data")
+    if args.lora and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        raise ValueError("--lora: adapters are not gathered from FSDP's shards; launch without FSDP")
     checkpoint = get_last_checkpoint(str(out)) if out.is_dir() else None
     if checkpoint and not args.resume:
         raise ValueError(f"--out: {out} already holds {Path(checkpoint).name}; add --resume or choose another folder")
