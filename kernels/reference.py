@@ -14,7 +14,6 @@ _WORD = 0xFFFFFFFF
 
 
 def widened(x: torch.Tensor) -> torch.Tensor:
-    """fp64 as it is, all else in fp32."""
     return x if x.dtype == torch.float64 else x.float()
 
 

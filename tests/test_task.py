@@ -161,6 +161,14 @@ def test_the_shipped_model_works_the_steps_and_needs_them(shipped):
     assert exact[64] >= 0.95 and exact[8] < exact[64] - 0.25
 
 
+def test_the_shipped_model_rewrites_sentences():
+    model, tokenizer = task.load("llada-sentences")
+    found = SENTENCES.problems(32, seed=5, held_out=True)
+    options = {"gen_length": 64, "block_length": 64, "schedule": dllm_fast.Uniform(64), "cache": "none"}
+    assert task.score(task.answering(model, tokenizer, **options), found, batch=32).exact >= 0.75
+    assert all(len(tokenizer(" " + word)["input_ids"]) == 1 for word in ("thieves", "forgotten", "honest", "negative"))
+
+
 def test_the_shipped_models_tokens_are_characters(shipped):
     model, tokenizer = shipped
     prompt, answer = STEPS.problems(1, seed=0, held_out=True)[0]

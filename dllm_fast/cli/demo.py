@@ -14,29 +14,29 @@ from dllm_fast.generate import generate
 from dllm_fast.loading import end_of_text, from_pretrained, model_path
 from dllm_fast.patch import patched, unpatch
 
-PROMPTS = (
-    "Maria has 12 apples. She buys 3 bags with",
-    "Every day James runs 3 miles before",
-)
+SENTENCE = "The angry wolf chases two old kings. past, passive, question, negative:\n"
+PROMPT = "Maria has 12 apples. She buys 3 bags with"
 GAP = ("And Moses spake unto the children of Israel, saying,", 12, " and all the people answered and said, All that the"
        " LORD hath spoken we will do.")  # fmt: skip
 LENGTH, BLOCK, REPEATS = 64, 32, 3
+PAUSE = 0.04  # seconds between steps, for the eye
 
 
 def demo(plain: bool = False) -> None:
-    """Continue two prompts, fill a gap, and print a table of speeds."""
+    """Rewrite a sentence, fill a gap, and print a table of speeds."""
     torch.manual_seed(0)
-    model, tokenizer = _load("llada-gsm8k")
+    model, tokenizer = _load("llada-sentences")
     mask_id, eos_ids = model.config.mask_token_id, end_of_text(model, tokenizer)
-    print("A small LLaDA, trained on two CPU cores, continues grade-school word problems:")
-    for prompt in PROMPTS:
-        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-        with watching(tokenizer, mask_id, plain, "llada-gsm8k", eos_ids) as streamer:
-            generate(
-                model, ids, gen_length=LENGTH, block_length=BLOCK, schedule=Uniform(LENGTH), cache="none",
-                temperature=0.3, confidence="entropy", eos_id=eos_ids, seed=1, streamer=streamer,
-            )  # fmt: skip
-        print()
+    ids = tokenizer(SENTENCE, return_tensors="pt")["input_ids"]
+    print(f"A LLaDA of {round(model.num_parameters() / 1e6, 1)} million parameters rewrites a sentence by four rules,")
+    print("one token at a time, the most confident first:")
+    options: dict[str, Any] = {"gen_length": LENGTH, "block_length": LENGTH, "cache": "none", "eos_id": eos_ids}
+    with watching(tokenizer, mask_id, plain, "llada-sentences", eos_ids, PAUSE) as streamer:
+        generate(model, ids, schedule=Uniform(LENGTH), streamer=streamer, **options)
+    print("\nand all tokens that are more than 90 % sure at once:")
+    with watching(tokenizer, mask_id, plain, "llada-sentences", eos_ids, PAUSE) as streamer:
+        generate(model, ids, schedule=Threshold(0.9), streamer=streamer, **options)
+    print()
 
     filler, words = _load("modernbert-kjv")
     print("A small ModernBERT, trained on the King James Bible, fills a gap:")
@@ -45,10 +45,11 @@ def demo(plain: bool = False) -> None:
     text = torch.tensor(
         [words(before)["input_ids"] + [mask_id] * gap + words(after)["input_ids"]], dtype=torch.int64, device="cpu"
     )
-    with watching(words, mask_id, plain, "modernbert-kjv") as streamer:
+    with watching(words, mask_id, plain, "modernbert-kjv", pause=PAUSE) as streamer:
         generate(filler, text, gen_length=0, block_length=gap, schedule=Uniform(gap), streamer=streamer)
     print()
-    compare(model, tokenizer(PROMPTS[0], return_tensors="pt")["input_ids"])
+    model, tokenizer = _load("llada-gsm8k")
+    compare(model, tokenizer(PROMPT, return_tensors="pt")["input_ids"])
 
 
 def compare(model, ids: torch.Tensor) -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -65,13 +66,16 @@ class Live:
     Newly committed tokens are green for one step.
     """
 
-    def __init__(self, tokenizer, mask_id: int, console, title: str = "", eos_ids: Sequence[int] = ()):
+    def __init__(
+        self, tokenizer, mask_id: int, console, title: str = "", eos_ids: Sequence[int] = (), pause: float = 0.0
+    ):
         from rich.live import Live as RichLive
 
         self.tokenizer = tokenizer
         self.mask_id = mask_id
         self.title = title
         self.eos_ids = eos_ids
+        self.pause = pause
         self.before: list[int] = []
         self.step = 0
         self.live = RichLive(console=console, refresh_per_second=24, transient=False)
@@ -86,6 +90,7 @@ class Live:
         self.before = ids
         self.step += 1
         self._draw(ids, new)
+        time.sleep(self.pause)
 
     def end(self) -> None:
         self._draw(self.before, set())
@@ -105,10 +110,11 @@ class Live:
 
 @contextmanager
 def watching(
-    tokenizer, mask_id: int, plain: bool = False, title: str = "", eos_ids: Sequence[int] = ()
+    tokenizer, mask_id: int, plain: bool = False, title: str = "", eos_ids: Sequence[int] = (), pause: float = 0.0
 ) -> Iterator[Live | Plain]:
     """A streamer: `Live` if rich is installed and standard output is a terminal, else `Plain`.
 
+    ``pause``: seconds that `Live` shows each step.
     Leaving the block restores the terminal's cursor, even after an interrupt.
     """
     if plain or not sys.stdout.isatty():
@@ -119,7 +125,7 @@ def watching(
     except ImportError:
         yield Plain(tokenizer, mask_id, eos_ids)
         return
-    streamer = Live(tokenizer, mask_id, Console(), title, eos_ids)
+    streamer = Live(tokenizer, mask_id, Console(), title, eos_ids, pause)
     try:
         yield streamer
     finally:
