@@ -31,7 +31,7 @@ def test_generate_reads_standard_input_and_continues_it():
     done = call("generate", "--model", "llada-gsm8k", "--gen-length", "32", "--plain", input="Tom has 3 apples.\n")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert any("known | Tom has 3 apples." in line and view.HIDDEN in line for line in lines)
+    assert any("masked | Tom has 3 apples." in line and view.HIDDEN in line for line in lines)
     assert "NFE (" in done.stderr and "tokens/s" in done.stderr
     assert lines[-1] and not lines[-1].endswith(view.HIDDEN)
 

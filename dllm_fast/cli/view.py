@@ -54,7 +54,7 @@ class Plain:
         if (quarter > self.quarter or hidden == 0) and text != self.text:
             self.quarter = quarter
             self.text = text
-            print(f"{self.total - hidden:>4} known | {' '.join(text.split())}")
+            print(f"{hidden:>4} masked | {' '.join(text.split())}")
 
     def end(self) -> None:
         pass
