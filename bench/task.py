@@ -64,7 +64,7 @@ class Task:
 # every word has one.
 STEPS = Task(steps.problem, steps.TOKENS, ("--vocab-size", "259", "--length", "128", "--steps", "1250", *COMMON))
 SENTENCES = Task(
-    sentences.problem, sentences.TOKENS, ("--vocab-size", "1024", "--length", "84", "--steps", "1250", *COMMON)
+    sentences.problem, sentences.TOKENS, ("--vocab-size", "1024", "--length", "84", "--steps", "3500", *COMMON)
 )
 TASKS = {"steps": STEPS, "sentences": SENTENCES}
 

@@ -79,4 +79,4 @@ def test_readmes_quickstart_runs_offline(monkeypatch, capsys):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)[0]
     exec(compile(code, "README.md", "exec"), {})
-    assert "Were two old kings not chased by the angry wolf?" in capsys.readouterr().out
+    assert "Were three lazy wolves not taught by an honest queen?" in capsys.readouterr().out

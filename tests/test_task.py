@@ -164,8 +164,9 @@ def test_the_shipped_model_works_the_steps_and_needs_them(shipped):
 def test_the_shipped_model_rewrites_sentences():
     model, tokenizer = task.load("llada-sentences")
     found = SENTENCES.problems(32, seed=5, held_out=True)
-    options = {"gen_length": 64, "block_length": 64, "schedule": dllm_fast.Uniform(64), "cache": "none"}
-    assert task.score(task.answering(model, tokenizer, **options), found, batch=32).exact >= 0.75
+    for schedule in (dllm_fast.Uniform(52), dllm_fast.Threshold(0.9)):
+        options = {"gen_length": 52, "block_length": 52, "schedule": schedule, "cache": "none"}
+        assert task.score(task.answering(model, tokenizer, **options), found, batch=32).exact >= 0.65
     assert all(len(tokenizer(" " + word)["input_ids"]) == 1 for word in ("thieves", "forgotten", "honest", "negative"))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import dllm_fast
 from bench.task import load
-from dllm_fast.cli.demo import SENTENCE
+from dllm_fast.cli.demo import ANSWER, SENTENCE
 from dllm_fast.decoding.spelling import schedule_of
 
 SIZE, WIDTH, LINE, MARGIN = 16, 9.6, 26, 16  # font size, a character's width, a line's height, pixels
@@ -69,18 +69,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0].split(":")[0])
     parser.add_argument("--model", default="llada-sentences")
     parser.add_argument("--prompt", default=SENTENCE)
-    parser.add_argument("--schedule", default="threshold=0.9")
+    parser.add_argument("--schedule", default="uniform=13")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     model, tokenizer = load(options.model)
     ids = tokenizer(options.prompt, return_tensors="pt")["input_ids"]
     seen = Committed(model.config.mask_token_id)
     schedule, end = schedule_of(options.schedule), tokenizer.eos_token_id
-    out = dllm_fast.generate(model, ids, gen_length=64, block_length=64, schedule=schedule, cache="none", streamer=seen)
+    length = {"gen_length": ANSWER, "block_length": ANSWER}
+    out = dllm_fast.generate(model, ids, **length, schedule=schedule, cache="none", streamer=seen)
     answer = out.sequences[0, ids.shape[1] :].tolist()
-    length = answer.index(end) if end in answer else len(answer)
-    tokens = [(tokenizer.decode([i]), seen.forward[ids.shape[1] + n]) for n, i in enumerate(answer[:length])]
-    title = f"{length} tokens in {out.nfe} forwards"
+    answer = answer[: answer.index(end)] if end in answer else answer
+    tokens = [(tokenizer.decode([i]), seen.forward[ids.shape[1] + n]) for n, i in enumerate(answer)]
+    title = f"{len(answer)} tokens in {out.nfe} forwards"
     options.out.write_text(draw(options.prompt, tokens, out.nfe, title))
     print(f"{options.out}: {title}")
 

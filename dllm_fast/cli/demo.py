@@ -14,10 +14,11 @@ from dllm_fast.generate import generate
 from dllm_fast.loading import end_of_text, from_pretrained, model_path
 from dllm_fast.patch import patched, unpatch
 
-SENTENCE = "The angry wolf chases two old kings. past, passive, question, negative:\n"
+SENTENCE = "An honest queen teaches three lazy wolves. past, passive, negative, question:\n"
 PROMPT = "Maria has 12 apples. She buys 3 bags with"
 GAP = ("And Moses spake unto the children of Israel, saying,", 12, " and all the people answered and said, All that the"
        " LORD hath spoken we will do.")  # fmt: skip
+ANSWER = 52  # tokens of a rewritten sentence
 LENGTH, BLOCK, REPEATS = 64, 32, 3
 PAUSE = 0.04  # seconds between steps, for the eye
 
@@ -30,9 +31,9 @@ def demo(plain: bool = False) -> None:
     ids = tokenizer(SENTENCE, return_tensors="pt")["input_ids"]
     print(f"A LLaDA of {round(model.num_parameters() / 1e6, 1)} million parameters rewrites a sentence by four rules,")
     print("one token at a time, the most confident first:")
-    options: dict[str, Any] = {"gen_length": LENGTH, "block_length": LENGTH, "cache": "none", "eos_id": eos_ids}
+    options: dict[str, Any] = {"gen_length": ANSWER, "block_length": ANSWER, "cache": "none", "eos_id": eos_ids}
     with watching(tokenizer, mask_id, plain, "llada-sentences", eos_ids, PAUSE) as streamer:
-        generate(model, ids, schedule=Uniform(LENGTH), streamer=streamer, **options)
+        generate(model, ids, schedule=Uniform(ANSWER), streamer=streamer, **options)
     print("\nand all tokens that are more than 90 % sure at once:")
     with watching(tokenizer, mask_id, plain, "llada-sentences", eos_ids, PAUSE) as streamer:
         generate(model, ids, schedule=Threshold(0.9), streamer=streamer, **options)

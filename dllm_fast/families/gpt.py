@@ -84,6 +84,7 @@ def without_causal_mask(model: GPT2LMHeadModel, shifted: bool) -> BidirectionalG
 
 def new(width: int, heads: int, layers: int, ffn: int, positions: int, tie: bool, **ids) -> PreTrainedModel:
     """A newly initialised model of these sizes; ``ids`` are ``vocab_size`` and the special tokens' ids."""
+    ids.setdefault("bos_token_id", ids["eos_token_id"])  # GPT-2's own id is beyond a small vocabulary
     config = BidirectionalGPT2Config(
         n_embd=width, n_head=heads, n_layer=layers, n_inner=ffn, n_positions=positions, tie_word_embeddings=tie,
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **ids,
