@@ -109,10 +109,10 @@ def _as_asked(model, config: GenerationConfig, input_ids: torch.Tensor, kwargs: 
     config = copy.copy(config)
     if config.top_k == TOP_K and not isinstance(model.generation_config, DiffusionGenerationConfig):
         config.top_k = None
-    cache = kwargs.get("past_key_values")
     made = {"use_cache", "cache_position", "logits_to_keep"}
-    if cache is not None and cache.get_seq_length() == 0:
-        made.add("past_key_values")
+    for name in ("past_key_values", "cache"):  # the second in newer versions, where it is also an option of ours
+        if hasattr(cache := kwargs.get(name), "get_seq_length") and cache.get_seq_length() == 0:
+            made.add(name)
     if (positions := kwargs.get("position_ids")) is not None:
         mask = kwargs.get("attention_mask")
         mask = torch.ones_like(input_ids) if mask is None else mask
