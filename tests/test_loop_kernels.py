@@ -15,6 +15,7 @@ from tiny import EOS, MASK, make_llada, make_modernbert
 
 import dllm_fast
 from dllm_fast import Drift, Every, ReMDM, Threshold, Uniform, Verify, Window, launchers
+from dllm_fast.decoding.request import plan_blocks
 
 pytestmark = [needs_triton, pytest.mark.usefixtures("strict_interpreter", "poisoned_outputs")]
 
@@ -52,10 +53,24 @@ def draw(seed: int, rows: tuple[int, ...], **limits) -> tuple[str, Request]:
     name, request = rng.choice(sorted(FAMILIES)), draw_request(rng, rows, **limits)
     if rng.random() < 0.5:
         width = min(map(len, request.prompts))
-        request.prompts = [prompt[:width] for prompt in request.prompts]
+        cut = [prompt[:width].clone() for prompt in request.prompts]
         if request.options["gen_length"] == 0:
-            request.prompts[0][0] = MASK
+            cut[0][0] = MASK
+        if fits(cut, request.options):
+            request.prompts = cut
     return name, request
+
+
+def fits(prompts: list[torch.Tensor], options: dict) -> bool:
+    """Whether the schedule's steps suit each prompt's number of blocks."""
+    new = torch.ones(options["gen_length"], dtype=torch.bool)
+    try:
+        for blocks in (plan_blocks(torch.cat((p == MASK, new)), options["block_length"]) for p in prompts):
+            if blocks:
+                options["schedule"].check(len(blocks), max(masked for _, masked in blocks))
+    except ValueError:
+        return False
+    return True
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3])
