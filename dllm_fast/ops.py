@@ -332,7 +332,10 @@ def token_probability(hidden, weight, bias=None, scale=None, *, token, lse, unco
     """
 
     def logit_of(ids):  # [N], or one for all -> [N]
-        row = weight[ids].float() if scale is None else weight[ids].float() * scale[ids, None]  # [N, d], or [d]
+        if scale is None:
+            row = weight[ids].float()  # [N, d], or [d]
+        else:  # by its bits: in PyTorch 2.8 a CPU has no index of e4m3
+            row = weight.view(torch.int8)[ids].view(weight.dtype).float() * scale[ids, None]
         logit = (hidden.float() * row).sum(-1)
         if uncond is not None:
             base = (uncond.float() * row).sum(-1)

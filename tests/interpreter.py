@@ -62,9 +62,9 @@ def strict(monkeypatch, seed) -> None:
     builder, function, executor = (
         getattr(interpreter, name) for name in ("InterpreterBuilder", "InterpretedFunction", "GridExecutor")
     )
-    rng, bounds, ones, order = random.Random(seed), Bounds(), [], iter(())
-    set_dim, set_idx, run = builder.set_grid_dim, builder.set_grid_idx, function.run
-    make, arguments = executor.__init__, executor._init_args_hst
+    rng, bounds, order, unspecialised = random.Random(seed), Bounds(), iter(()), {}
+    set_dim, set_idx, rewrite = builder.set_grid_dim, builder.set_grid_idx, function.rewrite
+    arguments = executor._init_args_hst
 
     def set_grid_dim(self, *sizes):
         nonlocal order
@@ -76,17 +76,17 @@ def strict(monkeypatch, seed) -> None:
     def set_grid_idx(self, *_):
         set_idx(self, *next(order))
 
-    def launch(self, *args, **options):
-        kept = self.kwargs.get("do_not_specialize") or ()
-        given = dict(zip(self.arg_names, args)) | options
-        ones[:] = [name for name, x in given.items() if type(x) is int and x == 1 and name not in kept]
-        return run(self, *args, **options)
-
-    def specialised(self, *args, **options):
-        make(self, *args, **options)
-        self.constexprs = [*self.constexprs, *ones]
+    def rewritten(self):
+        fn = rewrite(self)
+        options = self.kwargs if hasattr(self, "kwargs") else self.rewriter.kwargs  # the second in Triton 3.4
+        unspecialised[fn] = options.get("do_not_specialize") or ()
+        return fn
 
     def on_host(self, args, options):
+        given = dict(zip(self.arg_names, args)) | options
+        kept = unspecialised[self.fn]
+        ones = [name for name, x in given.items() if type(x) is int and x == 1 and name not in kept]
+        self.constexprs = [*self.constexprs, *ones]
         found = arguments(self, args, options)
         bounds.set(_tensors([*found[0], *found[1].values()]))
         return found
@@ -113,8 +113,7 @@ def strict(monkeypatch, seed) -> None:
     monkeypatch.setattr(builder, "create_atomic_rmw", create_atomic_rmw)
     monkeypatch.setattr(builder, "set_grid_dim", set_grid_dim)
     monkeypatch.setattr(builder, "set_grid_idx", set_grid_idx)
-    monkeypatch.setattr(function, "run", launch)
-    monkeypatch.setattr(executor, "__init__", specialised)
+    monkeypatch.setattr(function, "rewrite", rewritten)
     monkeypatch.setattr(executor, "_init_args_hst", on_host)
 
 

@@ -66,6 +66,8 @@ def default_device(device):
         yield
     finally:
         torch.set_default_device(None)
+        if getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", 0) is None:
+            del torch._GLOBAL_DEVICE_CONTEXT.device_context  # PyTorch 2.8 fails at the None that it left there
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from needs import needs_triton
+from needs import needs_triton, needs_watched
 from recording import Forbidden, Recorder, launchers_of_pytorch, watch_compilations
 from rows import draw_request, seated, together
 from tiny import make_llada, make_modernbert
@@ -112,6 +112,7 @@ def test_any_request(monkeypatch, recorder, seed):
     ],
     ids=str,
 )
+@needs_watched
 def test_on_the_kernels(monkeypatch, recorder, ids, options):
     """Also watch compilations: there must be none while recording."""
     watch_compilations(monkeypatch, recorder)
@@ -162,6 +163,7 @@ def test_what_cannot_be_recorded_is_found(monkeypatch, fault):
     assert failure.startswith(Forbidden.__name__), failure
 
 
+@needs_watched
 def test_a_kernel_that_was_not_compiled_before_is_found(monkeypatch):
     recorder = Recorder(monkeypatch)
     watch_compilations(monkeypatch, recorder)

@@ -27,7 +27,7 @@ def resolve(tmp_path, version: str, *requirements: str) -> dict[str, str]:
     if not registry_answers():
         pytest.skip("no package registry answers")
     report = tmp_path / "report.json"
-    command = [sys.executable, "-m", "pip", "--python", python, "install", "--dry-run", "--ignore-installed", "--quiet"]
+    command = [python, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet"]
     done = subprocess.run(
         [*command, "--report", report, *requirements], capture_output=True, text=True, timeout=900, check=False
     )

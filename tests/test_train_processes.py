@@ -108,6 +108,8 @@ def test_a_resumed_run_of_two_is_the_uninterrupted_one(pair):
 def test_a_loop_of_ones_own_goes_through_its_wrapper(pair, wrap):
     first, second = (torch.load(pair / f"{wrap}{rank}.pt") for rank in (0, 1))
     assert all(torch.equal(first[name], second[name]) for name in first)
+    if wrap == "fsdp" and torch.__version__.startswith("2.8."):
+        pytest.skip("FSDP2 of PyTorch 2.8 adds gradients over gloo instead of averaging them")
     expected = loop(DiffusionLoss(make_llada()))
     assert expected.keys() == first.keys()
     for name, values in expected.items():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from needs import needs_triton
+from needs import needs_triton, needs_watched
 from recording import Recorder, launchers_of_pytorch, watch_compilations
 from test_recording import SMALL
 
@@ -84,6 +84,7 @@ def test_prompts_that_fill_their_slots_have_recordings_of_their_own(monkeypatch,
 
 
 @needs_triton
+@needs_watched
 @on_the_stand_in
 @pytest.mark.parametrize("options", [{}, {"refresh": Window(4, 0), "temperature": 0.5}], ids=str)
 def test_a_call_after_it_compiles_nothing(monkeypatch, recorder, options):
@@ -245,6 +246,7 @@ print(*sorted(found))
 
 
 @needs_triton
+@needs_watched
 def test_every_kernel_of_the_steps_is_compiled_beforehand(monkeypatch):
     """Without launches: steps must work although kernels have written nothing."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

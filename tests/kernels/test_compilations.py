@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from needs import needs_watched
 
 pytest.importorskip("triton")
 
@@ -14,6 +15,7 @@ ROOT = Path(__file__).parent.parent.parent
 VARY = {"commit._commit_kernel T % 16", "predict._compact_kernel N % 16"}
 
 
+@needs_watched
 def test_what_a_run_is_asked_for_changes_few_compilations():
     command = [sys.executable, "-m", "bench.generation.compilations", "--quick"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
