@@ -135,20 +135,21 @@ def scores(task: Task, name: str, count: int, seed: int, batch: int) -> list[dic
     return rows
 
 
-def train(name: str, named: str, out: Path, extra: list[str]) -> Path:
-    """Write the files of a task, ``train`` or ``distill``, and add what the data are and the scores to the recipe."""
+def train(command: str, name: str, out: Path, extra: list[str]) -> Path:
+    """Write a task's files, ``train`` or ``distill``, and add the command and the scores to the recipe."""
     task = TASKS[name]
-    command, options = ("sft", task.recipe) if named == "train" else ("distill", DISTILLED)
-    held_out = task.problems(512 if command == "sft" else 64, 1, held_out=True)
+    way, options = ("sft", task.recipe) if command == "train" else ("distill", DISTILLED)
+    held_out = task.problems(512 if command == "train" else 64, 1, held_out=True)
     files = {"train.jsonl": task.problems(TRAINING, seed=0, held_out=False), "eval.jsonl": held_out}
     for file, found in files.items():
         write(out / file, found)
-    words = [sys.executable, "-m", "dllm_fast.train", command, "--data", out / "train.jsonl", "--eval-data"]
+    words = [sys.executable, "-m", "dllm_fast.train", way, "--data", out / "train.jsonl", "--eval-data"]
     words += [out / "eval.jsonl", "--out", out, *options, *extra]
     subprocess.run([str(word) for word in words], check=True)
     final = out / "final"
     recipe = json.loads((final / "recipe.json").read_text())
-    recipe["task"] = {"name": name, "command": ["python", "-m", "bench.task", named], "generator_version": VERSION}
+    made = ["python", "-m", "bench.task", command, *(("--task", name) if command == "train" else ())]
+    recipe["task"] = {"name": name, "command": made, "generator_version": VERSION}
     recipe["scores"] = scores(task, str(final), 512, seed=2, batch=64)
     (final / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
     return final
@@ -185,7 +186,7 @@ def main() -> None:
     if args.command == "write":
         write(args.out, TASKS[args.task].problems(args.count, args.seed, args.held_out))
     elif args.command in ("train", "distill"):
-        print(train(args.task, args.command, args.out, extra))
+        print(train(args.command, args.task, args.out, extra))
     else:
         model = args.model or f"llada-{args.task}"
         rows = scores(TASKS[args.task], model, args.count, args.seed, args.batch)
