@@ -46,7 +46,7 @@ def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
         triton()
     except ImportError as error:
         return str(error)
-    return _broken_interpreter() if interpreted else None
+    return _broken_interpreter() if interpreted else _too_large(device)
 
 
 def _broken_interpreter() -> str | None:
@@ -74,6 +74,18 @@ def _untried(device: torch.device) -> str | None:
         f"{device} is a {name} of compute capability {capability[0]}.{capability[1]}; the kernels are compiled and "
         f"checked for {tested}"
     )
+
+
+def _too_large(device: torch.device) -> str | None:
+    """Triton 3.4 gives attention on a B200 264 KB of shared memory, of which it has 227; 3.6 does not."""
+    version = importlib.metadata.version("triton")
+    try:
+        blackwell = torch.cuda.get_device_capability(device) == (10, 0)
+    except (AssertionError, RuntimeError):
+        return None
+    if blackwell and TorchVersion(version) < "3.6":
+        return f"Triton {version} gives kernels more shared memory than {device} has; it needs Triton 3.6"
+    return None
 
 
 @functools.cache

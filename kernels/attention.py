@@ -261,7 +261,7 @@ def _attention_kernel(
         if is_last(count_ptr + (b * kv_heads + head) * tiles + tile, splits):
             heads = kv_heads * GROUP
             first_row = b * queries * heads + head * GROUP
-            BR: tl.constexpr = min(BM, MERGED)
+            BR: tl.constexpr = BM if BM < MERGED else MERGED
             for begin in range(tile * BM, tl.minimum(tile * BM + BM, queries * GROUP), BR):
                 _merge_rows(
                     part_ptr, lse_ptr, out_ptr, first_row, begin + tl.arange(0, BR), queries, heads, splits, rows,

@@ -7,17 +7,20 @@ Kernels of a chain are launched with ``**chained(device, programs)`` and call tw
   all earlier ones have ended. Before it has waited, a kernel of a chain writes nothing and reads nothing that another
   kernel writes.
 
-This is for Hopper and later. Elsewhere, and in Triton's interpreter, CHAINED is False and each kernel starts when the
-previous one has ended.
+This is for Hopper and later. Elsewhere, in Triton's interpreter and with Triton 3.4, CHAINED is False and each kernel
+starts when the previous one has ended.
 """
 
 import functools
+import inspect
 
 import torch
 import triton
 import triton.language as tl
 
 PROGRAMS = 1024  # a larger launch is not chained
+# Triton 3.4's gdc_wait refuses the argument that its own compiler hands it.
+WAITS = "_semantic" in inspect.signature(tl.extra.cuda.gdc_wait).parameters
 
 
 @functools.cache
@@ -27,7 +30,7 @@ def chained(device: torch.device, programs: int) -> dict:
     Large launches are not chained: waiting programs of the next kernel would occupy the chip. A whole step of LLaDA-8B
     took 5 to 10 % longer (H200).
     """
-    if programs > PROGRAMS:
+    if programs > PROGRAMS or not WAITS:
         return {"CHAINED": False}
     if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device)[0] < 9:
         return {"CHAINED": False}

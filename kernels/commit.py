@@ -142,5 +142,6 @@ def commit(
         slot=(slot, [batch], INTEGERS),
         count=(count, [batch], INTEGERS),
     )
-    limit = next((float(value) for value in (threshold, factor, bound) if value is not None), 0.0)
+    others = [float(value) for value in (threshold, factor, bound) if value is not None]
+    limit = others[0] if others else 0.0
     return _commit(sequence, token, confidence, candidate, slot, count, rules[0], limit)

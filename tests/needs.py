@@ -17,7 +17,7 @@ def missing(impl: str) -> str | None:
 
 
 def unwatched() -> bool:
-    """Whether this Triton, such as 3.4, lacks the methods through which tests see what it compiles."""
+    """Whether this Triton, such as 3.4, lacks the methods through which tests see launches and compilations."""
     try:
         from triton.runtime.interpreter import InterpretedFunction
         from triton.runtime.jit import JITFunction
@@ -28,4 +28,6 @@ def unwatched() -> bool:
 
 needs_cpp = pytest.mark.skipif(missing("cpp") is not None, reason=str(missing("cpp")))
 needs_triton = pytest.mark.skipif(missing("triton") is not None, reason=str(missing("triton")))
-needs_watched = pytest.mark.skipif(unwatched(), reason="this Triton has no methods that show what it compiles")
+needs_watched = pytest.mark.skipif(
+    unwatched(), reason="this Triton has no methods that show what it launches and compiles"
+)

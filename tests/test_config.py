@@ -1,5 +1,6 @@
 """What `show_config` prints, and that it is true."""
 
+import importlib.metadata
 import inspect
 import os
 import subprocess
@@ -12,7 +13,7 @@ import torch
 from needs import needs_triton
 
 import dllm_fast
-from dllm_fast import config, ops
+from dllm_fast import config, launchers, ops
 from dllm_fast.cpu import compiled
 
 ROOT = Path(__file__).parent.parent
@@ -117,3 +118,14 @@ def test_the_command_prints_it():
         )
         assert done.returncode == 0, done.stderr
         assert done.stdout.startswith("versions:\n") and "impl='auto' takes:" in done.stdout
+
+
+@needs_triton
+def test_an_old_triton_is_refused_where_its_kernels_do_not_fit(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "B200")
+    b200 = torch.device("cuda:0")
+    for version, capability, refused in (("3.4.0", (10, 0), True), ("3.4.0", (9, 0), False), ("3.6.0", (10, 0), False)):
+        monkeypatch.setattr(importlib.metadata, "version", lambda name, version=version: version)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
+        assert ("needs Triton 3.6" in str(launchers.obstacle(b200, torch.bfloat16))) == refused

@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from needs import needs_triton
+from needs import needs_triton, needs_watched
 from tiny import EOS, make_llada, make_modernbert
 
 import dllm_fast
@@ -76,6 +76,7 @@ def test_launches_are_those_of_the_h200(kind, weights, llada_8b):
 
 
 @needs_triton
+@needs_watched
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts launches of the interpreter")
 @pytest.mark.parametrize("weights", [None, "fp8", "int4"])
 @pytest.mark.parametrize("family", ["llada", "modernbert"])

@@ -12,12 +12,13 @@ import mmap
 import numpy as np
 import pytest
 import torch
-from needs import needs_triton
+from needs import needs_triton, needs_watched
 
 from dllm_fast import launchers
 
 pytestmark = [
     needs_triton,
+    needs_watched,
     pytest.mark.skipif(torch.cuda.is_available(), reason="checks the interpreter's arithmetic"),
 ]
 BF16, FP16, E4M3 = torch.bfloat16, torch.float16, torch.float8_e4m3fn

@@ -62,10 +62,12 @@ def measure(case: Case, arch: int) -> Resources:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from dllm_fast.kernels.chain import WAITS
+
     signature, attrs = {}, {}
     constexprs = dict(case.constexprs)
     if "CHAINED" in case.fn.arg_names:
-        constexprs["CHAINED"] = arch >= 90  # the same as in `chain.chained`
+        constexprs["CHAINED"] = arch >= 90 and WAITS  # the same as in `chain.chained`
     for i, name in enumerate(case.fn.arg_names):
         kind, _, multiple = case.signature.get(name, "constexpr").partition(":")
         if (kind == "constexpr") != (name in constexprs):
