@@ -183,7 +183,7 @@ def geglu(gate, up, *, impl="torch"):
     return F.gelu(gate) * up
 
 
-def rope(q, k, v, cos, sin, position=None, slot=None, keys=None, values=None, *, outside=False, impl="torch"):
+def rope(q, k, v, cos, sin, position=None, slot=None, keys=None, values=None, row=None, *, outside=False, impl="torch"):
     """`reference.rope`, returning (q, keys, values).
 
     Without buffers it returns the rotated k, and v itself. ``position`` defaults to 0. All slots must be inside the
@@ -194,9 +194,9 @@ def rope(q, k, v, cos, sin, position=None, slot=None, keys=None, values=None, *,
         if keys is None:
             keys, values = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
         position, slot = (zero if x is None else x for x in (position, slot))
-        return launchers.triton().rope(q, k, v, cos, sin, position, slot, keys, values), keys, values
+        return launchers.triton().rope(q, k, v, cos, sin, position, slot, keys, values, row), keys, values
     if impl == "cpp":
-        return elementwise.rope(q, k, v, cos, sin, position, slot, keys, values)
+        return elementwise.rope(q, k, v, cos, sin, position, slot, keys, values, row)
     if position is None:
         c, s = cos[: q.shape[1], None], sin[: q.shape[1], None]
     else:
@@ -205,9 +205,13 @@ def rope(q, k, v, cos, sin, position=None, slot=None, keys=None, values=None, *,
 
     if keys is None:
         return reference.rotate(q, c, s), reference.rotate(k, c, s), v
-    row = torch.arange(q.shape[0], device=q.device)[:, None]
-    slots = slot[:, None] + torch.arange(q.shape[1], device=q.device)
     k = reference.rotate(k, c, s)
+    if row is not None:
+        source = stored(slot, keys.shape[1])
+        k, v, row, slot = k[source], v[source], row[source], slot[source]
+        outside = False
+    row = (torch.arange(q.shape[0], device=q.device) if row is None else row)[:, None]
+    slots = slot[:, None] + torch.arange(q.shape[1], device=q.device)
     if outside:
         # Rows behind the buffers write the last slot's own value: selecting the other rows would need a host sync.
         inside = (slots < keys.shape[1])[:, :, None, None]
@@ -219,31 +223,45 @@ def rope(q, k, v, cos, sin, position=None, slot=None, keys=None, values=None, *,
     return reference.rotate(q, c, s), keys, values
 
 
-def visible(like, slots, start=None, end=None, slot=None, window=None, impl="torch") -> tuple:
+def stored(slot: torch.Tensor, slots: int) -> torch.Tensor:
+    """Of packed positions at ``slot`` [N], the index of one to store in each's place: the first, where a slot lies
+    behind the buffers. Storing the first one twice changes nothing, and needs no host sync."""
+    return torch.where(slot < slots, torch.arange(len(slot), device=slot.device), 0)
+
+
+def visible(like, slots, start=None, end=None, slot=None, window=None, packed=None, impl="torch") -> tuple:
     """Which of ``slots`` each query sees, for `attention`: made once in a forward for all layers with one window.
 
     ``like`` [B, T, ...] gives the batch, the number of queries and the device. ``start`` and ``slot`` [B] default to 0,
-    ``end`` to ``slots``, all as in `reference.attention`.
+    ``end`` to ``slots``, all as in `reference.attention`. With ``packed``, a `rows.Packed`, ``like`` is [N, 1, ...]
+    and ``slot`` [N].
 
     For Triton the last item says whether the queries are all slots and see all slots: PyTorch's attention may then
-    serve. For PyTorch it is (near, mask, blind). near [B, W] are the slots that a window can reach, so that a few
-    queries do not read the whole buffer; None for all slots. mask [B, T or 1, W or S] says which of them each query
-    sees. blind [B, T or 1] marks queries that see none.
+    serve. For PyTorch it is (near, mask, blind, places). near [B, W] are the slots that a window can reach, so that a
+    few queries do not read the whole buffer; None for all slots. mask [B, T or 1, W or S] says which of them each query
+    sees. blind [B, T or 1] marks queries that see none. places: `_places` of packed queries, which T is the most of.
     """
+    ranges = () if packed is None else (None, packed.first, packed.most)
     if impl == "cpp":
-        return start, end, slot, window
+        return start, end, slot, window, *ranges
     batch, queries = like.shape[:2]
+    places = None
+    if packed is not None:
+        batch, queries = len(packed.first) - 1, packed.most
+        if impl == "torch":
+            places = _places(packed)
+            slot = slot[places[0]]
     if impl == "torch" and start is None and end is None and window is None:
-        return None, None, None
-    whole = start is None and end is None and window is None and queries == slots
+        return None, None, None, places
+    whole = start is None and end is None and window is None and packed is None and queries == slots
     zero = torch.zeros(batch, dtype=torch.int64, device=like.device)
     start, end, slot = (zero if x is None else x for x in (start, zero + slots if end is None else end, slot))
     if impl == "triton":
-        return start, end, slot, window, whole
+        return start, end, slot, window, *ranges, whole
     near = None
     if window is None:
         queries = 1  # all queries see the same slots
-    elif queries + 2 * window < slots:
+    elif packed is None and queries + 2 * window < slots:
         reach = queries + 2 * window
         first = (slot - window).clamp(0, slots - reach)
         near = first[:, None] + torch.arange(reach, device=like.device)
@@ -253,7 +271,18 @@ def visible(like, slots, start=None, end=None, slot=None, window=None, impl="tor
         end = end - first
         slot = slot - first
     mask = reference.visible_slots(queries, slots, start, end, slot, window)
-    return near, mask, ~mask.any(-1)
+    return near, mask, ~mask.any(-1), places
+
+
+def _places(packed) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of packed queries: which one is at each place of the rows, [B, most]; the row and the place of each, [N] each.
+
+    Places beyond a row's queries repeat others, as do queries beyond the rows'.
+    """
+    row, first, most = packed
+    index = torch.arange(len(row), device=row.device)
+    at = (first[:-1, None] + torch.arange(most, device=row.device)).clamp(max=max(0, len(row) - 1))
+    return at, row, (index - first[row]).clamp(max=max(0, most - 1))
 
 
 def attention(q, keys, values, seen, impl="torch"):
@@ -265,10 +294,13 @@ def attention(q, keys, values, seen, impl="torch"):
         *ranges, whole = seen
         if not (whole and attentions.serves(q.device, q.dtype, q.shape[2], keys.shape[2], q.shape[3], q.shape[1])):
             return launchers.triton().attention(q, keys, values, *ranges)
-        seen = None, None, None
+        seen = None, None, None, None
     if impl == "cpp":
         return compiled.attention(q, keys, values, *seen)
-    near, mask, blind = seen
+    near, mask, blind, places = seen
+    if places is not None:
+        at, row, place = places
+        return attention(q[:, 0][at], keys, values, (near, mask, blind, None))[row, place][:, None]
     zero_or_nan = None if q.is_cuda else (q - q).sum(-1, keepdim=True)  # [B, T, H, 1]: NaN if the query has NaN
     if near is not None:
         row = torch.arange(q.shape[0], device=q.device)[:, None]

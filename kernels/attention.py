@@ -4,6 +4,8 @@ Query i of a (row, head) sees the slots j of its range [start, end), with |slot 
 
     out_i = sum_j exp(c q_i.k_j) v_j / sum_j exp(c q_i.k_j)
 
+Packed queries are the rows' one after the other: T then differs from row to row, and each query has its own slot.
+
 Slots are read a tile at a time. A row keeps the running maximum m of its scores s = c log2(e) q.k, the running sum
 l = sum 2^(s - m) and the running numerator a = sum 2^(s - m) v. When a tile raises m to m', l and a are multiplied
 by 2^(m - m') (arXiv:2205.14135; base 2 because the hardware computes 2^x).
@@ -111,7 +113,7 @@ def _merge_rows(
     part_ptr,  # [splits, B T H, D] fp32
     lse_ptr,  # [splits, B T H] fp32
     out_ptr,  # [B T H, D]
-    first_row,  # of this batch row and K/V head, among B T H
+    first_row,  # of this batch row and K/V head, among all rows of out
     m,  # [BR] int32: which of its query rows
     queries,
     heads,
@@ -146,12 +148,13 @@ def _merge_rows(
 
 @triton.jit(do_not_specialize=["queries", "slots", "kv_heads", "splits", "rows", "window"])
 def _attention_kernel(
-    q_ptr,  # [B, T, H, D]
+    q_ptr,  # [B, T, H, D], or [N, H, D] with PACKED
     k_ptr,  # [B, S, G, D]
     v_ptr,  # [B, S, G, D]
     start_ptr,  # [B] int
     end_ptr,  # [B] int
-    slot_ptr,  # [B] int
+    slot_ptr,  # [B] int, or [N] with PACKED
+    first_ptr,  # [B + 1] int, with PACKED
     out_ptr,  # [B, T, H, D]
     part_ptr,  # [splits, B, T, H, D] fp32, with SPLIT
     lse_ptr,  # [splits, B, T, H] fp32, with SPLIT
@@ -165,7 +168,7 @@ def _attention_kernel(
     v_stride_b,
     v_stride_s,
     v_stride_g,
-    queries,  # T
+    queries,  # T, or with PACKED the most of a row
     slots,  # S
     kv_heads,  # G
     splits,
@@ -177,6 +180,7 @@ def _attention_kernel(
     WINDOW: tl.constexpr,
     MASKED: tl.constexpr,  # every tile, not only the last; always with WINDOW
     SPLIT: tl.constexpr,
+    PACKED: tl.constexpr,
     CHAINED: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -199,16 +203,34 @@ def _attention_kernel(
     d = tl.arange(0, BD)  # [BD]
     t = m // GROUP  # [BM]
     h = head * GROUP + m % GROUP  # [BM]
+    first = b * queries  # its first query, among all
+    q_row = q_ptr + b * q_stride_b
+    if PACKED:
+        first = tl.load(first_ptr + b).to(tl.int64)
+        queries = (tl.load(first_ptr + b + 1).to(tl.int64) - first).to(tl.int32)
+        q_row = q_ptr + first * q_stride_t
     real = (t < queries)[:, None] & (d < D)[None, :]  # [BM, BD]
 
-    # 2. The slots [lo, hi) that some of its rows may see.
-    slot = tl.load(slot_ptr + b).to(tl.int64)
+    # 2. The slots [lo, hi) that some of its rows may see, and the rows' own.
     lo = tl.maximum(tl.load(start_ptr + b).to(tl.int64), 0)
     hi = tl.minimum(tl.load(end_ptr + b).to(tl.int64), slots)
+    last = tl.minimum((tile * BM + BM - 1) // GROUP, queries - 1)  # its last query
+    if PACKED:
+        if tile * BM >= queries * GROUP:  # the row has no query in this tile
+            hi = lo
+        i = tl.load(slot_ptr + first + t, mask=t < queries, other=0).to(tl.int32)  # [BM]: the queries' slots
+    else:
+        i = (tl.load(slot_ptr + b).to(tl.int64) + t).to(tl.int32)
     if WINDOW:
-        last = tl.minimum((tile * BM + BM - 1) // GROUP, queries - 1)
-        lo = tl.maximum(lo, slot + tile * BM // GROUP - window)
-        hi = tl.minimum(hi, slot + last + window + 1)
+        if PACKED:
+            from_slot = tl.load(slot_ptr + first + tl.minimum(tile * BM // GROUP, last), mask=last >= 0, other=0)
+            to_slot = tl.load(slot_ptr + first + last, mask=last >= 0, other=0)
+        else:
+            slot = tl.load(slot_ptr + b).to(tl.int64)
+            from_slot = slot + tile * BM // GROUP
+            to_slot = slot + last
+        lo = tl.maximum(lo, from_slot.to(tl.int64) - window)
+        hi = tl.minimum(hi, to_slot.to(tl.int64) + window + 1)
     if SPLIT:
         # Shares are whole tiles, so that a range without a window has only one ragged tile in all.
         share = tl.cdiv(tl.cdiv(tl.maximum(hi - lo, 0), splits), BN) * BN
@@ -218,14 +240,13 @@ def _attention_kernel(
     hi = tl.maximum(hi, lo).to(tl.int32)
 
     # 3. Tile by tile through the running softmax.
-    q_at = b * q_stride_b + t.to(tl.int64)[:, None] * q_stride_t + h.to(tl.int64)[:, None] * q_stride_h
-    q = tl.load(q_ptr + q_at + d[None, :], mask=real, other=0.0)  # [BM, BD]
+    q_at = t.to(tl.int64)[:, None] * q_stride_t + h.to(tl.int64)[:, None] * q_stride_h
+    q = tl.load(q_row + q_at + d[None, :], mask=real, other=0.0)  # [BM, BD]
     first_slots = (lo + n).to(tl.int64)[:, None]
     k_at = k_ptr + b * k_stride_b + head.to(tl.int64) * k_stride_g + first_slots * k_stride_s + d[None, :]  # [BN, BD]
     v_at = v_ptr + b * v_stride_b + head.to(tl.int64) * v_stride_g + first_slots * v_stride_s + d[None, :]  # [BN, BD]
     k_step = tl.cast(k_stride_s, tl.int64) * BN
     v_step = tl.cast(v_stride_s, tl.int64) * BN
-    i = (slot + t).to(tl.int32)  # [BM]
 
     acc = tl.zeros([BM, BD], tl.float32)
     total = tl.zeros([BM], tl.float32)
@@ -252,7 +273,7 @@ def _attention_kernel(
 
     # 4. Store the rows; or, with SPLIT, this program's part, and the last program to finish merges them.
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    row = (b * queries + t) * (kv_heads * GROUP) + h  # [BM]
+    row = (first + t) * (kv_heads * GROUP) + h  # [BM]
     if SPLIT:
         row += split * tl.cast(rows, tl.int64)
         lse = tl.where(total == 0.0, float("-inf"), peak + tl.log2(tl.where(total == 0.0, 1.0, total)))
@@ -260,7 +281,7 @@ def _attention_kernel(
         tl.store(part_ptr + row[:, None] * D + d[None, :], acc, mask=real)
         if is_last(count_ptr + (b * kv_heads + head) * tiles + tile, splits):
             heads = kv_heads * GROUP
-            first_row = b * queries * heads + head * GROUP
+            first_row = first * heads + head * GROUP
             BR: tl.constexpr = BM if BM < MERGED else MERGED
             for begin in range(tile * BM, tl.minimum(tile * BM + BM, queries * GROUP), BR):
                 _merge_rows(
@@ -291,14 +312,17 @@ def attention(
     slot: torch.Tensor,  # [B] int: buffer slot of each row's first query
     window: int | None = None,
     scale: float | None = None,
+    first: torch.Tensor | None = None,  # [B + 1] int: packed queries, q [N, 1, H, D] and slot [N]
+    most: int = 0,  # packed queries of a row at most
 ) -> torch.Tensor:
     """`reference.attention`, for scales above 0 and head dims up to 256."""
-    _check(q, keys, values, start, end, slot, window, scale)
-    batch, queries, heads, head_dim = q.shape
-    slots, kv_heads = keys.shape[1:3]
+    _check(q, keys, values, start, end, slot, window, scale, first)
+    heads, head_dim = q.shape[2:]
+    batch, slots, kv_heads = keys.shape[:3]
+    queries = q.shape[1] if first is None else most
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    rows = batch * queries * heads
-    if rows == 0:
+    rows = q.shape[0] * q.shape[1] * heads
+    if rows * queries == 0:
         return out
     group = heads // kv_heads
     big = not q.is_cuda or torch.cuda.get_device_capability(q.device)[0] in (9, 10)
@@ -311,36 +335,39 @@ def attention(
         lse = torch.empty((splits, rows), dtype=torch.float32, device=q.device)
         count = zero_counts(tiles, q.device)
     grid = (tiles * splits,)
+    q_strides = q.stride()[:3] if first is None else (0, q.stride(0), q.stride(2))
     with torch.cuda.device_of(q):
         _attention_kernel[grid](
-            q, keys, values, start, end, slot, out, part, lse, count,
-            *q.stride()[:3], *keys.stride()[:3], *values.stride()[:3],
+            q, keys, values, start, end, slot, first, out, part, lse, count,
+            *q_strides, *keys.stride()[:3], *values.stride()[:3],
             queries, slots, kv_heads, splits, rows, min(window or 0, 1 << 30),
             (head_dim**-0.5 if scale is None else scale) * math.log2(math.e),
             D=head_dim, GROUP=group, WINDOW=window is not None, MASKED=masked,
-            SPLIT=splits > 1, BM=bm, BN=bn, BD=padded, num_warps=warps, num_stages=stages, **chained(q.device, grid[0]),
+            SPLIT=splits > 1, PACKED=first is not None, BM=bm, BN=bn, BD=padded, num_warps=warps, num_stages=stages,
+            **chained(q.device, grid[0]),
         )  # fmt: skip
     return out
 
 
 @attention.register_fake
 @one_device
-def _(q, keys, values, start, end, slot, window=None, scale=None):
+def _(q, keys, values, start, end, slot, window=None, scale=None, first=None, most=0):
     return q.new_empty(q.shape)
 
 
-def _check(q, keys, values, start, end, slot, window, scale):
-    check_tensors(q.device, contiguous=False, q=(q, [None] * 4, FLOATS))
-    batch, _, heads, head_dim = q.shape
+def _check(q, keys, values, start, end, slot, window, scale, first):
+    check_tensors(q.device, contiguous=False, q=(q, [None, None if first is None else 1, None, None], FLOATS))
+    queries, _, heads, head_dim = q.shape
+    batch = queries if first is None else keys.shape[0]
     if not 1 <= head_dim <= 256:
         raise ValueError(f"q is {list(q.shape)}: the head dim must be in 1..256")
     check_tensors(q.device, contiguous=False, keys=(keys, [batch, None, None, head_dim], (q.dtype,)))
     if keys.shape[2] == 0 or heads % keys.shape[2]:
         raise ValueError(f"keys is {list(keys.shape)}: its heads do not divide those of q, {list(q.shape)}")
     check_tensors(q.device, contiguous=False, values=(values, keys.shape, (q.dtype,)))
-    check_tensors(
-        q.device, start=(start, [batch], INTEGERS), end=(end, [batch], INTEGERS), slot=(slot, [batch], INTEGERS)
-    )
+    each = [batch], INTEGERS
+    check_tensors(q.device, start=(start, *each), end=(end, *each), slot=(slot, [queries], INTEGERS))
+    check_tensors(q.device, first=(first, [batch + 1], INTEGERS))
     if window is not None and window < 0:
         raise ValueError(f"window={window} is negative")
     if scale is not None and not scale > 0:

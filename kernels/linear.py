@@ -114,12 +114,13 @@ def _linear_kernel(
     out_ptr,  # [M, N], or [M, N / 2] with GATED, or q [B, T, H, D]
     part_ptr,  # [programs, 2, BN, BM] fp32: what a program leaves of its first tile, and of its last
     count_ptr,  # [N / BN] int32: programs that have left their part of a tile; 0 before and after
-    cos_ptr,  # [P, D/2] fp32. This and the next nine are None where HALF is 0
+    cos_ptr,  # [P, D/2] fp32. This and the next ten are None where HALF is 0
     sin_ptr,  # [P, D/2] fp32
     position_ptr,  # [B] int
     slot_ptr,  # [B] int
-    keys_ptr,  # [B, S, G, D]
-    values_ptr,  # [B, S, G, D]
+    row_ptr,  # [B] int, or None
+    keys_ptr,  # [R, S, G, D]
+    values_ptr,  # [R, S, G, D]
     queries,  # T
     slots,  # S
     positions,  # P
@@ -153,7 +154,7 @@ def _linear_kernel(
     x_rows = tl.minimum(tl.arange(0, COLUMNS), (2 * rows if SPLIT else rows) - 1)
     x_at = x_ptr + x_rows.to(tl.int64)[:, None] * x_stride + k[None, :]  # [COLUMNS, BK]
 
-    rope = cos_ptr, sin_ptr, position_ptr, slot_ptr, keys_ptr, values_ptr, queries, slots, positions, heads
+    rope = cos_ptr, sin_ptr, position_ptr, slot_ptr, row_ptr, keys_ptr, values_ptr, queries, slots, positions, heads
     to = out_ptr, scale_ptr, x_scale_ptr, rope
 
     if CHAINED:
@@ -228,7 +229,7 @@ def linear(
     return out
 
 
-def launch(x, weight, scale, out, gated=False, rope=(None,) * 10, half=0) -> None:
+def launch(x, weight, scale, out, gated=False, rope=(None,) * 11, half=0) -> None:
     """`linear` into ``out``; with ``rope`` and ``half`` as in `linear_rope`."""
     check_tensors(x.device, contiguous=False, x=(x, x.shape, HALVES))
     (n, k), rows = weight.shape, x.numel() // max(1, x.shape[-1])

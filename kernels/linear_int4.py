@@ -90,12 +90,13 @@ def _linear_int4_kernel(
     out_ptr,  # [M, N], or [M, N / 2] with GATED, or q [B, T, H, D]
     part_ptr,  # [programs, 2, BN, BM] fp32: a program's parts of its first and its last tile
     count_ptr,  # [N / BN] int32: how many programs have written their part of a tile; 0 before and after
-    cos_ptr,  # [P, D/2] fp32. This and the next nine are None where HALF is 0
+    cos_ptr,  # [P, D/2] fp32. This and the next ten are None where HALF is 0
     sin_ptr,  # [P, D/2] fp32
     position_ptr,  # [B] int
     slot_ptr,  # [B] int
-    keys_ptr,  # [B, S, G, D]
-    values_ptr,  # [B, S, G, D]
+    row_ptr,  # [B] int, or None
+    keys_ptr,  # [R, S, G, D]
+    values_ptr,  # [R, S, G, D]
     queries,  # T
     slots,  # S
     positions,  # P
@@ -127,7 +128,7 @@ def _linear_int4_kernel(
     w_at = weight_ptr + source[:, None] * (K // 8) + c[None, :]  # [BN, 16]
     x_at = x_ptr + tl.minimum(m, rows - 1).to(tl.int64)[:, None] * x_stride + c[None, :]  # [BM, 16]
 
-    rope = cos_ptr, sin_ptr, position_ptr, slot_ptr, keys_ptr, values_ptr, queries, slots, positions, heads
+    rope = cos_ptr, sin_ptr, position_ptr, slot_ptr, row_ptr, keys_ptr, values_ptr, queries, slots, positions, heads
     to = out_ptr, None, None, rope
 
     if CHAINED:
@@ -233,7 +234,7 @@ def linear_int4(
     return out
 
 
-def launch_int4(x, packed, scale, zero, out, gated=False, rope=(None,) * 10, half=0) -> None:
+def launch_int4(x, packed, scale, zero, out, gated=False, rope=(None,) * 11, half=0) -> None:
     """`linear_int4` into ``out``; with ``rope`` and ``half`` as in `linear_rope`."""
     check_tensors(packed.device, contiguous=False, x=(x, x.shape, HALVES))
     n, k = packed.shape[0], x.shape[-1]

@@ -18,7 +18,7 @@ from dllm_fast.kernels.checks import INTEGERS, check_tensors, one_device
 ROPE = True
 
 
-def fits_rope(x, weight, cos, sin, position, slot, keys=None, values=None) -> bool:
+def fits_rope(x, weight, cos, sin, position, slot, keys=None, values=None, row=None) -> bool:
     """Whether `linear_rope` or `linear_int4_rope` takes what `linear` or `linear_int4` does, and this beside it.
 
     There are buffers, without gaps, and a tile is whole heads, all of q, of k or of v.
@@ -32,23 +32,24 @@ def fits_rope(x, weight, cos, sin, position, slot, keys=None, values=None) -> bo
     return keys.is_contiguous() and values.is_contiguous()
 
 
-def _prepare(x, weight, cos, sin, position, slot, keys, values) -> tuple[torch.Tensor, dict]:
+def _prepare(x, weight, cos, sin, position, slot, keys, values, row) -> tuple[torch.Tensor, dict]:
     """q, not filled yet, and what `linear.launch` and `linear_int4.launch_int4` are given beyond a plain matmul's."""
     check_tensors(x.device, contiguous=False, x=(x, [None] * 3, linear.HALVES))
     batch, queries, _ = x.shape
-    check_tensors(x.device, keys=(keys, [batch, None, None, None], (x.dtype,)))
+    check_tensors(x.device, keys=(keys, [batch if row is None else None, None, None, None], (x.dtype,)))
     check_tensors(x.device, values=(values, keys.shape, (x.dtype,)))
     slots, kv_heads, head_dim = keys.shape[1:]
     check_tensors(x.device, cos=(cos, [None, head_dim // 2], (torch.float32,)))
     check_tensors(x.device, sin=(sin, cos.shape, (torch.float32,)))
-    check_tensors(x.device, position=(position, [batch], INTEGERS), slot=(slot, [batch], INTEGERS))
+    each = [batch], INTEGERS
+    check_tensors(x.device, position=(position, *each), slot=(slot, *each), row=(row, *each))
     heads = len(weight) // max(1, head_dim) - 2 * kv_heads
     if heads < 1 or not cos.shape[0] or not fits_rope(x, weight, cos, sin, position, slot, keys, values):
         raise ValueError(
             f"x is {list(x.shape)}, keys {list(keys.shape)} and cos {list(cos.shape)}: expected up to {linear.ROWS} "
             f"rows, whole heads of q, of k or of v in a tile of {linear.TILE} or fewer channels, and a position"
         )
-    rope = cos, sin, position, slot, keys, values, queries, slots, cos.shape[0], heads
+    rope = cos, sin, position, slot, row, keys, values, queries, slots, cos.shape[0], heads
     out = torch.empty(batch, queries, heads, head_dim, dtype=x.dtype, device=x.device)
     return out, {"rope": rope, "half": head_dim // 2}
 
@@ -62,11 +63,12 @@ def linear_rope(
     sin: torch.Tensor,  # [P, D/2] fp32
     position: torch.Tensor,  # [B] int: position of each row's first query
     slot: torch.Tensor,  # [B] int: buffer slot of each row's first query
-    keys: torch.Tensor,  # [B, S, G, D], written in place
-    values: torch.Tensor,  # [B, S, G, D], written in place
+    keys: torch.Tensor,  # [R, S, G, D], written in place
+    values: torch.Tensor,  # [R, S, G, D], written in place
+    row: torch.Tensor | None = None,  # [B] int: which of the buffers' rows; None: each its own
 ) -> torch.Tensor:
     """`reference.rope` of `reference.linear`: q [B, T, H, D]."""
-    out, rotated = _prepare(x, weight, cos, sin, position, slot, keys, values)
+    out, rotated = _prepare(x, weight, cos, sin, position, slot, keys, values, row)
     linear.launch(x, weight, scale, out, **rotated)
     return out
 
@@ -83,20 +85,21 @@ def linear_int4_rope(
     slot: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
+    row: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`reference.rope` of `reference.linear` of the widened weight: q [B, T, H, D]."""
-    out, rotated = _prepare(x, packed, cos, sin, position, slot, keys, values)
+    out, rotated = _prepare(x, packed, cos, sin, position, slot, keys, values, row)
     linear_int4.launch_int4(x, packed, scale, zero, out, **rotated)
     return out
 
 
 @linear_rope.register_fake
 @one_device
-def _(x, weight, scale, cos, sin, position, slot, keys, values):
+def _(x, weight, scale, cos, sin, position, slot, keys, values, row=None):
     return x.new_empty(*x.shape[:2], len(weight) // keys.shape[3] - 2 * keys.shape[2], keys.shape[3])
 
 
 @linear_int4_rope.register_fake
 @one_device
-def _(x, packed, scale, zero, cos, sin, position, slot, keys, values):
+def _(x, packed, scale, zero, cos, sin, position, slot, keys, values, row=None):
     return x.new_empty(*x.shape[:2], len(packed) // keys.shape[3] - 2 * keys.shape[2], keys.shape[3])

@@ -131,8 +131,9 @@ def rope(
     sin: torch.Tensor,  # [P, D/2] fp32
     position: torch.Tensor,  # [B] int: position of each row's first query
     slot: torch.Tensor,  # [B] int: buffer slot of each row's first query
-    keys: torch.Tensor,  # [B, S, G, D], written in place
-    values: torch.Tensor,  # [B, S, G, D], written in place
+    keys: torch.Tensor,  # [R, S, G, D], written in place
+    values: torch.Tensor,  # [R, S, G, D], written in place
+    row: torch.Tensor | None = None,  # [B] int: which of the buffers' R rows; None: each its own, R = B
 ) -> torch.Tensor:
     """Rotate q and k, write k and v at ``slot + t`` of the buffers, return the rotated q [B, T, H, D].
 
@@ -145,7 +146,7 @@ def rope(
 
     slots = slot[:, None] + offset
     inside = (slots >= 0) & (slots < keys.shape[1])
-    row = torch.arange(q.shape[0], device=q.device)[:, None].expand_as(slots)
+    row = (torch.arange(q.shape[0], device=q.device) if row is None else row)[:, None].expand_as(slots)
     keys[row[inside], slots[inside]] = rotate(k, c, s)[inside]
     values[row[inside], slots[inside]] = v[inside]
     return rotate(q, c, s)
@@ -160,13 +161,20 @@ def attention(
     slot: torch.Tensor,  # [B] int: buffer slot of each row's first query
     window: int | None = None,
     scale: float | None = None,
+    first: torch.Tensor | None = None,  # [B + 1] int: packed queries, q [N, 1, H, D] and slot [N]
 ) -> torch.Tensor:
     """Bidirectional softmax attention, [B, T, H, D].
 
     Query t of row b sees slots j with ``start[b] <= j < end[b]`` and, given a window, ``|slot[b] + t - j| <= window``.
     Query head h reads key/value head ``h // (H/G)``. ``scale`` defaults to ``D^-0.5``. A query that sees no slot
     gives 0.
+
+    Packed queries are each at a slot of its own: those from ``first[b]`` to ``first[b + 1]`` are row b's, in the order
+    of their slots. Queries from ``first[B]`` on are of no row, and their results have no meaning.
     """
+    if first is not None:
+        row = row_of(first, q.shape[0])
+        return attention(q, keys[row], values[row], start[row], end[row], slot, window, scale)
     group = q.shape[2] // keys.shape[2]
     wide_k, wide_v = (widened(x).repeat_interleave(group, 2) for x in (keys, values))
     score = torch.einsum("bthd,bshd->bhts", widened(q), wide_k) * (q.shape[-1] ** -0.5 if scale is None else scale)
@@ -176,12 +184,19 @@ def attention(
     return torch.einsum("bhts,bshd->bthd", weight, wide_v).to(q.dtype)
 
 
+def row_of(first: torch.Tensor, queries: int) -> torch.Tensor:
+    """The row of each packed query, [N] int64; of one that has no row the last."""
+    index = torch.arange(queries, device=first.device)
+    return (index[:, None] >= first[None, 1:-1]).sum(1)
+
+
 def visible_slots(queries: int, slots: int, start, end, slot, window: int | None = None) -> torch.Tensor:
-    """Which slots each query sees: [B, T, S] bool, from ``start``, ``end`` and ``slot`` [B] as in `attention`."""
+    """Which slots each query sees: [B, T, S] bool, from ``start``, ``end`` and ``slot`` [B] as in `attention`; or from
+    each query's ``slot`` [B, T]."""
     j = torch.arange(slots, device=start.device)
     visible = ((j >= start[:, None]) & (j < end[:, None]))[:, None].expand(-1, queries, -1)
     if window is not None:
-        i = slot[:, None] + torch.arange(queries, device=slot.device)
+        i = slot if slot.dim() == 2 else slot[:, None] + torch.arange(queries, device=slot.device)
         visible = visible & ((i[:, :, None] - j).abs() <= window)
     return visible
 

@@ -5,8 +5,8 @@ Row t of batch row b is at position p = clamp(position[b] + t, 0, P - 1). Each h
 
     (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin)
 
-in fp32, rounded once. q becomes a new tensor; k and v go to slot[b] + t of the buffers, or nowhere if that lies
-outside [0, S). Every element is read once and written once: the kernel is bound by memory.
+in fp32, rounded once. q becomes a new tensor; k and v go to slot[b] + t of a row of the buffers, b or row[b], or
+nowhere if that lies outside [0, S). Every element is read once and written once: the kernel is bound by memory.
 
 A program takes one row's heads, some at a time: of q in the first programs of a row, of k and v in the others.
 """
@@ -50,9 +50,10 @@ def _rope_kernel(
     sin_ptr,  # [P, D/2] fp32
     position_ptr,  # [B] int
     slot_ptr,  # [B] int
+    row_ptr,  # [B] int, or None
     out_ptr,  # [B, T, H, D]
-    keys_ptr,  # [B, S, G, D]
-    values_ptr,  # [B, S, G, D]
+    keys_ptr,  # [R, S, G, D]
+    values_ptr,  # [R, S, G, D]
     q_stride_b,
     q_stride_t,
     q_stride_h,
@@ -84,9 +85,9 @@ def _rope_kernel(
     q_tiles = tl.cdiv(heads, BH)
     tiles = q_tiles + tl.cdiv(kv_heads, BH)
     tile = tl.program_id(0) % tiles
-    row = (tl.program_id(0) // tiles).to(tl.int64)
-    b = row // queries
-    t = row % queries
+    query = (tl.program_id(0) // tiles).to(tl.int64)
+    b = query // queries
+    t = query % queries
     d = tl.arange(0, BHALF)  # [BHALF]
 
     at = tl.load(position_ptr + b).to(tl.int64) + t
@@ -98,17 +99,18 @@ def _rope_kernel(
         h = (tile * BH + tl.arange(0, BH)).to(tl.int64)[:, None]
         mask = (h < heads) & (d < HALF)[None, :]  # [BH, BHALF]
         q_at = b * q_stride_b + t * q_stride_t + h * q_stride_h + d[None, :]
-        out_at = (row * heads + h) * (2 * HALF) + d[None, :]
+        out_at = (query * heads + h) * (2 * HALF) + d[None, :]
         _rotate(q_ptr, out_ptr, q_at, out_at, mask, cos, sin, HALF)
     else:
         g = ((tile - q_tiles) * BH + tl.arange(0, BH)).to(tl.int64)[:, None]
         to = tl.load(slot_ptr + b).to(tl.int64) + t
         mask = (g < kv_heads) & (d < HALF)[None, :] & (to >= 0) & (to < slots)  # [BH, BHALF]
+        row = b if row_ptr is None else tl.load(row_ptr + b).to(tl.int64)
         k_at = b * k_stride_b + t * k_stride_t + g * k_stride_g + d[None, :]
-        keys_at = b * keys_stride_b + to * keys_stride_s + g * keys_stride_g + d[None, :]
+        keys_at = row * keys_stride_b + to * keys_stride_s + g * keys_stride_g + d[None, :]
         _rotate(k_ptr, keys_ptr, k_at, keys_at, mask, cos, sin, HALF)
         v_at = b * v_stride_b + t * v_stride_t + g * v_stride_g + d[None, :]
-        values_at = b * values_stride_b + to * values_stride_s + g * values_stride_g + d[None, :]
+        values_at = row * values_stride_b + to * values_stride_s + g * values_stride_g + d[None, :]
         v1 = tl.load(v_ptr + v_at, mask=mask)  # [BH, BHALF]
         v2 = tl.load(v_ptr + v_at + HALF, mask=mask)  # [BH, BHALF]
         tl.store(values_ptr + values_at, v1, mask=mask)
@@ -120,7 +122,7 @@ def store_rotated(
     y1,  # [BN / 2, BM] fp32: the first halves of whole heads of q, of k or of v, by row of x
     y2,  # [BN / 2, BM] fp32: the second ones
     out_ptr,  # [B, T, H, D]
-    rope,  # cos, sin, position, slot, keys and values as `_rope_kernel` has them, contiguous; T, S, P and H
+    rope,  # cos, sin, position, slot, row, keys and values as `_rope_kernel` has them, contiguous; T, S, P and H
     tile,
     rows,  # B T
     N,  # (H + 2 G) D
@@ -129,15 +131,15 @@ def store_rotated(
     BN: tl.constexpr,
 ):
     """The same for a tile of the matmul that makes q, k and v: q to out, k and v to their slots."""
-    cos_ptr, sin_ptr, position_ptr, slot_ptr, keys_ptr, values_ptr, queries, slots, positions, heads = rope
+    cos_ptr, sin_ptr, position_ptr, slot_ptr, row_ptr, keys_ptr, values_ptr, queries, slots, positions, heads = rope
     kv_heads = (N // (2 * HALF) - heads) // 2
     pair = tl.arange(0, BN // 2)
     d = (pair % HALF)[:, None]  # [BN / 2, 1]
     begin = tile * (BN // (2 * HALF))  # the tile's first head, of q's, k's and v's
     head = (begin + pair // HALF)[:, None]  # [BN / 2, 1]
     m = tl.arange(0, BM)  # [BM]
-    row = tl.minimum(m, rows - 1)
-    b, t = row // queries, row % queries
+    query = tl.minimum(m, rows - 1)
+    b, t = query // queries, query % queries
     if begin < heads + kv_heads:
         at = tl.load(position_ptr + b).to(tl.int64) + t
         at = tl.minimum(tl.maximum(at, 0), positions - 1)[None, :] * HALF + d  # [BN / 2, BM]
@@ -150,7 +152,8 @@ def store_rotated(
     else:
         to = tl.load(slot_ptr + b).to(tl.int64) + t
         inside = ((m < rows) & (to >= 0) & (to < slots))[None, :]
-        to = (b.to(tl.int64) * slots + to)[None, :] * kv_heads  # [1, BM]: the slot's first head in the buffers
+        row = b.to(tl.int64) if row_ptr is None else tl.load(row_ptr + b).to(tl.int64)
+        to = (row * slots + to)[None, :] * kv_heads  # [1, BM]: the slot's first head in the buffers
         if begin < heads + kv_heads:
             _put(y1, y2, keys_ptr, to + (head - heads), d, inside, HALF)
         else:
@@ -181,11 +184,12 @@ def rope(
     sin: torch.Tensor,  # [P, D/2] fp32
     position: torch.Tensor,  # [B] int: position of each row's first query
     slot: torch.Tensor,  # [B] int: buffer slot of each row's first query
-    keys: torch.Tensor,  # [B, S, G, D], written in place
-    values: torch.Tensor,  # [B, S, G, D], written in place
+    keys: torch.Tensor,  # [R, S, G, D], written in place
+    values: torch.Tensor,  # [R, S, G, D], written in place
+    row: torch.Tensor | None = None,  # [B] int: which of the buffers' rows; None: each its own
 ) -> torch.Tensor:
     """`reference.rope`."""
-    _check(q, k, v, cos, sin, position, slot, keys, values)
+    _check(q, k, v, cos, sin, position, slot, keys, values, row)
     batch, queries, heads, head_dim = q.shape
     slots, kv_heads = keys.shape[1:3]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -198,7 +202,7 @@ def rope(
     programs = batch * queries * tiles
     with torch.cuda.device_of(q):
         _rope_kernel[(programs,)](
-            q, k, v, cos, sin, position, slot, out, keys, values,
+            q, k, v, cos, sin, position, slot, row, out, keys, values,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *keys.stride()[:3], *values.stride()[:3],
             queries, slots, cos.shape[0], heads, kv_heads,
             HALF=half, BH=bh, BHALF=bhalf, num_warps=WARPS, **chained(q.device, programs),
@@ -208,21 +212,23 @@ def rope(
 
 @rope.register_fake
 @one_device
-def _(q, k, v, cos, sin, position, slot, keys, values):
+def _(q, k, v, cos, sin, position, slot, keys, values, row=None):
     return q.new_empty(q.shape)
 
 
-def _check(q, k, v, cos, sin, position, slot, keys, values):
+def _check(q, k, v, cos, sin, position, slot, keys, values, row):
     check_tensors(q.device, contiguous=False, q=(q, [None] * 4, FLOATS))
     batch, queries, _, head_dim = q.shape
     if head_dim % 2 or not 2 <= head_dim <= 2 * PAIRS:
         raise ValueError(f"q is {list(q.shape)}: the head dim must be even and in 2..{2 * PAIRS}")
     check_tensors(q.device, contiguous=False, k=(k, [batch, queries, None, head_dim], (q.dtype,)))
     kv_heads = k.shape[2]
-    check_tensors(q.device, contiguous=False, keys=(keys, [batch, None, kv_heads, head_dim], (q.dtype,)))
+    buffer_rows = batch if row is None else None
+    check_tensors(q.device, contiguous=False, keys=(keys, [buffer_rows, None, kv_heads, head_dim], (q.dtype,)))
     check_tensors(q.device, contiguous=False, v=(v, k.shape, (q.dtype,)), values=(values, keys.shape, (q.dtype,)))
     check_tensors(q.device, cos=(cos, [None, head_dim // 2], (torch.float32,)))
     if cos.shape[0] == 0:
         raise ValueError(f"cos is {list(cos.shape)}: it holds no position")
     check_tensors(q.device, sin=(sin, cos.shape, (torch.float32,)))
-    check_tensors(q.device, position=(position, [batch], INTEGERS), slot=(slot, [batch], INTEGERS))
+    each = [batch], INTEGERS
+    check_tensors(q.device, position=(position, *each), slot=(slot, *each), row=(row, *each))

@@ -209,8 +209,8 @@ def _kind(name: str, value, function, kept):
 def launchers_of_pytorch(monkeypatch, recorder: Recorder) -> None:
     """``impl="triton"`` with definitions instead of kernels, so that the engine's code runs at a CPU's speed."""
 
-    def attention(q, keys, values, start, end, slot, window):
-        return reference.attention(q, keys, values, start, end, slot, window=window)
+    def attention(q, keys, values, start, end, slot, window, scale=None, first=None, most=0):
+        return reference.attention(q, keys, values, start, end, slot, window, scale, first)
 
     names = ("rms_norm", "layer_norm", "swiglu", "geglu", "rope", "predict", "commit")
     definitions = {name: recorder.opaque(getattr(reference, name)) for name in names}

@@ -7,11 +7,12 @@
 
 // Strides are in elements. Numbers of rows, positions and slots are int64.
 struct Attention {
-  const void *q, *keys, *values;      // [B, T, H, D], [B, S, G, D], [B, S, G, D]: bf16 or fp32
-  void* out;                          // [B, T, H, D], contiguous
+  const void *q, *keys, *values;      // [B, T, H, D] or [N, H, D], [B, S, G, D], [B, S, G, D]: bf16 or fp32
+  void* out;                          // as q, contiguous
   const int64_t *start, *end, *slot;  // [B], or null: 0, S, 0
+  const int64_t* first;               // [B + 1], or null: packed queries, of which each has a slot, [N]
   int64_t batch, queries, heads, kv_heads, head_dim, slots;
-  int64_t q_stride[3], k_stride[3], v_stride[3];
+  int64_t q_stride[3], k_stride[3], v_stride[3];  // q's with packed queries: 0, a query's, a head's
   int64_t window;  // -1: none
   int64_t tile;    // query rows in a task: a multiple of 16
   float scale;
@@ -61,8 +62,9 @@ struct Rope {
   const void *q, *k, *v;           // [B, T, H, D], [B, T, G, D], [B, T, G, D] or null: one dtype
   const float *cos, *sin;          // [P, D/2]
   const int64_t *position, *slot;  // [B], or null: 0
+  const int64_t* row;              // [B]: the buffers' row, or null: each its own
   void* out;                       // [B, T, H, D], contiguous
-  void *keys, *values;             // [B, S, G, D]: their slots are written; values only with v
+  void *keys, *values;             // [R, S, G, D]: their slots are written; values only with v
   int64_t batch, queries, heads, kv_heads, head_dim, slots, positions, cos_stride, sin_stride;
   int64_t q_stride[3], k_stride[3], v_stride[3], keys_stride[3], values_stride[3];
   int64_t chunk;  // query rows in a task, set by the call

@@ -26,6 +26,7 @@ template <class T>
 struct AttentionTask {
   const Attention& a;
   int64_t b, g, first, rows;  // batch row, K/V head; its first query row of this head's T H/G, and how many
+  int64_t base;               // the batch row's first query, among all
   int64_t group, words;       // H/G; words of a head
   int64_t lanes;              // rows, rounded up to whole vectors
   int64_t lo, hi;             // slots that some row sees
@@ -39,16 +40,18 @@ struct AttentionTask {
 
   AttentionTask(const Attention& arguments, int64_t task) : a(arguments) {
     group = a.heads / a.kv_heads;
-    const int64_t all_rows = a.queries * group, tiles = parts(all_rows, a.tile);
+    const int64_t tiles = parts(a.queries * group, a.tile);
     first = task % tiles * a.tile;
     g = task / tiles % a.kv_heads;
     b = task / tiles / a.kv_heads;
-    rows = smaller(a.tile, all_rows - first);
+    base = a.first ? a.first[b] : b * a.queries;
+    const int64_t queries = a.first ? a.first[b + 1] - base : a.queries;
+    rows = smaller(a.tile, queries * group - first);
+    if (rows <= 0) return;
     lanes = parts(rows, W) * W;
     words = parts(a.head_dim, PER_WORD<T>);
-    const int64_t slot = a.slot ? a.slot[b] : 0;
-    from = slot + first / group;
-    to = slot + (first + rows - 1) / group;
+    from = slot_of(0);
+    to = slot_of(rows - 1);
     lo = larger(0, a.start ? a.start[b] : 0);
     hi = smaller(a.slots, a.end ? a.end[b] : a.slots);
     if (a.window >= 0) {
@@ -68,7 +71,14 @@ struct AttentionTask {
     shrink = take(lanes);
   }
 
+  // The slot of one of the task's rows.
+  int64_t slot_of(int64_t row) const {
+    const int64_t t = (first + row) / group;
+    return a.first ? a.slot[base + t] : (a.slot ? a.slot[b] : 0) + t;
+  }
+
   void run() {
+    if (rows <= 0) return;  // another batch row has more packed queries
     const T* k = (const T*)a.keys + b * a.k_stride[0] + g * a.k_stride[2];
     for (int64_t j = lo; j < smaller(hi, lo + SLOTS); ++j) fetch_head(k + j * a.k_stride[1]);
     load_queries();
@@ -84,7 +94,8 @@ struct AttentionTask {
   void load_queries() {
     pack<T>(q, rows, a.head_dim, [&](int64_t l) {
       const int64_t r = first + l;
-      return (const T*)a.q + b * a.q_stride[0] + r / group * a.q_stride[1] + (g * group + r % group) * a.q_stride[2];
+      const int64_t query = (a.first ? base : 0) + r / group;
+      return (const T*)a.q + b * a.q_stride[0] + query * a.q_stride[1] + (g * group + r % group) * a.q_stride[2];
     });
   }
 
@@ -160,7 +171,7 @@ struct AttentionTask {
   Vec mask(int64_t j, int64_t n, int64_t lane) {
     Vec top = all(-INFINITY);
     Int distance;  // from j to each row's slot: between -S and S, or no row would see a slot of the tile
-    for (int l = 0; l < W; ++l) distance[l] = int32_t(from - j + (first % group + lane + l) / group);
+    for (int l = 0; l < W; ++l) distance[l] = int32_t(slot_of(smaller(lane + l, rows - 1)) - j);
     const int32_t window = int32_t(smaller(a.window, 1 << 30));
     for (int64_t i = 0; i < n; ++i) {
       const Int away = distance - int32_t(i);
@@ -229,7 +240,7 @@ struct AttentionTask {
         out, lanes, rows, a.head_dim,
         [&](int64_t l) {
           const int64_t r = first + l;
-          return (T*)a.out + ((b * a.queries + r / group) * a.heads + g * group + r % group) * a.head_dim;
+          return (T*)a.out + ((base + r / group) * a.heads + g * group + r % group) * a.head_dim;
         },
         [&](int64_t m, Vec x) { return x * load<Vec>(total + m); });
   }

@@ -148,13 +148,14 @@ void rope(const void* arguments, int64_t task) {
     rotate<T>((T*)a.out + r * a.heads * D, D, row(a.q, a.q_stride), a.q_stride[2], a.heads, D / 2, cos, sin);
     const int64_t slot = (a.slot ? a.slot[b] : 0) + t;
     if (slot < 0 || slot >= a.slots) continue;
-    auto place = [&](void* x, const int64_t (&stride)[3]) { return (T*)x + b * stride[0] + slot * stride[1]; };
+    const int64_t to = a.row ? a.row[b] : b;
+    auto place = [&](void* x, const int64_t (&stride)[3]) { return (T*)x + to * stride[0] + slot * stride[1]; };
     T* key = place(a.keys, a.keys_stride);
     rotate<T>(key, a.keys_stride[2], row(a.k, a.k_stride), a.k_stride[2], a.kv_heads, D / 2, cos, sin);
     for (int64_t g = 0; a.v && g < a.kv_heads; ++g) {
       const T* from = row(a.v, a.v_stride) + g * a.v_stride[2];
-      T* to = place(a.values, a.values_stride) + g * a.values_stride[2];
-      vectors(D, [&](int64_t i, int64_t n) { write(to + i, read(from + i, n), n); });
+      T* value = place(a.values, a.values_stride) + g * a.values_stride[2];
+      vectors(D, [&](int64_t i, int64_t n) { write(value + i, read(from + i, n), n); });
     }
   }
 }

@@ -133,7 +133,7 @@ class _Attention(ctypes.Structure):
     """`Attention` of csrc/cpu/api.h."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("q", "keys", "values", "out", "start", "end", "slot")),
+        *((name, ctypes.c_void_p) for name in ("q", "keys", "values", "out", "start", "end", "slot", "first")),
         *((name, ctypes.c_int64) for name in ("batch", "queries", "heads", "kv_heads", "head_dim", "slots")),
         *((name, _Strides) for name in ("q_stride", "k_stride", "v_stride")),
         ("window", ctypes.c_int64),
@@ -151,6 +151,8 @@ def _attention(
     slot: torch.Tensor | None = None,  # [B] int64: buffer slot of each row's first query
     window: int | None = None,
     scale: float | None = None,
+    first: torch.Tensor | None = None,  # [B + 1] int64: packed queries, q [N, 1, H, D] and slot [N]
+    most: int = 0,  # packed queries of a row at most
 ) -> torch.Tensor:
     """`reference.attention` for fp32 and bf16; ``start`` and ``slot`` default to 0, ``end`` to S.
 
@@ -164,20 +166,26 @@ def _attention(
     batch, queries, heads, head_dim = q.shape
     if keys.dim() != 4 or keys.shape[2] == 0 or heads % keys.shape[2]:
         raise ValueError(f"keys.shape={tuple(keys.shape)} does not fit q.shape={tuple(q.shape)}")
+    slot_shape, strides = (batch,), q.stride()[:3]
+    if first is not None:
+        if queries != 1 or slot is None:
+            raise ValueError(f"first: packed queries are q [N, 1, H, D] with slot [N]; q.shape={tuple(q.shape)}")
+        batch, queries, strides = keys.shape[0], most, (0, q.stride(0), q.stride(2))
     slots, kv_heads = keys.shape[1:3]
     buffer = (batch, slots, kv_heads, head_dim)
     _check(q.dtype, q=(q, q.shape), keys=(keys, buffer), values=(values, buffer))
-    _check(torch.int64, start=(start, (batch,)), end=(end, (batch,)), slot=(slot, (batch,)))
+    _check(torch.int64, start=(start, (batch,)), end=(end, (batch,)), slot=(slot, slot_shape))
+    _check(torch.int64, first=(first, (batch + 1,)))
     if window is not None and window < 0:
         raise ValueError(f"window={window} is negative")
     if scale is not None and not scale > 0:
         raise ValueError(f"scale={scale} is not above 0")
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    if out.numel():
+    if out.numel() and queries:
         arguments = _Attention(
-            *map(_pointer, (q, keys, values, out, start, end, slot)),
+            *map(_pointer, (q, keys, values, out, start, end, slot, first)),
             *(batch, queries, heads, kv_heads, head_dim, slots),
-            *(_Strides(*x.stride()[:3]) for x in (q, keys, values)),
+            *(_Strides(*three) for three in (strides, keys.stride()[:3], values.stride()[:3])),
             -1 if window is None else min(window, 1 << 40),
             _query_rows(batch * kv_heads, queries * heads // kv_heads, window, _threads()),
             head_dim**-0.5 if scale is None else scale,
@@ -199,7 +207,7 @@ def _query_rows(heads: int, rows: int, window: int | None, threads: int) -> int:
 
 attention = _define(
     "cpu_attention(Tensor q, Tensor keys, Tensor values, Tensor? start=None, Tensor? end=None, Tensor? slot=None, "
-    "int? window=None, float? scale=None) -> Tensor",
+    "int? window=None, float? scale=None, Tensor? first=None, int most=0) -> Tensor",
     _attention,
     lambda q, *rest, **options: q.new_empty(q.shape),
 )

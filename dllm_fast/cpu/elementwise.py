@@ -113,7 +113,7 @@ class _Rope(ctypes.Structure):
     """`Rope` of csrc/cpu/api.h."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "cos", "sin", "position", "slot")),
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "cos", "sin", "position", "slot", "row")),
         *((name, ctypes.c_void_p) for name in ("out", "keys", "values")),
         *((name, ctypes.c_int64) for name in ("batch", "queries", "heads", "kv_heads", "head_dim", "slots")),
         *((name, ctypes.c_int64) for name in ("positions", "cos_stride", "sin_stride")),
@@ -130,8 +130,9 @@ def _rope(
     sin: torch.Tensor,  # [P, D/2] fp32
     position: torch.Tensor | None,  # [B] int64: position of each row's first query
     slot: torch.Tensor | None,  # [B] int64: buffer slot of each row's first query
-    keys: torch.Tensor,  # [B, S, G, D], written in place
-    values: torch.Tensor | None,  # [B, S, G, D], written in place
+    keys: torch.Tensor,  # [R, S, G, D], written in place
+    values: torch.Tensor | None,  # [R, S, G, D], written in place
+    to_row: torch.Tensor | None,  # [B] int64: which of the buffers' rows; None: each its own
 ) -> torch.Tensor:
     _check_float("q", q, 4)
     batch, queries, heads, head_dim = q.shape
@@ -140,17 +141,17 @@ def _rope(
     if k.dim() != 4:
         raise ValueError(f"k.shape={tuple(k.shape)} does not fit q.shape={tuple(q.shape)}")
     row, kv_heads = (batch, queries, k.shape[2], head_dim), k.shape[2]
-    buffer = (batch, *keys.shape[1:2], kv_heads, head_dim)
+    buffer = (*(keys.shape[:1] if to_row is not None else (batch,)), *keys.shape[1:2], kv_heads, head_dim)
     _check(q.dtype, q=(q, q.shape), k=(k, row), v=(v, row), keys=(keys, buffer), values=(values, buffer))
     table = (*cos.shape[:1], head_dim // 2)
     _check(torch.float32, cos=(cos, table), sin=(sin, table))
-    _check(torch.int64, position=(position, (batch,)), slot=(slot, (batch,)))
+    _check(torch.int64, position=(position, (batch,)), slot=(slot, (batch,)), row=(to_row, (batch,)))
     out = _like(q)
     if out.numel() or k.numel():
         if not cos.shape[0]:
             raise ValueError(f"cos.shape={tuple(cos.shape)} holds no position")
         arguments = _Rope(
-            *map(_pointer, (q, k, v, cos, sin, position, slot, out, keys, values)),
+            *map(_pointer, (q, k, v, cos, sin, position, slot, to_row, out, keys, values)),
             *(batch, queries, heads, kv_heads, head_dim, keys.shape[1], cos.shape[0], cos.stride(0), sin.stride(0)),
             *((0, 0, 0) if x is None else x.stride()[:3] for x in (q, k, v, keys, values)),
         )
@@ -160,12 +161,12 @@ def _rope(
 
 def _rotated(q, k, cos, sin, position):
     turned = _like(k)
-    return _rope(q, k, None, cos, sin, position, None, turned, None), turned
+    return _rope(q, k, None, cos, sin, position, None, turned, None, None), turned
 
 
 _rope_op = _define(
     "cpu_rope(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor? position, Tensor? slot, Tensor(a!) keys, "
-    "Tensor(b!) values) -> Tensor",
+    "Tensor(b!) values, Tensor? row) -> Tensor",
     _rope,
     lambda q, *rest: q.new_empty(q.shape),
 )
@@ -184,8 +185,9 @@ def rope(
     sin: torch.Tensor,  # [P, D/2] fp32
     position: torch.Tensor | None = None,  # [B] int64: position of each row's first query
     slot: torch.Tensor | None = None,  # [B] int64: buffer slot of each row's first query
-    keys: torch.Tensor | None = None,  # [B, S, G, D], written in place
-    values: torch.Tensor | None = None,  # [B, S, G, D], written in place
+    keys: torch.Tensor | None = None,  # [R, S, G, D], written in place
+    values: torch.Tensor | None = None,  # [R, S, G, D], written in place
+    row: torch.Tensor | None = None,  # [B] int64: which of the buffers' rows; None: each its own
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`reference.rope` for fp32 and bf16: the rotated q, the keys and the values.
 
@@ -199,4 +201,4 @@ def rope(
         raise ValueError(f"keys and values go together; keys={keys!r}, values={values!r}")
     if keys is None or values is None:
         return *_rotated_op(q, k, cos, sin, position), v
-    return _rope_op(q, k, v, cos, sin, position, slot, keys, values), keys, values
+    return _rope_op(q, k, v, cos, sin, position, slot, keys, values, row), keys, values

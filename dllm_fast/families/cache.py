@@ -2,6 +2,8 @@
 
 import torch
 
+from dllm_fast import ops
+
 
 class BlockCache:
     """Static buffers of post-RoPE keys and of values, [B, S, G, D] each; `cache[layer]` is a layer's pair.
@@ -26,15 +28,26 @@ class BlockCache:
         keys, values = self.buffers[layer]
         return keys, values
 
-    def keep_state(self, layer: int, x: torch.Tensor, slot: torch.Tensor, kept: torch.Tensor | None = None) -> None:
-        """Keep x [B, T, width], which enters ``layer`` at the slots from ``slot`` [B] on, for the rows ``kept`` [B]
-        bool (None: all). Does nothing in a cache without states."""
-        if self.states is not None:
-            row = torch.arange(x.shape[0], device=x.device)[:, None]
-            slots = slot[:, None] + torch.arange(x.shape[1], device=x.device)
-            if kept is not None:
-                x = x.where(kept[:, None, None], self.states[layer][row, slots])
-            self.states[layer][row, slots] = x
+    def keep_state(
+        self,
+        layer: int,
+        x: torch.Tensor,  # [B, T, width]
+        slot: torch.Tensor,  # [B]
+        kept: torch.Tensor | None = None,  # [B] bool: rows of x to keep; None: all
+        to_row: torch.Tensor | None = None,  # [B]: their rows here; None: each its own
+    ) -> None:
+        """Keep x, which enters ``layer`` at the slots from ``slot`` on. Does nothing in a cache without states."""
+        if self.states is None:
+            return
+        states = self.states[layer]
+        if to_row is not None:
+            source = ops.stored(slot, states.shape[1])
+            x, slot, to_row = x[source], slot[source], to_row[source]
+        row = (torch.arange(x.shape[0], device=x.device) if to_row is None else to_row)[:, None]
+        slots = slot[:, None] + torch.arange(x.shape[1], device=x.device)
+        if kept is not None:
+            x = x.where(kept[:, None, None], states[row, slots])
+        states[row, slots] = x
 
     def rows(self, index: torch.Tensor) -> "BlockCache":
         """A copy of the batch rows ``index`` [N]."""

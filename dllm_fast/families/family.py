@@ -14,7 +14,7 @@ from dllm_fast.families.bypass import Calls, known_classes
 from dllm_fast.families.cache import BlockCache
 from dllm_fast.families.linears import Matmuls, matmuls, require_weights
 from dllm_fast.families.rounded import RoundedHead
-from dllm_fast.families.rows import Impl, RopeTables, is_span, take
+from dllm_fast.families.rows import Impl, Packed, RopeTables, is_span, take
 
 
 class Family(ABC):
@@ -142,19 +142,23 @@ class Family(ABC):
         rows: torch.Tensor | None = None,  # see `rows.take`
         from_layer: int = 0,
         kept: torch.Tensor | None = None,  # [B] bool: rows whose keys and values are written; None: all
+        packed: Packed | None = None,  # the ids are [N, 1], those that it says; slot is [N], start and end its rows'
         padding_counts: bool = False,  # positions are slots, as in the models' own forwards; else padding has none
     ) -> torch.Tensor:
         """The input of the LM head, [B, T, d], or its chosen rows.
 
         Without a cache the T ids are the whole sequence. With a cache they are its slots ``slot`` to ``slot + T``:
         their keys and values are written there, and all valid slots are attended to, stale ones too. Rows that are not
-        ``kept`` do not change the cache, and their results are meaningless. With ``from_layer`` above 0 the ids are not
-        read: the forward starts at that layer, over all slots, from the hidden states in the cache.
+        ``kept``, and packed ids with a slot behind the last, do not change the cache, and their results are
+        meaningless. With ``from_layer`` above 0 the ids are not read: the forward starts at that layer, over all slots,
+        from the hidden states in the cache.
         """
         impl = self.impl
         slots = input_ids.shape[1] if cache is None else cache[0][0].shape[1]
-        seen = {w: ops.visible(input_ids, slots, start, end, slot, w, impl=impl) for w in set(self.windows)}
-        position = slot if start is None or padding_counts else (slot if slot is not None else 0) - start
+        seen = {w: ops.visible(input_ids, slots, start, end, slot, w, packed, impl=impl) for w in set(self.windows)}
+        to_row = None if packed is None else packed.row
+        begin = start if start is None or to_row is None else start[to_row]
+        position = slot if begin is None or padding_counts else (slot if slot is not None else 0) - begin
         # A row that is not kept writes behind the buffers, where nothing is stored.
         write_at = slot if kept is None else slot.where(kept, slots)
         x = self._embed(input_ids) if from_layer == 0 else cache.states[from_layer][:, : input_ids.shape[1]].clone()
@@ -165,10 +169,10 @@ class Family(ABC):
             # 1. Norm, q, k and v; keys and values go into the cache.
             y, x = self._norm(x, delta, block.attn_norm)
             if cache is not None:
-                cache.keep_state(layer, x, slot, kept)
+                cache.keep_state(layer, x, slot, kept, to_row)
             tables = self._tables(self.thetas[layer], x.device)
-            rope = *tables, position, write_at, *(cache[layer] if cache else ())
-            q, k, v = self._rotated(block, y, rope, kept is not None, impl)
+            rope = *tables, position, write_at, *((*cache[layer], to_row) if cache else ())
+            q, k, v = self._rotated(block, y, rope, kept is not None or packed is not None, impl)
             # 2. Attention. In the last layer only the chosen rows go on: consecutive ones are not attended for others.
             if last and is_span(rows):
                 q = take(q, rows)
@@ -188,7 +192,7 @@ class Family(ABC):
         self, block: nn.Module, y: torch.Tensor, rope: tuple, outside: bool, impl: str
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """q [B, T, H, D] and the keys and values to attend to; ``rope``: `ops.rope`'s arguments from ``cos`` on."""
-        linears, buffers = self._qkv(block), rope[4:]
+        linears, buffers = self._qkv(block), rope[4:6]
         if buffers and impl == "triton" and (q := self.matmuls(y, *linears, impl=impl, rope=rope)) is not None:
             return q, *buffers
         parts = self.matmuls(y, *linears, impl=impl)

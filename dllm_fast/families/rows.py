@@ -1,11 +1,20 @@
 """Parts of the families' forward: the choice of rows, the implementation, and rotary tables."""
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 
 from dllm_fast import ops
 from dllm_fast.kernels.reference import rope_table
+
+
+class Packed(NamedTuple):
+    """Some positions of each row of a cache, one row's after the other's, each row's in order: N in all."""
+
+    row: torch.Tensor  # [N] int64: the row of each
+    first: torch.Tensor  # [B + 1] int64: where each row's begin; what lies behind the last is of no row
+    most: int  # of one row at most
 
 
 def take(x: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
