@@ -51,6 +51,7 @@ def generate(
     cache: str = "dual",
     refresh: str | Refresh = "block",
     remask: Remask | None = None,
+    skip_committed: bool = False,
     mask_id: int | None = None,
     eos_id: int | list[int] | tuple[int, ...] | None = None,
     seed: int | None = None,
@@ -79,6 +80,9 @@ def generate(
         refresh: when stale keys and values are computed again: ``"block"``, at each block's first step; or `Every`,
             `Window`, `Drift`.
         remask: which committed tokens of the current block are masked again: `ReMDM`, `Verify`, `P2`; None: none.
+        skip_committed: evaluate a position of the block once more when it has its token, and then no longer: its keys
+            and values stay in the cache until the next refresh (dKV-Cache, arXiv:2505.15781). A ``remask`` sees its
+            probability as it was then. Needs a cache.
         mask_id: default ``model.config.mask_token_id``.
         eos_id: an id, or several: when a finished block holds one of them, the row is done, and every position
             to be filled after the first becomes ``pad_id``. None: every position is generated, as LLaDA's

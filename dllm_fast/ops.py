@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from dllm_fast import attentions, launchers
 from dllm_fast.cpu import compiled, elementwise, matmuls
-from dllm_fast.kernels import reference, reference_int4
+from dllm_fast.kernels import reference, reference_rounded
 
 IMPLS = ("auto", "triton", "cpp", "torch")
 # Which implementations have each op, and where they serve it if not everywhere. PyTorch serves everything else: layer
@@ -105,10 +105,10 @@ def int4_linear(x, packed, scale, zero, gated=False, impl="torch", rope=()):
 
 
 def widen_int4(packed, scale, zero, width, dtype, impl="torch"):
-    """`reference_int4.widen_int4`, rounded to ``dtype``."""
+    """`reference_rounded.widen_int4`, rounded to ``dtype``."""
     if impl == "triton":
         return launchers.triton().widen_int4(packed, scale, zero, width, dtype)
-    return reference_int4.widen_int4(packed, scale, zero, width).to(dtype)
+    return reference_rounded.widen_int4(packed, scale, zero, width).to(dtype)
 
 
 def logits(hidden, weight, bias=None, scale=None, *, impl="torch"):
@@ -139,10 +139,10 @@ def _few_rows(x, weight, rope=()) -> bool:
 
 
 def round_rows(x, impl="torch"):
-    """`reference.round_rows`."""
+    """`reference_rounded.round_rows`."""
     if impl == "triton":
         return launchers.triton().round_rows(x)
-    return reference.round_rows(x)
+    return reference_rounded.round_rows(x)
 
 
 def counting(arrivals: torch.Tensor | None):

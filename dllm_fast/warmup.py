@@ -170,14 +170,16 @@ def _take(engine: Engine, row: Row, kind: str, number: int) -> None:
     engine.step.zero_()
     nobody = on_host([False] * engine.rows, torch.bool)
     if kind != MIXED:
-        engine.take_step(getattr(steps, kind), nobody)
+        for step in engine.recorded(getattr(steps, kind)):
+            engine.take(step)
         return
     one = nobody.clone()
     one[0] = True
+    whole = on_host([engine.block_size] * engine.rows)
     if engine.rows > 1:
-        engine.take_mixed_step(steps, ~nobody, one, ~nobody)
+        engine.take_mixed_step(steps, ~nobody, one, ~nobody, whole)
     if not engine.options.refresh.full(1):
-        engine.take_mixed_step(steps, ~nobody, one, nobody)
+        engine.take_mixed_step(steps, ~nobody, one, nobody, whole)
 
 
 @contextlib.contextmanager

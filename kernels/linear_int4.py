@@ -2,7 +2,7 @@
 
 The grid, the order of the sums and the gate are those of `linear.py`. A step is one group g of 128 inputs: q - zero is
 an integer that 16 bits hold exactly, the group's terms are summed in fp32, and scale multiplies that sum. A word holds
-8 q from 8 slices of the group's inputs (`reference_int4.round_int4`), so x is read slice by slice and no q is moved.
+8 q from 8 slices of the group's inputs (`reference_rounded.round_int4`), so x is read slice by slice and no q is moved.
 
 `widen_int4` writes W, rounded to a dtype, for matmuls of many rows.
 """
@@ -222,7 +222,7 @@ def _check(packed: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, width:
 @torch.library.custom_op("dllm_fast::linear_int4", mutates_args=())
 def linear_int4(
     x: torch.Tensor,  # [..., K] bf16 or fp16, up to ROWS rows
-    packed: torch.Tensor,  # [N, K / 2] uint8, as `reference_int4.round_int4` has it
+    packed: torch.Tensor,  # [N, K / 2] uint8, as `reference_rounded.round_int4` has it
     scale: torch.Tensor,  # [K / 128, N] bf16
     zero: torch.Tensor,  # [K / 128, N] uint8
     gated: bool = False,
@@ -272,7 +272,7 @@ def widen_int4(
     width: int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """`reference_int4.widen_int4`, [N, width], rounded to ``dtype``."""
+    """`reference_rounded.widen_int4`, [N, width], rounded to ``dtype``."""
     _check(packed, scale, zero, width)
     if dtype not in FLOATS:
         raise ValueError(f"dtype={dtype} is not one of {', '.join(map(str, FLOATS))}")

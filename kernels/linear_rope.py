@@ -76,7 +76,7 @@ def linear_rope(
 @torch.library.custom_op("dllm_fast::linear_int4_rope", mutates_args=("keys", "values"))
 def linear_int4_rope(
     x: torch.Tensor,  # [B, T, K] bf16 or fp16, up to `linear.ROWS` rows
-    packed: torch.Tensor,  # [(H + 2 G) D, K / 2] uint8, as `reference_int4.round_int4` has it
+    packed: torch.Tensor,  # [(H + 2 G) D, K / 2] uint8, as `reference_rounded.round_int4` has it
     scale: torch.Tensor,  # [K / 128, (H + 2 G) D] bf16
     zero: torch.Tensor,  # [K / 128, (H + 2 G) D] uint8
     cos: torch.Tensor,  # the rest as in `linear_rope`

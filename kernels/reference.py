@@ -36,27 +36,6 @@ def linear(
     return swiglu(*y.chunk(2, -1)) if gated else y
 
 
-def round_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [M, K] rounded to e4m3, and the scale of each row [M, 1] fp32: ``max |x| / 448`` (arXiv:2209.05433)."""
-    largest = torch.linalg.vector_norm(x, float("inf"), -1, keepdim=True).float()
-    scale = (largest / torch.finfo(torch.float8_e4m3fn).max).clamp(min=torch.finfo(torch.float32).tiny)
-    return (x.float() / scale).to(torch.float8_e4m3fn), scale
-
-
-def split_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each row of x [M, K] bf16 as two e4m3 rows, [M, 2, K], and its scale [M] fp32, a power of two.
-
-    ``high = round(x / scale)``, ``low = round(16 (x / scale - high))``. ``scale (high + low / 16)`` is x exactly, or
-    off by at most 2^-21 of the row's largest if x is below 2^-13 of it.
-    """
-    largest = torch.linalg.vector_norm(x, float("inf"), -1, keepdim=True).float()
-    scale = torch.ldexp(torch.ones_like(largest), (torch.frexp(largest)[1] - 8).clamp(min=-126))
-    scaled = x.float() / scale
-    high = scaled.to(torch.float8_e4m3fn)
-    low = (16 * (scaled - high.float())).to(torch.float8_e4m3fn)
-    return torch.stack((high, low), 1), scale[:, 0]
-
-
 def rms_norm(
     x: torch.Tensor,  # [..., d]
     weight: torch.Tensor,  # [d]

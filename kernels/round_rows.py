@@ -82,7 +82,7 @@ def _launch(kernel, x: torch.Tensor, out: torch.Tensor, scale: torch.Tensor) -> 
 
 @torch.library.custom_op("dllm_fast::round_rows", mutates_args=())
 def round_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`reference.round_rows` of x [M, K], K up to 16,384: x8 [M, K] e4m3, scale [M, 1] fp32."""
+    """`reference_rounded.round_rows` of x [M, K], K up to 16,384: x8 [M, K] e4m3, scale [M, 1] fp32."""
     check_tensors(x.device, contiguous=False, x=(x, [None, None], FLOATS))
     rows, d = x.shape
     out = torch.empty(rows, d, dtype=torch.float8_e4m3fn, device=x.device)
@@ -99,7 +99,7 @@ def _(x):
 
 @torch.library.custom_op("dllm_fast::split_rows", mutates_args=())
 def split_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`reference.split_rows` of x [M, K] bf16, K up to 16,384: high and low [M, 2, K] e4m3, scale [M] fp32."""
+    """`reference_rounded.split_rows` of x [M, K] bf16, K up to 16,384: high and low [M, 2, K] e4m3, scale [M] fp32."""
     check_tensors(x.device, contiguous=False, x=(x, [None, None], (torch.bfloat16,)))
     rows, d = x.shape
     out = torch.empty(rows, 2, d, dtype=torch.float8_e4m3fn, device=x.device)

@@ -62,6 +62,7 @@ def draw_request(rng: random.Random, rows=(3, 4), blocks=BLOCKS, most_blocks: in
     if options["cache"] != "none":
         window = Window(rng.choice([0, 1, block, block + 3, 40]), rng.choice([0, 1, 9, 40]))
         options["refresh"] = rng.choice(["block", Every(2), Every(3), window, window, *map(Drift, (0.1, 0.4, 0.9))])
+        options["skip_committed"] = rng.random() < 0.5
     options["confidence"] = rng.choice(["probability", "margin", "entropy", "random"])
     limits = (-4.0, -3.0) if options["confidence"] == "entropy" else (0.05, 0.1, 0.3)
     options["schedule"] = rng.choice(
@@ -100,6 +101,11 @@ def alone(model, request: Request) -> list[Result]:
 
 def together(model, request: Request) -> list[Result]:
     """All prompts as a padded batch."""
+    return batched(model, request)[0]
+
+
+def batched(model, request: Request) -> tuple[list[Result], int]:
+    """`together`, and the positions that were evaluated."""
     width = max(map(len, request.prompts))
     ids, mask = torch.full((len(request.prompts), width), EOS), torch.zeros(len(request.prompts), width).long()
     for row, prompt in enumerate(request.prompts):
@@ -108,7 +114,8 @@ def together(model, request: Request) -> list[Result]:
     device = next(model.parameters()).device
     out = dllm_fast.generate(model, ids.to(device), mask.to(device), **request.options)
     seen = torch.cat((mask, torch.ones(len(ids), request.options["gen_length"])), 1).bool()
-    return [(row[own].tolist(), nfe) for row, own, nfe in zip(out.sequences.cpu(), seen, out.row_nfe, strict=True)]
+    found = [(row[own].tolist(), nfe) for row, own, nfe in zip(out.sequences.cpu(), seen, out.row_nfe, strict=True)]
+    return found, out.positions
 
 
 def seated(model, request: Request, seats: int) -> list[Result]:

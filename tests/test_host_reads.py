@@ -69,9 +69,9 @@ def log(monkeypatch):
         device.log.append("block")
         block(self, *args)
 
-    def decided(self, hidden):
+    def decided(self, *args, **rest):
         device.log.append("step")
-        decide(self, hidden)
+        decide(self, *args, **rest)
 
     monkeypatch.setattr(Engine, "__init__", made)
     monkeypatch.setattr(Engine, "block", begun)

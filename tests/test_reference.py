@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.fx.experimental import _config
 
-from dllm_fast.kernels import reference
+from dllm_fast.kernels import reference, reference_rounded
 
 DOUBLE = {"dtype": torch.float64}
 
@@ -321,8 +321,8 @@ def test_every_function_on_any_device(monkeypatch):
         reference.swiglu(on(2, 8), on(2, 8)),
         reference.geglu(on(2, 8), on(2, 8)),
         reference.linear(on(2, 8), on(4, 8), on(4), gated=True),
-        *reference.round_rows(on(2, 8)),
-        *reference.split_rows(on(2, 8, dtype=torch.bfloat16)),
+        *reference_rounded.round_rows(on(2, 8)),
+        *reference_rounded.split_rows(on(2, 8, dtype=torch.bfloat16)),
         cos,
         sin,
         reference.attention(q, kv, kv, rows, rows, rows, window=2),

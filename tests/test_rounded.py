@@ -10,7 +10,7 @@ from torch import nn
 import dllm_fast
 from dllm_fast.families import fp8, int4
 from dllm_fast.families.rounded import KINDS, Copies
-from dllm_fast.kernels import reference, reference_int4
+from dllm_fast.kernels import reference_rounded
 from dllm_fast.patch import bound_family
 
 E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
@@ -73,7 +73,7 @@ def test_rounding_is_to_the_nearest_of_each_rows_448th(dtype):
     torch.manual_seed(0)
     x = (torch.randn(7, 333) * torch.logspace(-6, 3, 7)[:, None]).to(dtype)
     x[2] = 0
-    rounded, scale = reference.round_rows(x)
+    rounded, scale = reference_rounded.round_rows(x)
     assert rounded.dtype == torch.float8_e4m3fn and scale.dtype == torch.float32 and scale.shape == (7, 1)
     alive = x.abs().amax(1) > 0
     assert torch.equal(scale[alive], scale_of(x)[alive]) and (rounded.float()[~alive] == 0).all()
@@ -87,11 +87,11 @@ def test_four_bits_are_the_nearest_of_each_groups_16(width, dtype):
     torch.manual_seed(0)
     weight = (torch.randn(9, width) * torch.logspace(-6, 3, 9)[:, None]).to(dtype)
     weight[2], weight[3], weight[4] = 0, weight[3].abs(), -weight[4].abs()
-    packed, scale, zero = reference_int4.round_int4(weight)
+    packed, scale, zero = reference_rounded.round_int4(weight)
     groups = -(-width // 128)
     assert (packed.dtype, scale.dtype, zero.dtype) == (torch.uint8, torch.bfloat16, torch.uint8)
     assert packed.shape == (9, 64 * groups) and scale.shape == zero.shape == (groups, 9)
-    widened = reference_int4.widen_int4(packed, scale, zero, width).double()
+    widened = reference_rounded.widen_int4(packed, scale, zero, width).double()
     assert torch.equal(widened, nearest_of_16(weight))
     step = scale.t().double().repeat_interleave(128, 1)[:, :width]
     # Half a step, plus at the ends half a rounding of the zero point and 15 half roundings of the step.
@@ -104,7 +104,7 @@ def test_where_the_four_bits_lie():
     for place in (0, 1, 15, 16, 17, 100, 127, 128, 255):
         weight = torch.zeros(1, 256)
         weight[0, place] = 15
-        packed, scale, zero = reference_int4.round_int4(weight)
+        packed, scale, zero = reference_rounded.round_int4(weight)
         words = packed.view(torch.int32)[0].tolist()
         group, inside = divmod(place, 128)
         expected = [0] * 32
@@ -364,7 +364,7 @@ def test_what_cannot_be_had_is_refused_by_name(llada, kind, monkeypatch, device)
     if kind == "fp8":
         monkeypatch.delattr(torch, "float8_e4m3fn")
     else:
-        monkeypatch.setattr(reference_int4, "round_int4", lacking)
+        monkeypatch.setattr(reference_rounded, "round_int4", lacking)
     lacks = {"fp8": "has no float8_e4m3fn", "int4": "cannot round to four bits"}[kind]
     with pytest.raises(ValueError, match=rf"weights='{kind}': PyTorch .* {lacks} on {device}"):
         dllm_fast.patch(llada, weights=kind)

@@ -13,7 +13,7 @@ from torch import nn
 import dllm_fast
 from dllm_fast.cpu import compiled
 from dllm_fast.evaluate.likelihood import log_likelihood
-from dllm_fast.kernels import reference
+from dllm_fast.kernels import reference_rounded
 from dllm_fast.patch import bound_family
 
 IMPLS = [
@@ -24,7 +24,7 @@ IMPLS = [
 
 def widened(weight):
     """The weight rounded as `tests/test_rounded.py` defines it, and widened."""
-    rounded, scale = reference.round_rows(weight)
+    rounded, scale = reference_rounded.round_rows(weight)
     return (rounded.float() * scale).to(weight.dtype)
 
 

@@ -15,6 +15,7 @@ its block is filled or nothing of it is committed, the forward computes it along
 """
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable
 from typing import ClassVar
@@ -22,46 +23,30 @@ from typing import ClassVar
 import torch
 
 from dllm_fast import attentions, ops
+from dllm_fast.decoding.decider import GOOD, Decider
 from dllm_fast.decoding.device import download, on_host, upload
 from dllm_fast.decoding.graphs import Graphs, records
+from dllm_fast.decoding.live import Live, pack, sizes
 from dllm_fast.decoding.options import Options
-from dllm_fast.decoding.remask import STAYS, Committed, ranks
 from dllm_fast.decoding.steps import Counts, Rows, Step, Steps
 from dllm_fast.families.cache import BlockCache
 
 ARRIVALS = 4096  # tiles of 128 output channels: as wide as a layer's linears get
-GOOD = 1 << 62  # in `Engine.bad`: no step of any block
 
 
-class Engine:
+class Engine(Decider):
     """Buffers for a batch of ``rows`` sequences of up to ``slots`` positions, and the steps over them."""
 
     # Called with the engine and the step, None where rows differ; each step of any engine is taken in what they return.
     watchers: ClassVar[list[Callable[["Engine", Step | None], contextlib.AbstractContextManager]]] = []
 
     def __init__(self, family, options: Options, rows: int, slots: int, spare: int, padded: bool):
-        self.family, self.options, self.rows, self.slots = family, options, rows, slots
-        self.weight = family.head()[0]
-        device = self.device = self.weight.device
-        self.block_size = min(options.block_length, slots)
-        self.passes = options.passes
-        self.is_planned = not options.schedule.rule  # the schedule says beforehand how many a step commits
+        super().__init__(family, options, rows, slots)
+        device = self.device
         self.counts = [Counts() for _ in range(rows)]  # of each row in the last block
         self.lengths = [slots] * rows  # of each row's sequence, which ends at the last slot
         self.firsts = [0] * rows  # each row's position at which its live block begins
         self.idle = [False] * rows  # rows that nobody waits for
-        long = functools.partial(torch.zeros, dtype=torch.int64, device=device)
-        self.canvas = long((rows, slots))
-        self.open = torch.zeros((rows, slots), dtype=torch.bool, device=device)  # to be filled, or filled by us
-        self.pad, self.row, self.slot, self.quota = (long(rows) for _ in range(4))
-        self.number = long(rows)  # of each row's live block, among its blocks
-        self.budget = long(rows)  # positions of this block that may still be masked again
-        self.step, self.seed = long(1), long(1)
-        self.any_masked = torch.zeros(rows, dtype=torch.bool, device=device)  # whether the row's block holds a [MASK]
-        self.bad = long(rows)  # number << 32 | step at which a candidate's logits first were NaN or infinite, or GOOD
-        # Of each of the block's tokens, when it was committed.
-        self.committed_probability = torch.zeros((rows, self.block_size), dtype=torch.float32, device=device)
-        self.offsets = torch.arange(self.block_size, device=device)
         # Without padding there is no range to pass, and attention takes its unmasked path.
         self.start = self.pad if padded else None
         self.unpadded = False  # no row is padded, and PyTorch's attention serves that: full steps then pass no range
@@ -73,7 +58,8 @@ class Engine:
             shape = (family.layers, rows * self.passes, slots + spare, family.kv_heads, family.head_dim)
             self.cache = BlockCache(*shape, self.weight.dtype, device, width)
         # What the few-row matmuls count in: a step has it to itself.
-        self.arrivals = long(ARRIVALS, dtype=torch.int32) if family.impl == "triton" else None
+        kept = family.impl == "triton"
+        self.arrivals = torch.zeros(ARRIVALS, dtype=torch.int32, device=device) if kept else None
         self.graphs = Graphs(records(device, family.impl), device)
 
     @property
@@ -132,6 +118,7 @@ class Engine:
             numbers = range(self.block_size + (self.options.block_length if self.options.remask else 0))
         going = ~on_host(self.idle, torch.bool)  # [B]
         begun = torch.zeros_like(full_rows)
+        live = left = torch.zeros_like(slot) if planned is None else torch.stack([n for _, n in planned]).sum(0)
         for n, step_number in enumerate(numbers):
             # 2. Which rows go at this step, and which of them begin the block with it.
             self.step.fill_(step_number)
@@ -146,14 +133,20 @@ class Engine:
                 for watch in self.watchers:
                     stack.enter_context(watch(self, step))
                 if step is None:
-                    self.take_mixed_step(steps, going, begins, full_rows)
+                    self.take_mixed_step(steps, going, begins, full_rows, live)
                 else:
-                    self.take_step(step, going)
+                    self.take_step(step, going, live)
             if draft is not None:
                 draft()
-            # 4. Which rows go on: planned beforehand, or read from the device, once a step.
+            # 4. Which rows go on, and how much of them: planned beforehand, or read from the device, once a step.
+            if planned is None or (self.options.skip_committed and self.options.remask):
+                live = download(self.live)
+            else:
+                quota = planned[n][1]
+                live = torch.where(going, left, live)  # what the step committed is evaluated once more
+                left = left - quota
             if planned is None:
-                going = download(self.any_masked)
+                going = live > 0
                 if not bool(going.any()):
                     break
 
@@ -163,11 +156,12 @@ class Engine:
 
     def prepare(self, slot: torch.Tensor, number: torch.Tensor) -> None:
         """Begin block ``number`` [B] of each row at its ``slot`` [B], both on the host."""
+        self.slot_on_host = slot
         self.slot.copy_(upload(slot, self.device))
         self.number.copy_(upload(number, self.device))
         self.budget.fill_(self.options.block_length)
         self.committed_probability.zero_()
-        self.any_masked.fill_(True)
+        self.live.fill_(self.block_size)
 
     # The kinds of step
 
@@ -184,47 +178,81 @@ class Engine:
         alike = bool((begins & ~full_rows | idle).all()) and not self.options.refresh.layerwise
         return steps.window if alike else None
 
-    def take_step(self, step: Step, going: torch.Tensor) -> None:
-        """Take a step, through its graph where it is recorded; it counts for the rows ``going`` [B]."""
-        self.graphs.run((step, step.whole and self.unpadded), functools.partial(self.run_step, step))
-        self._tally(step, going.nonzero()[:, 0].tolist())
+    def take_step(self, step: Step, going: torch.Tensor, live: torch.Tensor) -> None:
+        """Take a step, through its graph where it is recorded; it counts for the rows ``going`` [B], of which ``live``
+        [B] positions of the block can still change."""
+        step = self._packed(step, going, live)
+        self.take(step)
+        self._tally(step, going, live)
 
-    def _tally(self, step: Step, rows: list[int], share: float = 1.0) -> None:
-        """Add a step through a ``share`` of the layers to the counts of ``rows``: the positions that each would have
-        computed alone."""
+    def take(self, step: Step) -> None:
+        """Take a step that counts for nobody."""
+        self.graphs.run((step, step.whole and self.unpadded), functools.partial(self.run_step, step))
+
+    def recorded(self, step: Step) -> list[Step]:
+        """The steps that are recorded for ``step``: with ``skip_committed`` one for each number of positions."""
+        if not self.options.skip_committed or step.refreshes:
+            return [step]
+        most = self.rows * self.passes * step.length
+        return [dataclasses.replace(step, packed=size, most=step.length) for size in sizes(most)]
+
+    def _tally(self, step: Step, going: torch.Tensor, live: torch.Tensor, share: float = 1.0) -> None:
+        """Add a step through a ``share`` of the layers to the counts of the rows ``going``: the positions that each
+        would have computed alone."""
         full = self.passes if step.whole else 0
-        for row in rows:
+        for row in going.nonzero()[:, 0].tolist():
             length = self.lengths[row]
             own = min(step.length, length)
             if self.options.runs_suffix and not step.whole:
                 own = length - max(0, self.firsts[row] - step.before)
+            if step.packed:
+                own += int(live[row]) - min(self.block_size, length)
             self.counts[row].add(Counts(full, self.passes - full, self.passes * own * share))
+
+    def _packed(self, step: Step, going: torch.Tensor, live: torch.Tensor) -> Step:
+        """The step that evaluates of the rows ``going`` only what can still change, if there is one."""
+        if not self.options.skip_committed or step.refreshes:
+            return step
+        suffix = self.slots - self.slot_on_host - self.block_size if self.options.runs_suffix else 0
+        own = torch.where(going, live + suffix, 0)  # [B]
+        if not self.graphs.enabled:
+            return dataclasses.replace(step, packed=int(own.sum()) * self.passes, most=int(own.max()))
+        return next(one for one in self.recorded(step) if one.packed >= int(own.sum()) * self.passes)
 
     def run_step(self, step: Step) -> None:
         """One forward of all rows, and what is kept of it."""
-        self._decide(self.hidden(step))
+        if not step.packed:
+            return self._decide(self.hidden(step))
+        live = self._live(step, self._going())
+        self._decide(self._live_hidden(live), live)
 
-    def _going(self) -> torch.Tensor | None:
-        """The rows that take part in the step, [B] bool; None: there is one row, which takes part in every step."""
-        if self.rows == 1:
-            return None
-        return self.quota > 0 if self.is_planned else self.any_masked
-
-    def take_mixed_step(self, steps: Steps, going: torch.Tensor, begins: torch.Tensor, full_rows: torch.Tensor) -> None:
+    def take_mixed_step(
+        self, steps: Steps, going: torch.Tensor, begins: torch.Tensor, full_rows: torch.Tensor, live: torch.Tensor
+    ) -> None:
         """A step at which rows differ, [B] bool each: one forward a group, then one decision for all."""
         layers = self.family.layers
         hidden = self.weight.new_zeros(self.rows * self.passes, self.block_size, self.weight.shape[1])
+        evaluated = None
         # 1. Rows in the middle of a block, then rows that begin one with a window. Of these, which layers drifted?
         from_layer = torch.full_like(begins, layers, dtype=torch.int64)  # of each row's full forward; ``layers``: none
         from_layer[begins & full_rows] = 0
         for step, group in ((steps.block, going & ~begins), (steps.window, begins & ~full_rows)):
             if not bool(group.any()):
                 continue
+            step = self._packed(step, group, live)
+            self._tally(step, group, live)
+            if step.packed:
+                on_device = upload(group, self.device)
+                own = self._live(step, on_device)
+                hidden = own.spread(self._live_hidden(own), hidden)
+                packed = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=self.device)
+                evaluated = own.spread(torch.ones_like(own.place, dtype=torch.bool), packed)[: self.rows]
+                evaluated = evaluated | ~on_device[:, None]
+                continue
             index = self._doubled(upload(group.nonzero()[:, 0], self.device))
             drifts = step.refreshes and self.options.refresh.layerwise
             old = self.cache.rows(index) if drifts else None
             hidden[index] = self.hidden(step, index)
-            self._tally(step, group.nonzero()[:, 0].tolist())
             if drifts:
                 from_layer[group] = self._drifted(step, old, index)
         # 2. Full forwards, from the first layer on or from the first that drifted.
@@ -232,9 +260,9 @@ class Engine:
             group = (from_layer == layer).nonzero()[:, 0]
             index = self._doubled(upload(group, self.device))
             hidden[index] = self.hidden(steps.full, index, layer)
-            self._tally(steps.full, group.tolist(), (layers - layer) / layers)
+            self._tally(steps.full, from_layer == layer, live, (layers - layer) / layers)
         # 3. The tokens of all.
-        self._decide(hidden)
+        self._decide(hidden, evaluated=evaluated)
 
     def _doubled(self, rows: torch.Tensor) -> torch.Tensor:
         return torch.cat((rows, rows + self.rows)) if self.passes == 2 else rows
@@ -297,85 +325,24 @@ class Engine:
             self.cache.put(index, cache)
         return hidden
 
-    # Decision
+    def _live(self, step: Step, going: torch.Tensor | None) -> Live:
+        """The positions that the packed ``step`` evaluates, of the rows ``going`` [B] bool."""
+        at = self.slot[:, None] + torch.arange(step.length, device=self.device)
+        block = at[:, : self.block_size]
+        masked = (self.canvas.gather(1, block) == self.options.mask_id) & self.open.gather(1, block)
+        wanted = torch.cat((masked | self.fresh, at[:, self.block_size :] < self.slots), 1)
+        if going is not None:
+            wanted = wanted & going[:, None]
+        wanted, at = wanted.repeat(self.passes, 1), at.repeat(self.passes, 1)
+        return pack(wanted, at, self.block_size, step.packed, step.most, self.cache.buffers.shape[3])
 
-    def _decide(self, hidden: torch.Tensor) -> None:
-        """From hidden states to tokens: predict, commit, remask."""
-        mask_id, remask = self.options.mask_id, self.options.remask
-        hidden, uncond = hidden.chunk(2) if self.passes == 2 else (hidden, None)
-        heads = hidden.flatten(0, 1), None if uncond is None else uncond.flatten(0, 1)
-        at = self.slot[:, None] + self.offsets  # [B, T]
-        block, ours = self.canvas.gather(1, at), self.open.gather(1, at)
-        candidate = (block == mask_id) & ours
-        # 1. Predict the candidates; a remask asks for the committed positions too.
-        token, score, lse = self._predict(heads, at, candidate if remask is None else ours)
-        # 2. Commit the schedule's choice of them.
-        chosen = self._commit(token, score, candidate, self.quota)
-        # 3. Mask committed ones again. A planned step commits as many others in their place.
-        if remask is not None:
-            current = torch.where(candidate, token, block)
-            probability = self._probability(heads, current, lse)
-            if self.options.defer_tokens:  # a prediction that is held back takes no committed token's place
-                probability = probability.masked_fill(candidate & (score == float("-inf")), 0.0)
-            committed = ours & ~candidate
-            seen = Committed(committed, probability, self.committed_probability, candidate, chosen.sum(1))
-            masked_again = self._remask(seen, at)
-            if self.is_planned:
-                chosen = chosen | self._commit(token, score, candidate & ~chosen, masked_again)
-            self.committed_probability.copy_(torch.where(chosen, probability, self.committed_probability))
-        # 4. The flag that the host reads where nothing is planned.
-        self.any_masked.copy_(((self.canvas.gather(1, at) == mask_id) & ours).any(1))
-
-    def _predict(
-        self, heads: tuple[torch.Tensor, torch.Tensor | None], at: torch.Tensor, wanted: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Token and confidence [B, T] and log-sum-exp [B*T] of the positions ``wanted`` [B, T], which lie at slots
-        ``at``. Records the step at which logits first were NaN or infinite."""
-        o, (hidden, uncond) = self.options, heads
-        token, score, lse = ops.predict(
-            hidden,
-            *self.family.head_operands(),
-            candidate=wanted.flatten(),
-            mask_id=o.mask_id,
-            confidence=o.schedule.confidence or o.confidence,
-            temperature=o.temperature,
-            seed=self.seed,
-            step=self.step,
-            row=self.row[:, None].expand_as(at).flatten().contiguous(),  # of one row it is a view without strides
-            position=(at - self.pad[:, None]).flatten(),
-            uncond=uncond,
-            cfg_scale=o.cfg_scale,
-            banned=o.suppress_tokens,
-            deferred=o.defer_tokens,
-            impl=self.family.impl,
-        )
-        # lse - lse is 0, or NaN where lse is NaN or infinite; a position that is no candidate has lse 0.
-        fine = (lse - lse == 0).view_as(at).all(1)
-        self.bad.copy_(torch.minimum(self.bad, torch.where(fine, GOOD, (self.number << 32) + self.step)))
-        return token.view_as(at), score.view_as(at), lse
-
-    def _commit(self, token, score, candidate: torch.Tensor, quota: torch.Tensor) -> torch.Tensor:
-        """Write the candidates [B, T] that the schedule chooses, ``quota`` [B] of them if planned. Returns which."""
-        rule = {"count": quota} if self.is_planned else self.options.schedule.rule
-        return ops.commit(self.canvas, token, score, candidate, self.slot, **rule, impl=self.family.impl)
-
-    def _probability(self, heads: tuple, token: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
-        """The probabilities that the model now gives to ``token`` [B, T]."""
-        o, (hidden, uncond) = self.options, heads
-        return ops.token_probability(
-            hidden, *self.family.head_operands(), token=token.flatten(), lse=lse, uncond=uncond,
-            cfg_scale=o.cfg_scale, deferred=[i for i in o.defer_tokens if i not in o.suppress_tokens],
-        ).view_as(token)  # fmt: skip
-
-    def _remask(self, seen: Committed, at: torch.Tensor) -> torch.Tensor:
-        """Mask the most urgent of the committed positions, within the bound that ends the block; how many, [B]."""
-        urgency = self.options.remask.urgency(seen)  # [B, T]
-        bound = seen.masked.sum(1) - seen.kept if self.is_planned else self.budget
-        if (going := self._going()) is not None:
-            bound = bound * going
-        again = (urgency > STAYS) & (ranks(urgency) < bound[:, None])
-        self.canvas.scatter_(1, at, self.canvas.gather(1, at).masked_fill(again, self.options.mask_id))
-        masked_again = again.sum(1)
-        if not self.is_planned:
-            self.budget.sub_(masked_again)
-        return masked_again
+    def _live_hidden(self, live: Live) -> torch.Tensor:
+        """What the LM head multiplies for the positions ``live``, [N, d]."""
+        (row, _, _), slot, _ = live
+        ids = self.canvas[row % self.rows, slot.clamp(max=self.slots - 1)]
+        if self.passes == 2:
+            prompt = ~self.open[row % self.rows, slot.clamp(max=self.slots - 1)] & (row >= self.rows)
+            ids = ids.masked_fill(prompt, self.options.mask_id)
+        start, end = (None if x is None else x.repeat(self.passes) for x in (self.start, self.end))
+        with ops.counting(self.arrivals):
+            return self.family.hidden(ids[:, None], start, end, self.cache, slot, packed=live.packed)[:, 0]

@@ -32,6 +32,7 @@ class Options(Checked):
     cache: str = checked(one_of, CACHES, default="dual")
     refresh: Refresh = checked(one_kind, Refresh, "one of 'block', Every, Window, Drift", default=Every(1))
     remask: Remask | None = checked(one_kind, Remask | None, "one of ReMDM, Verify, P2", default=None)
+    skip_committed: bool = checked(one_kind, bool, "True or False", default=False)
     mask_id: int | None = None
     eos_id: Ids = field(default=None, compare=False)
     seed: int | None = field(default=None, compare=False)
@@ -49,6 +50,8 @@ class Options(Checked):
         self.schedule.check_confidence(self.confidence)
         useless = f"refresh={self.refresh!r}: there is nothing to refresh with cache='none'"
         require(self.has_cache or self.refresh == Every(1), useless)
+        useless = "skip_committed=True: with cache='none' nothing is kept of a position that is not evaluated"
+        require(self.has_cache or not self.skip_committed, useless)
 
     @classmethod
     def of_call(cls, function: str, given: dict) -> "Options":

@@ -17,12 +17,16 @@ class Step:
     before: how many slots before the block they begin, but never before the row.
     whole: all of them, in a full forward; else these against the cache.
     refreshes: a block begins with it, and the cache takes in every row; else only the rows that go.
+    packed: if above 0, only so many positions in all: those that can still change, of the rows that go.
+    most: of these, one row's at most.
     """
 
     length: int
     before: int = 0
     whole: bool = False
     refreshes: bool = False
+    packed: int = 0
+    most: int = 0
 
     @property
     def kind(self) -> str:

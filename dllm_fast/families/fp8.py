@@ -14,7 +14,7 @@ import functools
 import torch
 
 from dllm_fast import ops
-from dllm_fast.kernels import reference
+from dllm_fast.kernels import reference_rounded
 
 CHUNK = 1024  # rows of a weight that are widened at once: 1024 x 12,288 in bf16 is 25 MB
 AT_ONCE = 128  # rows that are rounded at once, in fp32
@@ -44,7 +44,7 @@ class Fp8:
         for done in range(0, len(weight), AT_ONCE):
             part = weight[done : done + AT_ONCE]
             rows = slice(first + done, first + done + len(part))
-            self.matrix[rows], self.scale[rows] = reference.round_rows(part)
+            self.matrix[rows], self.scale[rows] = reference_rounded.round_rows(part)
 
     def matmul(self, x: torch.Tensor, gated: bool, impl: str, rope: tuple = ()) -> torch.Tensor | None:
         """`reference.linear` of x [..., K] and the weight: [..., N], or [..., N / 2] if ``gated``.

@@ -1,6 +1,6 @@
 """Weights of linears in four bits, with a scale for each group of 128 inputs: a quarter of bf16's bytes and 3 % more.
 
-    w[n, k] ~ scale[g, n] (q[n, k] - zero[g, n])        g = k // 128        (`reference_int4.round_int4`)
+    w[n, k] ~ scale[g, n] (q[n, k] - zero[g, n])        g = k // 128        (`reference_rounded.round_int4`)
 
 In Triton a few 16-bit rows are multiplied by q - zero (`kernels/linear_int4.py`), and only the weights are rounded. For
 more rows one kernel writes the weights in x's dtype. Elsewhere they are widened some rows at a time.
@@ -11,7 +11,7 @@ import copy
 import torch
 
 from dllm_fast import ops
-from dllm_fast.kernels import reference_int4
+from dllm_fast.kernels import reference_rounded
 
 CHUNK = 1024  # rows of a weight that are widened at once
 AT_ONCE = 128  # rows that are rounded at once, in fp32
@@ -45,7 +45,7 @@ class Int4:
         for done in range(0, len(weight), AT_ONCE):
             part = weight[done : done + AT_ONCE]
             rows = slice(first + done, first + done + len(part))
-            self.matrix[rows], self.scale[:, rows], self.zero[:, rows] = reference_int4.round_int4(part)
+            self.matrix[rows], self.scale[:, rows], self.zero[:, rows] = reference_rounded.round_int4(part)
 
     def matmul(self, x: torch.Tensor, gated: bool, impl: str, rope: tuple = ()) -> torch.Tensor | None:
         """`reference.linear` of x [..., K] and the widened weight: [..., N], or [..., N / 2] if ``gated``.

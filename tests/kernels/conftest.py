@@ -12,12 +12,16 @@ from needs import missing
 
 
 def _repair_interpreter():
-    """bfloat16 and e4m3 as in hardware: the plain interpreter multiplies bit patterns, and its casts truncate."""
+    """bfloat16 and e4m3 as in hardware: the plain interpreter multiplies bit patterns, and its casts truncate.
+
+    Dots are summed in fp64 and rounded once. The interpreter sums them by a BLAS, in an order that depends on the
+    processor and on the matrices' shapes, so that a row's bits would depend on the number of rows.
+    """
     import numpy as np
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-    cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
+    cast = InterpreterBuilder.cast_impl
     fp_to_fp = InterpreterBuilder.create_fp_to_fp
 
     def widen(handle):
@@ -42,8 +46,13 @@ def _repair_interpreter():
         rounded = torch.from_numpy(np.ascontiguousarray(src.data)).to(torch.float8_e4m3fn)
         return TensorHandle(rounded.view(torch.uint8).numpy(), tl.float8e4nv)
 
-    def create_dot(self, a, b, *rest):
-        return dot(self, widen(a), widen(b), *rest)
+    def exact(handle):
+        if handle.dtype.scalar == tl.float8e4nv:
+            return torch.from_numpy(np.ascontiguousarray(handle.data)).view(torch.float8_e4m3fn).double().numpy()
+        return widen(handle).data.astype(np.float64)
+
+    def create_dot(self, a, b, d, *rest):
+        return TensorHandle(np.matmul(exact(a), exact(b)).astype(d.data.dtype) + d.data, d.dtype.scalar)
 
     InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot = cast_impl, create_dot
     InterpreterBuilder.create_fp_to_fp = create_fp_to_fp

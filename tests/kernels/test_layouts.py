@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dllm_fast import launchers
-from dllm_fast.kernels import reference, reference_int4
+from dllm_fast.kernels import reference, reference_rounded
 from dllm_fast.kernels.attention import attention
 from dllm_fast.kernels.commit import commit
 from dllm_fast.kernels.glu import geglu, swiglu
@@ -18,7 +18,7 @@ from dllm_fast.kernels.linear_rope import linear_int4_rope, linear_rope
 from dllm_fast.kernels.masked_loss import masked_loss
 from dllm_fast.kernels.norm import layer_norm, rms_norm
 from dllm_fast.kernels.predict import predict
-from dllm_fast.kernels.reference import round_rows as rounded
+from dllm_fast.kernels.reference_rounded import round_rows as rounded
 from dllm_fast.kernels.rope import rope
 from dllm_fast.kernels.round_rows import round_rows
 
@@ -55,7 +55,7 @@ def _scaled_linear():
 
 
 def _four_bits():
-    packed, scale, zero = reference_int4.round_int4(_normal(128, 256))
+    packed, scale, zero = reference_rounded.round_int4(_normal(128, 256))
     return {"packed": packed, "scale": scale, "zero": zero}
 
 
@@ -67,7 +67,7 @@ def _linear_rope(weight, scale):
 
 
 def _linear_int4_rope():
-    packed, scale, zero = reference_int4.round_int4(_normal(512, 256))
+    packed, scale, zero = reference_rounded.round_int4(_normal(512, 256))
     return _linear_rope({"packed": packed, "zero": zero}, scale)
 
 

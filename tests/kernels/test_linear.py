@@ -7,7 +7,7 @@ from truth import LINEARS, assert_as_exact, linear_inputs
 from dllm_fast.kernels import linear as kernel
 from dllm_fast.kernels import reference
 from dllm_fast.kernels.linear import fits, linear
-from dllm_fast.kernels.reference import round_rows
+from dllm_fast.kernels.reference_rounded import round_rows
 from dllm_fast.kernels.tiles import counters
 
 BF16, FP16 = torch.bfloat16, torch.float16

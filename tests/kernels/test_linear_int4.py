@@ -7,7 +7,7 @@ from truth import LINEARS, assert_as_exact, linear_inputs
 
 import dllm_fast
 from dllm_fast import launchers
-from dllm_fast.kernels import reference, reference_int4
+from dllm_fast.kernels import reference, reference_rounded
 from dllm_fast.kernels.linear_int4 import fits_int4, linear_int4, widen_int4
 from dllm_fast.kernels.tiles import counters
 
@@ -17,7 +17,7 @@ BF16, FP16 = torch.bfloat16, torch.float16
 def inputs(name, dtype, device):
     x, weight = linear_inputs(name)
     weight[0], weight[1], weight[2] = 0, weight[1].abs(), 1000 * weight[2]  # all q equal; zero points of 0
-    return x.to(dtype).to(device), [part.to(device) for part in reference_int4.round_int4(weight)]
+    return x.to(dtype).to(device), [part.to(device) for part in reference_rounded.round_int4(weight)]
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
@@ -26,7 +26,7 @@ def inputs(name, dtype, device):
 def test_reference(name, dtype, gated, device):
     """Only the weights are rounded: the truth is computed from the rounded weights."""
     x, four_bits = inputs(name, dtype, device)
-    widened = reference_int4.widen_int4(*four_bits, x.shape[-1])
+    widened = reference_rounded.widen_int4(*four_bits, x.shape[-1])
     truth = reference.linear(x.double(), widened.double(), gated=gated)
     assert_as_exact(linear_int4(x, *four_bits, gated), reference.linear(x, widened, gated=gated), truth)
 
@@ -74,8 +74,8 @@ def test_rows_that_are_apart(device):
 @pytest.mark.parametrize("n, k", [(1, 1), (37, 300), (64, 256)])
 def test_widened(n, k, dtype, device):
     torch.manual_seed(0)
-    four_bits = [part.to(device) for part in reference_int4.round_int4(torch.randn(n, k))]
-    assert torch.equal(widen_int4(*four_bits, k, dtype), reference_int4.widen_int4(*four_bits, k).to(dtype))
+    four_bits = [part.to(device) for part in reference_rounded.round_int4(torch.randn(n, k))]
+    assert torch.equal(widen_int4(*four_bits, k, dtype), reference_rounded.widen_int4(*four_bits, k).to(dtype))
 
 
 def test_ops(device):
@@ -88,7 +88,7 @@ def test_ops(device):
 @pytest.mark.parametrize("rows, n, k", [(0, 128, 128), (65, 128, 128), (1, 100, 128), (1, 128, 96)])
 def test_what_does_not_fit(rows, n, k, device):
     x = torch.ones(rows, k, dtype=BF16, device=device)
-    four_bits = [part.to(device) for part in reference_int4.round_int4(torch.ones(n, k))]
+    four_bits = [part.to(device) for part in reference_rounded.round_int4(torch.ones(n, k))]
     assert not fits_int4(x, four_bits[0])
     with pytest.raises(ValueError, match="expected 1 to 64 rows"):
         linear_int4(x, *four_bits)

@@ -6,7 +6,7 @@ from truth import assert_as_exact
 
 from dllm_fast.kernels import linear as kernel
 from dllm_fast.kernels import linear_rope as fused
-from dllm_fast.kernels import reference, reference_int4
+from dllm_fast.kernels import reference, reference_rounded
 from dllm_fast.kernels.linear import linear
 from dllm_fast.kernels.linear_int4 import linear_int4
 from dllm_fast.kernels.linear_rope import fits_rope, linear_int4_rope, linear_rope
@@ -45,10 +45,10 @@ def inputs(name, dtype, device):
 def weights(kind, weight, dtype, device):
     """One kernel's arguments, the two others', what they are in fp64, and whether they are in four bits."""
     if kind.startswith("int4"):
-        four_bits = [part.to(device) for part in reference_int4.round_int4(weight)]
-        return four_bits, (reference_int4.widen_int4(*four_bits, weight.shape[1]), None), True
+        four_bits = [part.to(device) for part in reference_rounded.round_int4(weight)]
+        return four_bits, (reference_rounded.widen_int4(*four_bits, weight.shape[1]), None), True
     if kind.startswith("e4m3"):
-        copy, scale = (part.to(device) for part in reference.round_rows(weight))
+        copy, scale = (part.to(device) for part in reference_rounded.round_rows(weight))
         return [copy, scale[:, 0].contiguous()], (copy, scale[:, 0]), False
     weight = weight.to(dtype).to(device)
     return [weight, None], (weight, None), False

@@ -70,7 +70,7 @@ def test_a_matmul_that_rotates(device):
 )
 def test_refused(change, message, device):
     shape = (2, 1, 16, 20, [0, 0], [20, 20], [[0, 19], [4]], None)
-    (q, keys, values, start, end, slot, window), _, first, most, _ = packs.inputs(shape, FP32, device, spare=1)
+    (q, keys, values, start, end, slot, _), _, first, most, _ = packs.inputs(shape, FP32, device, spare=1)
     given = {"q": q, "keys": keys, "values": values, "start": start, "end": end, "slot": slot, "first": first}
     given |= {name: torch.as_tensor(x, device=device) for name, x in change.items()}
     with pytest.raises(ValueError, match=message):

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from test_predict import MASK, PATHS, ULP, definition, noise_key, problem
 
-from dllm_fast.kernels import linear, reference
+from dllm_fast.kernels import linear, reference_rounded
 from dllm_fast.kernels import predict as kernel
 from dllm_fast.kernels.predict import predict
 
@@ -36,7 +36,7 @@ def test_e4m3_weights(path, device, widened):
     for shape, confidence in (((1, 300, 40), "margin"), ((19, 130, 100), "entropy")):
         hidden, weight, bias = problem(*shape, torch.bfloat16, device)
         weight *= torch.logspace(-3, 0, shape[1], device=device)[:, None]  # each row has its own scale
-        weight8, scale = reference.round_rows(weight)
+        weight8, scale = reference_rounded.round_rows(weight)
         options = {"mask_id": MASK, "confidence": confidence, "temperature": 0.7, **noise_key(shape[0], device)}
         if shape[0] == 19:
             options |= {"uncond": problem(19, 1, 100, torch.bfloat16, device, seed=5)[0], "cfg_scale": 1.5}
@@ -54,7 +54,7 @@ def test_e4m3_weights(path, device, widened):
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=("fp32", "fp16"))
 def test_e4m3_weights_under_other_rows_are_streamed(dtype, device):
     hidden, weight, bias = problem(5, 257, 30, dtype, device)
-    weight8, scale = reference.round_rows(weight)
+    weight8, scale = reference_rounded.round_rows(weight)
     token, score, lse = predict(hidden, weight8, bias, scale[:, 0], mask_id=MASK)
     truth = definition(hidden, weight8, bias, scale=scale[:, 0], mask_id=MASK)
     assert torch.equal(token, truth[0])

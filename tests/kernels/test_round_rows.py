@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from dllm_fast.kernels import reference
+from dllm_fast.kernels import reference_rounded
 from dllm_fast.kernels.round_rows import round_rows, split_rows
 
 
 def by_definition(x):
     """On the CPU, because PyTorch on a GPU multiplies by the rounded 1 / 448 instead of dividing."""
-    return (part.to(x.device) for part in reference.round_rows(x.cpu()))
+    return (part.to(x.device) for part in reference_rounded.round_rows(x.cpu()))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -52,7 +52,7 @@ def test_two_parts_are_a_bf16_row(shape, size, device):
     parts, scale = split_rows(x.to(device))
     assert all(
         torch.equal(found.cpu().float(), expected.float())
-        for found, expected in zip((parts, scale), reference.split_rows(x), strict=True)
+        for found, expected in zip((parts, scale), reference_rounded.split_rows(x), strict=True)
     )
     high, low = parts.cpu().double().unbind(1)
     error = (high + low / 16) * scale.cpu().double()[:, None] - x.double()

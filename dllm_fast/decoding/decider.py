@@ -1,0 +1,158 @@
+"""From the hidden states of a step to tokens: predict, commit, mask again."""
+
+import functools
+
+import torch
+
+from dllm_fast import ops
+from dllm_fast.decoding.live import Live
+from dllm_fast.decoding.options import Options
+from dllm_fast.decoding.remask import STAYS, Committed, ranks
+
+GOOD = 1 << 62  # in `Decider.bad`: no step of any block
+
+
+class Decider:
+    """The canvas of ``rows`` sequences of up to ``slots`` positions, the state of their live blocks, and decisions."""
+
+    def __init__(self, family, options: Options, rows: int, slots: int):
+        self.family, self.options, self.rows, self.slots = family, options, rows, slots
+        self.weight = family.head()[0]
+        device = self.device = self.weight.device
+        self.block_size = min(options.block_length, slots)
+        self.passes = options.passes
+        self.is_planned = not options.schedule.rule  # the schedule says beforehand how many a step commits
+        long = functools.partial(torch.zeros, dtype=torch.int64, device=device)
+        self.canvas = long((rows, slots))
+        self.open = torch.zeros((rows, slots), dtype=torch.bool, device=device)  # to be filled, or filled by us
+        self.pad, self.row, self.slot, self.quota = (long(rows) for _ in range(4))
+        self.number = long(rows)  # of each row's live block, among its blocks
+        self.budget = long(rows)  # positions of this block that may still be masked again
+        self.step, self.seed = long(1), long(1)
+        self.live = long(rows)  # positions of the row's block that can still change; 0 once it holds no [MASK]
+        self.bad = long(rows)  # number << 32 | step at which a candidate's logits first were NaN or infinite, or GOOD
+        self.fresh = torch.zeros((rows, self.block_size), dtype=torch.bool, device=device)  # committed by the last step
+        # Of each of the block's tokens, when it was committed, and when it was last evaluated.
+        self.committed_probability = torch.zeros((rows, self.block_size), dtype=torch.float32, device=device)
+        self.probability = torch.zeros_like(self.committed_probability)
+        self.offsets = torch.arange(self.block_size, device=device)
+
+    def _going(self) -> torch.Tensor | None:
+        """The rows that take part in the step, [B] bool; None: there is one row, which takes part in every step."""
+        if self.rows == 1:
+            return None
+        return self.quota > 0 if self.is_planned else self.live > 0
+
+    def _decide(self, hidden: torch.Tensor, live: Live | None = None, evaluated: torch.Tensor | None = None) -> None:
+        """From hidden states to tokens: predict, commit, remask.
+
+        They are [B * passes, T, d], of which the ``evaluated`` [B, T] bool count (None: all); or those of the
+        positions ``live``, [N, d].
+        """
+        mask_id, remask = self.options.mask_id, self.options.remask
+        if live is None:
+            first, *second = (half.flatten(0, 1) for half in hidden.chunk(self.passes))
+        elif self.passes == 2:
+            live, first, *second = live.halves(hidden)
+        else:
+            first, second = hidden, []
+        heads = first, second[0] if second else None
+        at = self.slot[:, None] + self.offsets  # [B, T]
+        block, ours = self.canvas.gather(1, at), self.open.gather(1, at)
+        candidate = (block == mask_id) & ours
+        # 1. Predict the candidates; a remask asks for the committed positions too.
+        token, score, lse = self._predict(heads, at, candidate if remask is None else ours, live)
+        # 2. Commit the schedule's choice of them.
+        chosen = self._commit(token, score, candidate, self.quota)
+        # 3. Mask committed ones again. A planned step commits as many others in their place.
+        if remask is not None:
+            current = torch.where(candidate, token, block)
+            probability = self._probability(heads, current, lse, live, evaluated)
+            if self.options.defer_tokens:  # a prediction that is held back takes no committed token's place
+                probability = probability.masked_fill(candidate & (score == float("-inf")), 0.0)
+            committed = ours & ~candidate
+            seen = Committed(committed, probability, self.committed_probability, candidate, chosen.sum(1))
+            masked_again = self._remask(seen, at)
+            if self.is_planned:
+                chosen = chosen | self._commit(token, score, candidate & ~chosen, masked_again)
+            self.committed_probability.copy_(torch.where(chosen, probability, self.committed_probability))
+        # 4. What the next step evaluates: what is masked, and what this step committed. The host reads how much.
+        if (going := self._going()) is not None:
+            chosen = torch.where(going[:, None], chosen, self.fresh)
+        self.fresh.copy_(chosen)
+        masked = (self.canvas.gather(1, at) == mask_id) & ours
+        self.live.copy_((masked | chosen).sum(1) * masked.any(1))
+
+    def _predict(
+        self, heads: tuple[torch.Tensor, torch.Tensor | None], at: torch.Tensor, wanted: torch.Tensor, live: Live | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Token and confidence [B, T] and log-sum-exp [B*T] of the positions ``wanted`` [B, T], which lie at slots
+        ``at``. Records the step at which logits first were NaN or infinite."""
+        o, (hidden, uncond) = self.options, heads
+        row, position = self.row[:, None].expand_as(at), at - self.pad[:, None]
+        if live is not None:
+            wanted, row, position = live.gather(wanted, False), live.gather(row, 0), live.gather(position, 0)
+        token, score, lse = ops.predict(
+            hidden,
+            *self.family.head_operands(),
+            candidate=wanted.flatten(),
+            mask_id=o.mask_id,
+            confidence=o.schedule.confidence or o.confidence,
+            temperature=o.temperature,
+            seed=self.seed,
+            step=self.step,
+            row=row.flatten().contiguous(),  # of one row it is a view without strides
+            position=position.flatten(),
+            uncond=uncond,
+            cfg_scale=o.cfg_scale,
+            banned=o.suppress_tokens,
+            deferred=o.defer_tokens,
+            impl=self.family.impl,
+        )
+        if live is not None:
+            token = live.spread(token, torch.full_like(at, o.mask_id))
+            score = live.spread(score, score.new_full(at.shape, float("-inf")))
+            lse = live.spread(lse, lse.new_zeros(at.shape)).flatten()
+        # lse - lse is 0, or NaN where lse is NaN or infinite; a position that is no candidate has lse 0.
+        fine = (lse - lse == 0).view_as(at).all(1)
+        self.bad.copy_(torch.minimum(self.bad, torch.where(fine, GOOD, (self.number << 32) + self.step)))
+        return token.view_as(at), score.view_as(at), lse
+
+    def _commit(self, token, score, candidate: torch.Tensor, quota: torch.Tensor) -> torch.Tensor:
+        """Write the candidates [B, T] that the schedule chooses, ``quota`` [B] of them if planned. Returns which."""
+        rule = {"count": quota} if self.is_planned else self.options.schedule.rule
+        return ops.commit(self.canvas, token, score, candidate, self.slot, **rule, impl=self.family.impl)
+
+    def _probability(
+        self, heads: tuple, token: torch.Tensor, lse: torch.Tensor, live: Live | None, evaluated: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The probabilities that the model gave to ``token`` [B, T] when they were last evaluated."""
+        o, (hidden, uncond) = self.options, heads
+        if live is not None:
+            token, lse = live.gather(token, 0), live.gather(lse, 0.0)
+        now = ops.token_probability(
+            hidden, *self.family.head_operands(), token=token.flatten(), lse=lse.flatten(), uncond=uncond,
+            cfg_scale=o.cfg_scale, deferred=[i for i in o.defer_tokens if i not in o.suppress_tokens],
+        ).float()  # fmt: skip
+        if live is not None:
+            now = live.spread(now, self.probability)
+        now = now.view_as(self.probability)
+        if evaluated is not None:
+            now = now.where(evaluated, self.probability)
+        if (going := self._going()) is not None:
+            now = now.where(going[:, None], self.probability)
+        self.probability.copy_(now)
+        return now
+
+    def _remask(self, seen: Committed, at: torch.Tensor) -> torch.Tensor:
+        """Mask the most urgent of the committed positions, within the bound that ends the block; how many, [B]."""
+        urgency = self.options.remask.urgency(seen)  # [B, T]
+        bound = seen.masked.sum(1) - seen.kept if self.is_planned else self.budget
+        if (going := self._going()) is not None:
+            bound = bound * going
+        again = (urgency > STAYS) & (ranks(urgency) < bound[:, None])
+        self.canvas.scatter_(1, at, self.canvas.gather(1, at).masked_fill(again, self.options.mask_id))
+        masked_again = again.sum(1)
+        if not self.is_planned:
+            self.budget.sub_(masked_again)
+        return masked_again

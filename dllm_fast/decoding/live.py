@@ -1,0 +1,63 @@
+"""The positions of a block that can still change, packed: with ``skip_committed`` a step evaluates no others."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from dllm_fast.families.rows import Packed
+
+LEAST = 64  # positions of the smallest recorded step; each size is twice the one before
+
+
+class Live(NamedTuple):
+    """N positions of B rows, row by row. Guidance's rows, which see the prompt masked, follow the others."""
+
+    packed: Packed
+    slot: torch.Tensor  # [N] int64; of one that is of no row, it lies behind the cache
+    place: torch.Tensor  # [N] int64: where in [B T], the rows' blocks; -1 for what is in none
+
+    def gather(self, x: torch.Tensor, default) -> torch.Tensor:
+        """Of each position, its x [B, T]; ``default`` where it is in no block. [N]"""
+        return torch.cat((x.flatten(), x.new_full((1,), default)))[self.place]
+
+    def spread(self, x: torch.Tensor, onto: torch.Tensor) -> torch.Tensor:
+        """``onto`` [B, T, ...], with x [N, ...] at the positions' places."""
+        flat = torch.cat((onto.flatten(0, 1), torch.zeros_like(onto[:1, 0])))
+        place = self.place.where(self.place >= 0, len(flat) - 1)
+        return flat.index_copy(0, place, x)[:-1].view_as(onto)
+
+    def halves(self, hidden: torch.Tensor) -> tuple["Live", torch.Tensor, torch.Tensor]:
+        """The rows without guidance's, and of hidden [N, d] their part and guidance's, [N / 2, d] each."""
+        row, first, most = self.packed
+        n, rows = len(hidden) // 2, len(first) // 2
+        at = torch.arange(n, device=hidden.device)
+        own = at < first[rows]
+        live = Live(Packed(row[:n], first[: rows + 1], most), self.slot[:n], self.place[:n].where(own, -1))
+        return live, hidden[:n], hidden[(at + first[rows]).clamp(max=len(hidden) - 1)]
+
+
+def sizes(most: int) -> list[int]:
+    """The numbers of positions for which a step is recorded, where there may be ``most``."""
+    found = [min(LEAST, most)]
+    while found[-1] < most:
+        found.append(min(2 * found[-1], most))
+    return found
+
+
+def pack(wanted: torch.Tensor, at: torch.Tensor, block: int, size: int, most: int, behind: int) -> Live:
+    """The positions ``wanted`` [B, W] bool, which lie at slots ``at`` [B, W], of rows whose first ``block`` columns are
+    their blocks. N is ``size``; what is left of it gets the slot ``behind``. Nothing is read on the host."""
+    rows, width = wanted.shape
+    count = wanted.sum(1).cumsum(0).clamp(max=size)  # [B]
+    column = torch.arange(width, device=at.device).expand_as(at)
+    row = torch.arange(rows, device=at.device)[:, None].expand_as(at)
+    place = torch.where(column < block, row * block + column, -1)
+    order = wanted.flatten().cumsum(0) - 1
+    order = torch.where(wanted.flatten() & (order < size), order, size)  # the others go to a cell behind the last
+
+    def packed(x: torch.Tensor, default: int) -> torch.Tensor:
+        return x.new_full((size + 1,), default).index_copy(0, order, x.flatten())[:-1]
+
+    # The cell behind the last takes in all others, so what is at its place before it is cut off does not matter.
+    return Live(Packed(packed(row, 0), F.pad(count, (1, 0)), most), packed(at, behind), packed(place, -1))

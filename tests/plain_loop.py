@@ -1,0 +1,151 @@
+"""The definition of ``skip_committed``: one sequence, the keys and values of its positions, no padding and no packing.
+
+A step evaluates the positions of its block that are masked, and those that the step before it committed, now with their
+tokens. What they attend to is every position's keys and values as they were last computed.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from dllm_fast.decoding.options import Options
+from dllm_fast.decoding.remask import STAYS, Committed
+from dllm_fast.decoding.request import plan_blocks
+from dllm_fast.families.family import Family
+from dllm_fast.kernels import reference
+
+
+class Memory:
+    """A model, and the keys and values [L, G, D] of each layer, as they were last computed."""
+
+    def __init__(self, family: Family, length: int):
+        self.family = family
+        shape = family.layers, length, family.kv_heads, family.head_dim
+        self.keys, self.values = torch.full(shape, torch.nan).double(), torch.full(shape, torch.nan).double()
+
+    def logits(self, ids: torch.Tensor, positions: list[int]) -> torch.Tensor:
+        """Evaluate ``ids`` [L] at ``positions``: their logits [N, V]."""
+        family, at = self.family, torch.tensor(positions)
+        x, delta = family._embed(ids[at][None]), None
+        for layer, block in enumerate(family.blocks):
+            y, x = family._norm(x, delta, block.attn_norm)
+            heads = family.heads, family.kv_heads, family.kv_heads
+            projected = torch.cat([F.linear(y, part.weight, part.bias) for part in family._qkv(block)], -1)
+            q, k, v = projected[0].unflatten(-1, (-1, family.head_dim)).split(heads, 1)  # [N, heads, D]
+            cos, sin = reference.rope_table(len(ids), family.head_dim, family.thetas[layer])
+            cos, sin = (table.double()[at][:, None] for table in (cos, sin))
+            q = reference.rotate(q, cos, sin)
+            self.keys[layer, at], self.values[layer, at] = reference.rotate(k, cos, sin), v
+            attended = self.attend(layer, q, at)
+            delta, x = family._after_attention(block, attended.flatten(1)[None], x, "torch")
+        weight, bias = family.head()
+        return F.linear(family._finish(x, delta)[0], weight, bias)
+
+    def attend(self, layer: int, q: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+        window, group = self.family.windows[layer], self.family.heads // self.family.kv_heads
+        keys, values = (x[layer].repeat_interleave(group, 1) for x in (self.keys, self.values))  # [L, H, D]
+        weight = torch.einsum("nhd,lhd->nhl", q, keys) * q.shape[-1] ** -0.5
+        if window is not None:
+            far = (at[:, None] - torch.arange(len(keys))).abs() > window
+            weight = weight.masked_fill(far[:, None], -torch.inf)
+        return torch.einsum("nhl,lhd->nhd", weight.softmax(-1), values)
+
+
+@dataclass
+class Found:
+    ids: torch.Tensor
+    nfe: int = 0
+    positions: int = 0
+
+
+@torch.no_grad()
+def run(family: Family, prompt: torch.Tensor, options: Options, row: int = 0) -> Found:
+    """Tokens of ``prompt`` [P] with the noise of ``row``; ``options`` are resolved."""
+    mask_id, size = options.mask_id, options.block_length
+    found = Found(torch.cat((prompt, prompt.new_full((options.gen_length,), mask_id))))
+    open_ = found.ids == mask_id
+    memories = [Memory(family, len(open_)) for _ in range(options.passes)]
+    blocks = plan_blocks(open_, size)
+    for number, (first, masked) in enumerate(blocks):
+        block = range(max(0, first), max(0, first) + min(size, len(open_)))
+        plan = options.schedule.counts(torch.tensor([masked]), torch.tensor([len(blocks)]), None)
+        fresh, when, now = [], {}, {}
+        budget, step = options.block_length, 0
+        while any(open_[i] and found.ids[i] == mask_id for i in block):
+            candidates = [i for i in block if open_[i] and found.ids[i] == mask_id]
+            # 1. What is evaluated.
+            if step:
+                suffix = range(block.stop, len(open_)) if options.runs_suffix else ()
+                positions = sorted({*candidates, *fresh, *suffix})
+            elif options.refresh.full(number):
+                positions = list(range(len(open_)))
+            else:
+                positions = _window(options, block, len(open_))
+            found.nfe += options.passes
+            found.positions += options.passes * len(positions)
+            prompts = found.ids, found.ids.masked_fill(~open_, mask_id)
+            each = [memory.logits(ids, positions) for memory, ids in zip(memories, prompts)]
+            z = each[0] if len(each) == 1 else each[1] + (options.cfg_scale + 1) * (each[0] - each[1])
+            z = dict(zip(positions, z))
+            # 2. What is predicted, and committed.
+            at = torch.tensor(candidates)
+            token, score, _ = reference.select(
+                torch.stack([z[i] for i in candidates]), mask_id,
+                confidence=options.schedule.confidence or options.confidence, temperature=options.temperature,
+                seed=options.seed, step=plan[step][0] if plan else step, row=torch.full_like(at, row), position=at,
+            )  # fmt: skip
+            quota = plan and plan[step][1]
+            chosen = _commit(found.ids, candidates, token, score, options.schedule.rule or {"count": quota})
+            # 3. What is masked again.
+            if options.remask:
+                predicted = {i: int(t) for i, t in zip(candidates, token)}
+                now |= {i: float(z[i].softmax(-1)[predicted.get(i, int(found.ids[i]))]) for i in block if i in z}
+                bound = len(candidates) - len(chosen) if plan else budget
+                again = _again(options, block, open_, candidates, chosen, now, when, bound)
+                found.ids[again] = mask_id
+                budget -= len(again)
+                if plan:
+                    rest = [n for n, i in enumerate(candidates) if i not in chosen]
+                    count = {"count": torch.tensor([len(again)])}
+                    chosen += _commit(found.ids, [candidates[n] for n in rest], token[rest], score[rest], count)
+                when |= {i: now[i] for i in chosen}
+            fresh, step = chosen, step + 1
+    return found
+
+
+def _window(options: Options, block: range, length: int) -> list[int]:
+    before, after = options.refresh.span(options.block_length)
+    before = min(before, length - len(block))
+    if options.runs_suffix:
+        return list(range(max(0, block.start - before), length))
+    size = min(before + len(block) + after, length)
+    begin = min(max(0, block.start - before), length - size)
+    return list(range(begin, begin + size))
+
+
+def _commit(ids: torch.Tensor, candidates: list[int], token, score, rule: dict) -> list[int]:
+    if not candidates:
+        return []
+    line = torch.full((1, len(candidates)), -1)
+    every = torch.ones_like(line, dtype=torch.bool)
+    chosen = reference.commit(line, token[None], score[None], every, torch.zeros(1, dtype=torch.int64), **rule)[0]
+    for n in chosen.nonzero()[:, 0].tolist():
+        ids[candidates[n]] = token[n]
+    return [candidates[n] for n in chosen.nonzero()[:, 0].tolist()]
+
+
+def _again(options, block, open_, candidates, chosen, now, when, bound) -> list[int]:
+    def of_block(value, dtype):
+        return torch.tensor([[value(i) for i in block]], dtype=dtype)
+
+    seen = Committed(
+        of_block(lambda i: bool(open_[i]) and i not in candidates, torch.bool),
+        of_block(lambda i: now.get(i, 0.0), torch.float32),
+        of_block(lambda i: when.get(i, 0.0), torch.float32),
+        of_block(lambda i: i in candidates, torch.bool),
+        torch.tensor([len(chosen)]),
+    )
+    urgency = options.remask.urgency(seen)[0]
+    order = urgency.argsort(descending=True, stable=True).tolist()
+    return [block[n] for n in order[:bound] if urgency[n] > STAYS]
