@@ -43,6 +43,7 @@ def prompts(lengths):
     ("llada", {"cache": "prefix", "refresh": Window(8, 2)}),
     ("modernbert", {"refresh": Every(2), "schedule": Threshold(0.02)}),
     ("llada", {"refresh": Drift(0.3), "remask": P2(1.0)}),
+    ("modernbert", {"cache": "prefix", "skip_committed": True, "cfg_scale": 0.5, "schedule": Threshold(0.02)}),
     ("llada", {"remask": ReMDM(0.7), "confidence": "margin"}),
     ("modernbert", {"schedule": Ancestral(12), "temperature": 1.0, "suppress_tokens": [3]}),
 ], ids=str)  # fmt: skip
