@@ -9,7 +9,7 @@ import torch
 from dllm_fast.decoding.options import OPTIONS, Options
 from dllm_fast.decoding.refresh import Refresh
 from dllm_fast.decoding.remask import Remask
-from dllm_fast.decoding.request import check_batch, check_token_types, plan_row
+from dllm_fast.decoding.request import check_batch, check_suffix, check_token_types, plan_row
 from dllm_fast.decoding.schedules import Schedule, Threshold
 from dllm_fast.decoding.server import Server
 from dllm_fast.decoding.values import require, whole
@@ -51,6 +51,7 @@ def generate(
     cache: str = "dual",
     refresh: str | Refresh = "block",
     remask: Remask | None = None,
+    suffix_length: int | None = None,
     skip_committed: bool = False,
     mask_id: int | None = None,
     eos_id: int | list[int] | tuple[int, ...] | None = None,
@@ -80,6 +81,8 @@ def generate(
         refresh: when stale keys and values are computed again: ``"block"``, at each block's first step; or `Every`,
             `Window`, `Drift`.
         remask: which committed tokens of the current block are masked again: `ReMDM`, `Verify`, `P2`; None: none.
+        suffix_length: evaluate and see only so many positions after the live block (DPad, arXiv:2508.14148); None: all.
+            Text that is given further on is not seen either.
         skip_committed: evaluate a position of the block once more when it has its token, and then no longer: its keys
             and values stay in the cache until the next refresh (dKV-Cache, arXiv:2505.15781). A ``remask`` sees its
             probability as it was then. Needs a cache.
@@ -122,6 +125,7 @@ def fill(model, family, pool, input_ids, attention_mask, options: Options, strea
     require(streamer is None or batch == 1, f"streamer: takes one row, and input_ids has {batch}")
     host = input_ids.cpu()
     rows = [plan_row(options, family, b, host[b, start[b] : end[b]]) for b in range(batch)]
+    check_suffix(options, rows)
     require(any(row.blocks for row in rows), "gen_length=0 and no [MASK] in input_ids: there is nothing to fill")
     sequences = torch.cat((host, host.new_zeros(batch, options.gen_length)), 1)
     for row in Server(model, family, pool, options, rows, batch, streamer).serve():
@@ -188,6 +192,7 @@ def generate_many(
     noise_rows = [whole(f"noise_rows[{index}]", row, 0, 32) for index, row in enumerate(noise_rows)]
     numbered = enumerate(zip(prompts, noise_rows, strict=True))
     rows = [plan_row(asked, family, n, prompt, f"prompts[{n}]", noise) for n, (prompt, noise) in numbered]
+    check_suffix(asked, rows)
     server = Server(model, family, bound_pool(model), asked, rows, batch_size)
     return _completions(server, len(rows), ordered, progress)
 

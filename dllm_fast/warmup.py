@@ -112,7 +112,7 @@ def _plan(options: Options, rows: list[Row]) -> Plan:
     row, refresh = rows[0], options.refresh
     found: dict[Step, int] = {}
     for number, (first, _) in enumerate(row.blocks):
-        steps = Steps.of(options, len(row.ids), max(0, first))
+        steps = Steps.of(options, len(row.ids), max(0, first), max(0, first))
         if not options.has_cache or refresh.full(number):
             found.setdefault(steps.full, number)
         elif not refresh.layerwise:
@@ -164,7 +164,7 @@ class _Work:
 def _take(engine: Engine, row: Row, kind: str, number: int) -> None:
     """A step of block ``number`` of rows like ``row``, which counts for none of them."""
     slot = row.slot(engine.slots, number)
-    steps = engine.steps(slot)
+    steps = engine.steps(slot, slot)
     engine.prepare(on_host([slot] * engine.rows), on_host([number] * engine.rows))
     engine.quota.zero_()
     engine.step.zero_()

@@ -24,8 +24,8 @@ class Memory:
         shape = family.layers, length, family.kv_heads, family.head_dim
         self.keys, self.values = torch.full(shape, torch.nan).double(), torch.full(shape, torch.nan).double()
 
-    def logits(self, ids: torch.Tensor, positions: list[int]) -> torch.Tensor:
-        """Evaluate ``ids`` [L] at ``positions``: their logits [N, V]."""
+    def logits(self, ids: torch.Tensor, positions: list[int], end: int) -> torch.Tensor:
+        """Evaluate ``ids`` [L] at ``positions``, which see those before ``end``: their logits [N, V]."""
         family, at = self.family, torch.tensor(positions)
         x, delta = family._embed(ids[at][None]), None
         for layer, block in enumerate(family.blocks):
@@ -37,14 +37,14 @@ class Memory:
             cos, sin = (table.double()[at][:, None] for table in (cos, sin))
             q = reference.rotate(q, cos, sin)
             self.keys[layer, at], self.values[layer, at] = reference.rotate(k, cos, sin), v
-            attended = self.attend(layer, q, at)
+            attended = self.attend(layer, q, at, end)
             delta, x = family._after_attention(block, attended.flatten(1)[None], x, "torch")
         weight, bias = family.head()
         return F.linear(family._finish(x, delta)[0], weight, bias)
 
-    def attend(self, layer: int, q: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+    def attend(self, layer: int, q: torch.Tensor, at: torch.Tensor, end: int) -> torch.Tensor:
         window, group = self.family.windows[layer], self.family.heads // self.family.kv_heads
-        keys, values = (x[layer].repeat_interleave(group, 1) for x in (self.keys, self.values))  # [L, H, D]
+        keys, values = (x[layer].repeat_interleave(group, 1) for x in (self.keys[:, :end], self.values[:, :end]))
         weight = torch.einsum("nhd,lhd->nhl", q, keys) * q.shape[-1] ** -0.5
         if window is not None:
             far = (at[:, None] - torch.arange(len(keys))).abs() > window
@@ -69,6 +69,7 @@ def run(family: Family, prompt: torch.Tensor, options: Options, row: int = 0) ->
     blocks = plan_blocks(open_, size)
     for number, (first, masked) in enumerate(blocks):
         block = range(max(0, first), max(0, first) + min(size, len(open_)))
+        end = len(open_) if options.suffix_length is None else min(len(open_), block.stop + options.suffix_length)
         plan = options.schedule.counts(torch.tensor([masked]), torch.tensor([len(blocks)]), None)
         fresh, when, now = [], {}, {}
         budget, step = options.block_length, 0
@@ -76,16 +77,16 @@ def run(family: Family, prompt: torch.Tensor, options: Options, row: int = 0) ->
             candidates = [i for i in block if open_[i] and found.ids[i] == mask_id]
             # 1. What is evaluated.
             if step:
-                suffix = range(block.stop, len(open_)) if options.runs_suffix else ()
+                suffix = range(block.stop, end) if options.runs_suffix else ()
                 positions = sorted({*candidates, *fresh, *suffix})
             elif options.refresh.full(number):
-                positions = list(range(len(open_)))
+                positions = list(range(end))
             else:
-                positions = _window(options, block, len(open_))
+                positions = _window(options, block, len(open_), end)
             found.nfe += options.passes
             found.positions += options.passes * len(positions)
             prompts = found.ids, found.ids.masked_fill(~open_, mask_id)
-            each = [memory.logits(ids, positions) for memory, ids in zip(memories, prompts)]
+            each = [memory.logits(ids, positions, end) for memory, ids in zip(memories, prompts)]
             z = each[0] if len(each) == 1 else each[1] + (options.cfg_scale + 1) * (each[0] - each[1])
             z = dict(zip(positions, z))
             # 2. What is predicted, and committed.
@@ -114,14 +115,16 @@ def run(family: Family, prompt: torch.Tensor, options: Options, row: int = 0) ->
     return found
 
 
-def _window(options: Options, block: range, length: int) -> list[int]:
+def _window(options: Options, block: range, length: int, end: int) -> list[int]:
     before, after = options.refresh.span(options.block_length)
     before = min(before, length - len(block))
+    if options.suffix_length is not None:
+        after = options.suffix_length
     if options.runs_suffix:
-        return list(range(max(0, block.start - before), length))
+        return list(range(max(0, block.start - before), end))
     size = min(before + len(block) + after, length)
     begin = min(max(0, block.start - before), length - size)
-    return list(range(begin, begin + size))
+    return list(range(begin, min(begin + size, end)))
 
 
 def _commit(ids: torch.Tensor, candidates: list[int], token, score, rule: dict) -> list[int]:

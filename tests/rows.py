@@ -62,6 +62,7 @@ def draw_request(rng: random.Random, rows=(3, 4), blocks=BLOCKS, most_blocks: in
     if options["cache"] != "none":
         window = Window(rng.choice([0, 1, block, block + 3, 40]), rng.choice([0, 1, 9, 40]))
         options["refresh"] = rng.choice(["block", Every(2), Every(3), window, window, *map(Drift, (0.1, 0.4, 0.9))])
+        options["suffix_length"] = rng.choice([None, None, 0, 3, block, 40])
         options["skip_committed"] = rng.random() < 0.5
     options["confidence"] = rng.choice(["probability", "margin", "entropy", "random"])
     limits = (-4.0, -3.0) if options["confidence"] == "entropy" else (0.05, 0.1, 0.3)
@@ -72,6 +73,9 @@ def draw_request(rng: random.Random, rows=(3, 4), blocks=BLOCKS, most_blocks: in
         ]
     )  # fmt: skip
     options["remask"] = rng.choice([None, None, ReMDM(0.7), Verify(0.2), P2(1.0)])
+    masks = [torch.cat((prompt == MASK, torch.ones(options["gen_length"], dtype=torch.bool))) for prompt in prompts]
+    if not all(any(first + block < len(mask) for first, _ in plan_blocks(mask, block)) for mask in masks):
+        options["suffix_length"] = None  # nothing follows a block
     options["temperature"] = rng.choice([0.0, 0.0, 0.5, 1.0])
     options["cfg_scale"] = rng.choice([0.0, 0.0, 1.5])
     options["seed"] = rng.randrange(100)

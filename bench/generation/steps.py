@@ -223,7 +223,7 @@ def main(arguments: list[str] | None = None) -> int:
             dllm_fast.generate(model, ids, gen_length=256, block_length=32, schedule=dllm_fast.Uniform(16))
     engine = next(iter(bound_pool(model)._engines.values()))
     engine.slot.fill_(engine.slots - 64)
-    kinds = engine.steps(engine.slots - 64)
+    kinds = engine.steps(engine.slots - 64, engine.slots - 64)
     engine.quota.fill_(2)
     rows = 32 * options.batch
     ways = {"before": (None, False, 0), "before, chained": (None, True, 0)}

@@ -31,6 +31,7 @@ from dllm_fast.decoding.options import Options
 from dllm_fast.decoding.steps import Counts, Rows, Step, Steps
 from dllm_fast.families.cache import BlockCache
 
+WHOLE = 64  # the length of a recorded full forward is a multiple of it
 ARRIVALS = 4096  # tiles of 128 output channels: as wide as a layer's linears get
 
 
@@ -51,7 +52,7 @@ class Engine(Decider):
         self.start = self.pad if padded else None
         self.unpadded = False  # no row is padded, and PyTorch's attention serves that: full steps then pass no range
         # Rows at different slots are computed to a common length; what overruns lands in the spare slots.
-        self.end = torch.full_like(self.pad, slots) if spare else None
+        self.end = torch.full_like(self.pad, slots) if spare or options.suffix_length is not None else None
         self.cache = None
         if options.has_cache:
             width = self.weight.shape[1] if options.refresh.layerwise else 0
@@ -110,7 +111,7 @@ class Engine(Decider):
         # A row shorter than a block has its block begin in the padding.
         self.firsts = [max(0, s - self.slots + n) for s, n in zip(slot.tolist(), self.lengths, strict=True)]
         self.prepare(slot, number)
-        steps = self.steps(int(slot.min()))
+        steps = self.steps(int(slot.min()), int(slot.max()))
         if planned is not None:
             plan = upload(torch.stack([count for _, count in planned]), self.device)  # [steps, B]
             numbers: Iterable[int] = [step for step, _ in planned]
@@ -150,9 +151,9 @@ class Engine(Decider):
                 if not bool(going.any()):
                     break
 
-    def steps(self, first: int) -> Steps:
-        """The steps of a block that begins at slot ``first`` or, in some rows, after it."""
-        return Steps.of(self.options, self.slots, first)
+    def steps(self, first: int, last: int) -> Steps:
+        """The steps of blocks that begin at slots from ``first`` to ``last``."""
+        return Steps.of(self.options, self.slots, first, last, WHOLE if self.graphs.enabled else 1)
 
     def prepare(self, slot: torch.Tensor, number: torch.Tensor) -> None:
         """Begin block ``number`` [B] of each row at its ``slot`` [B], both on the host."""
@@ -160,6 +161,11 @@ class Engine(Decider):
         self.slot.copy_(upload(slot, self.device))
         self.number.copy_(upload(number, self.device))
         self.budget.fill_(self.options.block_length)
+        self.ends = [self.slots] * self.rows
+        if self.options.suffix_length is not None:
+            seen = (slot + self.block_size + self.options.suffix_length).clamp(max=self.slots)
+            self.ends = seen.tolist()
+            self.end.copy_(upload(seen, self.device))
         self.committed_probability.zero_()
         self.live.fill_(self.block_size)
 
@@ -201,7 +207,7 @@ class Engine(Decider):
         would have computed alone."""
         full = self.passes if step.whole else 0
         for row in going.nonzero()[:, 0].tolist():
-            length = self.lengths[row]
+            length = self.lengths[row] - self.slots + self.ends[row]  # of what it sees
             own = min(step.length, length)
             if self.options.runs_suffix and not step.whole:
                 own = length - max(0, self.firsts[row] - step.before)
@@ -213,7 +219,7 @@ class Engine(Decider):
         """The step that evaluates of the rows ``going`` only what can still change, if there is one."""
         if not self.options.skip_committed or step.refreshes:
             return step
-        suffix = self.slots - self.slot_on_host - self.block_size if self.options.runs_suffix else 0
+        suffix = on_host(self.ends) - self.slot_on_host - self.block_size if self.options.runs_suffix else 0
         own = torch.where(going, live + suffix, 0)  # [B]
         if not self.graphs.enabled:
             return dataclasses.replace(step, packed=int(own.sum()) * self.passes, most=int(own.max()))
@@ -272,7 +278,10 @@ class Engine(Decider):
         begin = self._begin(step).repeat(self.passes)[index]
         at = begin[:, None] + torch.arange(step.length, device=self.device)  # [N, W]
         row = torch.arange(len(index), device=self.device)[:, None]
-        seen = (at < self.slots) & (at >= self.pad.repeat(self.passes)[index][:, None])  # [N, W]
+        last = self.slots
+        if self.options.suffix_length is not None:  # what a block sees for the first time has no old values
+            last = (self.slot + self.block_size).repeat(self.passes)[index][:, None]
+        seen = (at < last) & (at >= self.pad.repeat(self.passes)[index][:, None])  # [N, W]
         layers = []
         for layer in range(self.family.layers):
             old_values = old.buffers[layer, 1][row, at].flatten(2).float()  # [N, W, G*D]
@@ -312,7 +321,7 @@ class Engine(Decider):
         if index is not None:
             canvas, cache, rows = canvas[index], cache.rows(index), rows.select(index)
         # 2. The slots: which ids are computed, and which of them are the block.
-        ids = canvas
+        ids = canvas[:, : step.length]
         if not step.whole:
             at = rows.begin[:, None] + torch.arange(step.length, device=self.device)
             ids = canvas.gather(1, at.clamp(max=self.slots - 1))
@@ -330,7 +339,8 @@ class Engine(Decider):
         at = self.slot[:, None] + torch.arange(step.length, device=self.device)
         block = at[:, : self.block_size]
         masked = (self.canvas.gather(1, block) == self.options.mask_id) & self.open.gather(1, block)
-        wanted = torch.cat((masked | self.fresh, at[:, self.block_size :] < self.slots), 1)
+        end = self.slots if self.end is None else self.end[:, None]
+        wanted = torch.cat((masked | self.fresh, at[:, self.block_size :] < end), 1)
         if going is not None:
             wanted = wanted & going[:, None]
         wanted, at = wanted.repeat(self.passes, 1), at.repeat(self.passes, 1)

@@ -8,7 +8,17 @@ import torch
 from dllm_fast.decoding.refresh import Every, Refresh
 from dllm_fast.decoding.remask import Remask
 from dllm_fast.decoding.schedules import Schedule, Threshold
-from dllm_fast.decoding.values import Checked, checked, finite, is_whole, one_kind, one_of, require, whole
+from dllm_fast.decoding.values import (
+    Checked,
+    checked,
+    finite,
+    is_whole,
+    one_kind,
+    one_of,
+    require,
+    whole,
+    whole_or_none,
+)
 from dllm_fast.kernels.checks import CONFIDENCES
 
 CACHES = ("none", "prefix", "dual")
@@ -32,6 +42,7 @@ class Options(Checked):
     cache: str = checked(one_of, CACHES, default="dual")
     refresh: Refresh = checked(one_kind, Refresh, "one of 'block', Every, Window, Drift", default=Every(1))
     remask: Remask | None = checked(one_kind, Remask | None, "one of ReMDM, Verify, P2", default=None)
+    suffix_length: int | None = checked(whole_or_none, default=None)
     skip_committed: bool = checked(one_kind, bool, "True or False", default=False)
     mask_id: int | None = None
     eos_id: Ids = field(default=None, compare=False)

@@ -120,6 +120,14 @@ def check_batch(ids, mask, device: torch.device) -> tuple[torch.Tensor, torch.Te
     return start, end
 
 
+def check_suffix(options: Options, rows: list[Row]) -> None:
+    """Raise ValueError for a ``suffix_length`` where no block has anything after it."""
+    bounded = options.suffix_length is not None
+    there = any(first + options.block_length < len(row.ids) for row in rows for first, _ in row.blocks)
+    useless = f"suffix_length={options.suffix_length}: nothing follows the only block; gen_length={options.gen_length}"
+    require(not bounded or there or all(row.done for row in rows), f"{useless}, block_length={options.block_length}")
+
+
 def check_token_types(token_type_ids: torch.Tensor | None) -> None:
     """Raise ValueError if ``token_type_ids`` tell anything apart."""
     plain = token_type_ids is None or not torch.as_tensor(token_type_ids, device="cpu").any()

@@ -15,7 +15,7 @@ class Step:
 
     length: how many.
     before: how many slots before the block they begin, but never before the row.
-    whole: all of them, in a full forward; else these against the cache.
+    whole: all that are seen, in a full forward; else these against the cache.
     refreshes: a block begins with it, and the cache takes in every row; else only the rows that go.
     packed: if above 0, only so many positions in all: those that can still change, of the rows that go.
     most: of these, one row's at most.
@@ -42,17 +42,23 @@ class Steps(NamedTuple):
     block: Step
 
     @classmethod
-    def of(cls, options: Options, slots: int, first: int) -> "Steps":
-        """In an engine of ``slots``, for blocks that begin at slot ``first`` or, in other rows, after it."""
+    def of(cls, options: Options, slots: int, first: int, last: int, multiple: int = 1) -> "Steps":
+        """In an engine of ``slots``, for blocks that begin at slots from ``first`` to ``last``. The length of a full
+        forward is a multiple of ``multiple``, or all slots."""
         block = min(options.block_length, slots)
         before, after = options.refresh.span(block)
         before = min(before, slots - block)
+        whole, suffix = slots, slots - first - block  # after the first row's block
+        if options.suffix_length is not None:
+            whole = min(slots, -(-(last + block + options.suffix_length) // multiple) * multiple)
+            suffix = min(suffix, options.suffix_length)
+            after = options.suffix_length  # what a block sees for the first time is computed when it begins
         if options.runs_suffix:
-            block = slots - first
+            block += suffix
             window = before + block
         else:
             window = min(before + block + after, slots)
-        return cls(Step(slots, whole=True, refreshes=True), Step(window, before, refreshes=True), Step(block))
+        return cls(Step(whole, whole=True, refreshes=True), Step(window, before, refreshes=True), Step(block))
 
 
 class Rows(NamedTuple):

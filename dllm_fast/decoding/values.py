@@ -30,6 +30,10 @@ def whole(name: str, value: Any, least: int = 1, bits: int | None = None) -> int
     return int(value)
 
 
+def whole_or_none(name: str, value: Any) -> int | None:
+    return None if value is None else whole(name, value, 0)
+
+
 def real(name: str, value: Any, wanted: str, good: Callable[[float], bool]) -> float:
     """``value`` as a float: a number that is ``good``, which NaN never is; ``wanted`` says it in words."""
     number = math.nan
