@@ -67,9 +67,13 @@ def run(family: Family, prompt: torch.Tensor, options: Options, row: int = 0) ->
     open_ = found.ids == mask_id
     memories = [Memory(family, len(open_)) for _ in range(options.passes)]
     blocks = plan_blocks(open_, size)
+    end = 0
     for number, (first, masked) in enumerate(blocks):
         block = range(max(0, first), max(0, first) + min(size, len(open_)))
-        end = len(open_) if options.suffix_length is None else min(len(open_), block.stop + options.suffix_length)
+        reached, end = (
+            end,
+            len(open_) if options.suffix_length is None else min(len(open_), block.stop + options.suffix_length),
+        )
         plan = options.schedule.counts(torch.tensor([masked]), torch.tensor([len(blocks)]), None)
         fresh, when, now = [], {}, {}
         budget, step = options.block_length, 0
@@ -82,7 +86,7 @@ def run(family: Family, prompt: torch.Tensor, options: Options, row: int = 0) ->
             elif options.refresh.full(number):
                 positions = list(range(end))
             else:
-                positions = _window(options, block, len(open_), end)
+                positions = sorted({*_window(options, block, len(open_), end), *range(reached, end)})
             found.nfe += options.passes
             found.positions += options.passes * len(positions)
             prompts = found.ids, found.ids.masked_fill(~open_, mask_id)
@@ -119,7 +123,7 @@ def _window(options: Options, block: range, length: int, end: int) -> list[int]:
     before, after = options.refresh.span(options.block_length)
     before = min(before, length - len(block))
     if options.suffix_length is not None:
-        after = options.suffix_length
+        after = min(after, options.suffix_length)
     if options.runs_suffix:
         return list(range(max(0, block.start - before), end))
     size = min(before + len(block) + after, length)

@@ -44,15 +44,18 @@ class Engine(Decider):
     def __init__(self, family, options: Options, rows: int, slots: int, spare: int, padded: bool):
         super().__init__(family, options, rows, slots)
         device = self.device
-        self.counts = [Counts() for _ in range(rows)]  # of each row in the last block
-        self.lengths = [slots] * rows  # of each row's sequence, which ends at the last slot
-        self.firsts = [0] * rows  # each row's position at which its live block begins
-        self.idle = [False] * rows  # rows that nobody waits for
+        # Of each row, on the host.
+        self.lengths = on_host([slots] * rows)  # of its sequence, which ends at the last slot
+        self.tally = torch.zeros(rows, 3, dtype=torch.float64, device="cpu")  # of the last block, as in `Counts`
+        self.idle = torch.zeros(rows, dtype=torch.bool, device="cpu")  # whether nobody waits for it
+        self.ends = self.reached = on_host([slots] * rows)  # one past the last slot that it sees, and saw before
+        self.own: dict[str, torch.Tensor] = {}  # positions that a row computes at a step of each kind, [B]
         # Without padding there is no range to pass, and attention takes its unmasked path.
         self.start = self.pad if padded else None
         self.unpadded = False  # no row is padded, and PyTorch's attention serves that: full steps then pass no range
         # Rows at different slots are computed to a common length; what overruns lands in the spare slots.
         self.end = torch.full_like(self.pad, slots) if spare or options.suffix_length is not None else None
+        self.seen = torch.full_like(self.pad, slots)  # where `end` was in the block before
         self.cache = None
         if options.has_cache:
             width = self.weight.shape[1] if options.refresh.layerwise else 0
@@ -77,10 +80,10 @@ class Engine(Decider):
             open_[b, row.pad(self.slots) :] = row.open
         self.canvas.copy_(upload(canvas, self.device))
         self.open.copy_(upload(open_, self.device))
-        self.lengths = [len(row.ids) for row in rows]
-        self.idle = [row.done for row in rows]
+        self.lengths = on_host([len(row.ids) for row in rows])
+        self.idle = on_host([row.done for row in rows], torch.bool)
         attention_shape = self.family.heads, self.family.kv_heads, self.family.head_dim, self.slots
-        filled = self.end is None and min(self.lengths) == self.slots
+        filled = self.end is None and int(self.lengths.min()) == self.slots
         self.unpadded = filled and attentions.serves(self.device, self.weight.dtype, *attention_shape)
         self.pad.copy_(upload(on_host([row.pad(self.slots) for row in rows]), self.device))
         self.row.copy_(upload(on_host([row.noise for row in rows]), self.device))
@@ -96,6 +99,7 @@ class Engine(Decider):
         if self.cache is not None and not self.options.refresh.full(1):
             index = other._doubled(upload(on_host(stayed), self.device))
             self.cache.take_over(other.cache, index, other.slots - self.slots, self.slots)
+            self.ends = other.ends[stayed] - (other.slots - self.slots)
 
     def block(
         self,
@@ -107,17 +111,16 @@ class Engine(Decider):
     ) -> None:
         """Fill one block of every row."""
         # 1. The block's buffers, counts and steps.
-        self.counts = [Counts() for _ in range(self.rows)]
-        # A row shorter than a block has its block begin in the padding.
-        self.firsts = [max(0, s - self.slots + n) for s, n in zip(slot.tolist(), self.lengths, strict=True)]
+        self.tally.zero_()
         self.prepare(slot, number)
         steps = self.steps(int(slot.min()), int(slot.max()))
+        self.own = self._positions(steps, slot)
         if planned is not None:
             plan = upload(torch.stack([count for _, count in planned]), self.device)  # [steps, B]
             numbers: Iterable[int] = [step for step, _ in planned]
         else:
             numbers = range(self.block_size + (self.options.block_length if self.options.remask else 0))
-        going = ~on_host(self.idle, torch.bool)  # [B]
+        going = ~self.idle  # [B]
         begun = torch.zeros_like(full_rows)
         live = left = torch.zeros_like(slot) if planned is None else torch.stack([n for _, n in planned]).sum(0)
         for n, step_number in enumerate(numbers):
@@ -157,17 +160,36 @@ class Engine(Decider):
 
     def prepare(self, slot: torch.Tensor, number: torch.Tensor) -> None:
         """Begin block ``number`` [B] of each row at its ``slot`` [B], both on the host."""
-        self.slot_on_host = slot
         self.slot.copy_(upload(slot, self.device))
         self.number.copy_(upload(number, self.device))
         self.budget.fill_(self.options.block_length)
-        self.ends = [self.slots] * self.rows
         if self.options.suffix_length is not None:
-            seen = (slot + self.block_size + self.options.suffix_length).clamp(max=self.slots)
-            self.ends = seen.tolist()
-            self.end.copy_(upload(seen, self.device))
+            self.reached = self.ends
+            self.ends = (slot + self.block_size + self.options.suffix_length).clamp(max=self.slots)
+            self.seen.copy_(upload(self.reached, self.device))
+            self.end.copy_(upload(self.ends, self.device))
         self.committed_probability.zero_()
-        self.live.fill_(self.block_size)
+        self.live.copy_(upload(torch.where(self.idle, 0, self.block_size), self.device))
+
+    @property
+    def counts(self) -> list[Counts]:
+        """The forwards of each row in the last block."""
+        return [Counts(int(full), int(part), positions) for full, part, positions in self.tally.tolist()]
+
+    def _positions(self, steps: Steps, slot: torch.Tensor) -> dict[str, torch.Tensor]:
+        """By kind of step, how many positions each row would compute alone, [B]; of a block that begins at ``slot``."""
+        pad = self.slots - self.lengths
+        block = self.block_size - (pad - slot).clamp(min=0)  # a row shorter than a block has it begin in the padding
+        begin = torch.maximum(slot - steps.window.before, pad)
+        if self.options.runs_suffix:
+            suffix = self.ends - slot - self.block_size
+            return {"full": self.ends - pad, "window": self.ends - begin, "block": block + suffix, "live": suffix}
+        begin = begin.clamp(max=self.slots - steps.window.length)
+        stop = torch.minimum(begin + steps.window.length, self.ends)
+        window = stop - torch.maximum(begin, pad)
+        if self.options.suffix_length is not None:
+            window = window + (self.ends - torch.maximum(self.reached, stop)).clamp(min=0)
+        return {"full": self.ends - pad, "window": window, "block": block, "live": torch.zeros_like(pad)}
 
     # The kinds of step
 
@@ -178,52 +200,57 @@ class Engine(Decider):
             return steps.full
         if not bool(begins.any()):
             return steps.block
-        idle = on_host(self.idle, torch.bool)
-        if bool((begins & full_rows | idle).all()):
+        if bool((begins & full_rows | self.idle).all()):
             return steps.full
-        alike = bool((begins & ~full_rows | idle).all()) and not self.options.refresh.layerwise
+        alike = bool((begins & ~full_rows | self.idle).all()) and not self.options.refresh.layerwise
         return steps.window if alike else None
 
     def take_step(self, step: Step, going: torch.Tensor, live: torch.Tensor) -> None:
         """Take a step, through its graph where it is recorded; it counts for the rows ``going`` [B], of which ``live``
         [B] positions of the block can still change."""
-        step = self._packed(step, going, live)
-        self.take(step)
-        self._tally(step, going, live)
+        own = self._tally(step, going, live)
+        self.take(self._packed(step, own))
 
     def take(self, step: Step) -> None:
         """Take a step that counts for nobody."""
         self.graphs.run((step, step.whole and self.unpadded), functools.partial(self.run_step, step))
 
     def recorded(self, step: Step) -> list[Step]:
-        """The steps that are recorded for ``step``: with ``skip_committed`` one for each number of positions."""
-        if not self.options.skip_committed or step.refreshes:
+        """The steps that are recorded for ``step``: where positions are packed, one for each number of them."""
+        if not self._packs(step):
             return [step]
-        most = self.rows * self.passes * step.length
-        return [dataclasses.replace(step, packed=size, most=step.length) for size in sizes(most)]
+        length = step.length + self.block_size * step.refreshes  # with what a block sees for the first time
+        most = min(length, self.slots)
+        return [dataclasses.replace(step, packed=size, most=most) for size in sizes(self.rows * self.passes * most)]
 
-    def _tally(self, step: Step, going: torch.Tensor, live: torch.Tensor, share: float = 1.0) -> None:
-        """Add a step through a ``share`` of the layers to the counts of the rows ``going``: the positions that each
-        would have computed alone."""
-        full = self.passes if step.whole else 0
-        for row in going.nonzero()[:, 0].tolist():
-            length = self.lengths[row] - self.slots + self.ends[row]  # of what it sees
-            own = min(step.length, length)
-            if self.options.runs_suffix and not step.whole:
-                own = length - max(0, self.firsts[row] - step.before)
-            if step.packed:
-                own += int(live[row]) - min(self.block_size, length)
-            self.counts[row].add(Counts(full, self.passes - full, self.passes * own * share))
+    def _packs(self, step: Step) -> bool:
+        """Whether the step evaluates some positions of each row: those that can still change; or a window, and what is
+        seen for the first time."""
+        if step.refreshes:
+            return self.options.suffix_length is not None and not step.whole and not self.options.runs_suffix
+        return self.options.skip_committed
 
-    def _packed(self, step: Step, going: torch.Tensor, live: torch.Tensor) -> Step:
-        """The step that evaluates of the rows ``going`` only what can still change, if there is one."""
-        if not self.options.skip_committed or step.refreshes:
+    def _tally(self, step: Step, going: torch.Tensor, live: torch.Tensor, share: float = 1.0) -> torch.Tensor:
+        """Add a step through a ``share`` of the layers to the counts of the rows ``going``. Returns how many positions
+        each would have computed alone, [B]."""
+        packed = self.options.skip_committed and not step.refreshes
+        own = torch.where(going, self.own["live"] + live if packed else self.own[step.kind], 0)
+        self.tally[:, 0 if step.whole else 1] += self.passes * going
+        self.tally[:, 2] += self.passes * share * own
+        return own
+
+    def _packed(self, step: Step, own: torch.Tensor) -> Step:
+        """The packed step that evaluates ``own`` [B] positions of each row, if there is one."""
+        if not self._packs(step):
             return step
-        suffix = on_host(self.ends) - self.slot_on_host - self.block_size if self.options.runs_suffix else 0
-        own = torch.where(going, live + suffix, 0)  # [B]
+        size, most = int(own.sum()) * self.passes, int(own.max())
         if not self.graphs.enabled:
-            return dataclasses.replace(step, packed=int(own.sum()) * self.passes, most=int(own.max()))
-        return next(one for one in self.recorded(step) if one.packed >= int(own.sum()) * self.passes)
+            return dataclasses.replace(step, packed=size, most=most)
+        fitting = [one for one in self.recorded(step) if one.packed >= size and one.most >= most]
+        if fitting:
+            return fitting[0]
+        # A block far behind the one before sees more for the first time than others do.
+        return dataclasses.replace(step, packed=self.rows * self.passes * self.slots, most=self.slots)
 
     def run_step(self, step: Step) -> None:
         """One forward of all rows, and what is kept of it."""
@@ -238,27 +265,26 @@ class Engine(Decider):
         """A step at which rows differ, [B] bool each: one forward a group, then one decision for all."""
         layers = self.family.layers
         hidden = self.weight.new_zeros(self.rows * self.passes, self.block_size, self.weight.shape[1])
-        evaluated = None
+        evaluated = torch.ones_like(self.fresh)  # [B, T]: the positions whose hidden states are new
         # 1. Rows in the middle of a block, then rows that begin one with a window. Of these, which layers drifted?
         from_layer = torch.full_like(begins, layers, dtype=torch.int64)  # of each row's full forward; ``layers``: none
         from_layer[begins & full_rows] = 0
         for step, group in ((steps.block, going & ~begins), (steps.window, begins & ~full_rows)):
             if not bool(group.any()):
                 continue
-            step = self._packed(step, group, live)
-            self._tally(step, group, live)
+            step = self._packed(step, self._tally(step, group, live))
+            index = self._doubled(upload(group.nonzero()[:, 0], self.device))
+            drifts = step.refreshes and self.options.refresh.layerwise
+            old = self.cache.rows(index) if drifts else None
             if step.packed:
                 on_device = upload(group, self.device)
                 own = self._live(step, on_device)
                 hidden = own.spread(self._live_hidden(own), hidden)
-                packed = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=self.device)
-                evaluated = own.spread(torch.ones_like(own.place, dtype=torch.bool), packed)[: self.rows]
-                evaluated = evaluated | ~on_device[:, None]
-                continue
-            index = self._doubled(upload(group.nonzero()[:, 0], self.device))
-            drifts = step.refreshes and self.options.refresh.layerwise
-            old = self.cache.rows(index) if drifts else None
-            hidden[index] = self.hidden(step, index)
+                places = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=self.device)
+                places = own.spread(torch.ones_like(own.place, dtype=torch.bool), places)[: self.rows]
+                evaluated = torch.where(on_device[:, None], places, evaluated)
+            else:
+                hidden[index] = self.hidden(step, index)
             if drifts:
                 from_layer[group] = self._drifted(step, old, index)
         # 2. Full forwards, from the first layer on or from the first that drifted.
@@ -336,15 +362,22 @@ class Engine(Decider):
 
     def _live(self, step: Step, going: torch.Tensor | None) -> Live:
         """The positions that the packed ``step`` evaluates, of the rows ``going`` [B] bool."""
-        at = self.slot[:, None] + torch.arange(step.length, device=self.device)
-        block = at[:, : self.block_size]
-        masked = (self.canvas.gather(1, block) == self.options.mask_id) & self.open.gather(1, block)
-        end = self.slots if self.end is None else self.end[:, None]
-        wanted = torch.cat((masked | self.fresh, at[:, self.block_size :] < end), 1)
+        end = (torch.full_like(self.pad, self.slots) if self.end is None else self.end)[:, None]
+        if step.refreshes:  # the window, and what is seen for the first time
+            at = torch.arange(self.slots, device=self.device).expand(self.rows, -1)
+            begin = self._begin(step)[:, None]
+            inside = (at >= torch.maximum(begin, self.pad[:, None])) & (at < begin + step.length)
+            wanted = (inside | (at >= self.seen[:, None])) & (at < end)
+        else:
+            at = self.slot[:, None] + torch.arange(step.length, device=self.device)
+            block = at[:, : self.block_size]
+            masked = (self.canvas.gather(1, block) == self.options.mask_id) & self.open.gather(1, block)
+            wanted = torch.cat((masked | self.fresh, at[:, self.block_size :] < end), 1)
         if going is not None:
             wanted = wanted & going[:, None]
+        offset = (at - self.slot[:, None]).repeat(self.passes, 1)  # in the block
         wanted, at = wanted.repeat(self.passes, 1), at.repeat(self.passes, 1)
-        return pack(wanted, at, self.block_size, step.packed, step.most, self.cache.buffers.shape[3])
+        return pack(wanted, at, offset, self.block_size, step.packed, step.most, self.cache.buffers.shape[3])
 
     def _live_hidden(self, live: Live) -> torch.Tensor:
         """What the LM head multiplies for the positions ``live``, [N, d]."""

@@ -45,14 +45,20 @@ def sizes(most: int) -> list[int]:
     return found
 
 
-def pack(wanted: torch.Tensor, at: torch.Tensor, block: int, size: int, most: int, behind: int) -> Live:
-    """The positions ``wanted`` [B, W] bool, which lie at slots ``at`` [B, W], of rows whose first ``block`` columns are
-    their blocks. N is ``size``; what is left of it gets the slot ``behind``. Nothing is read on the host."""
-    rows, width = wanted.shape
+def pack(
+    wanted: torch.Tensor,  # [B, W] bool
+    at: torch.Tensor,  # [B, W]: their slots
+    offset: torch.Tensor,  # [B, W]: from the first of the row's block on
+    block: int,  # the length of a block
+    size: int,  # N
+    most: int,  # of one row at most
+    behind: int,  # the slot of what is left of N
+) -> Live:
+    """The positions ``wanted``. Nothing is read on the host."""
+    rows = len(wanted)
     count = wanted.sum(1).cumsum(0).clamp(max=size)  # [B]
-    column = torch.arange(width, device=at.device).expand_as(at)
     row = torch.arange(rows, device=at.device)[:, None].expand_as(at)
-    place = torch.where(column < block, row * block + column, -1)
+    place = torch.where((offset >= 0) & (offset < block), row * block + offset, -1)
     order = wanted.flatten().cumsum(0) - 1
     order = torch.where(wanted.flatten() & (order < size), order, size)  # the others go to a cell behind the last
 

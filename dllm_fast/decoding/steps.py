@@ -52,7 +52,7 @@ class Steps(NamedTuple):
         if options.suffix_length is not None:
             whole = min(slots, -(-(last + block + options.suffix_length) // multiple) * multiple)
             suffix = min(suffix, options.suffix_length)
-            after = options.suffix_length  # what a block sees for the first time is computed when it begins
+            after = min(after, options.suffix_length)
         if options.runs_suffix:
             block += suffix
             window = before + block

@@ -1,0 +1,145 @@
+"""What it costs to evaluate fewer positions: ``python -m bench.quality.evaluated --plot evaluated.svg``
+
+`llada-steps` and `llada-sentences` answer held-out problems with ``skip_committed``, with ``suffix_length`` of a block,
+with both, and with neither, under several schedules and refreshes. The problems are the same each time, so answers are
+compared problem by problem. Positions are those that all forwards evaluate, prompts included. Ends with one JSON line.
+"""
+
+import argparse
+import datetime
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+
+import dllm_fast
+from bench import checkout, task
+from bench.quality.accuracy import wilson
+from bench.quality.claims import paired, points
+from bench.report import plots
+from dllm_fast.cli.view import print_table
+from dllm_fast.decoding.spelling import refresh_of, schedule_of
+
+MODELS = {"llada-steps": (task.STEPS, 16), "llada-sentences": (task.SENTENCES, 13)}  # and the length of a block
+SCHEDULES = ("uniform 2", "uniform 4", "factor=1", "threshold=0.9", "first-hitting")  # uniform: tokens a step
+REFRESHES = ("block", "window", "drift=0.2")  # window: the block before
+WAYS = ("all", "skip", "suffix", "both")
+
+
+@dataclass
+class Row:
+    """right: of each problem. positions: of a problem, over all its forwards. forwards: the mean."""
+
+    model: str
+    schedule: str
+    refresh: str
+    way: str
+    right: list[bool]
+    positions: float
+    forwards: float
+
+
+def options_of(way: str, schedule: str, refresh: str, tokens: int, block: int) -> dict:
+    """`dllm_fast.generate`'s arguments."""
+    given = {"gen_length": tokens, "block_length": block, "cache": "dual", "seed": 0}
+    if schedule.startswith("uniform "):
+        given["schedule"] = dllm_fast.Uniform(tokens // block * -(-block // int(schedule[-1])))
+    else:
+        given["schedule"] = schedule_of(schedule)
+    given["refresh"] = dllm_fast.Window(block) if refresh == "window" else refresh_of(refresh)
+    given["temperature"] = float(schedule == "first-hitting")
+    given["skip_committed"] = way in ("skip", "both")
+    given["suffix_length"] = block if way in ("suffix", "both") else None
+    return given
+
+
+def measure(model, tokenizer, found: list[tuple[str, str]], batch: int, **given) -> tuple[list[bool], float, float]:
+    """Which problems are answered right, and the positions and forwards of one."""
+    right, positions, forwards = [], 0, 0
+    for at in range(0, len(found), batch):
+        prompts, expected = zip(*found[at : at + batch], strict=True)
+        rows = tokenizer(list(prompts), return_tensors="pt", padding=True)
+        out = dllm_fast.generate(model, rows["input_ids"], rows["attention_mask"], **given)
+        got = tokenizer.batch_decode(out.sequences[:, rows["input_ids"].shape[1] :], skip_special_tokens=True)
+        right += [mine == its for mine, its in zip(got, expected, strict=True)]
+        positions += out.positions
+        forwards += sum(out.row_nfe)
+    return right, positions / len(found), forwards / len(found)
+
+
+def run(name: str, count: int, batch: int, schedules, refreshes, seed: int = 7) -> list[Row]:
+    about, block = MODELS[name]
+    model, tokenizer = task.load(name)
+    found = about.problems(count, seed, held_out=True)
+    return [
+        Row(name, schedule, refresh, way, *measure(
+            model, tokenizer, found, batch, **options_of(way, schedule, refresh, about.tokens, block)
+        ))
+        for schedule in schedules for refresh in refreshes for way in WAYS
+    ]  # fmt: skip
+
+
+def table(rows: list[Row]) -> list[list[str]]:
+    base = {(row.schedule, row.refresh): row for row in rows if row.way == "all"}
+    lines = []
+    for row in rows:
+        own = base[row.schedule, row.refresh]
+        low, high = wilson(sum(row.right), len(row.right))
+        outcomes = (torch.tensor(x, dtype=torch.float64) for x in (row.right, own.right))
+        lines.append([
+            row.schedule, row.refresh, row.way, f"{sum(row.right) / len(row.right):.1%} ({low:.1%} to {high:.1%})",
+            "" if row is own else points(paired(*outcomes)), f"{row.positions / own.positions:.0%}",
+            f"{row.forwards:.1f}",
+        ])  # fmt: skip
+    return lines
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    """Right answers against positions: one panel a model, one colour a way."""
+    with plt.rc_context(plots.style()):
+        figure, panels = plt.subplots(1, len(MODELS), figsize=(9, 3.6), sharey=True)
+        for axes, name in zip(panels, MODELS, strict=True):
+            for way in WAYS:
+                own = [row for row in rows if (row.model, row.way) == (name, way)]
+                axes.scatter(
+                    [row.positions for row in own], [sum(r.right) / len(r.right) for r in own], label=way, s=18
+                )
+            axes.set(title=name, xlabel="positions evaluated for an answer", ylim=(0, 1.02))
+            axes.set_xscale("log")
+            axes.grid(True)
+        panels[0].set_ylabel("problems answered right")
+        panels[0].legend()
+        figure.tight_layout()
+        figure.savefig(path, metadata={"Date": None})
+        plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0].split(":")[0])
+    parser.add_argument("--count", type=int, default=400, help="problems of each task")
+    parser.add_argument("--batch", type=int, default=50)
+    parser.add_argument("--schedules", nargs="+", default=SCHEDULES)
+    parser.add_argument("--refreshes", nargs="+", default=REFRESHES)
+    parser.add_argument("--plot", type=Path, help="write the curves to this file")
+    options = parser.parse_args()
+    print(f"{os.cpu_count()} CPU cores, {datetime.date.today()}, torch {torch.__version__}, commit {checkout.commit()}")
+    rows = []
+    for name, (about, block) in MODELS.items():
+        mine = run(name, options.count, options.batch, options.schedules, options.refreshes)
+        head = ["schedule", "refresh", "evaluated", "right", "against all", "positions", "forwards"]
+        print_table(
+            head, table(mine), f"{name}, {options.count} problems of {about.tokens} tokens in blocks of {block}"
+        )
+        rows += mine
+    if options.plot:
+        draw(rows, options.plot)
+    print(json.dumps({"bench": "evaluated", "count": options.count, "rows": [
+        asdict(row) | {"right": "".join("01"[x] for x in row.right)} for row in rows
+    ]}))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
