@@ -130,6 +130,8 @@ HONOURED_CASES = [  # fields, and the same as `dllm_fast.generate`'s arguments
     ({"cache": "prefix", "refresh": "window=4,0", "block_length": 4},
      {"cache": "prefix", "refresh": Window(4, 0), "block_length": 4}),
     ({"remask": "remdm=0.5", "schedule": Uniform(4)}, {"remask": ReMDM(0.5), "schedule": Uniform(4)}),
+    ({"skip_committed": True, "schedule": Uniform(4)}, {"skip_committed": True, "schedule": Uniform(4)}),
+    ({"suffix_length": 2, "block_length": 4}, {"suffix_length": 2, "block_length": 4}),
     ({"mask_id": 7, "suppress_tokens": [MASK]}, {"mask_id": 7, "suppress_tokens": [MASK]}),
     ({"num_return_sequences": 1}, {}),
     ({"return_dict_in_generate": True}, {}),

@@ -1,14 +1,17 @@
-"""``skip_committed``: the tokens, forwards and positions of the plain loop that defines it."""
+"""``skip_committed`` and ``suffix_length``: the tokens, forwards and positions of the plain loop that defines them."""
 
+import functools
 import random
+import re
 
 import plain_loop
 import pytest
+import torch
 from rows import batched, draw_request
-from tiny import MAKERS, MASK
+from tiny import EOS, MAKERS, MASK
 
 import dllm_fast
-from dllm_fast import Ancestral, Drift
+from dllm_fast import Ancestral, Drift, Threshold, Uniform, Window
 from dllm_fast.decoding.options import Options
 from dllm_fast.patch import bound_family
 
@@ -35,3 +38,51 @@ def test_tokens_of_the_plain_loop(name, seed):
     done, positions = batched(model, request)
     assert done == [(plain.ids.tolist(), plain.nfe) for plain in expected], str(request)
     assert positions == sum(plain.positions for plain in expected)
+
+
+def test_the_exact_positions_and_no_others():
+    """Three rows of 24 + 32 in four blocks of 8, by hand."""
+    model = dllm_fast.patch(MAKERS["llada"]())
+    ids = torch.randint(0, EOS, (3, 24), generator=torch.Generator().manual_seed(0))
+    run = functools.partial(dllm_fast.generate, model, ids, gen_length=32, block_length=8, schedule=Uniform(16))
+    later = 3 * 4 * ((6 + 2) + (4 + 2) + (2 + 2))  # rows, blocks, steps: masked ones, and the two of the step before
+    assert run(skip_committed=True).positions == 3 * 4 * 56 + later
+    assert run(skip_committed=True, cfg_scale=1.0).positions == 2 * (3 * 4 * 56 + later)
+    assert run(skip_committed=True, refresh=Window(8)).positions == 3 * (56 + 3 * 16) + later
+    whole = 3 * sum(24 + 8 * (block + 1) + 5 - max(0, 8 * (block + 1) + 5 - 32) for block in range(4))
+    assert run(suffix_length=5).positions == whole + 3 * 4 * 3 * 8
+    assert run(suffix_length=5, skip_committed=True).positions == whole + later
+    window = 3 * (24 + 13) + 3 * (3 * 16 + 5 + 5 + 0)  # the last of them are beyond the window, and come into sight
+    assert run(suffix_length=5, refresh=Window(8)).positions == window + 3 * 4 * 3 * 8
+    assert run(suffix_length=5, cache="none").positions == 4 * whole
+
+
+def test_a_long_suffix_is_all_of_it():
+    model = dllm_fast.patch(MAKERS["modernbert"]().double(), impl="torch")
+    ids = torch.randint(0, EOS, (2, 9), generator=torch.Generator().manual_seed(0))
+    options = {"gen_length": 24, "block_length": 8, "schedule": Threshold(0.02)}
+    for cache in ("none", "prefix", "dual"):
+        for refresh in ("block", Window(8, 3)) if cache != "none" else ("block",):
+            expected = dllm_fast.generate(model, ids, cache=cache, refresh=refresh, **options)
+            out = dllm_fast.generate(model, ids, cache=cache, refresh=refresh, suffix_length=100, **options)
+            assert torch.equal(out.sequences, expected.sequences) and out.positions == expected.positions
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"skip_committed": True, "cache": "none"}, "skip_committed=True: with cache='none'"),
+        ({"skip_committed": 1}, "skip_committed=1 is not True or False"),
+        ({"suffix_length": -1}, "suffix_length=-1 is not a whole number from 0 up"),
+        ({"suffix_length": 2.5}, "suffix_length=2.5 is not a whole number from 0 up"),
+        ({"suffix_length": 4, "gen_length": 8}, "suffix_length=4: nothing follows the only block; gen_length=8"),
+    ],
+)
+def test_refused(options, message):
+    model = dllm_fast.patch(MAKERS["llada"]())
+    ids = torch.zeros(1, 5, dtype=torch.int64)
+    given = {"gen_length": 16, "block_length": 8, **options}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        dllm_fast.generate(model, ids, **given)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        dllm_fast.generate_many(model, [ids[0]], **given)

@@ -23,6 +23,8 @@ from dllm_fast.generate import Output, generate
 from dllm_fast.loading import end_of_text, from_pretrained, load_tokenizer, shipped
 from dllm_fast.plain import generate_plain, is_plain, load_plain
 
+CACHED = ("cache", "refresh", "remask", "suffix_length", "skip_committed")  # `generate_plain` has none of these
+
 
 def add_model_options(add) -> None:
     """The options of `load`, except ``--model``."""
@@ -49,7 +51,10 @@ def load(args: argparse.Namespace, plain: bool = False):
     if args.model in shipped() and args.dtype is None and args.device == "cpu":
         dtype = torch.float32  # the files are bf16, which most CPUs only emulate
     if plain:
-        given = {"--weights": args.weights, "--remask": args.remask, "--impl": args.impl.replace("auto", "")}
+        given = {
+            "--weights": args.weights, "--remask": args.remask, "--impl": args.impl.replace("auto", ""),
+            "--skip-committed": args.skip_committed, "--suffix-length": args.suffix_length is not None,
+        }  # fmt: skip
         if wrong := [name for name, value in given.items() if value]:
             raise ValueError(f"{', '.join(wrong)}: {args.model} is sampled by a plain loop, which has no such option")
         model = load_plain(args.model, dtype, args.device)
@@ -107,7 +112,7 @@ def run_generate(args: argparse.Namespace) -> int:
     options["defer_tokens"] = token_ids("--defer-tokens", args.defer_tokens, tokenizer)
     options |= {"mask_id": mask_id, "eos_id": eos_ids}
     if plain:
-        options = {name: value for name, value in options.items() if name not in ("cache", "refresh", "remask")}
+        options = {name: value for name, value in options.items() if name not in CACHED}
     run = generate_plain if plain else generate
     for prompt in prompts:
         # A BERT was trained on texts that begin with [CLS].
@@ -175,6 +180,8 @@ def parser() -> argparse.ArgumentParser:
     add("--cache", choices=CACHES)
     add("--refresh", type=refresh_of, help="block, every=BLOCKS, window=BEFORE,AFTER or drift=TAU")
     add("--remask", type=remask_of, help="remdm=ETA, verify=THRESHOLD or p2=ETA")
+    add("--suffix-length", type=int, metavar="N", help="evaluate and see only N positions after the live block")
+    add("--skip-committed", action="store_true", help="evaluate a token once more when it is there, then no longer")
     add_held_back(add)
     add("--mask-id", type=int, help="default: the model's own")
     add("--seed", type=int)

@@ -304,10 +304,12 @@ class Engine(Decider):
         begin = self._begin(step).repeat(self.passes)[index]
         at = begin[:, None] + torch.arange(step.length, device=self.device)  # [N, W]
         row = torch.arange(len(index), device=self.device)[:, None]
-        last = self.slots
+        last = torch.full_like(self.slot, self.slots)
         if self.options.suffix_length is not None:  # what a block sees for the first time has no old values
-            last = (self.slot + self.block_size).repeat(self.passes)[index][:, None]
-        seen = (at < last) & (at >= self.pad.repeat(self.passes)[index][:, None])  # [N, W]
+            last = self.slot + self.block_size
+        seen = (at < last.repeat(self.passes)[index][:, None]) & (
+            at >= self.pad.repeat(self.passes)[index][:, None]
+        )  # [N, W]
         layers = []
         for layer in range(self.family.layers):
             old_values = old.buffers[layer, 1][row, at].flatten(2).float()  # [N, W, G*D]
