@@ -157,7 +157,7 @@ class Completion:
 def generate_many(
     model: torch.nn.Module,
     prompts: Iterable[torch.Tensor | list[int]],
-    batch_size: int = 8,
+    batch_size: int | str = 8,
     ordered: bool = True,
     progress: bool | Callable[[int, int], None] = False,
     noise_rows: Iterable[int] | None = None,
@@ -172,7 +172,8 @@ def generate_many(
     Args:
         model: a patched LLaDA or ModernBERT.
         prompts: ids [P] each, int64 tensors or lists.
-        batch_size: rows evaluated together.
+        batch_size: rows evaluated together. ``"auto"``: as many as fit into nine tenths of the free memory, up to 256.
+            If that turns out to be too many, half of them go on, with a warning and the same tokens.
         ordered: yield in the prompts' order; else as they are completed.
         progress: True shows a bar (tqdm); a callable is given (done, total).
         noise_rows: a number from 0 to 2^32 - 1 for each prompt: the row that its noise is a function of, beside the
@@ -185,7 +186,7 @@ def generate_many(
     """
     family, model = bound_family(model), unwrapped(model)
     asked = Options.of_call("generate_many", options).resolved(model, family)
-    batch_size = whole("batch_size", batch_size)
+    seats = None if batch_size == "auto" else whole("batch_size", batch_size)
     prompts = list(prompts)
     noise_rows = range(len(prompts)) if noise_rows is None else list(noise_rows)
     require(len(noise_rows) == len(prompts), f"noise_rows: {len(noise_rows)} for {len(prompts)} prompts")
@@ -193,7 +194,7 @@ def generate_many(
     numbered = enumerate(zip(prompts, noise_rows, strict=True))
     rows = [plan_row(asked, family, n, prompt, f"prompts[{n}]", noise) for n, (prompt, noise) in numbered]
     check_suffix(asked, rows)
-    server = Server(model, family, bound_pool(model), asked, rows, batch_size)
+    server = Server(model, family, bound_pool(model), asked, rows, seats)
     return _completions(server, len(rows), ordered, progress)
 
 

@@ -31,7 +31,7 @@ from dllm_fast.decoding.options import Options
 from dllm_fast.decoding.steps import Counts, Rows, Step, Steps
 from dllm_fast.families.cache import BlockCache
 
-WHOLE = 64  # the length of a recorded full forward is a multiple of it
+WHOLE = 64  # a recorded full forward begins and ends at a multiple of it
 ARRIVALS = 4096  # tiles of 128 output channels: as wide as a layer's linears get
 
 
@@ -156,7 +156,8 @@ class Engine(Decider):
 
     def steps(self, first: int, last: int) -> Steps:
         """The steps of blocks that begin at slots from ``first`` to ``last``."""
-        return Steps.of(self.options, self.slots, first, last, WHOLE if self.graphs.enabled else 1)
+        start = self.slots - int(self.lengths.max())
+        return Steps.of(self.options, self.slots, first, last, start, WHOLE if self.graphs.enabled else 1)
 
     def prepare(self, slot: torch.Tensor, number: torch.Tensor) -> None:
         """Begin block ``number`` [B] of each row at its ``slot`` [B], both on the host."""
@@ -325,7 +326,7 @@ class Engine(Decider):
     def _begin(self, step: Step) -> torch.Tensor:
         """The first slot that a step computes, [B]."""
         if step.whole:
-            return torch.zeros_like(self.slot)
+            return torch.full_like(self.slot, step.begin)
         if not step.refreshes:
             return self.slot
         # Where a row begins, not where its padding does: a window that would reach beyond is moved to the right.
@@ -349,15 +350,19 @@ class Engine(Decider):
         if index is not None:
             canvas, cache, rows = canvas[index], cache.rows(index), rows.select(index)
         # 2. The slots: which ids are computed, and which of them are the block.
-        ids = canvas[:, : step.length]
+        ids = canvas[:, step.begin : step.begin + step.length]
         if not step.whole:
             at = rows.begin[:, None] + torch.arange(step.length, device=self.device)
             ids = canvas.gather(1, at.clamp(max=self.slots - 1))
         block = None if step.length == self.block_size else (rows.slot - rows.begin)[:, None] + self.offsets
         # 3. The forward, which writes to the cache.
-        begin = None if cache is None else rows.begin
+        begin = rows.begin
+        start, end = rows.start, rows.end
+        if cache is None:  # the ids are the whole sequence
+            begin = None
+            start, end = (None if x is None else x - step.begin for x in (start, end))
         with ops.counting(self.arrivals):
-            hidden = self.family.hidden(ids, rows.start, rows.end, cache, begin, block, from_layer, rows.kept)
+            hidden = self.family.hidden(ids, start, end, cache, begin, block, from_layer, rows.kept)
         if index is not None:
             self.cache.put(index, cache)
         return hidden

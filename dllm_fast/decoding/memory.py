@@ -7,6 +7,8 @@ import torch
 
 from dllm_fast.decoding.options import Options
 
+SHARE = 0.9  # of what is free that ``batch_size="auto"`` fills
+ROWS = 256  # with more than that, steps are bound by arithmetic everywhere, and memory is all that rows cost
 LOGITS = 256  # rows of fp32 logits that are held at once where there is no fused kernel
 
 
@@ -44,6 +46,16 @@ def fits(family, options: Options, rows: int, slots: int, spare: int, held: int)
     """Whether a batch of this shape fits into what is free, less ``held`` bytes; True if that is unknown."""
     there = available(family.head()[0].device)
     return there is None or need(family, options, rows, slots, spare) <= there - held
+
+
+def most_rows(family, options: Options, rows: int, slots: int, spare: int) -> int:
+    """How many rows, up to ``rows`` and `ROWS`, fit into `SHARE` of what is free; at least 1."""
+    there = available(family.head()[0].device)
+    rows = min(rows, ROWS)
+    if there is None:
+        return rows
+    fitting = [n for n in range(1, rows + 1) if need(family, options, n, slots, spare) <= SHARE * there]
+    return max(fitting, default=1)
 
 
 def require_memory(family, options: Options, rows: int, slots: int, spare: int) -> None:

@@ -42,6 +42,11 @@ class Row:
             self.ids[after & self.open] = int(self.ids[end]) if pad_id is None else pad_id
             self.next = len(self.blocks)
 
+    def restart(self) -> None:
+        """As it was before its first block."""
+        self.ids = self.ids.masked_fill(self.open, self.mask_id)
+        self.next, self.counts = 0, Counts()
+
     @property
     def done(self) -> bool:
         return self.next == len(self.blocks)

@@ -9,6 +9,7 @@ waits for the host.
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -16,7 +17,7 @@ import torch
 from dllm_fast.decoding.device import as_written, on_host
 from dllm_fast.decoding.engine import Engine
 from dllm_fast.decoding.graphs import records
-from dllm_fast.decoding.memory import fits, require_memory
+from dllm_fast.decoding.memory import fits, most_rows, require_memory
 from dllm_fast.decoding.options import Options
 from dllm_fast.decoding.pool import Pool
 from dllm_fast.decoding.request import Row
@@ -36,7 +37,8 @@ def rounded_up(slots: int) -> int:
 class Server:
     """Seats rows in an engine and runs it block by block."""
 
-    def __init__(self, model, family, pool: Pool, options: Options, rows: list[Row], seats: int, streamer=None):
+    def __init__(self, model, family, pool: Pool, options: Options, rows: list[Row], seats: int | None, streamer=None):
+        """``seats`` None: as many as fit into memory, and half as many each time that this turns out to be too many."""
         self.family, self.pool, self.parameters = family, pool, list(model.parameters())
         self.device, self.options = family.head()[0].device, options
         self.finished = [row for row in rows if row.done]  # nothing to fill
@@ -47,6 +49,10 @@ class Server:
         self.key: tuple | None = None
         self.recorded = records(self.device, family.impl)
         self.stream = None if streamer is None else Stream(streamer, rows[0])
+        self.automatic = seats is None
+        if seats is None:
+            pool.clear()  # what it keeps is not free
+            seats = most_rows(family, options, *self._plan(self.waiting, len(self.waiting))[:3]) if self.waiting else 0
         self.seats = min(seats, len(self.waiting))
         if self.seats:
             self._require_memory(self._plan(self.waiting, self.seats))
@@ -57,9 +63,13 @@ class Server:
         while self.waiting or not all(row.done for row in self.going):
             # The buffers of an engine that is kept are ordinary tensors, whatever mode the call comes in.
             with torch.inference_mode(False), torch.no_grad(), as_written(self.device), self.pool.lock:
-                if not self.going or any(row.done for row in self.going):
-                    self._seat()
-                self._block()
+                handed_out = [row.index for row in self.going if row.done]
+                try:
+                    if not self.going or handed_out:
+                        self._seat()
+                    self._block()
+                except (torch.OutOfMemoryError, MemoryError) as error:
+                    self._halve(error, handed_out)
             yield from (row for row in self.going if row.done)
         if self.engine is not None:
             self.pool.give(self.key, self.engine)
@@ -123,6 +133,24 @@ class Server:
             self.key = key
             self.engine.seed.fill_(self.options.seed)
         self.engine.load(self.seated)
+
+    def _halve(self, error: Exception, handed_out: list[int]) -> None:
+        """Begin the seated rows but those ``handed_out`` again in half as many seats, after ``error``, which is raised
+        where that is not asked for or not possible. A row's tokens depend on nothing else, so they are the same."""
+        if not self.automatic or self.seats == 1:
+            raise error
+        warnings.warn(
+            f"batch_size='auto': no memory for {self.seats} rows, going on with {self.seats // 2}", stacklevel=2
+        )
+        self.seats //= 2
+        unfinished = [row for row in self.going if row.index not in handed_out]
+        for row in unfinished:
+            row.restart()
+        self.waiting = sorted(unfinished + self.waiting, key=lambda row: -len(row.ids))
+        self.seated, self.going, self.engine = [], [], None
+        self.pool.clear()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _stay(self, rows: list[Row]) -> list[int]:
         """The seats to keep: the taken ones and, where steps are recorded, empty ones until half the seats will do."""

@@ -16,6 +16,7 @@ class Step:
     length: how many.
     before: how many slots before the block they begin, but never before the row.
     whole: all that are seen, in a full forward; else these against the cache.
+    begin: the slot at which a full forward begins, before which every row is padding.
     refreshes: a block begins with it, and the cache takes in every row; else only the rows that go.
     packed: if above 0, only so many positions in all: those that can still change, of the rows that go.
     most: of these, one row's at most.
@@ -24,6 +25,7 @@ class Step:
     length: int
     before: int = 0
     whole: bool = False
+    begin: int = 0
     refreshes: bool = False
     packed: int = 0
     most: int = 0
@@ -42,9 +44,9 @@ class Steps(NamedTuple):
     block: Step
 
     @classmethod
-    def of(cls, options: Options, slots: int, first: int, last: int, multiple: int = 1) -> "Steps":
-        """In an engine of ``slots``, for blocks that begin at slots from ``first`` to ``last``. The length of a full
-        forward is a multiple of ``multiple``, or all slots."""
+    def of(cls, options: Options, slots: int, first: int, last: int, start: int = 0, multiple: int = 1) -> "Steps":
+        """In an engine of ``slots``, for blocks that begin at slots from ``first`` to ``last``, of rows that begin at
+        ``start`` or after it. A full forward begins and ends at a multiple of ``multiple``, or at the last slot."""
         block = min(options.block_length, slots)
         before, after = options.refresh.span(block)
         before = min(before, slots - block)
@@ -58,7 +60,9 @@ class Steps(NamedTuple):
             window = before + block
         else:
             window = min(before + block + after, slots)
-        return cls(Step(whole, whole=True, refreshes=True), Step(window, before, refreshes=True), Step(block))
+        start = start // multiple * multiple
+        full = Step(whole - start, whole=True, begin=start, refreshes=True)
+        return cls(full, Step(window, before, refreshes=True), Step(block))
 
 
 class Rows(NamedTuple):

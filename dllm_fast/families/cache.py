@@ -49,6 +49,12 @@ class BlockCache:
             x = x.where(kept[:, None, None], states[row, slots])
         states[row, slots] = x
 
+    def state(self, layer: int, slot: torch.Tensor, length: int) -> torch.Tensor:
+        """What `keep_state` kept for ``layer`` at ``length`` slots from ``slot`` [B] on."""
+        assert self.states is not None
+        row = torch.arange(len(slot), device=slot.device)[:, None]
+        return self.states[layer][row, slot[:, None] + torch.arange(length, device=slot.device)]
+
     def rows(self, index: torch.Tensor) -> "BlockCache":
         """A copy of the batch rows ``index`` [N]."""
         part = object.__new__(BlockCache)

@@ -161,7 +161,7 @@ class Family(ABC):
         position = slot if begin is None or padding_counts else (slot if slot is not None else 0) - begin
         # A row that is not kept writes behind the buffers, where nothing is stored.
         write_at = slot if kept is None else slot.where(kept, slots)
-        x = self._embed(input_ids) if from_layer == 0 else cache.states[from_layer][:, : input_ids.shape[1]].clone()
+        x = self._embed(input_ids) if from_layer == 0 else cache.state(from_layer, slot, input_ids.shape[1])
         delta = None
         for layer, block in enumerate(self.blocks[from_layer:], from_layer):
             window = self.windows[layer]
