@@ -51,6 +51,14 @@ PIECES = {
     "steps-head": (150, "-m bench.generation.steps --weights fp8 --head fp8 --quick"),
     "floors": (60, "-m bench.floors"),
     "engine": (480, f"{ENGINE} --refresh window=32,0 --weights fp8{PEERS}"),
+    "throughput": (
+        360,
+        "-m bench.generation.throughput --model llada-8b --dtype bfloat16 --batch 1 8 32 --rounds 1 --force",
+    ),
+    "gsm8k": (
+        360,
+        "-m bench.generation.gsm8k --batch 64 --refresh window=32,0 --skip-committed --suffix-length 32 --weights fp8",
+    ),
     "engine-int4": (240, f"{ENGINE} --refresh window=32,0 --weights int4 --only {INT4}"),
     "fp32": (300, FP32),
     "cold": (120, "-m bench.generation.cold --shape llada-8b"),

@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--model", choices=SHAPES, default="cpu-768")
     parser.add_argument("--lengths", nargs="+", default=["768+256"], metavar="PROMPT+ANSWER")
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
-    parser.add_argument("--suffix", type=int, default=64, help="suffix_length, where it is bounded")
+    parser.add_argument("--suffix", type=int, default=32, help="suffix_length, where it is bounded")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")

@@ -100,8 +100,9 @@ def table(rows: list[Row]) -> list[list[str]]:
 def draw(rows: list[Row], path: Path) -> None:
     """Right answers against positions: one panel a model, one colour a way."""
     with plt.rc_context(plots.style()):
-        figure, panels = plt.subplots(1, len(MODELS), figsize=(9, 3.6), sharey=True)
-        for axes, name in zip(panels, MODELS, strict=True):
+        names = list(dict.fromkeys(row.model for row in rows))
+        figure, panels = plt.subplots(1, len(names), figsize=(9, 3.6), sharey=True, squeeze=False)
+        for axes, name in zip(panels[0], names, strict=True):
             for way in WAYS:
                 own = [row for row in rows if (row.model, row.way) == (name, way)]
                 axes.scatter(
@@ -110,8 +111,8 @@ def draw(rows: list[Row], path: Path) -> None:
             axes.set(title=name, xlabel="positions evaluated for an answer", ylim=(0, 1.02))
             axes.set_xscale("log")
             axes.grid(True)
-        panels[0].set_ylabel("problems answered right")
-        panels[0].legend()
+        panels[0, 0].set_ylabel("problems answered right")
+        panels[0, 0].legend()
         figure.tight_layout()
         figure.savefig(path, metadata={"Date": None})
         plt.close(figure)
