@@ -1,8 +1,11 @@
 """The PyTorch path of `ops`: at most twice the error, against fp64, of the plain definition in the same dtype."""
 
+import importlib.metadata
+
 import pytest
 import torch
 from needs import needs_triton
+from torch.torch_version import TorchVersion
 
 from dllm_fast import launchers, ops
 from dllm_fast.cpu import compiled
@@ -230,6 +233,9 @@ def test_auto_is_triton_on_cards_that_the_kernels_are_compiled_for(name, monkeyp
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: asked.append(device) or CARDS[name])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     tested = name in ("A100", "A10", "RTX 4090", "H100", "B200", "RTX 5090")
+    if name == "B200" and TorchVersion(importlib.metadata.version("triton")) < "3.6":
+        assert "needs Triton 3.6" in ops.auto(torch.device("cuda:1"), torch.bfloat16)[1]
+        return
     second = torch.device("cuda:1")
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         assert ops.resolve("auto", second, dtype) == ("triton" if tested else "torch")

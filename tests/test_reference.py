@@ -327,6 +327,7 @@ def test_every_function_on_any_device(monkeypatch):
         sin,
         reference.attention(q, kv, kv, rows, rows, rows, window=2),
         reference.visible_slots(4, 9, rows, rows, rows, 2),
+        reference.attention(q[:, :1], kv, kv, rows, rows, rows, first=on(3, dtype=torch.int64)),
         *reference.predict(on(2, 8), on(50, 8), mask_id=49, temperature=0.5, row=rows, position=rows),
         reference.guided(on(2, 8), on(2, 8), 1.0),
         reference.uniform(1, 2, rows, rows),

@@ -132,7 +132,7 @@ def _rope(
     slot: torch.Tensor | None,  # [B] int64: buffer slot of each row's first query
     keys: torch.Tensor,  # [R, S, G, D], written in place
     values: torch.Tensor | None,  # [R, S, G, D], written in place
-    to_row: torch.Tensor | None,  # [B] int64: which of the buffers' rows; None: each its own
+    to_row: torch.Tensor | None = None,  # [B] int64: which of the buffers' rows; None: each its own
 ) -> torch.Tensor:
     _check_float("q", q, 4)
     batch, queries, heads, head_dim = q.shape
@@ -166,7 +166,7 @@ def _rotated(q, k, cos, sin, position):
 
 _rope_op = _define(
     "cpu_rope(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor? position, Tensor? slot, Tensor(a!) keys, "
-    "Tensor(b!) values, Tensor? row) -> Tensor",
+    "Tensor(b!) values, Tensor? row=None) -> Tensor",
     _rope,
     lambda q, *rest: q.new_empty(q.shape),
 )

@@ -13,7 +13,9 @@ def _strides(**axes):
     return {f"{name}_stride_{axis}": "i32:16" for name, letters in axes.items() for axis in letters}
 
 
-def attention_case(config, itemsize, dim, group=1, window=False, split=False, archs=tuple(SHARED_LIMIT)) -> Case:
+def attention_case(
+    config, itemsize, dim, group=1, window=False, split=False, packed=False, archs=tuple(SHARED_LIMIT)
+) -> Case:
     bm, bn, warps, stages, masked = config
     bd = max(16, triton.next_power_of_2(dim))
     kind = TYPES[itemsize]
@@ -25,8 +27,11 @@ def attention_case(config, itemsize, dim, group=1, window=False, split=False, ar
     signature |= dict.fromkeys(("queries", "slots", "kv_heads", "splits", "rows", "window"), "i32")
     constexprs = {"D": dim, "GROUP": group, "WINDOW": window, "MASKED": masked, "SPLIT": split}
     constexprs |= {} if split else dict.fromkeys(shared)
+    constexprs |= {"PACKED": packed} if packed else {"PACKED": packed, "first_ptr": None}
+    signature |= {"first_ptr": "*i64"} if packed else {}
+    ways = " window" * window + " split" * split + " packed" * packed
     return Case(
-        f"attention {kind[1:]} D={dim} {bm}x{bn}" + " window" * window + " split" * split + f" group={group}",
+        f"attention {kind[1:]} D={dim} {bm}x{bn}{ways} group={group}",
         attention._attention_kernel,
         signature | {"scale": "fp32"},
         constexprs | {"BM": bm, "BN": bn, "BD": bd},
@@ -43,9 +48,11 @@ def _attention():
         yield attention_case(few, 2, 64, window=True, archs=archs)
         yield attention_case(few, 2, 64, split=True, archs=archs)
         yield attention_case(many, 2, 64, archs=archs)
+        yield attention_case(few, 2, 64, window=True, packed=True, archs=archs)
         few, many = attention.CONFIGS[2, 128, big]
         yield attention_case(few, 2, 128, split=True, archs=archs)
         yield attention_case(few, 2, 128, group=4, archs=archs)
+        yield attention_case(few, 2, 128, split=True, packed=True, archs=archs)
         yield attention_case(few, 2, 96, window=True, archs=archs)
         yield attention_case(many, 2, 128, archs=archs)
         yield attention_case(many, 2, 96, split=True, archs=archs)
@@ -62,7 +69,9 @@ def _rope():
     signature |= dict.fromkeys(("queries", "slots", "positions", "heads", "kv_heads"), "i32")
     for half in (32, 64):
         constexprs = {"HALF": half, "BH": rope.PAIRS // half, "BHALF": half}
-        yield Case(f"rope D={2 * half}", rope._rope_kernel, signature, constexprs, rope.WARPS)
+        yield Case(f"rope D={2 * half}", rope._rope_kernel, signature, constexprs | {"row_ptr": None}, rope.WARPS)
+        packed = signature | {"row_ptr": "*i64"}
+        yield Case(f"rope D={2 * half} packed", rope._rope_kernel, packed, constexprs, rope.WARPS)
 
 
 def _norm():
@@ -89,11 +98,12 @@ ROPE |= {"keys_ptr": "*bf16", "values_ptr": "*bf16"} | dict.fromkeys(("queries",
 
 def _epilogues():
     """What a matmul of few rows ends with: name, signature and constants."""
-    none = dict.fromkeys(ROPE) | {"HALF": 0}
+    none = dict.fromkeys(ROPE) | {"HALF": 0, "row_ptr": None}
     yield "", {}, none | {"GATED": False}
     yield " gated", {}, none | {"GATED": True}
     for half in (32, 64):
-        yield f" rope D={2 * half}", ROPE, {"HALF": half, "GATED": False}
+        yield f" rope D={2 * half}", ROPE, {"HALF": half, "GATED": False, "row_ptr": None}
+    yield " rope D=128 packed", ROPE | {"row_ptr": "*i64"}, {"HALF": 64, "GATED": False}
 
 
 def _linear():
