@@ -108,12 +108,11 @@ def draw(rows: list[Row], path: Path) -> None:
                 axes.scatter(
                     [row.positions for row in own], [sum(r.right) / len(r.right) for r in own], label=way, s=18
                 )
-            axes.set(title=name, xlabel="positions evaluated for an answer", ylim=(0, 1.02))
-            axes.set_xscale("log")
+            axes.set(title=name, xlabel="positions evaluated for an answer")
+            axes.set_xlim(left=0)
             axes.grid(True)
         panels[0, 0].set_ylabel("problems answered right")
         panels[0, 0].legend()
-        figure.tight_layout()
         figure.savefig(path, metadata={"Date": None})
         plt.close(figure)
 
