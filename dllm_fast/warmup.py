@@ -164,8 +164,7 @@ class _Work:
 def _take(engine: Engine, row: Row, kind: str, number: int) -> None:
     """A step of block ``number`` of rows like ``row``, which counts for none of them."""
     slot = row.slot(engine.slots, number)
-    steps = engine.steps(slot, slot)
-    engine.prepare(on_host([slot] * engine.rows), on_host([number] * engine.rows))
+    steps = engine.prepare(on_host([slot] * engine.rows), on_host([number] * engine.rows))
     engine.quota.zero_()
     engine.step.zero_()
     nobody = on_host([False] * engine.rows, torch.bool)

@@ -31,7 +31,7 @@ from dllm_fast.decoding.options import Options
 from dllm_fast.decoding.steps import Counts, Rows, Step, Steps
 from dllm_fast.families.cache import BlockCache
 
-WHOLE = 64  # a recorded full forward begins and ends at a multiple of it
+WHOLE = 64  # a recorded full forward ends at a multiple of it
 ARRIVALS = 4096  # tiles of 128 output channels: as wide as a layer's linears get
 
 
@@ -112,9 +112,7 @@ class Engine(Decider):
         """Fill one block of every row."""
         # 1. The block's buffers, counts and steps.
         self.tally.zero_()
-        self.prepare(slot, number)
-        steps = self.steps(int(slot.min()), int(slot.max()))
-        self.own = self._positions(steps, slot)
+        steps = self.prepare(slot, number)
         if planned is not None:
             plan = upload(torch.stack([count for _, count in planned]), self.device)  # [steps, B]
             numbers: Iterable[int] = [step for step, _ in planned]
@@ -156,11 +154,12 @@ class Engine(Decider):
 
     def steps(self, first: int, last: int) -> Steps:
         """The steps of blocks that begin at slots from ``first`` to ``last``."""
-        start = self.slots - int(self.lengths.max())
-        return Steps.of(self.options, self.slots, first, last, start, WHOLE if self.graphs.enabled else 1)
+        if self.graphs.enabled:  # rows of other lengths share a recording
+            return Steps.of(self.options, self.slots, first, last, 0, WHOLE)
+        return Steps.of(self.options, self.slots, first, last, min(first, self.slots - int(self.lengths.max())))
 
-    def prepare(self, slot: torch.Tensor, number: torch.Tensor) -> None:
-        """Begin block ``number`` [B] of each row at its ``slot`` [B], both on the host."""
+    def prepare(self, slot: torch.Tensor, number: torch.Tensor) -> Steps:
+        """Begin block ``number`` [B] of each row at its ``slot`` [B], both on the host. Returns its steps."""
         self.slot.copy_(upload(slot, self.device))
         self.number.copy_(upload(number, self.device))
         self.budget.fill_(self.options.block_length)
@@ -171,6 +170,9 @@ class Engine(Decider):
             self.end.copy_(upload(self.ends, self.device))
         self.committed_probability.zero_()
         self.live.copy_(upload(torch.where(self.idle, 0, self.block_size), self.device))
+        steps = self.steps(int(slot.min()), int(slot.max()))
+        self.own = self._positions(steps, slot)
+        return steps
 
     @property
     def counts(self) -> list[Counts]:

@@ -45,8 +45,8 @@ class Steps(NamedTuple):
 
     @classmethod
     def of(cls, options: Options, slots: int, first: int, last: int, start: int = 0, multiple: int = 1) -> "Steps":
-        """In an engine of ``slots``, for blocks that begin at slots from ``first`` to ``last``, of rows that begin at
-        ``start`` or after it. A full forward begins and ends at a multiple of ``multiple``, or at the last slot."""
+        """In an engine of ``slots``, for blocks that begin at slots from ``first`` to ``last``. A full forward begins at
+        ``start``, before which is padding, and ends at a multiple of ``multiple`` or at the last slot."""
         block = min(options.block_length, slots)
         before, after = options.refresh.span(block)
         before = min(before, slots - block)
@@ -60,7 +60,6 @@ class Steps(NamedTuple):
             window = before + block
         else:
             window = min(before + block + after, slots)
-        start = start // multiple * multiple
         full = Step(whole - start, whole=True, begin=start, refreshes=True)
         return cls(full, Step(window, before, refreshes=True), Step(block))
 
