@@ -45,8 +45,11 @@ class Steps(NamedTuple):
 
     @classmethod
     def of(cls, options: Options, slots: int, first: int, last: int, start: int = 0, multiple: int = 1) -> "Steps":
-        """In an engine of ``slots``, for blocks that begin at slots from ``first`` to ``last``. A full forward begins at
-        ``start``, before which is padding, and ends at a multiple of ``multiple`` or at the last slot."""
+        """In an engine of ``slots``, for blocks that begin at slots from ``first`` to ``last``.
+
+        A full forward begins at ``start``, before which is padding, and ends at a multiple of ``multiple`` or at the
+        last slot.
+        """
         block = min(options.block_length, slots)
         before, after = options.refresh.span(block)
         before = min(before, slots - block)
