@@ -187,7 +187,7 @@ def rope(q, k, v, cos, sin, position=None, slot=None, keys=None, values=None, ro
     """`reference.rope`, returning (q, keys, values).
 
     Without buffers it returns the rotated k, and v itself. ``position`` defaults to 0. All slots must be inside the
-    buffers, unless ``outside`` allows rows that are behind them.
+    buffers, unless ``outside`` allows rows that are behind them; where ``row`` is given, single positions may be.
     """
     if impl == "triton":
         zero = torch.zeros(q.shape[0], dtype=torch.int64, device=q.device)
@@ -209,7 +209,6 @@ def rope(q, k, v, cos, sin, position=None, slot=None, keys=None, values=None, ro
     if row is not None:
         source = stored(slot, keys.shape[1])
         k, v, row, slot = k[source], v[source], row[source], slot[source]
-        outside = False
     row = (torch.arange(q.shape[0], device=q.device) if row is None else row)[:, None]
     slots = slot[:, None] + torch.arange(q.shape[1], device=q.device)
     if outside:

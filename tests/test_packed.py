@@ -3,6 +3,7 @@
 import packs
 import pytest
 import torch
+from needs import needs_cpp
 from test_compiled import assert_as_exact
 
 from dllm_fast import ops
@@ -48,14 +49,14 @@ def test_rope(name, dtype, impl):
     mine = packs.rope_inputs(packs.SHAPES[name], dtype)
     eager, exact = [x.clone() for x in mine], [x.double() if x.is_floating_point() else x.clone() for x in mine]
     truth, expected = reference.rope(*exact), reference.rope(*eager)
-    q, keys, values = ops.rope(*mine, outside=True, impl=impl)
+    q, keys, values = ops.rope(*mine, impl=impl)
     assert keys is mine[7] and values is mine[8]
     assert_as_exact(q, expected, truth)
     assert_as_exact(keys, eager[7], exact[7])
     assert torch.equal(values, eager[8])
 
 
-@pytest.mark.skipif(bool(compiled.missing()), reason=str(compiled.missing()))
+@needs_cpp
 def test_wrong_arguments_are_named():
     (q, keys, values, start, end, slot, window), _, first, most, _ = packs.inputs(packs.SHAPES["rows-apart"], FP32)
     with pytest.raises(ValueError, match="first: packed queries are q"):
@@ -67,7 +68,7 @@ def test_wrong_arguments_are_named():
         elementwise.rope(*given, row[:2])
 
 
-@pytest.mark.skipif(bool(compiled.missing()), reason=str(compiled.missing()))
+@needs_cpp
 def test_opcheck():
     shape = packs.SHAPES["rows-apart"]
     _, clean, first, most, _ = packs.inputs(shape, FP32)

@@ -76,12 +76,15 @@ class Decider:
             if self.is_planned:
                 chosen = chosen | self._commit(token, score, candidate & ~chosen, masked_again)
             self.committed_probability.copy_(torch.where(chosen, probability, self.committed_probability))
-        # 4. What the next step evaluates: what is masked, and what this step committed. The host reads how much.
-        if (going := self._going()) is not None:
-            chosen = torch.where(going[:, None], chosen, self.fresh)
-        self.fresh.copy_(chosen)
+        # 4. What the next step has to evaluate: what is masked, and what this step committed. The host reads how much.
         masked = (self.canvas.gather(1, at) == mask_id) & ours
-        self.live.copy_((masked | chosen).sum(1) * masked.any(1))
+        live_count = masked.sum(1)
+        if self.options.skip_committed:
+            if (going := self._going()) is not None:
+                chosen = torch.where(going[:, None], chosen, self.fresh)
+            self.fresh.copy_(chosen)
+            live_count = (masked | chosen).sum(1) * masked.any(1)
+        self.live.copy_(live_count)
 
     def _predict(
         self, heads: tuple[torch.Tensor, torch.Tensor | None], at: torch.Tensor, wanted: torch.Tensor, live: Live | None
@@ -137,6 +140,8 @@ class Decider:
         if live is not None:
             now = live.spread(now, self.probability)
         now = now.view_as(self.probability)
+        if not self.options.skip_committed:  # all were evaluated now
+            return now
         if evaluated is not None:
             now = now.where(evaluated, self.probability)
         if (going := self._going()) is not None:

@@ -358,8 +358,7 @@ class Engine(Decider):
             ids = canvas.gather(1, at.clamp(max=self.slots - 1))
         block = None if step.length == self.block_size else (rows.slot - rows.begin)[:, None] + self.offsets
         # 3. The forward, which writes to the cache.
-        begin = rows.begin
-        start, end = rows.start, rows.end
+        begin, start, end = rows.begin, rows.start, rows.end
         if cache is None:  # the ids are the whole sequence
             begin = None
             start, end = (None if x is None else x - step.begin for x in (start, end))
@@ -391,9 +390,10 @@ class Engine(Decider):
     def _live_hidden(self, live: Live) -> torch.Tensor:
         """What the LM head multiplies for the positions ``live``, [N, d]."""
         (row, _, _), slot, _ = live
-        ids = self.canvas[row % self.rows, slot.clamp(max=self.slots - 1)]
+        at = row % self.rows, slot.clamp(max=self.slots - 1)
+        ids = self.canvas[at]
         if self.passes == 2:
-            prompt = ~self.open[row % self.rows, slot.clamp(max=self.slots - 1)] & (row >= self.rows)
+            prompt = ~self.open[at] & (row >= self.rows)
             ids = ids.masked_fill(prompt, self.options.mask_id)
         start, end = (None if x is None else x.repeat(self.passes) for x in (self.start, self.end))
         with ops.counting(self.arrivals):

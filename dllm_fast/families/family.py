@@ -172,7 +172,7 @@ class Family(ABC):
                 cache.keep_state(layer, x, slot, kept, to_row)
             tables = self._tables(self.thetas[layer], x.device)
             rope = *tables, position, write_at, *((*cache[layer], to_row) if cache else ())
-            q, k, v = self._rotated(block, y, rope, kept is not None or packed is not None, impl)
+            q, k, v = self._rotated(block, y, rope, kept is not None, impl)
             # 2. Attention. In the last layer only the chosen rows go on: consecutive ones are not attended for others.
             if last and is_span(rows):
                 q = take(q, rows)
