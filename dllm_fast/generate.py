@@ -52,6 +52,7 @@ def generate(
     refresh: str | Refresh = "block",
     remask: Remask | None = None,
     suffix_length: int | None = None,
+    suffix_sample: int = 0,
     skip_committed: bool = False,
     mask_id: int | None = None,
     eos_id: int | list[int] | tuple[int, ...] | None = None,
@@ -83,6 +84,8 @@ def generate(
         remask: which committed tokens of the current block are masked again: `ReMDM`, `Verify`, `P2`; None: none.
         suffix_length: evaluate and see only so many positions after the live block (DPad, arXiv:2508.14148); None: all.
             Text that is given further on is not seen either.
+        suffix_sample: besides, so many of the positions further on, drawn for each block from the seed: one twice as
+            far away half as likely. Needs a cache, and a model all of whose layers see all slots.
         skip_committed: evaluate a position of the block once more when it has its token, and then no longer: its keys
             and values stay in the cache until the next refresh (dKV-Cache, arXiv:2505.15781). A ``remask`` sees its
             probability as it was then. Needs a cache.

@@ -278,7 +278,7 @@ def _places(packed) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
     Places beyond a row's queries repeat others, as do queries beyond the rows'.
     """
-    row, first, most = packed
+    row, first, most, _ = packed
     index = torch.arange(len(row), device=row.device)
     at = (first[:-1, None] + torch.arange(most, device=row.device)).clamp(max=max(0, len(row) - 1))
     return at, row, (index - first[row]).clamp(max=max(0, most - 1))

@@ -1,9 +1,11 @@
-"""The definition of ``skip_committed``: one sequence, the keys and values of its positions, no padding and no packing.
+"""The definition of the options that evaluate fewer positions: one sequence, the keys and values of its positions, no
+padding and no packing.
 
 A step evaluates the positions of its block that are masked, and those that the step before it committed, now with their
 tokens. What they attend to is every position's keys and values as they were last computed.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -24,8 +26,8 @@ class Memory:
         shape = family.layers, length, family.kv_heads, family.head_dim
         self.keys, self.values = torch.full(shape, torch.nan).double(), torch.full(shape, torch.nan).double()
 
-    def logits(self, ids: torch.Tensor, positions: list[int], end: int) -> torch.Tensor:
-        """Evaluate ``ids`` [L] at ``positions``, which see those before ``end``: their logits [N, V]."""
+    def logits(self, ids: torch.Tensor, positions: list[int], seen: list[int]) -> torch.Tensor:
+        """Evaluate ``ids`` [L] at ``positions``, which see the positions ``seen``: their logits [N, V]."""
         family, at = self.family, torch.tensor(positions)
         x, delta = family._embed(ids[at][None]), None
         for layer, block in enumerate(family.blocks):
@@ -37,17 +39,17 @@ class Memory:
             cos, sin = (table.double()[at][:, None] for table in (cos, sin))
             q = reference.rotate(q, cos, sin)
             self.keys[layer, at], self.values[layer, at] = reference.rotate(k, cos, sin), v
-            attended = self.attend(layer, q, at, end)
+            attended = self.attend(layer, q, at, torch.tensor(seen))
             delta, x = family._after_attention(block, attended.flatten(1)[None], x, "torch")
         weight, bias = family.head()
         return F.linear(family._finish(x, delta)[0], weight, bias)
 
-    def attend(self, layer: int, q: torch.Tensor, at: torch.Tensor, end: int) -> torch.Tensor:
+    def attend(self, layer: int, q: torch.Tensor, at: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
         window, group = self.family.windows[layer], self.family.heads // self.family.kv_heads
-        keys, values = (x[layer].repeat_interleave(group, 1) for x in (self.keys[:, :end], self.values[:, :end]))
+        keys, values = (x[layer].repeat_interleave(group, 1) for x in (self.keys[:, seen], self.values[:, seen]))
         weight = torch.einsum("nhd,lhd->nhl", q, keys) * q.shape[-1] ** -0.5
         if window is not None:
-            far = (at[:, None] - torch.arange(len(keys))).abs() > window
+            far = (at[:, None] - seen).abs() > window
             weight = weight.masked_fill(far[:, None], -torch.inf)
         return torch.einsum("nhl,lhd->nhd", weight.softmax(-1), values)
 
@@ -67,13 +69,14 @@ def run(family: Family, prompt: torch.Tensor, options: Options, row: int = 0) ->
     open_ = found.ids == mask_id
     memories = [Memory(family, len(open_)) for _ in range(options.passes)]
     blocks = plan_blocks(open_, size)
-    end = 0
+    near = 0
     for number, (first, masked) in enumerate(blocks):
         block = range(max(0, first), max(0, first) + min(size, len(open_)))
-        reached, end = (
-            end,
-            len(open_) if options.suffix_length is None else min(len(open_), block.stop + options.suffix_length),
-        )
+        reached, near = near, len(open_)
+        if options.suffix_length is not None:
+            near = min(near, block.stop + options.suffix_length)
+        far = _sample(options, row, near, len(open_))
+        seen = [*range(near), *far]
         plan = options.schedule.counts(torch.tensor([masked]), torch.tensor([len(blocks)]), None)
         fresh, when, now = [], {}, {}
         budget, step = options.block_length, 0
@@ -81,16 +84,16 @@ def run(family: Family, prompt: torch.Tensor, options: Options, row: int = 0) ->
             candidates = [i for i in block if open_[i] and found.ids[i] == mask_id]
             # 1. What is evaluated.
             if step:
-                suffix = range(block.stop, end) if options.runs_suffix else ()
+                suffix = (*range(block.stop, near), *far) if options.runs_suffix else ()
                 positions = sorted({*candidates, *fresh, *suffix})
             elif options.refresh.full(number):
-                positions = list(range(end))
+                positions = seen
             else:
-                positions = sorted({*_window(options, block, len(open_), end), *range(reached, end)})
+                positions = sorted({*_window(options, block, len(open_), near), *range(reached, near), *far})
             found.nfe += options.passes
             found.positions += options.passes * len(positions)
             prompts = found.ids, found.ids.masked_fill(~open_, mask_id)
-            each = [memory.logits(ids, positions, end) for memory, ids in zip(memories, prompts)]
+            each = [memory.logits(ids, positions, seen) for memory, ids in zip(memories, prompts)]
             z = each[0] if len(each) == 1 else each[1] + (options.cfg_scale + 1) * (each[0] - each[1])
             z = dict(zip(positions, z))
             # 2. What is predicted, and committed.
@@ -117,6 +120,15 @@ def run(family: Family, prompt: torch.Tensor, options: Options, row: int = 0) ->
                 when |= {i: now[i] for i in chosen}
             fresh, step = chosen, step + 1
     return found
+
+
+def _sample(options: Options, row: int, near: int, length: int) -> list[int]:
+    """``suffix_sample`` of the positions from ``near`` on. By Gumbel noise: each is drawn next with a probability that
+    falls as 1 / distance, until there are enough."""
+    at = torch.arange(near, length)
+    draws = reference.uniform(options.seed, (1 << 32) - 2, torch.full_like(at, row), at)
+    keys = [-math.log(i - near + 1) - math.log(-math.log(u)) for i, u in zip(at.tolist(), draws.tolist())]
+    return sorted(sorted(at.tolist(), key=lambda i: -keys[i - near])[: options.suffix_sample])
 
 
 def _window(options: Options, block: range, length: int, end: int) -> list[int]:

@@ -42,10 +42,13 @@ class Request:
         return f"{self.options} of {[prompt.tolist() for prompt in self.prompts]}"
 
 
-def draw_request(rng: random.Random, rows=(3, 4), blocks=BLOCKS, most_blocks: int = 3, longest: int = 30) -> Request:
+def draw_request(
+    rng: random.Random, rows=(3, 4), blocks=BLOCKS, most_blocks: int = 3, longest: int = 30, windows: bool = True
+) -> Request:
     """Prompts of any length, many of them starting with [MASK]s, and options of every kind.
 
-    A prompt has up to ``longest`` ids after up to ``min(12, longest)`` [MASK]s.
+    A prompt has up to ``longest`` ids after up to ``min(12, longest)`` [MASK]s. ``windows``: layers of the model may
+    have some.
     """
     block = rng.choice(blocks)
     options = {"block_length": block, "gen_length": block * rng.randint(0, most_blocks)}
@@ -76,6 +79,8 @@ def draw_request(rng: random.Random, rows=(3, 4), blocks=BLOCKS, most_blocks: in
     masks = [torch.cat((prompt == MASK, torch.ones(options["gen_length"], dtype=torch.bool))) for prompt in prompts]
     if not all(any(first + block < len(mask) for first, _ in plan_blocks(mask, block)) for mask in masks):
         options["suffix_length"] = None  # nothing follows a block
+    if options.get("suffix_length") is not None and not windows and not isinstance(options["refresh"], Drift):
+        options["suffix_sample"] = rng.choice([0, 1, 4, 20])
     options["temperature"] = rng.choice([0.0, 0.0, 0.5, 1.0])
     options["cfg_scale"] = rng.choice([0.0, 0.0, 1.5])
     options["seed"] = rng.randrange(100)

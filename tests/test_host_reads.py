@@ -50,7 +50,7 @@ class Device(TorchFunctionMode):
         return out
 
 
-ON_HOST = ("lengths", "tally", "idle", "ends", "reached")  # an engine's tensors that are not the device's
+ON_HOST = ("lengths", "tally", "idle", "near", "ends", "reached")  # an engine's tensors that are not the device's
 
 
 @pytest.fixture

@@ -50,7 +50,8 @@ def check(ours, plain, request: Request, run, rounding: float = ROUNDINGS[torch.
 def draw(seed: int, rows: tuple[int, ...], **limits) -> tuple[str, Request]:
     """A family and a request. Half of the requests for several rows have one length, and so no padding."""
     rng = random.Random(seed)
-    name, request = rng.choice(sorted(FAMILIES)), draw_request(rng, rows, **limits)
+    name = rng.choice(sorted(FAMILIES))
+    request = draw_request(rng, rows, **limits, windows=name == "modernbert")
     if rng.random() < 0.5:
         width = min(map(len, request.prompts))
         cut = [prompt[:width].clone() for prompt in request.prompts]

@@ -64,13 +64,13 @@ def compare(monkeypatch, recorder, name, run):
 
 
 OPTIONS = [
-    *[{"schedule": s} for s in (Pyramid(1), Factor(1.0), EntropyBound(3.0), FirstHitting(), Threshold(0.02))],
+    *[{"schedule": s} for s in (Pyramid(1), Factor(1.0), EntropyBound(3.0), FirstHitting(), Threshold(0.1))],
     {"schedule": Ancestral(12, "cosine"), "temperature": 1.0},
     *[{"cache": cache, "cfg_scale": 1.0, "temperature": 0.5} for cache in ("none", "prefix", "dual")],
     *[{"refresh": refresh, "cache": cache} for refresh in (Every(2), Window(2, 1)) for cache in ("prefix", "dual")],
     {"refresh": Drift(0.3)},
     *[{"remask": remask, "confidence": "margin"} for remask in (ReMDM(1.0), Verify(0.3), P2(1.0))],
-    {"remask": ReMDM(0.7), "schedule": Threshold(0.02), "confidence": "random", "cfg_scale": 0.5},
+    {"remask": ReMDM(0.7), "schedule": Threshold(0.1), "confidence": "random", "cfg_scale": 0.5},
     {"confidence": "entropy", "suppress_tokens": [3, 4], "temperature": 0.7},
 ]  # fmt: skip
 

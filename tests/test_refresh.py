@@ -68,15 +68,17 @@ def test_drift_computes_more_the_lower_its_bound(run):
 def test_drift_recomputes_from_the_first_layer_that_moved(llada, ids):
     """If nothing has changed, recomputing from layer 1 with kept hidden states changes nothing."""
     from dllm_fast.families.cache import BlockCache
+    from dllm_fast.families.rows import Packed
     from dllm_fast.patch import bound_family
 
     family = bound_family(dllm_fast.patch(llada))
     cache = BlockCache(family.layers, 3, 24, family.kv_heads, family.head_dim, torch.float32, ids.device, width=64)
-    slot = torch.zeros(3, dtype=torch.int64, device=ids.device)
-    whole = family.hidden(ids, cache=cache, slot=slot)
+    row, slot = (x.flatten().to(ids.device) for x in torch.meshgrid(torch.arange(3), torch.arange(24), indexing="ij"))
+    every = {"cache": cache, "slot": slot, "packed": Packed(row, 24 * torch.arange(4, device=ids.device), 24)}
+    whole = family.hidden(ids.view(-1, 1), **every)
     before = cache.buffers.clone()
     cache.buffers[1:] = 0
-    again = family.hidden(ids, cache=cache, slot=slot, from_layer=1)
+    again = family.hidden(ids.view(-1, 1), **every, from_layer=1)
     assert torch.equal(whole, again) and torch.equal(cache.buffers, before)
 
 

@@ -38,9 +38,10 @@ def make(name: str, seed: int, impl: str):
 
 def check(impl: str, seed: int, requests: int) -> None:
     rng = random.Random(seed)
-    model = make(rng.choice(sorted(FAMILIES)), seed, impl)
+    name = rng.choice(sorted(FAMILIES))
+    model = make(name, seed, impl)
     for _ in range(requests):
-        request = draw_request(rng)
+        request = draw_request(rng, windows=name == "modernbert")
         expected = alone(model, request)
         ways = {"a batch": together(model, request), "2 seats": seated(model, request, 2)}
         ways["3 seats"] = seated(model, request, 3)

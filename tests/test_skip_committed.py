@@ -1,4 +1,4 @@
-"""``skip_committed`` and ``suffix_length``: the tokens, forwards and positions of the plain loop that defines them."""
+"""``skip_committed``, ``suffix_length``, ``suffix_sample``: tokens, forwards and positions of their plain loop."""
 
 import functools
 import random
@@ -24,11 +24,11 @@ def test_tokens_of_the_plain_loop(name, seed):
     model = dllm_fast.patch(MAKERS[name]().double(), impl="torch")
     rng = random.Random(seed)
     while True:
-        request = draw_request(rng, rows=(1, 3), most_blocks=2, longest=12)
+        request = draw_request(rng, rows=(1, 3), most_blocks=3, longest=12, windows=name == "modernbert")
         options = request.options
         planless = isinstance(options["schedule"], Ancestral) or isinstance(options.get("refresh"), Drift)
         suffix = options.get("suffix_length")
-        seen = 40 if suffix is None else options["block_length"] + suffix
+        seen = 40 if suffix is None else options["block_length"] + suffix + options.get("suffix_sample", 0)
         level = any((prompt[:seen] == MASK).all() for prompt in request.prompts)
         if options["cache"] != "none" and not planless and not level:  # the plain loop has neither of the two
             break
@@ -75,6 +75,10 @@ def test_a_long_suffix_is_all_of_it():
         ({"skip_committed": 1}, "skip_committed=1 is not True or False"),
         ({"suffix_length": -1}, "suffix_length=-1 is not a whole number from 0 up"),
         ({"suffix_length": 2.5}, "suffix_length=2.5 is not a whole number from 0 up"),
+        ({"suffix_sample": -1, "suffix_length": 4}, "suffix_sample=-1 is not a whole number from 0 up"),
+        ({"suffix_sample": 3}, "suffix_sample=3: without suffix_length every position is seen"),
+        ({"suffix_sample": 3, "suffix_length": 4, "cache": "none"}, "suffix_sample=3: needs a cache, and cache='none'"),
+        ({"suffix_sample": 3, "suffix_length": 4, "refresh": Drift(0.1)}, "suffix_sample=3: Drift(tau=0.1) begins at"),
         ({"suffix_length": 4, "gen_length": 8}, "suffix_length=4: nothing follows the only block; gen_length=8"),
     ],
 )

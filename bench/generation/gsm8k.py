@@ -45,8 +45,9 @@ def counting() -> Iterator[Whole]:
     def watch(engine, step):
         yield
         if step is not None and step.whole:
-            found.own += int(engine.own["full"][~engine.idle].sum())
-            found.computed += engine.rows * step.length
+            own = engine.own["full"].where(~engine.idle, 0)
+            found.own += int(own.sum())
+            found.computed += engine.packed(step, own).packed or engine.rows * step.length
 
     Engine.watchers.append(watch)
     try:

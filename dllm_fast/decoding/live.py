@@ -1,5 +1,6 @@
-"""The positions of a block that can still change, packed: with ``skip_committed`` a step evaluates no others."""
+"""Some positions of each row, packed: what a step evaluates where it does not take consecutive slots of every row."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -21,15 +22,22 @@ class Live(NamedTuple):
         """Of each position, its x [B, T]; ``default`` where it is in no block. [N]"""
         return torch.cat((x.flatten(), x.new_full((1,), default)))[self.place]
 
+    def at_places(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """Of each place of the rows' blocks, [B, T] as ``shape`` says, which position lies there; -1 for none."""
+        places = math.prod(shape)
+        to = self.place.where(self.place >= 0, places)  # the cell behind the last takes in what is in no block
+        at = torch.arange(len(to), device=to.device)
+        return to.new_full((places + 1,), -1).index_copy(0, to, at)[:-1].view(shape)
+
     def spread(self, x: torch.Tensor, onto: torch.Tensor) -> torch.Tensor:
         """``onto`` [B, T, ...], with x [N, ...] at the positions' places."""
-        flat = torch.cat((onto.flatten(0, 1), torch.zeros_like(onto[:1, 0])))
-        place = self.place.where(self.place >= 0, len(flat) - 1)
-        return flat.index_copy(0, place, x)[:-1].view_as(onto)
+        at = self.at_places(onto.shape[:2])
+        there = (at >= 0).view(*at.shape, *[1] * (onto.dim() - 2))
+        return torch.where(there, x[at.clamp(min=0)], onto)
 
     def halves(self, hidden: torch.Tensor) -> tuple["Live", torch.Tensor, torch.Tensor]:
         """The rows without guidance's, and of hidden [N, d] their part and guidance's, [N / 2, d] each."""
-        row, first, most = self.packed
+        row, first, most, _ = self.packed
         n, rows = len(hidden) // 2, len(first) // 2
         at = torch.arange(n, device=hidden.device)
         own = at < first[rows]

@@ -43,6 +43,7 @@ class Options(Checked):
     refresh: Refresh = checked(one_kind, Refresh, "one of 'block', Every, Window, Drift", default=Every(1))
     remask: Remask | None = checked(one_kind, Remask | None, "one of ReMDM, Verify, P2", default=None)
     suffix_length: int | None = checked(whole_or_none, default=None)
+    suffix_sample: int = checked(whole, 0, default=0)
     skip_committed: bool = checked(one_kind, bool, "True or False", default=False)
     mask_id: int | None = None
     eos_id: Ids = field(default=None, compare=False)
@@ -61,6 +62,12 @@ class Options(Checked):
         self.schedule.check_confidence(self.confidence)
         useless = f"refresh={self.refresh!r}: there is nothing to refresh with cache='none'"
         require(self.has_cache or self.refresh == Every(1), useless)
+        useless = f"suffix_sample={self.suffix_sample}: without suffix_length every position is seen"
+        require(self.suffix_length is not None or not self.suffix_sample, useless)
+        useless = f"suffix_sample={self.suffix_sample}: needs a cache, and cache='none'"
+        require(self.has_cache or not self.suffix_sample, useless)
+        unfit = f"suffix_sample={self.suffix_sample}: {self.refresh!r} begins at layers that saw another sample"
+        require(not (self.suffix_sample and self.refresh.layerwise), unfit)
         useless = "skip_committed=True: with cache='none' nothing is kept of a position that is not evaluated"
         require(self.has_cache or not self.skip_committed, useless)
 
@@ -83,6 +90,8 @@ class Options(Checked):
         mask_id = getattr(model.config, "mask_token_id", None) if self.mask_id is None else self.mask_id
         require(mask_id is not None, "mask_id: None given, and model.config has no mask_token_id")
         mask_id = as_id("mask_id", mask_id, vocabulary)
+        unfit = f"suffix_sample={self.suffix_sample}: some layers of the model see a window alone"
+        require(not self.suffix_sample or not any(family.windows), unfit)
         eos_ids = as_ids("eos_id", self.eos_id, vocabulary)
         require(mask_id not in eos_ids, f"eos_id={self.eos_id}: the mask id, {mask_id}, ends no text")
         pad_id = None if self.pad_id is None else as_id("pad_id", self.pad_id, vocabulary)

@@ -9,6 +9,11 @@ from dllm_fast.decoding.options import Options
 from dllm_fast.decoding.steps import Counts
 from dllm_fast.decoding.values import require
 from dllm_fast.families.rows import valid_spans
+from dllm_fast.kernels import reference
+
+# The step numbers under which a schedule's own draws are made, and those of `suffix_sample`; no step of a block has
+# them.
+PLAN_STEP, SAMPLE_STEP = (1 << 32) - 1, (1 << 32) - 2
 
 
 @dataclass
@@ -21,6 +26,7 @@ class Row:
     open: torch.Tensor  # [L] bool: to be filled
     blocks: list[tuple[int, int]]  # (first position, how many are open from there on within a block length)
     mask_id: int
+    draws: torch.Tensor | None = None  # [L] fp64 on (0, 1), for `suffix_sample`
     next: int = 0  # the block that comes next
     counts: Counts = field(default_factory=Counts)  # its forwards so far
 
@@ -83,7 +89,12 @@ def plan_row(
     blocks = plan_blocks(open_, options.block_length)
     if blocks:
         options.schedule.check(len(blocks), max(masked for _, masked in blocks))
-    return Row(index, index if noise is None else noise, ids, open_, blocks, options.mask_id)
+    noise = index if noise is None else noise
+    draws = None
+    if options.suffix_sample:
+        at = torch.arange(len(ids), device="cpu")
+        draws = reference.uniform(options.seed, SAMPLE_STEP, torch.full_like(at, noise), at)
+    return Row(index, noise, ids, open_, blocks, options.mask_id, draws)
 
 
 def as_prompt(name: str, given: torch.Tensor | list[int]) -> torch.Tensor:

@@ -20,13 +20,12 @@ from dllm_fast.decoding.graphs import records
 from dllm_fast.decoding.memory import fits, most_rows, require_memory
 from dllm_fast.decoding.options import Options
 from dllm_fast.decoding.pool import Pool
-from dllm_fast.decoding.request import Row
+from dllm_fast.decoding.request import PLAN_STEP, Row
 from dllm_fast.families.linears import stamp
 from dllm_fast.kernels import reference
 
 STEP = 64  # slots are a multiple of it where steps are recorded, so that prompts of many lengths share a recording
 SHRINK = 0.75  # an engine gives way to a smaller one when the rows fit in this share of its slots
-PLAN_STEP = (1 << 32) - 1  # the step number under which a schedule's own draws are made; no step of a block has it
 
 
 def rounded_up(slots: int) -> int:

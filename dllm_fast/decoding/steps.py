@@ -1,6 +1,5 @@
 """What a step of a block computes, and what a row's forwards are counted in."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,16 +15,14 @@ class Step:
     length: how many.
     before: how many slots before the block they begin, but never before the row.
     whole: all that are seen, in a full forward; else these against the cache.
-    begin: the slot at which a full forward begins, before which every row is padding.
     refreshes: a block begins with it, and the cache takes in every row; else only the rows that go.
-    packed: if above 0, only so many positions in all: those that can still change, of the rows that go.
+    packed: if above 0, only so many positions in all, of the rows that go: without padding, or only what can change.
     most: of these, one row's at most.
     """
 
     length: int
     before: int = 0
     whole: bool = False
-    begin: int = 0
     refreshes: bool = False
     packed: int = 0
     most: int = 0
@@ -44,26 +41,26 @@ class Steps(NamedTuple):
     block: Step
 
     @classmethod
-    def of(cls, options: Options, slots: int, first: int, last: int, start: int = 0, multiple: int = 1) -> "Steps":
+    def of(cls, options: Options, slots: int, first: int, last: int, multiple: int = 1) -> "Steps":
         """In an engine of ``slots``, for blocks that begin at slots from ``first`` to ``last``.
 
-        A full forward begins at ``start``, before which is padding, and ends at a multiple of ``multiple`` or at the
-        last slot.
+        A full forward ends at a multiple of ``multiple`` or at the last slot.
         """
         block = min(options.block_length, slots)
         before, after = options.refresh.span(block)
         before = min(before, slots - block)
         whole, suffix = slots, slots - first - block  # after the first row's block
         if options.suffix_length is not None:
-            whole = min(slots, -(-(last + block + options.suffix_length) // multiple) * multiple)
-            suffix = min(suffix, options.suffix_length)
+            reach = options.suffix_length + options.suffix_sample
+            whole = min(slots, -(-(last + block + reach) // multiple) * multiple)
+            suffix = min(suffix, reach)
             after = min(after, options.suffix_length)
         if options.runs_suffix:
             block += suffix
             window = before + block
         else:
             window = min(before + block + after, slots)
-        full = Step(whole - start, whole=True, begin=start, refreshes=True)
+        full = Step(whole, whole=True, refreshes=True)
         return cls(full, Step(window, before, refreshes=True), Step(block))
 
 
@@ -77,15 +74,8 @@ class Rows(NamedTuple):
     kept: torch.Tensor | None  # bool: whether the cache takes in what is computed
 
     def repeat(self, times: int) -> "Rows":
-        return self._map(lambda x: x.repeat(times))
-
-    def select(self, index: torch.Tensor) -> "Rows":
-        """The rows ``index`` [N]."""
-        return self._map(lambda x: x[index])
-
-    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Rows":
-        start, end, kept = (None if x is None else change(x) for x in (self.start, self.end, self.kept))
-        return Rows(change(self.slot), change(self.begin), start, end, kept)
+        start, end, kept = (None if x is None else x.repeat(times) for x in (self.start, self.end, self.kept))
+        return Rows(self.slot.repeat(times), self.begin.repeat(times), start, end, kept)
 
 
 @dataclass

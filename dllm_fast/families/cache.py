@@ -49,24 +49,10 @@ class BlockCache:
             x = x.where(kept[:, None, None], states[row, slots])
         states[row, slots] = x
 
-    def state(self, layer: int, slot: torch.Tensor, length: int) -> torch.Tensor:
-        """What `keep_state` kept for ``layer`` at ``length`` slots from ``slot`` [B] on."""
+    def state(self, layer: int, row: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
+        """What `keep_state` kept for ``layer`` at the rows ``row`` [N] and their slots ``slot`` [N]: [N, 1, width]."""
         assert self.states is not None
-        row = torch.arange(len(slot), device=slot.device)[:, None]
-        return self.states[layer][row, slot[:, None] + torch.arange(length, device=slot.device)]
-
-    def rows(self, index: torch.Tensor) -> "BlockCache":
-        """A copy of the batch rows ``index`` [N]."""
-        part = object.__new__(BlockCache)
-        part.buffers = self.buffers[:, :, index]
-        part.states = None if self.states is None else self.states[:, index]
-        return part
-
-    def put(self, index: torch.Tensor, part: "BlockCache") -> None:
-        """Write the copy that `rows` made back to the rows ``index`` [N]."""
-        self.buffers[:, :, index] = part.buffers
-        if self.states is not None and part.states is not None:
-            self.states[:, index] = part.states
+        return self.states[layer][row, slot][:, None]
 
     def take_over(self, other: "BlockCache", index: torch.Tensor, shift: int, slots: int) -> None:
         """Fill slots 0 to ``slots`` from the rows ``index`` [N] of a larger cache, whose slots begin at ``shift``."""

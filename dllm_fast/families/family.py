@@ -150,7 +150,7 @@ class Family(ABC):
         Without a cache the T ids are the whole sequence. With a cache they are its slots ``slot`` to ``slot + T``:
         their keys and values are written there, and all valid slots are attended to, stale ones too. Rows that are not
         ``kept``, and packed ids with a slot behind the last, do not change the cache, and their results are
-        meaningless. With ``from_layer`` above 0 the ids are not read: the forward starts at that layer, over all slots,
+        meaningless. With ``from_layer`` above 0 the ids are packed, and not read: the forward starts at that layer,
         from the hidden states in the cache.
         """
         impl = self.impl
@@ -159,9 +159,11 @@ class Family(ABC):
         to_row = None if packed is None else packed.row
         begin = start if start is None or to_row is None else start[to_row]
         position = slot if begin is None or padding_counts else (slot if slot is not None else 0) - begin
+        if packed is not None and packed.position is not None:
+            position = packed.position
         # A row that is not kept writes behind the buffers, where nothing is stored.
         write_at = slot if kept is None else slot.where(kept, slots)
-        x = self._embed(input_ids) if from_layer == 0 else cache.state(from_layer, slot, input_ids.shape[1])
+        x = self._embed(input_ids) if from_layer == 0 else cache.state(from_layer, to_row, slot)
         delta = None
         for layer, block in enumerate(self.blocks[from_layer:], from_layer):
             window = self.windows[layer]

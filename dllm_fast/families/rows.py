@@ -15,24 +15,25 @@ class Packed(NamedTuple):
     row: torch.Tensor  # [N] int64: the row of each
     first: torch.Tensor  # [B + 1] int64: where each row's begin; what lies behind the last is of no row
     most: int  # of one row at most
+    position: torch.Tensor | None = None  # [N] int64: in its sequence; None: what its slot is of the row's range
 
 
 def take(x: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
     """The chosen rows of x [B, T, ...].
 
-    ``rows`` is None for all; bool [B, T] for the rows that are True, flattened to [N, ...]; or int [B, R] for R
-    consecutive rows of each batch row, [B, R, ...].
+    ``rows`` is None for all; bool [B, T] for the rows that are True, flattened to [N, ...]; int [B, R] for R
+    consecutive rows of each batch row, [B, R, ...]; or int [N] for these of B, [N, T, ...].
     """
     if rows is None:
         return x
-    if rows.dtype == torch.bool:
+    if rows.dtype == torch.bool or rows.dim() == 1:
         return x[rows]
     return x[torch.arange(x.shape[0], device=x.device)[:, None], rows]
 
 
 def is_span(rows: torch.Tensor | None) -> bool:
     """Whether ``rows`` are consecutive: the last layer then computes attention only for them."""
-    return rows is not None and rows.dtype != torch.bool
+    return rows is not None and rows.dtype != torch.bool and rows.dim() == 2
 
 
 def valid_spans(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
