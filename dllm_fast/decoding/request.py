@@ -40,6 +40,8 @@ class Row:
         The text ends at the first of ``eos_ids``; what is open after it becomes ``pad_id``, or that id again.
         """
         self.ids = ids.clone()
+        if not eos_ids:
+            return
         eos = torch.tensor(eos_ids, dtype=torch.int64, device="cpu")
         ends = (torch.isin(self.ids, eos) & self.open).nonzero()[:, 0]
         if len(ends):

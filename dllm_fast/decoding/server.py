@@ -207,14 +207,16 @@ class Server:
         """Read the seated rows' tokens from the device."""
         engine = self.engine
         canvas, bad = engine.read()
-        for row, ids, when in zip(self.seated, canvas, bad, strict=True):
+        eos_ids = self.options.eos_id
+        ends = torch.isin(canvas, torch.tensor(eos_ids, dtype=torch.int64, device="cpu")).any(1).tolist()
+        for row, ids, when, may_end in zip(self.seated, canvas, bad, ends, strict=True):
             if when is not None:
                 block, step = when
                 raise ValueError(
                     f"model: logits are NaN or infinite at step {step} of block {block} of row {row.index}: "
                     f"weights that are, or activations too large for {engine.weight.dtype}"
                 )
-            row.take(ids[row.pad(engine.slots) :], self.options.eos_id, self.options.pad_id)
+            row.take(ids[row.pad(engine.slots) :], eos_ids if may_end else (), self.options.pad_id)
         if self.stream is not None:
             self.stream.flush()
 
