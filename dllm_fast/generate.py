@@ -54,6 +54,7 @@ def generate(
     suffix_length: int | None = None,
     suffix_sample: int = 0,
     skip_committed: bool = False,
+    speculate: int | None = None,
     mask_id: int | None = None,
     eos_id: int | list[int] | tuple[int, ...] | None = None,
     seed: int | None = None,

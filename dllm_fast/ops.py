@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from dllm_fast import attentions, launchers
 from dllm_fast.cpu import compiled, elementwise, matmuls
 from dllm_fast.kernels import reference, reference_rounded
+from dllm_fast.visibility import visible  # noqa: F401 - what `attention` takes
 
 IMPLS = ("auto", "triton", "cpp", "torch")
 # Which implementations have each op, and where they serve it if not everywhere. PyTorch serves everything else: layer
@@ -228,67 +229,17 @@ def stored(slot: torch.Tensor, slots: int) -> torch.Tensor:
     return torch.where(slot < slots, torch.arange(len(slot), device=slot.device), 0)
 
 
-def visible(like, slots, start=None, end=None, slot=None, window=None, packed=None, impl="torch") -> tuple:
-    """Which of ``slots`` each query sees, for `attention`: made once in a forward for all layers with one window.
-
-    ``like`` [B, T, ...] gives the batch, the number of queries and the device. ``start`` and ``slot`` [B] default to 0,
-    ``end`` to ``slots``, all as in `reference.attention`. With ``packed``, a `rows.Packed`, ``like`` is [N, 1, ...]
-    and ``slot`` [N].
-
-    For Triton the last item says whether the queries are all slots and see all slots: PyTorch's attention may then
-    serve. For PyTorch it is (near, mask, blind, places). near [B, W] are the slots that a window can reach, so that a
-    few queries do not read the whole buffer; None for all slots. mask [B, T or 1, W or S] says which of them each query
-    sees. blind [B, T or 1] marks queries that see none. places: `_places` of packed queries, which T is the most of.
-    """
-    ranges = () if packed is None else (None, packed.first, packed.most)
-    if impl == "cpp":
-        return start, end, slot, window, *ranges
-    batch, queries = like.shape[:2]
-    places = None
-    if packed is not None:
-        batch, queries = len(packed.first) - 1, packed.most
-        if impl == "torch":
-            places = _places(packed)
-            slot = slot[places[0]]
-    if impl == "torch" and start is None and end is None and window is None:
-        return None, None, None, places
-    whole = start is None and end is None and window is None and packed is None and queries == slots
-    zero = torch.zeros(batch, dtype=torch.int64, device=like.device)
-    start, end, slot = (zero if x is None else x for x in (start, zero + slots if end is None else end, slot))
-    if impl == "triton":
-        return start, end, slot, window, *ranges, whole
-    near = None
-    if window is None:
-        queries = 1  # all queries see the same slots
-    elif packed is None and queries + 2 * window < slots:
-        reach = queries + 2 * window
-        first = (slot - window).clamp(0, slots - reach)
-        near = first[:, None] + torch.arange(reach, device=like.device)
-        # From here on slots count from the first one in reach.
-        slots = reach
-        start = start - first
-        end = end - first
-        slot = slot - first
-    mask = reference.visible_slots(queries, slots, start, end, slot, window)
-    return near, mask, ~mask.any(-1), places
-
-
-def _places(packed) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of packed queries: which one is at each place of the rows, [B, most]; the row and the place of each, [N] each.
-
-    Places beyond a row's queries repeat others, as do queries beyond the rows'.
-    """
-    row, first, most, _ = packed
-    index = torch.arange(len(row), device=row.device)
-    at = (first[:-1, None] + torch.arange(most, device=row.device)).clamp(max=max(0, len(row) - 1))
-    return at, row, (index - first[row]).clamp(max=max(0, most - 1))
-
-
-def attention(q, keys, values, seen, impl="torch"):
-    """`reference.attention`; ``seen`` is from `visible`, with the same ``impl``.
+def attention(q, keys, values, seen, beside=None, impl="torch"):
+    """`reference.attention`; ``seen`` is from `visible`, with the same ``impl``. ``beside``: the keys and values of
+    states.
 
     With ``impl="triton"``, `attentions` says from how many queries on PyTorch's serves whole sequences.
     """
+    if beside is not None:
+        if impl == "triton":
+            return launchers.triton().attention(q, keys, values, *seen[:-1], *beside)
+        keys, values = (torch.cat(pair, 1) for pair in zip((keys, values), beside, strict=True))
+        return attention(q, keys, values, seen)
     if impl == "triton":
         *ranges, whole = seen
         if not (whole and attentions.serves(q.device, q.dtype, q.shape[2], keys.shape[2], q.shape[3], q.shape[1])):
@@ -333,7 +284,10 @@ def predict(
     rows = slice(None)
     if candidate is not None and not candidate.is_cuda:
         rows = candidate.nonzero()[:, 0]
-    per_row = {name: options.pop(name)[rows] for name in ("row", "position") if options.get(name) is not None}
+    names = ["row", "position"]
+    if isinstance(options.get("step"), torch.Tensor) and options["step"].numel() == len(hidden):
+        names.append("step")
+    per_row = {name: options.pop(name)[rows] for name in names if options.get(name) is not None}
     parts = []
     for i in range(0, max(1, hidden[rows].shape[0]), CHUNK):
         part = slice(i, i + CHUNK)

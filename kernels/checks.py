@@ -73,6 +73,15 @@ def as_scalar(name: str, value: int | torch.Tensor, device: torch.device) -> tor
     return value.reshape(1)
 
 
+def as_numbers(name: str, value: int | torch.Tensor, rows: int, device: torch.device) -> torch.Tensor:
+    """``value`` as an int64 tensor [rows] on ``device``: a number for each row, or one for all of them as `as_scalar`
+    takes it."""
+    if isinstance(value, torch.Tensor) and value.numel() == rows != 1:
+        check_tensors(device, **{name: (value, [rows], (torch.int64,))})
+        return value
+    return as_scalar(name, value, device).expand(rows).contiguous()
+
+
 def check_choice(
     mask_id: int,
     banned: tuple[int, ...],

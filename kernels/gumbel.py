@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dllm_fast.kernels.checks import INTEGERS, as_scalar, check_tensors, one_device
+from dllm_fast.kernels.checks import INTEGERS, as_numbers, as_scalar, check_tensors, one_device
 
 BLOCK = 1024  # a program's columns in `gumbel`, its rows in `uniform`
 
@@ -66,7 +66,7 @@ def gumbel_from_words(high, low):
 @triton.jit
 def gumbel_tile(
     seed,  # int64 scalar
-    step,  # uint32 scalar
+    step,  # [1, BN] uint32
     row,  # [1, BN] uint32
     position,  # [1, BN] uint32
     first,  # int scalar, even: the tile's first vocabulary index
@@ -92,7 +92,7 @@ def uniform_from_key(seed, step, row, position):
 def _gumbel_kernel(
     out_ptr,  # [N, V] fp32
     seed_ptr,  # [1] int64
-    step_ptr,  # [1] int64
+    step_ptr,  # [N] int64
     row_ptr,  # [N] int
     position_ptr,  # [N] int
     column_ptr,  # [V] int
@@ -104,7 +104,7 @@ def _gumbel_kernel(
     column = tl.load(column_ptr + v, mask=v < V, other=0)  # [BV]
     position = tl.load(position_ptr + n).to(tl.uint32)
     row = tl.load(row_ptr + n).to(tl.uint32)
-    step = tl.load(step_ptr).to(tl.uint32)
+    step = tl.load(step_ptr + n).to(tl.uint32)
     # Columns are arbitrary here, so each makes its own Philox call and uses half of it; kernels use `gumbel_tile`.
     w0, w1, w2, w3 = tl.philox(tl.load(seed_ptr), (column // 2).to(tl.uint32), position, row, step)  # [BV]
     odd = column % 2 == 1
@@ -116,7 +116,7 @@ def _gumbel_kernel(
 def _uniform_kernel(
     out_ptr,  # [N] fp32
     seed_ptr,  # [1] int64
-    step_ptr,  # [1] int64
+    step_ptr,  # [N] int64
     row_ptr,  # [N] int
     position_ptr,  # [N] int
     N,
@@ -125,7 +125,8 @@ def _uniform_kernel(
     n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)  # [BN]
     row = tl.load(row_ptr + n, mask=n < N, other=0).to(tl.uint32)  # [BN]
     position = tl.load(position_ptr + n, mask=n < N, other=0).to(tl.uint32)  # [BN]
-    draw = uniform_from_key(tl.load(seed_ptr), tl.load(step_ptr).to(tl.uint32), row, position)
+    step = tl.load(step_ptr + n, mask=n < N, other=0).to(tl.uint32)  # [BN]
+    draw = uniform_from_key(tl.load(seed_ptr), step, row, position)
     tl.store(out_ptr + n, draw, mask=n < N)
 
 
@@ -166,7 +167,7 @@ def _(seed, step, row, position):
 
 def gumbel(
     seed: int | torch.Tensor,  # int, or [1] int64 on the device
-    step: int | torch.Tensor,  # int, or [1] int64 on the device
+    step: int | torch.Tensor,  # int, or [1] or [N] int64 on the device
     row: torch.Tensor,  # [N] int
     position: torch.Tensor,  # [N] int
     columns: torch.Tensor,  # [V] int: vocabulary indices
@@ -178,15 +179,17 @@ def gumbel(
         position=(position, [row.numel()], INTEGERS),
         columns=(columns, [columns.numel()], INTEGERS),
     )
-    return _gumbel(as_scalar("seed", seed, row.device), as_scalar("step", step, row.device), row, position, columns)
+    keys = as_scalar("seed", seed, row.device), as_numbers("step", step, len(row), row.device)
+    return _gumbel(*keys, row, position, columns)
 
 
 def uniform(
     seed: int | torch.Tensor,  # int, or [1] int64 on the device
-    step: int | torch.Tensor,  # int, or [1] int64 on the device
+    step: int | torch.Tensor,  # int, or [1] or [N] int64 on the device
     row: torch.Tensor,  # [N] int
     position: torch.Tensor,  # [N] int
 ) -> torch.Tensor:
     """`reference.uniform` rounded to fp32, [N]."""
     check_tensors(row.device, row=(row, [row.numel()], INTEGERS), position=(position, [row.numel()], INTEGERS))
-    return _uniform(as_scalar("seed", seed, row.device), as_scalar("step", step, row.device), row, position)
+    keys = as_scalar("seed", seed, row.device), as_numbers("step", step, len(row), row.device)
+    return _uniform(*keys, row, position)

@@ -27,7 +27,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dllm_fast.kernels.checks import FLOATS, INTEGERS, as_scalar, check_choice, check_tensors, one_device
+from dllm_fast.kernels.checks import FLOATS, INTEGERS, as_numbers, as_scalar, check_choice, check_tensors, one_device
 from dllm_fast.kernels.linear import _packed_dot
 from dllm_fast.kernels.select import FIELDS, SELECT, combine, reduce_tile, select
 
@@ -94,7 +94,7 @@ def _predict_kernel(
     part_ptr,  # [FIELDS, N, S] fp32
     best_ptr,  # [N, S] int32
     seed_ptr,  # [1] int64
-    step_ptr,  # [1] int64
+    step_ptr,  # [N] int64
     row_ptr,  # [N] int
     position_ptr,  # [N] int
     guidance,
@@ -292,7 +292,7 @@ def predict(
     confidence: str = "probability",
     temperature: float = 0.0,
     seed: int | torch.Tensor = 0,  # int, or [1] int64 on the device
-    step: int | torch.Tensor = 0,  # int, or [1] int64 on the device
+    step: int | torch.Tensor = 0,  # int, or [1] or [N] int64 on the device
     row: torch.Tensor | None = None,  # [N] int
     position: torch.Tensor | None = None,  # [N] int
     uncond: torch.Tensor | None = None,  # [N, D]
@@ -331,7 +331,7 @@ def predict(
     noise: tuple = (None, None, None, None)
     if noisy:
         check_tensors(device, row=(row, [rows], INTEGERS), position=(position, [rows], INTEGERS))
-        noise = (as_scalar("seed", seed, device), as_scalar("step", step, device), row, position)
+        noise = (as_scalar("seed", seed, device), as_numbers("step", step, rows, device), row, position)
     return _predict(
         hidden, weight, bias, candidate, uncond, scale, *noise, mask_id, banned_ranges, deferred_ranges,
         confidence, float(temperature), cfg_scale + 1.0, _path,

@@ -207,7 +207,7 @@ def philox(seed: int, c0, c1, c2, c3) -> tuple[torch.Tensor, torch.Tensor, torch
 
 def gumbel(
     seed: int,
-    step: int | torch.Tensor,
+    step: int | torch.Tensor,  # int, or [1] or [N] int64
     row: torch.Tensor,  # [N] int
     position: torch.Tensor,  # [N] int
     columns: torch.Tensor,  # [V] int: vocabulary indices
@@ -219,6 +219,7 @@ def gumbel(
     ``-log1p(-(1 - U))`` with 1 - U from the complemented bits, so that both tails are exact: G reaches 45.05, where
     24-bit uniforms stop at 16.6 and lower the effective temperature (arXiv:2409.02908).
     """
+    step = step.reshape(-1, 1) if isinstance(step, torch.Tensor) else step
     words = philox(seed, columns // 2, position[:, None], row[:, None], step)
     odd = (columns % 2).bool()
     high = torch.where(odd, words[2], words[0])

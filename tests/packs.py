@@ -45,3 +45,36 @@ def rope_inputs(shape, dtype, device="cpu", spare=3, seed=0):
     angle = torch.outer(torch.arange(slots).float(), 10 ** -torch.arange(dim // 2).float()).to(device)
     at = [x.to(device) for x in (slot - torch.tensor(start)[row], slot)]
     return [*parts.split((heads, kv_heads, kv_heads), 2), angle.cos(), angle.sin(), *at, *buffers, row.to(device)]
+
+
+# heads, kv heads, head dim, slots, [start], [end], [hole], length of a state, states, window
+STATES = {
+    "one-state": (1, 1, 16, 12, [0], [12], [4], 4, 1, None),
+    "two": (2, 2, 32, 40, [0, 7], [40, 40], [30, 12], 8, 2, None),
+    "past-the-end": (4, 2, 16, 50, [0, 5], [40, 38], [34, 33], 9, 3, None),
+    "before-the-start": (2, 1, 16, 30, [0, 11], [30, 30], [4, 8], 8, 2, None),
+    "more-than-a-tile": (4, 1, 16, 200, [3], [190], [100], 32, 5, None),
+    "window": (2, 1, 16, 90, [0, 5], [90, 90], [40, 20], 8, 4, 6),
+    "window-past-tiles": (4, 1, 16, 220, [0], [220], [80], 40, 3, 70),
+}
+
+
+def states_inputs(shape, dtype, device="cpu", seed=0):
+    """Arguments of `reference_states.attention`; what no query sees is NaN in the first set and 0 in the second. And
+    how many queries a row has."""
+    heads, kv_heads, dim, slots, start, end, hole, length, states, window = shape
+    make = torch.Generator().manual_seed(seed)
+    rows, queries = len(start), length * states
+    q = torch.randn(rows * queries, 1, heads + 1, dim, generator=make).to(dtype)[:, :, 1:]
+    buffers = torch.randn(2, rows, slots, kv_heads, dim, generator=make).to(dtype)
+    own = torch.randn(2, rows, queries, kv_heads, dim, generator=make).to(dtype)
+    start, end, hole = (torch.tensor(x) for x in (start, end, hole))
+    slot = torch.arange(queries).repeat(rows)
+    first = queries * torch.arange(rows + 1)
+    j = torch.arange(slots)
+    outside = ~((j >= start[:, None]) & (j < end[:, None]))[None, :, :, None, None]
+    sets = []
+    for kept in (buffers.masked_fill(outside, float("nan")), buffers.masked_fill(outside, 0.0)):
+        parts = q, *kept, start, end, slot, window, first, hole, length, *own
+        sets.append([x.to(device) if isinstance(x, torch.Tensor) else x for x in parts])
+    return *sets, queries

@@ -365,7 +365,7 @@ def test_bad_arguments():
         "row and position are needed .*random": ((hidden, weight), {"confidence": "random"}),
         "position is": ((hidden, weight), {"confidence": "random", "row": row, "position": row[:3]}),
         "seed=": ((hidden, weight), {"temperature": 1.0, "row": row, "position": row, "seed": 1 << 64}),
-        "step is": ((hidden, weight), {"temperature": 1.0, "row": row, "position": row, "step": row}),
+        "step is": ((hidden, weight), {"temperature": 1.0, "row": row, "position": row, "step": row[1:]}),
     }.items():
         with pytest.raises(ValueError, match=message):
             compiled.predict(*arguments, **{"mask_id": MASK, **options})
@@ -380,12 +380,25 @@ def test_bad_arguments():
             compiled.linear(*arguments)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_a_step_for_each_row(temperature):
+    hidden, weight, bias = problem(6, 40, 8, FP32)
+    keys = {"row": torch.arange(6) % 2, "position": torch.arange(6), "seed": 5}
+    options = {"mask_id": MASK, "confidence": "random", "temperature": temperature, "candidate": keys["position"] != 2}
+    steps = torch.tensor([3, 0, 9, 1 << 31, 3, 7])
+    for predict in (compiled.predict, ops.predict):
+        found = predict(hidden, weight, bias, step=steps, **keys, **options)
+        for n, step in enumerate(steps.tolist()):
+            alone = predict(hidden, weight, bias, step=step, **keys, **options)
+            assert all(mine[n] == own[n] for mine, own in zip(found, alone, strict=True))
+
+
 def test_custom_ops():
     hidden, weight, bias = problem(4, 40, 8, BF16)
     row = torch.arange(4)
     scalars = (torch.tensor([3]), torch.tensor([1]))
     for optional in ((bias, row < 2, hidden + 1), (None, None, None)):
-        arguments = (hidden, weight, *optional, *scalars, row, row, MASK, [3, 5], [7, 8], "margin", 0.5, 2.0)
+        arguments = (hidden, weight, *optional, scalars[0], row + 1, row, row, MASK, [3, 5], [7, 8], "margin", 0.5, 2.0)
         torch.library.opcheck(torch.ops.dllm_fast.cpu_predict, arguments)
     torch.library.opcheck(torch.ops.dllm_fast.cpu_linear, (hidden, weight, bias))
 

@@ -8,8 +8,8 @@ from test_compiled import assert_as_exact
 
 from dllm_fast import ops
 from dllm_fast.cpu import compiled, elementwise
-from dllm_fast.families.rows import Packed
-from dllm_fast.kernels import reference
+from dllm_fast.families.rows import Packed, States
+from dllm_fast.kernels import reference, reference_states
 
 BF16, FP32 = torch.bfloat16, torch.float32
 LEVELS = ["torch", *(() if compiled.missing() else compiled.levels())]
@@ -40,6 +40,21 @@ def test_attention(name, dtype, impl):
     out = ops.attention(q, keys, values, seen, impl=impl)
     assert out.shape == q.shape
     assert_as_exact(out[:total].contiguous(), eager, truth)
+
+
+@pytest.mark.parametrize("impl", ["torch", "cpp"])
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+@pytest.mark.parametrize("name", packs.STATES)
+def test_states(name, dtype, impl):
+    """PyTorch's attention serves the compiled ops too."""
+    _, clean, queries = packs.states_inputs(packs.STATES[name], dtype)
+    wide = [x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in clean]
+    truth, eager = (reference_states.attention(*x) for x in (wide, clean))
+    q, keys, values, start, end, slot, window, first, hole, length, *own = clean
+    states = States(hole, length, queries // length)
+    packed = Packed(reference.row_of(first, len(q)), first, queries, states=states)
+    seen = ops.visible(q, keys.shape[1], start, end, slot, window, packed, impl=impl)
+    assert_as_exact(ops.attention(q, keys, values, seen, own, impl=impl).contiguous(), eager, truth)
 
 
 @every

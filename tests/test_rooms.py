@@ -11,7 +11,7 @@ ROOMS = [
     {"kernels"},
     {"environment"},
     {"cpu"},
-    {"ops", "attentions", "launchers"},
+    {"ops", "attentions", "launchers", "visibility"},
     {"families"},
     {"decoding"},
     {"patch"},

@@ -45,7 +45,7 @@ def counting() -> Iterator[Whole]:
     def watch(engine, step):
         yield
         if step is not None and step.whole:
-            own = engine.own["full"].where(~engine.idle, 0)
+            own = engine.alone["full"].where(~engine.idle, 0)
             found.own += int(own.sum())
             found.computed += engine.packed(step, own).packed or engine.rows * step.length
 

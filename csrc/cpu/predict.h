@@ -26,7 +26,7 @@ struct PredictTask {
   int64_t low;                             // its first id
   float* part;                             // [FIELDS, POSITIONS]
   float* logits;                           // [SOME_IDS, lanes], with guidance [SOME_IDS, 2 lanes]
-  Word row[POSITIONS / W], position[POSITIONS / W];
+  Word row[POSITIONS / W], position[POSITIONS / W], step_of[POSITIONS / W];
 
   PredictTask(const Predict& arguments, int64_t task) : a(arguments) {
     // All groups go through one part of the vocabulary before the next, so that its rows of W stay in a cache.
@@ -45,6 +45,7 @@ struct PredictTask {
         const int64_t n = a.chosen[first + smaller(l, positions - 1)];
         row[l / W][l % W] = uint32_t(a.row[n]);
         position[l / W][l % W] = uint32_t(a.position[n]);
+        step_of[l / W][l % W] = uint32_t(a.step[n]);
       }
   }
 
@@ -174,7 +175,7 @@ struct PredictTask {
     Vec best = get(BEST, lane), logit = get(LOGIT, lane);
     Int token = (Int)get(TOKEN, lane);
     for (int64_t i = 0; i < n; i += 2) {  // ``id`` is even: neighbours share a counter
-      Word c[4] = {Word{} + uint32_t((id + i) / 2), position[lane / W], row[lane / W], Word{} + a.step};
+      Word c[4] = {Word{} + uint32_t((id + i) / 2), position[lane / W], row[lane / W], step_of[lane / W]};
       philox(a.seed, c);
       for (int64_t k = 0; k < smaller(2, n - i); ++k) {
         const Vec x = load<Vec>(logits + (i + k) * step + lane);
@@ -215,7 +216,8 @@ void pack_predict(const void* arguments, int64_t group) {
 
 // Uniform noise of one position: reference.uniform.
 inline float uniform(const Predict& a, int64_t n) {
-  Word c[4] = {Word{} + 0xFFFFFFFFu, Word{} + uint32_t(a.position[n]), Word{} + uint32_t(a.row[n]), Word{} + a.step};
+  Word c[4] = {Word{} + 0xFFFFFFFFu, Word{} + uint32_t(a.position[n]), Word{} + uint32_t(a.row[n]),
+               Word{} + uint32_t(a.step[n])};
   philox(a.seed, c);
   return float((double(c[0][0]) + 0.5) / 4294967296.0);
 }

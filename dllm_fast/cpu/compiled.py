@@ -16,7 +16,7 @@ import warnings
 
 import torch
 
-from dllm_fast.kernels.checks import CONFIDENCES, as_scalar, check_choice, one_device
+from dllm_fast.kernels.checks import CONFIDENCES, as_numbers, as_scalar, check_choice, one_device
 
 LEVELS = ("plain", "avx2", "avx512", "avx512bf16")
 FLOATS = (torch.float32, torch.bfloat16)  # the dtypes of the kernels
@@ -257,7 +257,8 @@ class _Predict(ctypes.Structure):
     """`Predict` of csrc/cpu/api.h."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("hidden", "uncond", "weight", "bias", "candidate", "row", "position")),
+        *((name, ctypes.c_void_p) for name in ("hidden", "uncond", "weight", "bias", "candidate")),
+        *((name, ctypes.c_void_p) for name in ("step", "row", "position")),
         *((name, ctypes.c_void_p) for name in ("banned", "deferred", "token", "score", "lse")),
         *((name, ctypes.c_void_p) for name in ("packed", "part", "chosen")),
         *((name, ctypes.c_int64) for name in ("rows", "width", "vocabulary")),
@@ -267,7 +268,6 @@ class _Predict(ctypes.Structure):
             for name in ("banned_ranges", "deferred_ranges", "mask_id", "confidence", "chosen_rows")
         ),
         ("seed", ctypes.c_uint64),
-        ("step", ctypes.c_uint32),
         ("temperature", ctypes.c_float),
         ("guidance", ctypes.c_float),
     )
@@ -283,13 +283,12 @@ def _predict(
     if rows:
         ranges = [(ctypes.c_int64 * len(ids))(*ids) for ids in (banned, deferred)]
         arguments = _Predict(
-            *map(_pointer, (hidden, uncond, weight, bias, candidate, row, position)),
+            *map(_pointer, (hidden, uncond, weight, bias, candidate, step, row, position)),
             *map(ctypes.addressof, ranges), *map(_pointer, (token, score, lse)), None, None, None,
             *(rows, width, weight.shape[0]),
             *(hidden.stride(0), 0 if uncond is None else uncond.stride(0), weight.stride(0)),
             *(len(banned) // 2, len(deferred) // 2, mask_id, CONFIDENCES.index(confidence), 0),
-            *((0, 0) if seed is None else (int(seed) % (1 << 64), int(step) % (1 << 32))),
-            *(temperature, guidance),
+            *(0 if seed is None else int(seed) % (1 << 64), temperature, guidance),
         )  # fmt: skip
         _run("dllm_predict", arguments, hidden.dtype)
     return token, score, lse
@@ -320,7 +319,7 @@ def predict(
     confidence: str = "probability",
     temperature: float = 0.0,
     seed: int | torch.Tensor = 0,  # int, or [1] int64
-    step: int | torch.Tensor = 0,  # int, or [1] int64
+    step: int | torch.Tensor = 0,  # int, or [1] or [N] int64
     row: torch.Tensor | None = None,  # [N] int64
     position: torch.Tensor | None = None,  # [N] int64
     uncond: torch.Tensor | None = None,  # [N, d]
@@ -350,7 +349,8 @@ def predict(
     if noisy and row is not None and position is not None:
         row, position = row.contiguous(), position.contiguous()  # a single row's number is an expanded tensor
         _check(torch.int64, row=(row, (rows,)), position=(position, (rows,)))
-        noise = (as_scalar("seed", seed, hidden.device), as_scalar("step", step, hidden.device), row, position)
+        step = as_numbers("step", step, rows, hidden.device)
+        noise = (as_scalar("seed", seed, hidden.device), step, row, position)
     return _predict_op(
         hidden, weight, bias, candidate, uncond, *noise, mask_id, banned_ranges, deferred_ranges,
         confidence, float(temperature), cfg_scale + 1.0,

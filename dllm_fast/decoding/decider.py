@@ -28,7 +28,7 @@ class Decider:
         self.pad, self.row, self.slot, self.quota = (long(rows) for _ in range(4))
         self.number = long(rows)  # of each row's live block, among its blocks
         self.budget = long(rows)  # positions of this block that may still be masked again
-        self.step, self.seed = long(1), long(1)
+        self.step, self.seed = long(rows), long(1)
         self.live = long(rows)  # positions of the row's block that can still change; 0 once it holds no [MASK]
         self.bad = long(rows)  # number << 32 | step at which a candidate's logits first were NaN or infinite, or GOOD
         self.fresh = torch.zeros((rows, self.block_size), dtype=torch.bool, device=device)  # committed by the last step
@@ -41,7 +41,7 @@ class Decider:
         """The rows that take part in the step, [B] bool; None: there is one row, which takes part in every step."""
         if self.rows == 1:
             return None
-        return self.quota > 0 if self.is_planned else self.live > 0
+        return self.quota > 0 if self.is_planned and not self.options.drafts else self.live > 0
 
     def _decide(self, hidden: torch.Tensor, live: Live | None = None, evaluated: torch.Tensor | None = None) -> None:
         """From hidden states to tokens: predict, commit, remask.
@@ -61,22 +61,15 @@ class Decider:
         block, ours = self.canvas.gather(1, at), self.open.gather(1, at)
         candidate = (block == mask_id) & ours
         # 1. Predict the candidates; a remask asks for the committed positions too.
-        token, score, lse = self._predict(heads, at, candidate if remask is None else ours, live)
-        # 2. Commit the schedule's choice of them.
-        chosen = self._commit(token, score, candidate, self.quota)
-        # 3. Mask committed ones again. A planned step commits as many others in their place.
+        step = self.step[:, None].expand_as(at)
+        token, score, lse = self._predict(heads, candidate if remask is None else ours, self._keys(at, step), live)
+        probability = None
         if remask is not None:
             current = torch.where(candidate, token, block)
-            probability = self._probability(heads, current, lse, live, evaluated)
-            if self.options.defer_tokens:  # a prediction that is held back takes no committed token's place
-                probability = probability.masked_fill(candidate & (score == float("-inf")), 0.0)
-            committed = ours & ~candidate
-            seen = Committed(committed, probability, self.committed_probability, candidate, chosen.sum(1))
-            masked_again = self._remask(seen, at)
-            if self.is_planned:
-                chosen = chosen | self._commit(token, score, candidate & ~chosen, masked_again)
-            self.committed_probability.copy_(torch.where(chosen, probability, self.committed_probability))
-        # 4. What the next step has to evaluate: what is masked, and what this step committed. The host reads how much.
+            probability = self._evaluated_probability(heads, current, lse, live, evaluated)
+        # 2. Commit, and mask again.
+        chosen = self._advance(token, score, probability, candidate, self.quota, self._going())
+        # 3. What the next step has to evaluate: what is masked, and what this step committed. The host reads how much.
         masked = (self.canvas.gather(1, at) == mask_id) & ours
         live_count = masked.sum(1)
         if self.options.skip_committed:
@@ -86,15 +79,52 @@ class Decider:
             live_count = (masked | chosen).sum(1) * masked.any(1)
         self.live.copy_(live_count)
 
+    def _advance(
+        self,
+        token: torch.Tensor,  # [B, T]
+        score: torch.Tensor,  # [B, T]
+        probability: torch.Tensor | None,  # [B, T]: of the current tokens, with a remask
+        candidate: torch.Tensor,  # [B, T] bool
+        quota: torch.Tensor | None,  # [B]: what a planned step commits
+        going: torch.Tensor | None,  # [B] bool: rows that take the step; None: all
+    ) -> torch.Tensor:
+        """Take a step of the schedule on what was predicted. Returns what it commits, [B, T] bool."""
+        at = self.slot[:, None] + self.offsets
+        # 1. Commit the schedule's choice of the candidates.
+        chosen = self._commit(token, score, candidate, quota)
+        if probability is None:
+            return chosen
+        # 2. Mask committed ones again. A planned step commits as many others in their place.
+        if self.options.defer_tokens:  # a prediction that is held back takes no committed token's place
+            probability = probability.masked_fill(candidate & (score == float("-inf")), 0.0)
+        committed = self.open.gather(1, at) & ~candidate
+        seen = Committed(committed, probability, self.committed_probability, candidate, chosen.sum(1))
+        masked_again = self._remask(seen, at, going)
+        if self.is_planned:
+            chosen = chosen | self._commit(token, score, candidate & ~chosen, masked_again)
+        self.committed_probability.copy_(torch.where(chosen, probability, self.committed_probability))
+        return chosen
+
+    def _keys(self, at: torch.Tensor, step: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What the noise of each position is a function of, beside the seed: row, position and step, [B, ..., T] each;
+        of slots ``at`` and steps ``step`` of that shape."""
+        row, pad = (x.view(-1, *[1] * (at.dim() - 1)) for x in (self.row, self.pad))
+        return row.expand_as(at), at - pad, step
+
     def _predict(
-        self, heads: tuple[torch.Tensor, torch.Tensor | None], at: torch.Tensor, wanted: torch.Tensor, live: Live | None
+        self,
+        heads: tuple[torch.Tensor, torch.Tensor | None],
+        wanted: torch.Tensor,
+        keys: tuple[torch.Tensor, ...],
+        live: Live | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Token and confidence [B, T] and log-sum-exp [B*T] of the positions ``wanted`` [B, T], which lie at slots
-        ``at``. Records the step at which logits first were NaN or infinite."""
-        o, (hidden, uncond) = self.options, heads
-        row, position = self.row[:, None].expand_as(at), at - self.pad[:, None]
+        """Token and confidence [B, T] and log-sum-exp [B*T] of the positions ``wanted`` [B, T], with the noise of
+        their ``keys``."""
+        o, (hidden, uncond), shape = self.options, heads, wanted.shape
         if live is not None:
-            wanted, row, position = live.gather(wanted, False), live.gather(row, 0), live.gather(position, 0)
+            wanted = live.gather(wanted, False)
+            keys = tuple(live.gather(key, 0) for key in keys)
+        row, position, step = (key.flatten().contiguous() for key in keys)  # of one row it is a view without strides
         token, score, lse = ops.predict(
             hidden,
             *self.family.head_operands(),
@@ -103,9 +133,9 @@ class Decider:
             confidence=o.schedule.confidence or o.confidence,
             temperature=o.temperature,
             seed=self.seed,
-            step=self.step,
-            row=row.flatten().contiguous(),  # of one row it is a view without strides
-            position=position.flatten(),
+            step=step,
+            row=row,
+            position=position,
             uncond=uncond,
             cfg_scale=o.cfg_scale,
             banned=o.suppress_tokens,
@@ -113,30 +143,35 @@ class Decider:
             impl=self.family.impl,
         )
         if live is not None:
-            token = live.spread(token, torch.full_like(at, o.mask_id))
-            score = live.spread(score, score.new_full(at.shape, float("-inf")))
-            lse = live.spread(lse, lse.new_zeros(at.shape)).flatten()
-        # lse - lse is 0, or NaN where lse is NaN or infinite; a position that is no candidate has lse 0.
-        fine = (lse - lse == 0).view_as(at).all(1)
+            token = live.spread(token, token.new_full(shape, o.mask_id))
+            score = live.spread(score, score.new_full(shape, float("-inf")))
+            lse = live.spread(lse, lse.new_zeros(shape)).flatten()
+        # lse - lse is 0, or NaN where lse is NaN or infinite; a position that is no candidate has lse 0. The step is
+        # kept at which that was first.
+        fine = (lse - lse == 0).view(self.rows, -1).all(1)
         self.bad.copy_(torch.minimum(self.bad, torch.where(fine, GOOD, (self.number << 32) + self.step)))
-        return token.view_as(at), score.view_as(at), lse
+        return token.view(shape), score.view(shape), lse
 
     def _commit(self, token, score, candidate: torch.Tensor, quota: torch.Tensor) -> torch.Tensor:
         """Write the candidates [B, T] that the schedule chooses, ``quota`` [B] of them if planned. Returns which."""
         rule = {"count": quota} if self.is_planned else self.options.schedule.rule
         return ops.commit(self.canvas, token, score, candidate, self.slot, **rule, impl=self.family.impl)
 
-    def _probability(
+    def _probability(self, heads: tuple, token: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+        """The probabilities [N] that the model gives to ``token`` [N]."""
+        o, (hidden, uncond) = self.options, heads
+        return ops.token_probability(
+            hidden, *self.family.head_operands(), token=token, lse=lse, uncond=uncond, cfg_scale=o.cfg_scale,
+            deferred=[i for i in o.defer_tokens if i not in o.suppress_tokens],
+        ).float()  # fmt: skip
+
+    def _evaluated_probability(
         self, heads: tuple, token: torch.Tensor, lse: torch.Tensor, live: Live | None, evaluated: torch.Tensor | None
     ) -> torch.Tensor:
         """The probabilities that the model gave to ``token`` [B, T] when they were last evaluated."""
-        o, (hidden, uncond) = self.options, heads
         if live is not None:
             token, lse = live.gather(token, 0), live.gather(lse, 0.0)
-        now = ops.token_probability(
-            hidden, *self.family.head_operands(), token=token.flatten(), lse=lse.flatten(), uncond=uncond,
-            cfg_scale=o.cfg_scale, deferred=[i for i in o.defer_tokens if i not in o.suppress_tokens],
-        ).float()  # fmt: skip
+        now = self._probability(heads, token.flatten(), lse.flatten())
         if live is not None:
             now = live.spread(now, self.probability)
         now = now.view_as(self.probability)
@@ -149,11 +184,11 @@ class Decider:
         self.probability.copy_(now)
         return now
 
-    def _remask(self, seen: Committed, at: torch.Tensor) -> torch.Tensor:
+    def _remask(self, seen: Committed, at: torch.Tensor, going: torch.Tensor | None) -> torch.Tensor:
         """Mask the most urgent of the committed positions, within the bound that ends the block; how many, [B]."""
         urgency = self.options.remask.urgency(seen)  # [B, T]
         bound = seen.masked.sum(1) - seen.kept if self.is_planned else self.budget
-        if (going := self._going()) is not None:
+        if going is not None:
             bound = bound * going
         again = (urgency > STAYS) & (ranks(urgency) < bound[:, None])
         self.canvas.scatter_(1, at, self.canvas.gather(1, at).masked_fill(again, self.options.mask_id))

@@ -25,17 +25,17 @@ import torch
 from dllm_fast import attentions
 from dllm_fast.decoding.decider import GOOD
 from dllm_fast.decoding.device import download, on_host, upload
-from dllm_fast.decoding.forwards import Forwards
 from dllm_fast.decoding.graphs import Graphs, records
 from dllm_fast.decoding.live import Live, sizes
 from dllm_fast.decoding.options import Options
+from dllm_fast.decoding.speculation import Speculation
 from dllm_fast.decoding.steps import Counts, Step, Steps
 
 WHOLE = 64  # a recorded full forward ends at a multiple of it
 PADDING = 1 / 32  # the share of a recorded full forward up to which rows of different lengths take it, padded
 
 
-class Engine(Forwards):
+class Engine(Speculation):
     """Buffers for a batch of ``rows`` sequences of up to ``slots`` positions, and the steps over them."""
 
     # Called with the engine and the step, None where rows differ; each step of any engine is taken in what they return.
@@ -45,9 +45,9 @@ class Engine(Forwards):
         super().__init__(family, options, rows, slots, spare, padded)
         # Of each row, on the host.
         self.lengths = on_host([slots] * rows)  # of its sequence, which ends at the last slot
-        self.tally = torch.zeros(rows, 3, dtype=torch.float64, device="cpu")  # of the last block, as in `Counts`
+        self.tally = torch.zeros(rows, 5, dtype=torch.float64, device="cpu")  # of the last block, as in `Counts`
         self.idle = torch.zeros(rows, dtype=torch.bool, device="cpu")  # whether nobody waits for it
-        self.own: dict[str, torch.Tensor] = {}  # positions that a row computes at a step of each kind, [B]
+        self.alone: dict[str, torch.Tensor] = {}  # positions that a row computes at a step of each kind, [B]
         self.graphs = Graphs(records(self.device, family.impl), self.device)
 
     @property
@@ -104,6 +104,9 @@ class Engine(Forwards):
         # 1. The block's buffers, counts and steps.
         self.tally.zero_()
         steps = self.prepare(slot, number)
+        if self.options.drafts:  # how far a forward gets is read from the device
+            self.plan_steps(planned)
+            planned = None
         if planned is not None:
             plan = upload(torch.stack([count for _, count in planned]), self.device)  # [steps, B]
             numbers: Iterable[int] = [step for step, _ in planned]
@@ -129,11 +132,15 @@ class Engine(Forwards):
                     self.take_mixed_step(steps, going, begins, full_rows, live)
                 else:
                     self.take_step(step, going, live)
+            self.tally[:, 3] += going
+            self.tally[:, 4] += going * (1 if step is None else step.states)
             if draft is not None:
                 draft()
             # 4. Which rows go on, and how much of them: planned beforehand, or read from the device, once a step.
             if planned is None or (self.options.skip_committed and self.options.remask):
                 live = download(self.live)
+                if self.options.drafts:
+                    self.tally[:, 3] = download(self.taken).double()
             else:
                 quota = planned[n][1]
                 live = torch.where(going, left, live)  # what the step committed is evaluated once more
@@ -153,13 +160,16 @@ class Engine(Forwards):
         self.live.copy_(upload(torch.where(self.idle, 0, self.block_size), self.device))
         multiple = WHOLE if self.graphs.enabled else 1
         steps = Steps.of(self.options, self.slots, int(slot.min()), int(slot.max()), multiple)
-        self.own = self._positions(steps, slot)
+        self.alone = self._positions(steps, slot)
         return steps
 
     @property
     def counts(self) -> list[Counts]:
         """The forwards of each row in the last block."""
-        return [Counts(int(full), int(part), positions) for full, part, positions in self.tally.tolist()]
+        return [
+            Counts(int(full), int(part), positions, int(steps), int(states))
+            for full, part, positions, steps, states in self.tally.tolist()
+        ]
 
     def _positions(self, steps: Steps, slot: torch.Tensor) -> dict[str, torch.Tensor]:
         """By kind of step, how many positions each row would compute alone, [B]; of a block that begins at ``slot``."""
@@ -183,7 +193,7 @@ class Engine(Forwards):
         """The step that all rows take, or None where they differ: those of ``begins`` [B] begin a block, of which
         ``full_rows`` do so by a full forward and others by the refresh's window."""
         if self.cache is None:
-            return steps.full
+            return steps.full if bool(begins.any()) else steps.block
         if not bool(begins.any()):
             return steps.block
         if bool((begins & full_rows | self.idle).all()):
@@ -220,6 +230,8 @@ class Engine(Forwards):
     def _packs(self, step: Step) -> bool:
         """Whether the step evaluates some positions of each row: those that can still change; what is seen for the
         first time, beside a window; or positions of a sample."""
+        if step.states > 1:
+            return False
         if self.place is not None and (step.refreshes or self.options.runs_suffix):
             return True
         if step.refreshes:
@@ -230,7 +242,7 @@ class Engine(Forwards):
         """Add a step through a ``share`` of the layers to the counts of the rows ``going``. Returns how many positions
         each would have computed alone, [B]."""
         packed = self.options.skip_committed and not step.refreshes
-        own = torch.where(going, self.own["live"] + live if packed else self.own[step.kind], 0)
+        own = torch.where(going, self.alone["live"] + live if packed else self.alone[step.kind], 0) * step.states
         self.tally[:, 0 if step.whole else 1] += self.passes * going
         self.tally[:, 2] += self.passes * share * own
         return own
@@ -255,10 +267,18 @@ class Engine(Forwards):
 
     def run_step(self, step: Step) -> None:
         """One forward of all rows, and what is kept of it."""
-        if not step.packed:
-            return self._decide(self.hidden(step))
-        live = self.find(step, self._going())
-        self._decide(self.packed_hidden(step, live), None if step.refreshes else live)
+        if step.states > 1:
+            return self.take_states(step)
+        live = hidden = None
+        if step.packed:
+            live = self.find(step, self._going())
+            hidden = self.packed_hidden(step, live)
+        else:
+            hidden = self.hidden(step)
+        if self.options.drafts:
+            self.decide_states(hidden[:, None])
+        else:
+            self._decide(hidden, None if step.refreshes else live)
 
     def take_mixed_step(
         self, steps: Steps, going: torch.Tensor, begins: torch.Tensor, full_rows: torch.Tensor, live: torch.Tensor
@@ -289,7 +309,10 @@ class Engine(Forwards):
             step, own = self._group(steps.full, group, self._tally(steps.full, group, live, (layers - layer) / layers))
             hidden = self._of(group, self.packed_hidden(step, own, layer), hidden)
         # 4. The tokens of all.
-        self._decide(hidden, evaluated=evaluated)
+        if self.options.drafts:
+            self.decide_states(hidden[:, None])
+        else:
+            self._decide(hidden, evaluated=evaluated)
 
     def _group(self, step: Step, group: torch.Tensor, own: torch.Tensor) -> tuple[Step, Live]:
         """``step`` packed for the rows ``group`` [B], which evaluate ``own`` [B] positions each, and the positions."""

@@ -37,7 +37,7 @@ class Live(NamedTuple):
 
     def halves(self, hidden: torch.Tensor) -> tuple["Live", torch.Tensor, torch.Tensor]:
         """The rows without guidance's, and of hidden [N, d] their part and guidance's, [N / 2, d] each."""
-        row, first, most, _ = self.packed
+        row, first, most = self.packed[:3]
         n, rows = len(hidden) // 2, len(first) // 2
         at = torch.arange(n, device=hidden.device)
         own = at < first[rows]

@@ -45,6 +45,7 @@ class Options(Checked):
     suffix_length: int | None = checked(whole_or_none, default=None)
     suffix_sample: int = checked(whole, 0, default=0)
     skip_committed: bool = checked(one_kind, bool, "True or False", default=False)
+    speculate: int | None = checked(whole_or_none, default=None)
     mask_id: int | None = None
     eos_id: Ids = field(default=None, compare=False)
     seed: int | None = field(default=None, compare=False)
@@ -70,6 +71,8 @@ class Options(Checked):
         require(not (self.suffix_sample and self.refresh.layerwise), unfit)
         useless = "skip_committed=True: with cache='none' nothing is kept of a position that is not evaluated"
         require(self.has_cache or not self.skip_committed, useless)
+        unfit = "skip_committed=True: what a step gives then depends on the steps before, which speculate would skip"
+        require(not (self.skip_committed and self.drafts), unfit)
 
     @classmethod
     def of_call(cls, function: str, given: dict) -> "Options":
@@ -114,6 +117,11 @@ class Options(Checked):
     def runs_suffix(self) -> bool:
         """Whether a step against the cache goes on to the end of the sequence."""
         return self.cache == "prefix"
+
+    @property
+    def drafts(self) -> int:
+        """States that a forward evaluates beside the one that the schedule has reached."""
+        return self.speculate or 0
 
     @property
     def passes(self) -> int:

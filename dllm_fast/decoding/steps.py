@@ -1,6 +1,6 @@
 """What a step of a block computes, and what a row's forwards are counted in."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ class Step:
     refreshes: a block begins with it, and the cache takes in every row; else only the rows that go.
     packed: if above 0, only so many positions in all, of the rows that go: without padding, or only what can change.
     most: of these, one row's at most.
+    states: settings of the block's tokens that are evaluated, see `speculation`.
     """
 
     length: int
@@ -26,6 +27,7 @@ class Step:
     refreshes: bool = False
     packed: int = 0
     most: int = 0
+    states: int = 1
 
     @property
     def kind(self) -> str:
@@ -61,7 +63,8 @@ class Steps(NamedTuple):
         else:
             window = min(before + block + after, slots)
         full = Step(whole, whole=True, refreshes=True)
-        return cls(full, Step(window, before, refreshes=True), Step(block))
+        again = Step(block) if options.has_cache else full
+        return cls(full, Step(window, before, refreshes=True), replace(again, states=options.drafts + 1))
 
 
 class Rows(NamedTuple):
@@ -80,11 +83,14 @@ class Rows(NamedTuple):
 
 @dataclass
 class Counts:
-    """A row's forwards: over whole sequences, over parts against a cache, and over how many positions in all."""
+    """A row's forwards: over whole sequences, over parts against a cache, and over how many positions in all. The
+    schedule's steps, and the states that were evaluated for them."""
 
     full: int = 0
     block: int = 0
     positions: float = 0.0  # one that passes through half the layers counts a half
+    steps: int = 0
+    states: int = 0
 
     @property
     def nfe(self) -> int:
@@ -94,3 +100,5 @@ class Counts:
         self.full += other.full
         self.block += other.block
         self.positions += other.positions
+        self.steps += other.steps
+        self.states += other.states

@@ -59,3 +59,18 @@ class BlockCache:
         self.buffers[:, :, :, :slots] = other.buffers[:, :, index, shift : shift + slots]
         if self.states is not None and other.states is not None:
             self.states[:, :, :slots] = other.states[:, index, shift : shift + slots]
+
+    def first(self, slots: int) -> "BlockCache":
+        """A view of the first ``slots``."""
+        part = object.__new__(BlockCache)
+        part.buffers = self.buffers[:, :, :, :slots]
+        part.states = None if self.states is None else self.states[:, :, :slots]
+        return part
+
+    def take_slots(self, to: torch.Tensor, other: "BlockCache", source: torch.Tensor, kept: torch.Tensor) -> None:
+        """Take another cache's slots ``source`` [B, T] to the slots ``to``, in the rows that are ``kept`` [B] bool."""
+        row = torch.arange(len(to), device=to.device)[:, None]
+        for mine, its in ((self.buffers.flatten(0, 1), other.buffers.flatten(0, 1)), (self.states, other.states)):
+            if mine is not None:
+                there = kept.view(-1, *[1] * (mine.dim() - 2))
+                mine[:, row, to] = torch.where(there, its[:, row, source], mine[:, row, to])

@@ -143,6 +143,7 @@ class Family(ABC):
         from_layer: int = 0,
         kept: torch.Tensor | None = None,  # [B] bool: rows whose keys and values are written; None: all
         packed: Packed | None = None,  # the ids are [N, 1], those that it says; slot is [N], start and end its rows'
+        own: BlockCache | None = None,  # the states' keys and values, see `rows.States`; ``slot`` is then in it
         padding_counts: bool = False,  # positions are slots, as in the models' own forwards; else padding has none
     ) -> torch.Tensor:
         """The input of the LM head, [B, T, d], or its chosen rows.
@@ -161,6 +162,7 @@ class Family(ABC):
         position = slot if begin is None or padding_counts else (slot if slot is not None else 0) - begin
         if packed is not None and packed.position is not None:
             position = packed.position
+        written = cache if own is None else own
         # A row that is not kept writes behind the buffers, where nothing is stored.
         write_at = slot if kept is None else slot.where(kept, slots)
         x = self._embed(input_ids) if from_layer == 0 else cache.state(from_layer, to_row, slot)
@@ -171,10 +173,13 @@ class Family(ABC):
             # 1. Norm, q, k and v; keys and values go into the cache.
             y, x = self._norm(x, delta, block.attn_norm)
             if cache is not None:
-                cache.keep_state(layer, x, slot, kept, to_row)
+                written.keep_state(layer, x, slot, kept, to_row)
             tables = self._tables(self.thetas[layer], x.device)
-            rope = *tables, position, write_at, *((*cache[layer], to_row) if cache else ())
+            rope = *tables, position, write_at, *((*written[layer], to_row) if written else ())
             q, k, v = self._rotated(block, y, rope, kept is not None, impl)
+            beside = None
+            if own is not None:
+                beside, (k, v) = (k, v), cache[layer]
             # 2. Attention. In the last layer only the chosen rows go on: consecutive ones are not attended for others.
             if last and is_span(rows):
                 q = take(q, rows)
@@ -182,7 +187,7 @@ class Family(ABC):
                 first_slot = rows[:, 0] + (0 if slot is None else slot)
                 seen[window] = ops.visible(q, slots, start, end, first_slot, window, impl=impl)
                 rows = None
-            attended = ops.attention(q, k, v, seen[window], impl=impl).flatten(2)
+            attended = ops.attention(q, k, v, seen[window], beside, impl=impl).flatten(2)
             if last:
                 attended = take(attended, rows)
                 x = take(x, rows)

@@ -9,6 +9,18 @@ from dllm_fast import ops
 from dllm_fast.kernels.reference import rope_table
 
 
+class States(NamedTuple):
+    """Where packed positions are those of several states of each row's live slots, a state after the other.
+
+    A state's keys and values are in buffers of their own, ``length`` slots of them after those of the state before.
+    They take the place of the row's slots from ``hole`` on.
+    """
+
+    hole: torch.Tensor  # [B] int64
+    length: int
+    count: int
+
+
 class Packed(NamedTuple):
     """Some positions of each row of a cache, one row's after the other's, each row's in order: N in all."""
 
@@ -16,6 +28,7 @@ class Packed(NamedTuple):
     first: torch.Tensor  # [B + 1] int64: where each row's begin; what lies behind the last is of no row
     most: int  # of one row at most
     position: torch.Tensor | None = None  # [N] int64: in its sequence; None: what its slot is of the row's range
+    states: States | None = None
 
 
 def take(x: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:

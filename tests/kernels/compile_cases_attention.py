@@ -3,7 +3,7 @@
 import triton
 from resources import BIG, SHARED_LIMIT, SMALL, Case
 
-from dllm_fast.kernels import attention, glu, linear, linear_int4, norm, rope
+from dllm_fast.kernels import attention, attention_kernel, glu, linear, linear_int4, norm, rope
 
 TYPES = {2: "*bf16", 4: "*fp32"}
 
@@ -14,7 +14,7 @@ def _strides(**axes):
 
 
 def attention_case(
-    config, itemsize, dim, group=1, window=False, split=False, packed=False, archs=tuple(SHARED_LIMIT)
+    config, itemsize, dim, group=1, window=False, split=False, packed=False, states=False, archs=tuple(SHARED_LIMIT)
 ) -> Case:
     bm, bn, warps, stages, masked = config
     bd = max(16, triton.next_power_of_2(dim))
@@ -23,16 +23,20 @@ def attention_case(
     signature |= dict.fromkeys(("start_ptr", "end_ptr", "slot_ptr"), "*i64")
     shared = {"part_ptr": "*fp32", "lse_ptr": "*fp32", "count_ptr": "*i32"}
     signature |= shared if split else {}
-    signature |= _strides(q="bth", k="bsg", v="bsg")
-    signature |= dict.fromkeys(("queries", "slots", "kv_heads", "splits", "rows", "window"), "i32")
+    signature |= _strides(q="bth", k="bsg", v="bsg", own="bsg")
+    signature |= dict.fromkeys(("queries", "slots", "kv_heads", "splits", "rows", "window", "length"), "i32")
     constexprs = {"D": dim, "GROUP": group, "WINDOW": window, "MASKED": masked, "SPLIT": split}
     constexprs |= {} if split else dict.fromkeys(shared)
-    constexprs |= {"PACKED": packed} if packed else {"PACKED": packed, "first_ptr": None}
-    signature |= {"first_ptr": "*i64"} if packed else {}
-    ways = " window" * window + " split" * split + " packed" * packed
+    packed = packed or states
+    constexprs |= {"PACKED": packed, "STATES": states}
+    optional = ({"first_ptr": "*i64"}, packed), ({"hole_ptr": "*i64", "own_k_ptr": kind, "own_v_ptr": kind}, states)
+    for pointers, there in optional:
+        signature |= pointers if there else {}
+        constexprs |= {} if there else dict.fromkeys(pointers)
+    ways = " window" * window + " split" * split + (" states" if states else " packed" * packed)
     return Case(
         f"attention {kind[1:]} D={dim} {bm}x{bn}{ways} group={group}",
-        attention._attention_kernel,
+        attention_kernel._attention_kernel,
         signature | {"scale": "fp32"},
         constexprs | {"BM": bm, "BN": bn, "BD": bd},
         warps,
@@ -54,6 +58,9 @@ def _attention():
         yield attention_case(few, 2, 128, split=True, archs=archs)
         yield attention_case(few, 2, 128, group=4, archs=archs)
         yield attention_case(few, 2, 128, split=True, packed=True, archs=archs)
+        yield attention_case(attention.for_states(few), 2, 128, split=True, states=True, archs=archs)
+        yield attention_case(attention.for_states(few), 2, 128, states=True, archs=archs)
+        yield attention_case(attention.for_states(few), 2, 64, window=True, states=True, archs=archs)
         yield attention_case(few, 2, 96, window=True, archs=archs)
         yield attention_case(many, 2, 128, archs=archs)
         yield attention_case(many, 2, 128, packed=True, archs=archs)

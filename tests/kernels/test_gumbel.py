@@ -161,7 +161,8 @@ def test_bad_arguments(device):
 def test_custom_ops(device):
     row, position = indices(3, device)
     seed, step, columns = (torch.tensor(x, device=device) for x in ([1], [2], [3, 8, 5]))
-    torch.library.opcheck(kernel._gumbel, (seed, step, row, position, columns))
-    torch.library.opcheck(kernel._uniform, (seed, step, row, position))
+    each = step.expand(3).contiguous()
+    torch.library.opcheck(kernel._gumbel, (seed, each, row, position, columns))
+    torch.library.opcheck(kernel._uniform, (seed, each, row, position))
     compiled = torch.compile(gumbel, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(1, step, row, position, columns), gumbel(1, step, row, position, columns))

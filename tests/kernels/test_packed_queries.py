@@ -6,7 +6,7 @@ import torch
 from truth import assert_as_exact
 
 import dllm_fast.kernels.attention as module
-from dllm_fast.kernels import reference
+from dllm_fast.kernels import reference, reference_states
 from dllm_fast.kernels.attention import attention
 from dllm_fast.kernels.linear import linear
 from dllm_fast.kernels.linear_rope import linear_rope
@@ -31,6 +31,21 @@ def test_attention(name, dtype, splits, device, monkeypatch):
     assert_as_exact(out[:total], eager, truth, size=size)
     looser = attention(*poisoned, first=first.int(), most=most + 70)
     torch.testing.assert_close(looser[:total], out[:total], rtol=0, atol=8 * torch.finfo(dtype).eps * 4)
+
+
+@pytest.mark.parametrize("splits", [None, 3])
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+@pytest.mark.parametrize("name", packs.STATES)
+def test_states(name, dtype, splits, device, monkeypatch):
+    if splits:
+        plan = module._plan
+        monkeypatch.setattr(module, "_plan", lambda *shape: (*plan(*shape)[:2], splits))
+    poisoned, clean, queries = packs.states_inputs(packs.STATES[name], dtype, device)
+    wide = [x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in clean]
+    truth, eager = (reference_states.attention(*x) for x in (wide, clean))
+    q, keys, values, start, end, slot, window, first, *rest = poisoned
+    out = attention(q, keys, values, start, end, slot, window, None, first, queries, *rest)
+    assert_as_exact(out, eager, truth, size=clean[2].abs().max().item() if dtype == FP32 else None)
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)

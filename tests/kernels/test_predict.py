@@ -208,6 +208,9 @@ def test_noise_is_the_definitions(path, device, poison):
     token, _, _ = assert_matches(hidden, weight, bias, path, **options, **noise_key(18, device))
     later = {**noise_key(18, device), "step": torch.tensor([4], device=device)}
     assert not torch.equal(token, assert_matches(hidden, weight, bias, path, **options, **later)[0])
+    each = {**noise_key(18, device), "step": torch.arange(18, device=device) // 2}
+    assert_matches(hidden, weight, bias, path, **options, **each)
+    assert_matches(hidden, weight, bias, path, **options | {"confidence": "random"}, **each)
     # A row alone, at another index in a tile of another size, draws the same.
     alone = {
         name: x[7:8].contiguous() if isinstance(x, torch.Tensor) else x for name, x in noise_key(18, device).items()
