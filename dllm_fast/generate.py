@@ -27,6 +27,8 @@ class Output:
     positions: token positions that the forwards went over, guidance's second pass included: what a refresh policy
         saves. A row counts as if it were alone: no padding, and nothing while it waits for its neighbours.
     row_nfe: the forwards of each row, [B]: those that it takes alone.
+    steps: the schedule's steps of the row that takes most forwards.
+    states: settings of a block's tokens that these forwards evaluated: one a step, and more with ``speculate``.
     """
 
     sequences: torch.Tensor
@@ -35,6 +37,8 @@ class Output:
     nfe_block: int
     positions: int
     row_nfe: list[int]
+    steps: int
+    states: int
 
 
 @torch.no_grad()
@@ -90,6 +94,9 @@ def generate(
         skip_committed: evaluate a position of the block once more when it has its token, and then no longer: its keys
             and values stay in the cache until the next refresh (dKV-Cache, arXiv:2505.15781). A ``remask`` sees its
             probability as it was then. Needs a cache.
+        speculate: states to draft beside the one that the schedule has reached: all are evaluated in one forward, and
+            the schedule takes as many steps as they foresee. The tokens are the same; a forward that is bound by
+            reading weights takes little longer. None: no drafts. Not with ``skip_committed``.
         mask_id: default ``model.config.mask_token_id``.
         eos_id: an id, or several: when a finished block holds one of them, the row is done, and every position
             to be filled after the first becomes ``pad_id``. None: every position is generated, as LLaDA's
@@ -140,7 +147,7 @@ def fill(model, family, pool, input_ids, attention_mask, options: Options, strea
     positions = round(sum(row.counts.positions for row in rows))
     return Output(
         sequences.to(input_ids.device), longest.nfe, longest.full, longest.block, positions,
-        [row.counts.nfe for row in rows],
+        [row.counts.nfe for row in rows], longest.steps, longest.states,
     )  # fmt: skip
 
 

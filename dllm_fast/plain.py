@@ -95,7 +95,8 @@ def generate_plain(
         sequences[row.index, prompt:] = row.ids[length:]
     nfe = [row.counts.nfe for row in rows]
     positions = round(sum(row.counts.positions for row in rows))
-    return Output(sequences.to(input_ids.device), max(nfe), max(nfe), 0, positions, nfe)
+    steps = max(row.counts.steps for row in rows)
+    return Output(sequences.to(input_ids.device), max(nfe), max(nfe), 0, positions, nfe, steps, steps)
 
 
 def _fill(model: nn.Module, options: Options, row: Row, stream: Stream | None) -> None:
@@ -139,7 +140,7 @@ def _step(model: nn.Module, options: Options, row: Row, block: torch.Tensor, ste
     if options.passes == 2:
         unprompted = row.ids.masked_fill(~row.open, options.mask_id)
         logits = reference.guided(logits, _logits(model, unprompted)[block], options.cfg_scale)
-    row.counts.add(Counts(options.passes, 0, options.passes * len(row.ids)))
+    row.counts.add(Counts(options.passes, 0, options.passes * len(row.ids), 1, 1))
     candidate = row.left()[block]
     token, score, lse = reference.select(
         logits, options.mask_id, candidate, options.schedule.confidence or options.confidence, options.temperature,

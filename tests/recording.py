@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from dllm_fast import launchers
 from dllm_fast.decoding import graphs
-from dllm_fast.kernels import reference
+from dllm_fast.kernels import reference, reference_states
 
 READS = ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__", "__array__", "unique")
 # Operations with shapes that depend on values, reads of values, and numbers from the host.
@@ -209,7 +209,9 @@ def _kind(name: str, value, function, kept):
 def launchers_of_pytorch(monkeypatch, recorder: Recorder) -> None:
     """``impl="triton"`` with definitions instead of kernels, so that the engine's code runs at a CPU's speed."""
 
-    def attention(q, keys, values, start, end, slot, window, scale=None, first=None, most=0):
+    def attention(q, keys, values, start, end, slot, window, scale=None, first=None, most=0, *states):
+        if states:
+            return reference_states.attention(q, keys, values, start, end, slot, window, first, *states)
         return reference.attention(q, keys, values, start, end, slot, window, scale, first)
 
     names = ("rms_norm", "layer_norm", "swiglu", "geglu", "rope", "predict", "commit")

@@ -84,6 +84,8 @@ def draw_request(
     options["temperature"] = rng.choice([0.0, 0.0, 0.5, 1.0])
     options["cfg_scale"] = rng.choice([0.0, 0.0, 1.5])
     options["seed"] = rng.randrange(100)
+    if not options.get("skip_committed"):
+        options["speculate"] = rng.choice([None, None, 1, 3])
     return Request(prompts, options, rng.random() < 0.5)
 
 

@@ -32,7 +32,7 @@ def test_tokens_of_the_plain_loop(name, seed):
         level = any((prompt[:seen] == MASK).all() for prompt in request.prompts)
         if options["cache"] != "none" and not planless and not level:  # the plain loop has neither of the two
             break
-    request.options["skip_committed"] = True
+    request.options |= {"skip_committed": True, "speculate": None}
     resolved = Options(**options).resolved(model, bound_family(model))
     expected = [plain_loop.run(bound_family(model), ids, resolved, row) for row, ids in enumerate(request.prompts)]
     done, positions = batched(model, request)

@@ -3,12 +3,10 @@
 import random
 
 import pytest
-import torch
 from rows import batched, draw_request
 from tiny import MAKERS
 
 import dllm_fast
-from dllm_fast import Uniform
 
 
 @pytest.mark.parametrize("name", ["llada-gqa", "modernbert"])
@@ -18,7 +16,7 @@ def test_the_same_tokens_as_without(name, seed):
     model = dllm_fast.patch(MAKERS[name]().double(), impl="torch")
     rng = random.Random(seed)
     request = draw_request(rng, rows=(1, 3), most_blocks=2, longest=12, windows=name == "modernbert")
-    request.options["skip_committed"] = False
+    request.options |= {"skip_committed": False, "speculate": None}
     without, _ = batched(model, request)
     request.options["speculate"] = rng.choice([1, 2, 3, 7])
     with_drafts, _ = batched(model, request)

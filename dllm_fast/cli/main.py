@@ -23,7 +23,7 @@ from dllm_fast.generate import Output, generate
 from dllm_fast.loading import end_of_text, from_pretrained, load_tokenizer, shipped
 from dllm_fast.plain import generate_plain, is_plain, load_plain
 
-CACHED = ("cache", "refresh", "remask", "suffix_length", "suffix_sample", "skip_committed")  # not `generate_plain`'s
+CACHED = ("cache", "refresh", "remask", "suffix_length", "suffix_sample", "skip_committed", "speculate")
 
 
 def add_model_options(add) -> None:
@@ -54,7 +54,7 @@ def load(args: argparse.Namespace, plain: bool = False):
         given = {
             "--weights": args.weights, "--remask": args.remask, "--impl": args.impl.replace("auto", ""),
             "--skip-committed": args.skip_committed, "--suffix-length": args.suffix_length is not None,
-            "--suffix-sample": args.suffix_sample,
+            "--suffix-sample": args.suffix_sample, "--speculate": args.speculate is not None,
         }  # fmt: skip
         if wrong := [name for name, value in given.items() if value]:
             raise ValueError(f"{', '.join(wrong)}: {args.model} is sampled by a plain loop, which has no such option")
@@ -184,6 +184,7 @@ def parser() -> argparse.ArgumentParser:
     add("--suffix-length", type=int, metavar="N", help="evaluate and see only N positions after the live block")
     add("--suffix-sample", type=int, default=0, metavar="N", help="and N positions further on, drawn from the seed")
     add("--skip-committed", action="store_true", help="evaluate a token once more when it is there, then no longer")
+    add("--speculate", type=int, metavar="N", help="draft N states a forward: the same tokens in fewer forwards")
     add_held_back(add)
     add("--mask-id", type=int, help="default: the model's own")
     add("--seed", type=int)

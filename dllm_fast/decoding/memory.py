@@ -19,10 +19,14 @@ def need(family, options: Options, rows: int, slots: int, spare: int) -> int:
     rows *= options.passes
     cache = 0
     if options.has_cache:
-        cache = 2 * family.layers * rows * (slots + spare) * family.kv_heads * family.head_dim * size
+        own = slots if options.runs_suffix else options.block_length  # of each state
+        kept = slots + spare + (options.drafts + 1) * own * bool(options.drafts)
+        cache = 2 * family.layers * rows * kept * family.kv_heads * family.head_dim * size
         if options.refresh.layerwise:
             cache += family.layers * rows * slots * width * size
     # At the widest point of a layer: the residual stream and its norm, gate and up, and their product.
+    if not options.has_cache:
+        rows *= options.drafts + 1
     activations = rows * slots * (2 * width + 3 * family.ffn_width) * size
     return cache + activations + 3 * min(LOGITS, rows * options.block_length) * vocabulary * 4
 
