@@ -9,6 +9,7 @@ if os.path.isfile(os.path.join(os.path.dirname(__file__), "kernels")):
     )
 
 from dllm_fast.config import show_config
+from dllm_fast.decoding.drafts import DraftGraph
 from dllm_fast.decoding.refresh import Drift, Every, Window
 from dllm_fast.decoding.remask import P2, ReMDM, Verify
 from dllm_fast.decoding.schedules import Ancestral, EntropyBound, Factor, FirstHitting, Pyramid, Threshold, Uniform
@@ -30,6 +31,7 @@ __all__ = [
     "Completion",
     "DiffusionGenerationConfig",
     "DiffusionOutput",
+    "DraftGraph",
     "Drift",
     "EntropyBound",
     "Every",

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from dllm_fast.decoding.drafts import DraftGraph
 from dllm_fast.decoding.options import OPTIONS, Options
 from dllm_fast.decoding.refresh import Refresh
 from dllm_fast.decoding.remask import Remask
@@ -58,7 +59,7 @@ def generate(
     suffix_length: int | None = None,
     suffix_sample: int = 0,
     skip_committed: bool = False,
-    speculate: int | None = None,
+    speculate: int | DraftGraph | None = None,
     mask_id: int | None = None,
     eos_id: int | list[int] | tuple[int, ...] | None = None,
     seed: int | None = None,
@@ -94,9 +95,10 @@ def generate(
         skip_committed: evaluate a position of the block once more when it has its token, and then no longer: its keys
             and values stay in the cache until the next refresh (dKV-Cache, arXiv:2505.15781). A ``remask`` sees its
             probability as it was then. Needs a cache.
-        speculate: states to draft beside the one that the schedule has reached: all are evaluated in one forward, and
-            the schedule takes as many steps as they foresee. The tokens are the same; a forward that is bound by
-            reading weights takes little longer. None: no drafts. Not with ``skip_committed``.
+        speculate: how many states to draft beside the one that the schedule has reached, in a chain, or a `DraftGraph`.
+            All are evaluated in one forward, and the schedule takes as many steps as they foresee. The tokens are the
+            same; a forward that is bound by reading weights takes little longer. None: no drafts. Not with
+            ``skip_committed``.
         mask_id: default ``model.config.mask_token_id``.
         eos_id: an id, or several: when a finished block holds one of them, the row is done, and every position
             to be filled after the first becomes ``pad_id``. None: every position is generated, as LLaDA's

@@ -218,8 +218,8 @@ def _attention_kernel(
         i = hole + i % length
         if tile * BM >= queries * GROUP:
             own_hi = own_lo
-        own_first = tl.maximum(lo, 0).to(tl.int32)  # what the row sees, for the states' own slots
-        own_last = tl.minimum(hi, slots).to(tl.int32)
+        own_first = tl.cast(tl.maximum(lo, 0), tl.int32)  # what the row sees, for the states' own slots
+        own_last = tl.cast(tl.minimum(hi, slots), tl.int32)
     if WINDOW:
         if STATES:
             from_slot = hole
@@ -231,8 +231,8 @@ def _attention_kernel(
             slot = tl.load(slot_ptr + b).to(tl.int64)
             from_slot = slot + tile * BM // GROUP
             to_slot = slot + last
-        lo = tl.maximum(lo, from_slot.to(tl.int64) - window)
-        hi = tl.minimum(hi, to_slot.to(tl.int64) + window + 1)
+        lo = tl.maximum(lo, tl.cast(from_slot, tl.int64) - window)
+        hi = tl.minimum(hi, tl.cast(to_slot, tl.int64) + window + 1)
     if SPLIT:
         # Shares are whole tiles, so that a range without a window has only one ragged tile in all.
         share = tl.cdiv(tl.cdiv(tl.maximum(hi - lo, 0), splits), BN) * BN

@@ -77,7 +77,7 @@ def as_numbers(name: str, value: int | torch.Tensor, rows: int, device: torch.de
     """``value`` as an int64 tensor [rows] on ``device``: a number for each row, or one for all of them as `as_scalar`
     takes it."""
     if isinstance(value, torch.Tensor) and value.numel() == rows != 1:
-        check_tensors(device, **{name: (value, [rows], (torch.int64,))})
+        check_tensors(device, contiguous=True, **{name: (value, [rows], (torch.int64,))})
         return value
     return as_scalar(name, value, device).expand(rows).contiguous()
 

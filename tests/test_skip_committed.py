@@ -7,11 +7,11 @@ import re
 import plain_loop
 import pytest
 import torch
-from rows import batched, draw_request
+from rows import Request, batched, draw_request
 from tiny import EOS, MAKERS, MASK
 
 import dllm_fast
-from dllm_fast import Ancestral, Drift, Threshold, Uniform, Window
+from dllm_fast import Ancestral, Drift, Every, Threshold, Uniform, Window
 from dllm_fast.decoding.options import Options
 from dllm_fast.patch import bound_family
 
@@ -37,6 +37,22 @@ def test_tokens_of_the_plain_loop(name, seed):
     expected = [plain_loop.run(bound_family(model), ids, resolved, row) for row, ids in enumerate(request.prompts)]
     done, positions = batched(model, request)
     assert done == [(plain.ids.tolist(), plain.nfe) for plain in expected], str(request)
+    assert positions == sum(plain.positions for plain in expected)
+
+
+@pytest.mark.parametrize("cache", ["dual", "prefix"])
+@pytest.mark.parametrize("refresh", [Window(2), Window(0, 9), Every(2)], ids=str)
+def test_a_block_far_behind_the_one_before(refresh, cache):
+    """What lies between the two is seen for the first time, and evaluated once."""
+    model = dllm_fast.patch(MAKERS["llada-gqa"]().double(), impl="torch")
+    ids = torch.randint(0, EOS, (30,), generator=torch.Generator().manual_seed(0))
+    prompts = [torch.cat((torch.full((5,), MASK), ids)), ids[:7]]
+    options = {"gen_length": 8, "block_length": 4, "schedule": Threshold(0.02), "cache": cache, "refresh": refresh}
+    request = Request(prompts, options | {"suffix_length": 3, "skip_committed": True, "seed": 1}, right=False)
+    resolved = Options(**request.options).resolved(model, bound_family(model))
+    expected = [plain_loop.run(bound_family(model), prompt, resolved, row) for row, prompt in enumerate(prompts)]
+    done, positions = batched(model, request)
+    assert done == [(plain.ids.tolist(), plain.nfe) for plain in expected]
     assert positions == sum(plain.positions for plain in expected)
 
 

@@ -176,15 +176,16 @@ class Engine(Speculation):
         pad = self.slots - self.lengths
         block = self.block_size - (pad - slot).clamp(min=0)  # a row shorter than a block has it begin in the padding
         begin = torch.maximum(slot - steps.window.before, pad)
+        reached = torch.maximum(self.reached, pad)  # a block far behind it sees what is between for the first time
         if self.options.runs_suffix:
             suffix = self.ends - slot - self.block_size
-            begin = torch.minimum(begin, torch.maximum(self.reached, pad))
+            begin = torch.minimum(begin, reached)
             return {"full": self.ends - pad, "window": self.ends - begin, "block": block + suffix, "live": suffix}
         begin = begin.clamp(max=self.slots - steps.window.length)
         stop = torch.minimum(begin + steps.window.length, self.ends)
         window = stop - torch.maximum(begin, pad)
         if self.options.suffix_length is not None:
-            window = window + (self.ends - torch.maximum(self.reached, stop)).clamp(min=0)
+            window = window + (self.ends - torch.maximum(reached, stop)).clamp(min=0) + (begin - reached).clamp(min=0)
         return {"full": self.ends - pad, "window": window, "block": block, "live": torch.zeros_like(pad)}
 
     # The kinds of step

@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from dllm_fast.decoding.drafts import as_graph
 from dllm_fast.decoding.refresh import Every, Refresh
 from dllm_fast.decoding.remask import Remask
 from dllm_fast.decoding.schedules import Schedule, Threshold
@@ -45,7 +46,7 @@ class Options(Checked):
     suffix_length: int | None = checked(whole_or_none, default=None)
     suffix_sample: int = checked(whole, 0, default=0)
     skip_committed: bool = checked(one_kind, bool, "True or False", default=False)
-    speculate: int | None = checked(whole_or_none, default=None)
+    speculate: Any = checked(as_graph, default=None)  # a DraftGraph or None, once made
     mask_id: int | None = None
     eos_id: Ids = field(default=None, compare=False)
     seed: int | None = field(default=None, compare=False)
@@ -121,7 +122,7 @@ class Options(Checked):
     @property
     def drafts(self) -> int:
         """States that a forward evaluates beside the one that the schedule has reached."""
-        return self.speculate or 0
+        return 0 if self.speculate is None else len(self.speculate.drafts)
 
     @property
     def passes(self) -> int:

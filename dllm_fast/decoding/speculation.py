@@ -6,7 +6,7 @@ is the draft that was made for it, its predictions are there too, and the schedu
 on. What a step gives is a function of its state, so the tokens are the schedule's own, in fewer forwards (FreeDave,
 arXiv:2510.00294; Spiffy, arXiv:2509.18085).
 
-A draft is what the schedule would do if nothing that is masked were predicted anew.
+`drafts` says which states are drafted.
 """
 
 import torch
@@ -14,9 +14,15 @@ import torch
 from dllm_fast import ops
 from dllm_fast.decoding.device import upload
 from dllm_fast.decoding.forwards import Forwards
+from dllm_fast.decoding.remask import ranks
 from dllm_fast.decoding.steps import Step
 from dllm_fast.families.cache import BlockCache
 from dllm_fast.families.rows import Packed, States
+
+
+def _of_state(x: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+    """x [B, states, T] of each row's ``state`` [B]: [B, T]."""
+    return x.gather(1, state[:, None, None].expand(-1, 1, x.shape[2]))[:, 0]
 
 
 class Speculation(Forwards):
@@ -26,7 +32,19 @@ class Speculation(Forwards):
         super().__init__(family, options, rows, slots, spare, padded)
         if not options.drafts:
             return
-        self.drafts = torch.zeros((rows, options.drafts, self.block_size), dtype=torch.int64, device=self.device)
+        graph = options.speculate.drafts
+        self.drafts = torch.zeros((rows, len(graph), self.block_size), dtype=torch.int64, device=self.device)
+        self.depths = torch.tensor([0, *(depth for depth, _ in graph)], device=self.device)  # of all states
+        self.at_depth = [  # which states are so many steps ahead
+            torch.tensor([n for n, (own, _) in enumerate(graph, 1) if own == depth], device=self.device)
+            for depth in range(1, options.speculate.depth + 1)
+        ]
+        # Of each draft, which ranks are in it; and whether the schedule's counts say that instead.
+        member = torch.zeros((len(graph), self.block_size), dtype=torch.bool, device="cpu")
+        for n, (_, own) in enumerate(graph):
+            member[n, [rank for rank in own or () if rank < self.block_size]] = True
+        self.member = member.to(self.device)
+        self.counted = torch.tensor([ranks is None for _, ranks in graph], device=self.device)[:, None]
         # Of each row's steps in this block: how many it has taken, and of each the number and what it commits.
         self.taken = torch.zeros_like(self.slot)
         self.plan = torch.zeros((2, rows, self.block_size + 1), dtype=torch.int64, device=self.device)
@@ -62,14 +80,14 @@ class Speculation(Forwards):
         o, states = self.options, hidden.shape[1]
         at = self.slot[:, None] + self.offsets  # [B, T]
         ours = self.open.gather(1, at)[:, None]  # [B, 1, T]
-        blocks = torch.cat((self.canvas.gather(1, at)[:, None], self.drafts[:, : states - 1]), 1)  # [B, states, T]
+        block = self.canvas.gather(1, at)
+        blocks = torch.cat((block[:, None], self.drafts[:, : states - 1]), 1)  # [B, states, T]
         candidate = (blocks == o.mask_id) & ours
+        masked = candidate[:, 0]
         # 1. Predict all states' candidates, each with the noise of its step.
-        index = self.taken[:, None] + torch.arange(states, device=self.device)  # [B, states]
-        quota = number = None
+        step = self.taken[:, None] + self.depths[:states]  # [B, states]
         if self.is_planned:
-            number, quota = (x.gather(1, index.clamp(max=x.shape[1] - 1)) for x in self.plan)
-        step = index if number is None else number
+            step = self._planned(0, step)
         self.step.copy_(step[:, 0])
         keys = self._keys(at[:, None].expand_as(blocks), step[..., None].expand_as(blocks))
         first, *second = (half.flatten(0, 2) for half in hidden.chunk(self.passes))
@@ -79,37 +97,43 @@ class Speculation(Forwards):
         if o.remask is not None:
             current = torch.where(candidate, token, blocks)
             probability = self._probability(heads, current.flatten(), lse).view_as(blocks)
-        # 2. Step by step.
+        # 2. Step by step, each from the state that the one before has reached.
         going = alive = self.live > 0
-        count, last = torch.zeros_like(self.slot), torch.zeros_like(self.slot)
-        for n in range(states):
-            own = None if probability is None else probability[:, n]
-            chosen = self._advance(
-                token[:, n], score[:, n], own, candidate[:, n] & alive[:, None],
-                None if quota is None else quota[:, n] * alive, alive,
-            )  # fmt: skip
-            last = torch.where(alive, n, last)
+        count, state = torch.zeros_like(self.slot), torch.zeros_like(self.slot)
+        for ahead in [None, *self.at_depth] if states > 1 else [None]:
+            if ahead is not None:
+                same = (block[:, None] == blocks[:, ahead]).all(2)  # [B, drafts of this depth]
+                alive = alive & same.any(1) & masked.any(1)
+                state = torch.where(alive, ahead[same.int().argmax(1)], state)
+            quota = self._planned(1, self.taken[:, None])[:, 0] * alive if self.is_planned else None
+            own = None if probability is None else _of_state(probability, state)
+            masked = _of_state(candidate, state) & alive[:, None]
+            chosen = self._advance(_of_state(token, state), _of_state(score, state), own, masked, quota, alive)
             count = torch.where(alive, chosen.sum(1), count)
             self.taken += alive
             block = self.canvas.gather(1, at)
             masked = (block == o.mask_id) & ours[:, 0]
-            if n + 1 < states:
-                alive = alive & (block == blocks[:, n + 1]).all(1) & masked.any(1)
         self.live.copy_(masked.sum(1) * going)
         # 3. The drafts that follow from the last predictions.
-        at_last = last[:, None, None].expand(-1, 1, self.block_size)
-        self._draft(block, masked, token.gather(1, at_last)[:, 0], score.gather(1, at_last)[:, 0], count)
-        return last, going
+        self._draft(block, masked, _of_state(token, state), _of_state(score, state), count)
+        return state, going
 
     def _draft(self, block, masked, token, score, count) -> None:
-        """A chain of states from ``block`` [B, T]: each commits the next most confident of what was predicted."""
-        block, zero = block.clone(), torch.zeros_like(self.slot)
-        for n in range(self.drafts.shape[1]):
-            if self.is_planned:
-                count = self.plan[1].gather(1, (self.taken + n).clamp(max=self.plan.shape[2] - 1)[:, None])[:, 0]
-            chosen = ops.commit(block, token, score, masked, zero, count=count, impl=self.family.impl)
-            masked = masked & ~chosen
-            self.drafts[:, n] = block
+        """States that may follow ``block`` [B, T], of which ``masked`` is, by what the step predicted that led to it
+        and committed ``count`` [B] positions."""
+        rank = ranks(score.masked_fill(~masked, float("-inf")))  # [B, T]
+        steps = torch.arange(self.options.speculate.depth, device=self.device)
+        counts = count[:, None].expand(-1, len(steps))
+        if self.is_planned:
+            counts = self._planned(1, self.taken[:, None] + steps)
+        first = counts.cumsum(1)[:, self.depths[1:] - 1]  # [B, drafts]
+        chosen = torch.where(self.counted, rank[:, None] < first[..., None], self.member[:, rank].transpose(0, 1))
+        self.drafts.copy_(torch.where(chosen & masked[:, None], token[:, None], block[:, None]))
+
+    def _planned(self, which: int, index: torch.Tensor) -> torch.Tensor:
+        """Of the steps ``index`` [B, n] that the schedule has planned for a row's block, the numbers (0) or counts (1),
+        [B, n]."""
+        return self.plan[which].gather(1, index.clamp(max=self.plan.shape[2] - 1))
 
     def _states_hidden(self, step: Step) -> torch.Tensor:
         """What the LM head multiplies for the states, [B*passes, states, T, d]."""

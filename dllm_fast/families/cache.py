@@ -70,7 +70,9 @@ class BlockCache:
     def take_slots(self, to: torch.Tensor, other: "BlockCache", source: torch.Tensor, kept: torch.Tensor) -> None:
         """Take another cache's slots ``source`` [B, T] to the slots ``to``, in the rows that are ``kept`` [B] bool."""
         row = torch.arange(len(to), device=to.device)[:, None]
-        for mine, its in ((self.buffers.flatten(0, 1), other.buffers.flatten(0, 1)), (self.states, other.states)):
-            if mine is not None:
-                there = kept.view(-1, *[1] * (mine.dim() - 2))
-                mine[:, row, to] = torch.where(there, its[:, row, source], mine[:, row, to])
+        pairs = [(self.buffers.flatten(0, 1), other.buffers.flatten(0, 1))]  # [2 L, B, S, G, D] each
+        if self.states is not None and other.states is not None:
+            pairs.append((self.states, other.states))
+        for mine, its in pairs:
+            there = kept.view(-1, *[1] * (mine.dim() - 2))
+            mine[:, row, to] = torch.where(there, its[:, row, source], mine[:, row, to])

@@ -18,7 +18,7 @@ class States(NamedTuple):
 
     hole: torch.Tensor  # [B] int64
     length: int
-    count: int
+    number: int
 
 
 class Packed(NamedTuple):
