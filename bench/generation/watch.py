@@ -15,12 +15,14 @@ class Step:
     """kind: "full"; "block", the block's positions against a cache; "window", a refresh's; "mixed", rows that differ.
 
     positions: how many the forward computes, over all rows. masked: how many were still masked when it began; None
-    unless looked at. begin, end: seconds on a CPU, events on a device.
+    unless looked at. seen: how many slots a query sees, the mean of the rows. begin, end: seconds on a CPU, events on
+    a device.
     """
 
     kind: str
     positions: float
     masked: int | None
+    seen: float
     begin: object
     end: object
 
@@ -39,10 +41,11 @@ def watching(look: bool = False) -> Iterator[list[Step]]:
     @contextlib.contextmanager
     def watch(engine, step):
         masked = _masked(engine) if look else None
+        seen = float(engine.own["full"].double().mean())
         before, begin = _positions(engine), _now(engine.device)
         yield
         kind = "mixed" if step is None else step.kind
-        steps.append(Step(kind, _positions(engine) - before, masked, begin, _now(engine.device)))
+        steps.append(Step(kind, _positions(engine) - before, masked, seen, begin, _now(engine.device)))
 
     Engine.watchers.append(watch)
     try:
