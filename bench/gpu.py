@@ -31,6 +31,7 @@ NFE = "-m bench.generation.nfe --model llada-8b"
 ENGINE = "-m bench.generation.engine --shape llada-8b --force"
 # 32 GB of weights. Exits with 1 unless a short job's tokens equal each peer's.
 FP32 = f"-m bench.generation.engine --shape llada-8b-short --dtype float32 --rounds 1 --force{PEERS}"
+THROUGHPUT = "-m bench.generation.throughput --model llada-8b --dtype bfloat16 --rounds 1 --force"
 INT4 = "'ours dual, int4' 'ours dual, window=32,0' 'ours dual, window=32,0, int4'"
 LAYERS = ("attention", "rope", "norm", "glu", "linear", "linear_rope", "linear_int4", "round_rows")
 PREDICT = ("predict", "predict_e4m3", "batch_invariance")
@@ -51,10 +52,8 @@ PIECES = {
     "steps-head": (150, "-m bench.generation.steps --weights fp8 --head fp8 --quick"),
     "floors": (60, "-m bench.floors"),
     "engine": (480, f"{ENGINE} --refresh window=32,0 --weights fp8{PEERS}"),
-    "throughput": (
-        360,
-        "-m bench.generation.throughput --model llada-8b --dtype bfloat16 --batch 1 8 32 --rounds 1 --force",
-    ),
+    "throughput": (300, f"{THROUGHPUT} --batch 1 8{PEERS}"),
+    "throughput-batches": (480, f"{THROUGHPUT} --lengths 768+128 --batch 32 auto --ways all both"),
     "gsm8k": (
         360,
         "-m bench.generation.gsm8k --batch 64 --refresh window=32,0 --skip-committed --suffix-length 32 --weights fp8",

@@ -1,5 +1,6 @@
 """Other people's generators on our weights, loaded from a user's clones of their repositories.
 
+    --peer published          this package's plain transcription of LLaDA's sampler; needs no clone
     --peer fast-dllm=PATH     NVlabs/Fast-dLLM: its generate, prefix cache and dual cache
     --peer llada=PATH         ML-GSAI/LLaDA: generate.py
     --peer dllm-cache=PATH    maomaocun/dLLM-cache: feature caches with partial updates
@@ -46,26 +47,25 @@ class Peer:
 
 
 def find_peers(specs: list[str], model: LLaDAModelLM, job: Job) -> tuple[list[Peer], list[str]]:
-    """The published sampler and the peers in ``specs``, each ``NAME=PATH``, and a line for each that cannot run.
+    """The peers in ``specs``, each ``NAME=PATH`` or ``published``, and a line for each that cannot run.
 
     ``model`` is unpatched and stays so. Raises ValueError for a name or a path that does not exist.
     """
     found, lines = [], []
-    loaders = [("published", None, _published)]
-    for spec in specs:
-        name, path = read_spec(spec)
-        loaders.append((name, path, LOADERS[name]))
-    for name, path, load in loaders:
+    for name, path in [read_spec(spec) for spec in specs]:
         try:
-            found += load(path, model, job)
+            found += LOADERS[name](path, model, job)
         except (Unavailable, ImportError) as error:
             lines.append(f"{name}: not run: {error}")
     return found, lines
 
 
-def read_spec(spec: str) -> tuple[str, Path]:
-    """Name and folder of ``NAME=PATH``. Raises ValueError if either does not exist."""
+def read_spec(spec: str) -> tuple[str, Path | None]:
+    """Name and folder of ``NAME=PATH``, or of ``published``, which has none. Raises ValueError if either does not
+    exist."""
     name, _, path = spec.partition("=")
+    if spec == "published":
+        return spec, None
     if name not in LOADERS:
         raise ValueError(f"--peer: {name!r} is not one of {', '.join(LOADERS)}")
     if not Path(path).is_dir():
@@ -205,7 +205,9 @@ def _dinfer(path: Path, model: LLaDAModelLM, job: Job) -> list[Peer]:
     return [Peer("dinfer dual", "dual", run)]
 
 
-LOADERS = {"fast-dllm": _fast_dllm, "llada": _llada, "dllm-cache": _dllm_cache, "dinfer": _dinfer}
+LOADERS = {
+    "fast-dllm": _fast_dllm, "llada": _llada, "dllm-cache": _dllm_cache, "dinfer": _dinfer, "published": _published,
+}  # fmt: skip
 
 
 # Their modules and their models

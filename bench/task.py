@@ -9,13 +9,15 @@ hash of the problem decides whether it is for training or held out, so no proble
 
 import argparse
 import hashlib
+import itertools
 import json
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from transformers import AutoTokenizer
@@ -81,41 +83,47 @@ def write(path: Path, found: list[tuple[str, str]]) -> None:
 
 @dataclass
 class Score:
-    """exact: share of answers without an error. token: share of right characters. nfe: forwards per problem."""
+    """Lists and ``tokens`` [N, T] have an entry for each problem, in order.
 
-    exact: float
-    token: float
-    nfe: float
-    problems: int
-
-
-def score(answers: Callable[[list[str]], tuple[list[str], int]], found: list[tuple[str, str]], batch: int) -> Score:
-    """The score of ``answers``, a function from a batch of prompts to (their answers, the batch's NFE).
-
-    The rows of a batch run together. With a schedule that adapts to each row, ``nfe`` is the slowest row's; only with
-    ``batch=1`` is it each row's own.
+    right: whether the answer has no error. characters: the share of right ones. nfe: the forwards that it takes alone.
+    positions: those of all forwards for all problems.
     """
-    exact = characters = forwards = 0
-    for at in range(0, len(found), batch):
-        prompts, expected = zip(*found[at : at + batch], strict=True)
-        got, nfe = answers(list(prompts))
-        for mine, right in zip(got, expected, strict=True):
-            exact += mine == right
-            characters += sum(a == b for a, b in zip(mine, right)) / len(right)
-        forwards += nfe * len(prompts)
-    return Score(exact / len(found), characters / len(found), forwards / len(found), len(found))
+
+    right: list[bool]
+    characters: list[float]
+    nfe: list[int]
+    positions: int
+    tokens: torch.Tensor
+
+    def facts(self) -> dict:
+        return {
+            "exact": fmean(self.right), "token": fmean(self.characters), "nfe": fmean(self.nfe),
+            "problems": len(self.right),
+        }  # fmt: skip
 
 
-def answering(model, tokenizer, **options) -> Callable[[list[str]], tuple[list[str], int]]:
-    """`answers` for `score`: `dllm_fast.generate` with ``options``."""
-
-    def answers(prompts: list[str]) -> tuple[list[str], int]:
-        rows = tokenizer(prompts, return_tensors="pt", padding=True).to(model.device)
-        ids, real = rows["input_ids"], rows["attention_mask"]
-        out = dllm_fast.generate(model, ids, attention_mask=real, **options)
-        return tokenizer.batch_decode(out.sequences[:, ids.shape[1] :], skip_special_tokens=True), out.nfe
-
-    return answers
+def score(
+    model,
+    tokenizer,
+    problems: list[tuple[str, str]],
+    batch: int,
+    generate: Callable[..., dllm_fast.Output] = dllm_fast.generate,
+    seeds: Iterable[int] = itertools.repeat(0),
+    **options,
+) -> Score:
+    """The score of ``generate`` with ``options``. Each batch has the noise of the next of ``seeds``."""
+    right, characters, nfe, positions, tokens = [], [], [], 0, []
+    for at, seed in zip(range(0, len(problems), batch), seeds):
+        prompts, expected = zip(*problems[at : at + batch], strict=True)
+        rows = tokenizer(list(prompts), return_tensors="pt", padding=True).to(model.device)
+        out = generate(model, rows["input_ids"], rows["attention_mask"], seed=seed, **options)
+        tokens.append(out.sequences[:, rows["input_ids"].shape[1] :])
+        nfe += out.row_nfe
+        positions += out.positions
+        for mine, its in zip(tokenizer.batch_decode(tokens[-1], skip_special_tokens=True), expected, strict=True):
+            right.append(mine == its)
+            characters.append(sum(a == b for a, b in zip(mine, its)) / len(its))
+    return Score(right, characters, nfe, positions, torch.cat(tokens))
 
 
 def load(name: str):
@@ -130,7 +138,7 @@ def scores(task: Task, name: str, count: int, seed: int, batch: int) -> list[dic
     for divisor in (1, 2, 4, 8):
         length, schedule = task.tokens, dllm_fast.Uniform(task.tokens // divisor)
         options = {"gen_length": length, "block_length": length, "schedule": schedule, "cache": "none"}
-        rows.append(vars(score(answering(model, tokenizer, **options), found, batch)))
+        rows.append(score(model, tokenizer, found, batch, **options).facts())
         print("NFE {nfe:g}: {exact:.1%} of {problems} right, {token:.2%} of their characters".format(**rows[-1]))
     return rows
 

@@ -162,7 +162,7 @@ def test_a_clone_is_loaded_by_path_and_leaves_nothing_behind(model, job, clone, 
     mine = type(sys)("generate")
     monkeypatch.setitem(sys.modules, "generate", mine)
     path = list(sys.path)
-    found, lines = peers.find_peers([f"llada={clone}"], model, job)
+    found, lines = peers.find_peers(["published", f"llada={clone}"], model, job)
     assert [peer.name for peer in found] == ["published", "llada"] and lines == []
     tokens, nfe = found[1].run()
     assert nfe is None and torch.equal(tokens, model(job.ids).logits[:, -1:].argmax(-1).expand(-1, 32))
@@ -171,7 +171,7 @@ def test_a_clone_is_loaded_by_path_and_leaves_nothing_behind(model, job, clone, 
 
 def test_a_peer_that_cannot_run_says_why(model, clone):
     job = common.make_job(QUICK, model, "threshold=0.9", 1)
-    found, lines = peers.find_peers([f"llada={clone}", f"dinfer={clone}"], model, job)
+    found, lines = peers.find_peers(["published", f"llada={clone}", f"dinfer={clone}"], model, job)
     assert [peer.name for peer in found] == ["published"]
     assert lines[0] == "llada: not run: this revision's generate takes no threshold"
     assert lines[1] == "dinfer: not run: No module named 'dinfer'"

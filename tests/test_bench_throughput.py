@@ -1,6 +1,8 @@
 """The benches of fewer positions: what they run and count, at their smallest."""
 
 import dataclasses
+import functools
+import json
 import sys
 from pathlib import Path
 
@@ -9,9 +11,11 @@ import torch
 
 sys.path.append(str(Path(__file__).parent.parent))
 import dllm_fast
+from bench import floors, peers
 from bench.common import SHAPES, build_model
-from bench.generation import gsm8k, throughput
+from bench.generation import bare, gsm8k, throughput
 from bench.quality import evaluated
+from dllm_fast.decoding import memory
 
 
 @pytest.fixture
@@ -22,12 +26,70 @@ def model():
 
 
 def test_ways_evaluate_fewer_positions_and_take_as_many_forwards(model):
-    rows = throughput.measure(model, SHAPES["quick"], "20+64", 2, 8, 1, list(throughput.WAYS))
-    assert len(rows) == 2 * len(throughput.WAYS) and {row.tokens for row in rows} == {128}
+    job = throughput.prepare(SHAPES["quick"], model, "20+64", 2)
+    rows, lines = throughput.measure(model, job, 8, 1, list(throughput.WAYS), [])
+    assert len(rows) == 2 * len(throughput.WAYS) and {row.tokens for row in rows} == {128} and not lines
     for refresh in {row.refresh for row in rows}:
         of = {row.way: row for row in rows if row.refresh == refresh}
-        assert of["skip"].positions < of["all"].positions and of["both"].positions < of["suffix"].positions
+        for count in (lambda row: row.positions, lambda row: row.flops):
+            assert count(of["skip"]) < count(of["all"]) and count(of["both"]) < count(of["suffix"]) < count(of["all"])
         assert {row.nfe for row in of.values()} == {24} and of["all"].ratios == [1.0]
+    operations = bare.Bare(peers.twin(model), job, job.schedule.steps, fastest=False)
+    assert rows[0].flops == sum(operations.flops(*step) for step in operations.plan)
+
+
+def test_others_take_turns_with_ours(model, monkeypatch):
+    """On the same job, against the run with their cache; what cannot run says why."""
+    base = {"gen_length": 32, "block_length": 16, "schedule": dllm_fast.Uniform(12), "seed": 0}
+    asked = []
+
+    def answer(job, nfe=5):
+        asked.append(job.ids.shape)
+        return dllm_fast.generate(model, job.ids, **base).sequences[:, -32:], nfe
+
+    def found(specs, unpatched, job):
+        assert specs == ["llada=x"] and job.schedule == dllm_fast.Uniform(12) and job.block_length == 16
+        assert "forward" not in unpatched.__dict__
+        others = [
+            peers.Peer("dual", "dual", lambda: answer(job)),
+            peers.Peer("plain", "none", lambda: answer(job, None)),
+        ]
+        return [*others, peers.Peer("broken", None, lambda: [][0])], ["another: not run: no such thing"]
+
+    monkeypatch.setattr(throughput, "find_peers", found)
+    rows, lines = throughput.measure(
+        model, throughput.prepare(SHAPES["quick"], model, "20+32", 2), 8, 2, ["all"], ["llada=x"]
+    )
+    assert asked == [(2, 20)] * 6 and [(row.refresh, row.way) for row in rows[2:]] == [("", "dual"), ("", "plain")]
+    assert [(row.nfe, row.same, row.flops) for row in rows[2:]] == [(5, 64, None), (None, None, None)]
+    first, theirs = rows[0].seconds, rows[2].seconds
+    assert rows[2].ratios == [a / b for a, b in zip(first, theirs)] and len(first) == 2
+    assert lines == ["another: not run: no such thing", "broken: not run: IndexError: list index out of range"]
+
+
+def test_a_batch_is_as_large_as_memory_allows(model, monkeypatch):
+    monkeypatch.setattr(memory, "need", lambda family, options, rows, slots, spare: slots * rows)
+    monkeypatch.setattr(memory, "available", lambda device: 345)
+    assert throughput.prepare(SHAPES["quick"], model, "20+64", "auto").ids.shape == (3, 20)  # 252 of 345 x 0.9
+    job = throughput.prepare(SHAPES["quick"], model, "20+64", 5)
+    rows, (line,) = throughput.measure(model, job, 8, 1, ["all"], [])
+    assert not rows and line.startswith("batch 5: not run: 5 rows of 84 positions need 0.0 GiB")
+
+
+def test_a_run_shows_what_it_knows(monkeypatch, capsys):
+    monkeypatch.setattr(floors, "measure", functools.partial(floors.measure, quick=True))
+    options = ["--model", "quick", "--rounds", "1", "--force", "--device", "cpu", "--suffix", "8", "--ways", "both"]
+    throughput.main([*options, "--lengths", "20+32", "40+96", "--batch", "1", "2"])
+    out = capsys.readouterr().out
+    result = json.loads(out.splitlines()[-1])
+    assert [(row["length"], row["batch"]) for row in result["rows"][::4]] == [
+        (length, batch) for length in ("20+32", "40+96") for batch in (1, 2)
+    ]
+    assert "FLOPs alone" in out and "same tokens" not in out and result["flops_a_second"] > 0
+    for wrong, message in ((["--peer", "x=/tmp"], "'x' is not one of"), (["--batch", "most"], "'most'")):
+        with pytest.raises(SystemExit):
+            throughput.parse(wrong)
+        assert message in capsys.readouterr().err
 
 
 def test_prompts_have_gsm8ks_lengths(model):

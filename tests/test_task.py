@@ -122,18 +122,22 @@ def test_no_problem_is_on_both_sides_of_the_split():
     assert STEPS.problems(5, seed=1, held_out=True) != STEPS.problems(5, seed=2, held_out=True)
 
 
-def test_the_score_counts_whole_answers():
-    found = [("p", "1234"), ("q", "5678"), ("r", "90")]
-    replies = {"p": "1234", "q": "5679", "r": "9"}  # right, one character of four wrong, one of two missing
-    batches = []
+def test_the_score_counts_whole_answers(shipped):
+    model, tokenizer = shipped
+    found = [("12", "1234"), ("3", "5678"), ("4", "90")]
+    replies = iter([["1234", "5679"], ["9"]])  # right, one character of four wrong; one of two missing
+    asked = []
 
-    def answers(prompts):
-        batches.append(prompts)
-        return [replies[prompt] for prompt in prompts], 10 * len(batches)
+    def generate(model, ids, mask, seed, gen_length):
+        asked.append((mask.sum(1).tolist(), seed, gen_length))
+        answers = tokenizer(next(replies), return_tensors="pt", padding="max_length", max_length=gen_length)
+        return dllm_fast.Output(torch.cat((ids, answers["input_ids"]), 1), 9, 9, 0, 50, [9, 6][: len(ids)])
 
-    got = task.score(answers, found, batch=2)
-    assert batches == [["p", "q"], ["r"]]
-    assert got == task.Score(exact=1 / 3, token=(1 + 0.75 + 0.5) / 3, nfe=(10 + 10 + 20) / 3, problems=3)
+    got = task.score(model, tokenizer, found, 2, generate, itertools.count(5, 2), gen_length=6)
+    assert asked == [([2, 1], 5, 6), ([1], 7, 6)]
+    assert (got.right, got.characters, got.nfe) == ([True, False, False], [1, 0.75, 0.5], [9, 6, 9])
+    assert got.positions == 100 and got.tokens.shape == (3, 6)
+    assert got.facts() == {"exact": 1 / 3, "token": 0.75, "nfe": 8, "problems": 3}
 
 
 def test_a_file_of_problems_is_what_sft_reads(tmp_path):
@@ -155,9 +159,9 @@ def test_the_shipped_model_works_the_steps_and_needs_them(shipped):
     exact = {}
     for nfe in (64, 8):
         options = {"gen_length": 64, "block_length": 64, "schedule": dllm_fast.Uniform(nfe), "cache": "none"}
-        got = task.score(task.answering(*shipped, **options), found, batch=32)
-        assert got.nfe == nfe and got.problems == 32
-        exact[nfe] = got.exact
+        got = task.score(*shipped, found, 32, **options)
+        assert got.nfe == [nfe] * 32
+        exact[nfe] = sum(got.right) / 32
     assert exact[64] >= 0.95 and exact[8] < exact[64] - 0.25
 
 
@@ -166,7 +170,7 @@ def test_the_shipped_model_rewrites_sentences():
     found = SENTENCES.problems(32, seed=5, held_out=True)
     for schedule in (dllm_fast.Uniform(52), dllm_fast.Threshold(0.9)):
         options = {"gen_length": 52, "block_length": 52, "schedule": schedule, "cache": "none"}
-        assert task.score(task.answering(model, tokenizer, **options), found, batch=32).exact >= 0.65
+        assert sum(task.score(model, tokenizer, found, 32, **options).right) >= 21
     assert all(len(tokenizer(" " + word)["input_ids"]) == 1 for word in ("thieves", "forgotten", "honest", "negative"))
 
 

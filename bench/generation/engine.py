@@ -162,7 +162,7 @@ def measure(options, model, rounded: dict, batch: int, device: torch.device) -> 
     """Measure and print one batch size; return its part of the JSON line. ``model`` and ``rounded`` are patched."""
     shape = SHAPES[options.shape]
     job = make_job(shape, model, options.schedule or shape.schedule, batch)
-    peers, lines = find_peers(options.peer, twin(model), job)
+    peers, lines = find_peers(["published", *options.peer], twin(model), job)
     runs = our_runs(model, rounded, job, options.refresh) | {peer.name: peer.run for peer in peers}
     steps = job.schedule.steps if isinstance(job.schedule, dllm_fast.Uniform) else runs["ours dual"]().nfe
     bares = {name: Bare(model, job, steps, fastest) for name, fastest in BARE.items()}

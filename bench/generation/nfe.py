@@ -188,7 +188,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     task.add_argument("--task-batch", type=int, default=50, help="problems evaluated together")
     parser.add_argument("--prompts", type=Path, help="a text file with a prompt for a trained model on each line")
     parser.add_argument("--rounds", type=int, default=3, help="timed runs of each setting; 0: only accuracy")
-    parser.add_argument("--peer", action="append", metavar="NAME=PATH", help="or published; see bench/peers.py")
+    parser.add_argument("--peer", action="append", metavar="NAME=PATH", help="see bench/peers.py")
     parser.add_argument("--quick", action="store_true", help="one round, floors not measured, even on a busy machine")
     parser.add_argument("--force", action="store_true", help="measure even on a busy machine")
     parser.add_argument("--out", type=Path, default=Path("runs/nfe"), help="folder for the results")
@@ -202,7 +202,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         for text in options.remask:
             text == "none" or remask_of(text)
         for spec in options.peer or ():
-            spec == "published" or read_spec(spec)
+            read_spec(spec)
     except (argparse.ArgumentTypeError, ValueError) as error:
         parser.error(str(error))
     return options

@@ -157,7 +157,6 @@ def _first_peers(subject, trials: dict[str, Trial], ids, specs) -> tuple[dict[st
     found, lines = {}, []
     if specs is None:
         return found, lines
-    paths = [spec for spec in specs if spec != "published"]  # always available
     plain = {}
     for trial in trials.values():
         s = trial.setting
@@ -167,18 +166,17 @@ def _first_peers(subject, trials: dict[str, Trial], ids, specs) -> tuple[dict[st
     for (schedule, block_length), ours in plain.items():
         rule = next(iter(ours.values())).setting.options()["schedule"]
         job = Job(ids, subject.shape.gen_length, block_length, rule, model.config.mask_token_id)
-        peers, failed = find_peers(paths, model, job)
+        peers, failed = find_peers(specs, model, job)
         lines += [f"{schedule}: {line}" for line in failed]
         for peer in peers:
-            if peer.name != "published" or "published" in specs:
-                # A peer with a cache unlike ours is compared with the dual cache.
-                trial = ours.get(peer.cache or "dual")
-                if trial is None:
-                    lines.append(f"{schedule}: {peer.name}: not run: no setting with cache {peer.cache or 'dual'}")
-                    continue
-                try:
-                    timed = _Timed(peer, trial, *peer.run())
-                    found[timed.name] = timed
-                except Exception as error:  # anything, since the code is not ours
-                    lines.append(f"{schedule}: {peer.name}: not run: {type(error).__name__}: {str(error)[:150]}")
+            # A peer with a cache unlike ours is compared with the dual cache.
+            trial = ours.get(peer.cache or "dual")
+            if trial is None:
+                lines.append(f"{schedule}: {peer.name}: not run: no setting with cache {peer.cache or 'dual'}")
+                continue
+            try:
+                timed = _Timed(peer, trial, *peer.run())
+                found[timed.name] = timed
+            except Exception as error:  # anything, since the code is not ours
+                lines.append(f"{schedule}: {peer.name}: not run: {type(error).__name__}: {str(error)[:150]}")
     return found, lines

@@ -14,14 +14,15 @@ from dllm_fast.decoding.engine import Engine
 class Step:
     """kind: "full"; "block", the block's positions against a cache; "window", a refresh's; "mixed", rows that differ.
 
-    positions: how many the forward computes, over all rows. masked, open_rows: positions still masked when it began,
-    and the rows that had any; None unless looked at. begin, end: seconds on a CPU, events on a device.
+    positions: how many the forward computes, over all rows. masked: how many were still masked when it began; None
+    unless looked at. seen: how many slots a query sees, the mean of the rows. begin, end: seconds on a CPU, events on
+    a device.
     """
 
     kind: str
     positions: float
     masked: int | None
-    open_rows: list[int] | None
+    seen: float
     begin: object
     end: object
 
@@ -39,11 +40,12 @@ def watching(look: bool = False) -> Iterator[list[Step]]:
 
     @contextlib.contextmanager
     def watch(engine, step):
-        masked, rows = _open(engine) if look else (None, None)
+        masked = _masked(engine) if look else None
+        seen = float(engine.own["full"].double().mean())
         before, begin = _positions(engine), _now(engine.device)
         yield
         kind = "mixed" if step is None else step.kind
-        steps.append(Step(kind, _positions(engine) - before, masked, rows, begin, _now(engine.device)))
+        steps.append(Step(kind, _positions(engine) - before, masked, seen, begin, _now(engine.device)))
 
     Engine.watchers.append(watch)
     try:
@@ -56,10 +58,9 @@ def _positions(engine: Engine) -> float:
     return sum(row.positions for row in engine.counts)
 
 
-def _open(engine: Engine) -> tuple[int, list[int]]:
+def _masked(engine: Engine) -> int:
     at = engine.slot[:, None] + engine.offsets  # [B, T]
-    masked = (engine.canvas.gather(1, at) == engine.options.mask_id) & engine.open.gather(1, at)
-    return int(masked.sum()), engine.row[masked.any(1)].tolist()
+    return int(((engine.canvas.gather(1, at) == engine.options.mask_id) & engine.open.gather(1, at)).sum())
 
 
 def _now(device: torch.device):
@@ -68,12 +69,3 @@ def _now(device: torch.device):
     event = torch.cuda.Event(enable_timing=True)
     event.record()
     return event
-
-
-def own_forwards(steps: list[Step], rows: int) -> list[int]:
-    """The forwards that each row needed, as if it ran alone: those at which some of its positions were masked."""
-    found = [0] * rows
-    for step in steps:
-        for row in step.open_rows:
-            found[row] += 1
-    return found

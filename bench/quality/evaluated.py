@@ -7,10 +7,12 @@ compared problem by problem. Positions are those that all forwards evaluate, pro
 
 import argparse
 import datetime
+import itertools
 import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 
 import matplotlib.pyplot as plt
 import torch
@@ -44,7 +46,7 @@ class Row:
 
 def options_of(way: str, schedule: str, refresh: str, tokens: int, block: int) -> dict:
     """`dllm_fast.generate`'s arguments."""
-    given = {"gen_length": tokens, "block_length": block, "cache": "dual", "seed": 0}
+    given = {"gen_length": tokens, "block_length": block, "cache": "dual"}
     if schedule.startswith("uniform "):
         given["schedule"] = dllm_fast.Uniform(tokens // block * -(-block // int(schedule[-1])))
     else:
@@ -56,30 +58,16 @@ def options_of(way: str, schedule: str, refresh: str, tokens: int, block: int) -
     return given
 
 
-def measure(model, tokenizer, found: list[tuple[str, str]], batch: int, **given) -> tuple[list[bool], float, float]:
-    """Which problems are answered right, and the positions and forwards of one."""
-    right, positions, forwards = [], 0, 0
-    for at in range(0, len(found), batch):
-        prompts, expected = zip(*found[at : at + batch], strict=True)
-        rows = tokenizer(list(prompts), return_tensors="pt", padding=True)
-        out = dllm_fast.generate(model, rows["input_ids"], rows["attention_mask"], **given)
-        got = tokenizer.batch_decode(out.sequences[:, rows["input_ids"].shape[1] :], skip_special_tokens=True)
-        right += [mine == its for mine, its in zip(got, expected, strict=True)]
-        positions += out.positions
-        forwards += sum(out.row_nfe)
-    return right, positions / len(found), forwards / len(found)
-
-
 def run(name: str, count: int, batch: int, schedules, refreshes, seed: int = 7) -> list[Row]:
     about, block = MODELS[name]
     model, tokenizer = task.load(name)
     found = about.problems(count, seed, held_out=True)
-    return [
-        Row(name, schedule, refresh, way, *measure(
-            model, tokenizer, found, batch, **options_of(way, schedule, refresh, about.tokens, block)
-        ))
-        for schedule in schedules for refresh in refreshes for way in WAYS
-    ]  # fmt: skip
+    rows = []
+    for schedule, refresh, way in itertools.product(schedules, refreshes, WAYS):
+        options = options_of(way, schedule, refresh, about.tokens, block)
+        got = task.score(model, tokenizer, found, batch, **options)
+        rows.append(Row(name, schedule, refresh, way, got.right, got.positions / count, fmean(got.nfe)))
+    return rows
 
 
 def table(rows: list[Row]) -> list[list[str]]:

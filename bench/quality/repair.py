@@ -19,6 +19,7 @@ Shares are of the replaced tokens that are right in the end, and of the others t
 
 import argparse
 import datetime
+import itertools
 import json
 import os
 import platform
@@ -134,21 +135,13 @@ def measured(flow, masked, tokenizer, count: int) -> list[dict]:
 def from_noise(flow, masked, tokenizer, count: int) -> list[dict]:
     """Whole answers that are right, from random tokens and from masks, with as many forwards."""
     problems, rows = task.STEPS.problems(count, 3, held_out=True), []
-
-    def by_flow(steps):
-        def answers(prompts):
-            ids = tokenizer(prompts, return_tensors="pt")["input_ids"]
-            out = dllm_fast.generate_flow(flow, ids, gen_length=task.STEPS.tokens, steps=steps, seed=1)
-            return tokenizer.batch_decode(out.sequences[:, ids.shape[1] :], skip_special_tokens=True), out.nfe
-
-        return answers
-
     for steps in (8, 16, 32, 64):
         length = task.STEPS.tokens
-        options = {"gen_length": length, "block_length": length, "schedule": dllm_fast.Uniform(steps), "cache": "none"}
-        for way, answers in (("flow", by_flow(steps)), ("masked", task.answering(masked, tokenizer, **options))):
-            exact = task.score(answers, problems, BATCH).exact
-            rows.append({"way": way, "forwards": steps, "whole": round(exact * count), "problems": count})
+        by_flow = {"generate": dllm_fast.generate_flow, "seeds": itertools.repeat(1), "steps": steps}
+        by_masks = {"block_length": length, "schedule": dllm_fast.Uniform(steps), "cache": "none"}
+        for way, model, options in (("flow", flow, by_flow), ("masked", masked, by_masks)):
+            right = task.score(model, tokenizer, problems, BATCH, gen_length=length, **options).right
+            rows.append({"way": way, "forwards": steps, "whole": sum(right), "problems": count})
     return rows
 
 

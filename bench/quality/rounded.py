@@ -108,19 +108,11 @@ def task_scores() -> list[dict]:
         own = None
         for name, (dtype, weights, head) in SCORED.items():
             dllm_fast.patch(model.to(dtype), weights=weights, head=head)
-            found = []
-            for at in range(0, PROBLEMS, BATCH):
-                prompts = [prompt for prompt, _ in problems[at : at + BATCH]]
-                ids = tokenizer(prompts, return_tensors="pt")["input_ids"]
-                options = {"gen_length": length, "block_length": length, "schedule": value, "cache": "none"}
-                out = dllm_fast.generate(model, ids, **options)
-                found.append(out.sequences[:, ids.shape[1] :])
-            tokens = torch.cat(found)
-            own = tokens if own is None else own
-            texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
-            right = sum(mine == its for mine, (_, its) in zip(texts, problems, strict=True))
-            row = {"schedule": schedule, "weights": name, "right": right, "problems": PROBLEMS}
-            rows.append(row | {"same": int((tokens == own).sum()), "tokens": own.numel()})
+            options = {"gen_length": length, "block_length": length, "schedule": value, "cache": "none"}
+            got = task.score(model, tokenizer, problems, BATCH, **options)
+            own = got.tokens if own is None else own
+            row = {"schedule": schedule, "weights": name, "right": sum(got.right), "problems": PROBLEMS}
+            rows.append(row | {"same": int((got.tokens == own).sum()), "tokens": own.numel()})
         model.float()
     return rows
 

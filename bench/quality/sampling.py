@@ -175,10 +175,8 @@ def sums(count: int, block_length: int) -> list[dict]:
         for schedule in (name, f"uniform={nfe}"):
             length = {"gen_length": task.STEPS.tokens, "block_length": block_length}
             options = {**length, "schedule": schedule_of(schedule), "cache": "none"}
-            answers = task.answering(model, tokenizer, **options)
-            prompts, expected = zip(*found)
-            got, _ = answers(list(prompts))
-            right[schedule] = torch.tensor([a == b for a, b in zip(got, expected)], dtype=torch.float64)
+            got = task.score(model, tokenizer, found, count, **options)
+            right[schedule] = torch.tensor(got.right, dtype=torch.float64)
         a, b = right.values()
         rows.append({"pyramid": name, "uniform": f"uniform={nfe}", "problems": count, "block_length": block_length,
                      "right": [float(a.mean()), float(b.mean())],
