@@ -380,19 +380,6 @@ def test_bad_arguments():
             compiled.linear(*arguments)
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.7])
-def test_a_step_for_each_row(temperature):
-    hidden, weight, bias = problem(6, 40, 8, FP32)
-    keys = {"row": torch.arange(6) % 2, "position": torch.arange(6), "seed": 5}
-    options = {"mask_id": MASK, "confidence": "random", "temperature": temperature, "candidate": keys["position"] != 2}
-    steps = torch.tensor([3, 0, 9, 1 << 31, 3, 7])
-    for predict in (compiled.predict, ops.predict):
-        found = predict(hidden, weight, bias, step=steps, **keys, **options)
-        for n, step in enumerate(steps.tolist()):
-            alone = predict(hidden, weight, bias, step=step, **keys, **options)
-            assert all(mine[n] == own[n] for mine, own in zip(found, alone, strict=True))
-
-
 def test_custom_ops():
     hidden, weight, bias = problem(4, 40, 8, BF16)
     row = torch.arange(4)

@@ -1,12 +1,16 @@
 """``speculate``: the same tokens in fewer forwards."""
 
 import random
+import re
 
 import pytest
+import torch
+from needs import needs_cpp
 from rows import batched, draw_request
-from tiny import MAKERS
+from tiny import EOS, MAKERS, MASK
 
 import dllm_fast
+from dllm_fast import DraftGraph, Threshold, Uniform, ops
 
 
 @pytest.mark.parametrize("name", ["llada-gqa", "modernbert"])
@@ -22,3 +26,129 @@ def test_the_same_tokens_as_without(name, seed):
     with_drafts, _ = batched(model, request)
     assert [ids for ids, _ in with_drafts] == [ids for ids, _ in without], str(request)
     assert all(mine <= its for (_, mine), (_, its) in zip(with_drafts, without, strict=True))
+
+
+def plain_chain(model, ids, tokens: int, steps: int, drafts: int):
+    """One block after ``ids`` [P], greedy and without a cache, with a chain of drafts: its tokens, forwards and steps,
+    by a plain loop over the model's own forward."""
+    ids = torch.cat((ids, torch.full((tokens,), MASK)))
+    plan = [tokens // steps + (step < tokens % steps) for step in range(steps)]
+
+    def predicted(state):
+        logits = model(state[None]).logits[0].double()
+        token = logits.index_fill(1, torch.tensor([MASK]), -torch.inf).argmax(-1)
+        return token, logits.softmax(-1).gather(1, token[:, None])[:, 0]
+
+    def committed(state, token, score, count):
+        masked = (state == MASK).nonzero()[:, 0]
+        chosen = masked[score[masked].argsort(descending=True, stable=True)[:count]]
+        return state.index_copy(0, chosen, token[chosen])
+
+    forwards = step = 0
+    guesses = [ids]
+    while (ids == MASK).any():
+        known = [(state, *predicted(state)) for state in guesses]
+        forwards += 1
+        for state, token, score in known:
+            if not torch.equal(state, ids):
+                break
+            last, ids, step = (token, score), committed(ids, token, score, plan[step]), step + 1
+            if not (ids == MASK).any():
+                break
+        guesses = [ids]
+        for count in plan[step : step + drafts]:
+            guesses.append(committed(guesses[-1], *last, count))
+    return ids, forwards, step
+
+
+@pytest.mark.parametrize("drafts", [1, 3, 7])
+@pytest.mark.parametrize("steps", [24, 12, 7])
+def test_the_forwards_of_a_plain_chain(steps, drafts):
+    model = MAKERS["llada"]().double()
+    ids = torch.randint(0, EOS, (2, 9), generator=torch.Generator().manual_seed(steps))
+    expected = [plain_chain(model, row, 24, steps, drafts) for row in ids]
+    options = {"gen_length": 24, "block_length": 24, "schedule": Uniform(steps), "cache": "none", "speculate": drafts}
+    with dllm_fast.patched(model, impl="torch"):
+        out = dllm_fast.generate(model, ids, **options)
+    assert torch.equal(out.sequences, torch.stack([found for found, _, _ in expected]))
+    assert out.row_nfe == [forwards for _, forwards, _ in expected]
+    assert out.steps == steps and out.states == (out.nfe - 1) * (drafts + 1) + 1
+
+
+def test_the_shipped_model_takes_fewer_forwards_to_the_same_answers():
+    from bench import task
+
+    model, tokenizer = task.load("llada-steps")
+    prompts = [prompt for prompt, _ in task.STEPS.problems(8, 3, held_out=True)]
+    rows = tokenizer(prompts, return_tensors="pt", padding=True)
+    given = {"gen_length": 64, "block_length": 32, "schedule": Uniform(32)}
+    run = [
+        dllm_fast.generate(model, rows["input_ids"], rows["attention_mask"], **given, speculate=n) for n in (None, 3)
+    ]
+    assert torch.equal(run[0].sequences, run[1].sequences)
+    assert run[1].nfe < 0.7 * run[0].nfe and run[1].steps == run[0].steps == 32
+
+
+def test_a_graph_of_other_sets_gives_the_same_tokens_and_a_chain_is_one():
+    model = dllm_fast.patch(MAKERS["llada"]().double(), impl="torch")
+    ids = torch.randint(0, EOS, (3, 9), generator=torch.Generator().manual_seed(0))
+    given = {"gen_length": 16, "block_length": 16, "schedule": Uniform(8)}
+    expected = dllm_fast.generate(model, ids, **given)
+    graph = DraftGraph(((1, (0, 1)), (2, (0, 1, 2, 3)), (1, (0, 2)), (2, (0, 1, 2, 5)), (3, None)))
+    for speculate in (graph, DraftGraph.chain(3), 3):
+        out = dllm_fast.generate(model, ids, **given, speculate=speculate)
+        assert torch.equal(out.sequences, expected.sequences) and out.nfe <= expected.nfe == out.steps
+    explicit = DraftGraph(tuple((n, tuple(range(2 * n))) for n in (1, 2, 3)))
+    assert dllm_fast.generate(model, ids, **given, speculate=explicit).row_nfe == out.row_nfe
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (-1, "speculate=-1 is not a number of drafts from 0 to 63, or a DraftGraph"),
+        (64, "speculate=64 is not a number of drafts"),
+        (1.5, "speculate=1.5 is not a number of drafts"),
+        ("many", "speculate='many' is not a number of drafts"),
+        (True, "speculate=True is not a number of drafts"),
+    ],
+)
+def test_a_bad_value(value, message):
+    model = dllm_fast.patch(MAKERS["llada"]())
+    with pytest.raises(ValueError, match=re.escape(message)):
+        dllm_fast.generate(model, torch.zeros(1, 5, dtype=torch.int64), gen_length=8, block_length=8, speculate=value)
+
+
+@pytest.mark.parametrize(
+    ("drafts", "message"),
+    [
+        (((2, None),), "speculate: draft 0, (2, None): no draft is 1 steps ahead"),
+        (((0, None),), "speculate: draft 0, (0, None), is not (steps ahead, ascending ranks)"),
+        (((1, (1, 0)),), "speculate: draft 0, (1, (1, 0)), is not (steps ahead, ascending ranks)"),
+        (((1, ()),), "speculate: draft 0, (1, ()), is not (steps ahead, ascending ranks)"),
+        (((1, None),) * 64, "speculate: 64 drafts are more than 63"),
+    ],
+)
+def test_a_bad_graph(drafts, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        DraftGraph(drafts)
+
+
+def test_not_with_skip_committed():
+    model = dllm_fast.patch(MAKERS["llada"]())
+    given = {"gen_length": 8, "block_length": 8, "skip_committed": True, "speculate": 2, "schedule": Threshold(0.5)}
+    with pytest.raises(ValueError, match=r"skip_committed=True: .* which speculate would skip"):
+        dllm_fast.generate(model, torch.zeros(1, 5, dtype=torch.int64), **given)
+
+
+@pytest.mark.parametrize("impl", ["torch", pytest.param("cpp", marks=needs_cpp)])
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_a_step_for_each_row(temperature, impl):
+    draw = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(6, 8, generator=draw), torch.randn(40, 8, generator=draw)
+    keys = {"row": torch.arange(6) % 2, "position": torch.arange(6), "seed": 5}
+    options = {"mask_id": 3, "confidence": "random", "temperature": temperature, "candidate": keys["position"] != 2}
+    steps = torch.tensor([3, 0, 9, 1 << 31, 3, 7])
+    found = ops.predict(hidden, weight, step=steps, **keys, **options, impl=impl)
+    for n, step in enumerate(steps.tolist()):
+        alone = ops.predict(hidden, weight, step=step, **keys, **options, impl=impl)
+        assert all(mine[n] == own[n] for mine, own in zip(found, alone, strict=True))

@@ -41,7 +41,7 @@ def watching(look: bool = False) -> Iterator[list[Step]]:
     @contextlib.contextmanager
     def watch(engine, step):
         masked = _masked(engine) if look else None
-        seen = float(engine.own["full"].double().mean())
+        seen = float(engine.alone["full"].double().mean())
         before, begin = _positions(engine), _now(engine.device)
         yield
         kind = "mixed" if step is None else step.kind

@@ -9,6 +9,8 @@ arXiv:2510.00294; Spiffy, arXiv:2509.18085).
 `drafts` says which states are drafted.
 """
 
+import functools
+
 import torch
 
 from dllm_fast import ops
@@ -34,9 +36,10 @@ class Speculation(Forwards):
             return
         graph = options.speculate.drafts
         self.drafts = torch.zeros((rows, len(graph), self.block_size), dtype=torch.int64, device=self.device)
-        self.depths = torch.tensor([0, *(depth for depth, _ in graph)], device=self.device)  # of all states
+        numbers = functools.partial(torch.tensor, dtype=torch.int64, device=self.device)
+        self.depths = numbers([0, *(depth for depth, _ in graph)])  # of all states
         self.at_depth = [  # which states are so many steps ahead
-            torch.tensor([n for n, (own, _) in enumerate(graph, 1) if own == depth], device=self.device)
+            numbers([n for n, (own, _) in enumerate(graph, 1) if own == depth])
             for depth in range(1, options.speculate.depth + 1)
         ]
         # Of each draft, which ranks are in it; and whether the schedule's counts say that instead.
@@ -44,7 +47,7 @@ class Speculation(Forwards):
         for n, (_, own) in enumerate(graph):
             member[n, [rank for rank in own or () if rank < self.block_size]] = True
         self.member = member.to(self.device)
-        self.counted = torch.tensor([ranks is None for _, ranks in graph], device=self.device)[:, None]
+        self.counted = numbers([own is None for _, own in graph]).bool()[:, None]
         # Of each row's steps in this block: how many it has taken, and of each the number and what it commits.
         self.taken = torch.zeros_like(self.slot)
         self.plan = torch.zeros((2, rows, self.block_size + 1), dtype=torch.int64, device=self.device)
