@@ -1,7 +1,8 @@
 """The definition of ``skip_committed``: one sequence, the keys and values of its positions, no padding and no packing.
 
-A step evaluates the positions of its block that are masked, and those that the step before it committed, now with their
-tokens. What they attend to is every position's keys and values as they were last computed.
+A step evaluates the positions of its block; with ``skip_committed`` those that are masked, and those that the step
+before it committed, now with their tokens. What they attend to is every position's keys and values as they were last
+computed.
 """
 
 from dataclasses import dataclass
@@ -82,7 +83,8 @@ def run(family: Family, prompt: torch.Tensor, options: Options, row: int = 0) ->
             # 1. What is evaluated.
             if step:
                 suffix = range(block.stop, end) if options.runs_suffix else ()
-                positions = sorted({*candidates, *fresh, *suffix})
+                live = {*candidates, *fresh} if options.skip_committed else block
+                positions = sorted({*live, *suffix})
             elif options.refresh.full(number):
                 positions = list(range(end))
             else:

@@ -11,7 +11,7 @@ from rows import batched, draw_request
 from tiny import EOS, MAKERS, MASK
 
 import dllm_fast
-from dllm_fast import Ancestral, Drift, Threshold, Uniform, Window
+from dllm_fast import Ancestral, Drift, Every, Threshold, Uniform, Window
 from dllm_fast.decoding.options import Options
 from dllm_fast.patch import bound_family
 
@@ -86,3 +86,18 @@ def test_refused(options, message):
         dllm_fast.generate(model, ids, **given)
     with pytest.raises(ValueError, match=re.escape(message)):
         dllm_fast.generate_many(model, [ids[0]], **given)
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("refresh", [Window(0, 0), Window(2, 1), Every(3)], ids=str)
+def test_what_lies_between_two_blocks_comes_into_sight(refresh, skip):
+    """Of text between [MASK]s and the answer, positions that no block saw and that the window does not reach."""
+    model = dllm_fast.patch(MAKERS["modernbert"]().double(), impl="torch")
+    words = torch.randint(0, EOS, (12,), generator=torch.Generator().manual_seed(0))
+    ids = torch.cat((torch.full((6,), MASK), words))
+    options = {"block_length": 4, "gen_length": 4, "suffix_length": 4, "schedule": Threshold(0.1), "seed": 6}
+    options |= {"skip_committed": skip, "refresh": refresh, "temperature": 0.5}
+    plain = plain_loop.run(bound_family(model), ids, Options(**options).resolved(model, bound_family(model)))
+    out = dllm_fast.generate(model, ids[None], **options)
+    assert out.sequences[0].tolist() == plain.ids.tolist()
+    assert (out.nfe, out.positions) == (plain.nfe, plain.positions)

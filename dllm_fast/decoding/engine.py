@@ -191,7 +191,7 @@ class Engine(Decider):
         stop = torch.minimum(begin + steps.window.length, self.ends)
         window = stop - torch.maximum(begin, pad)
         if self.options.suffix_length is not None:
-            window = window + (self.ends - torch.maximum(self.reached, stop)).clamp(min=0)
+            window += (self.ends - torch.maximum(self.reached, stop)).clamp(min=0) + (begin - self.reached).clamp(min=0)
         return {"full": self.ends - pad, "window": window, "block": block, "live": torch.zeros_like(pad)}
 
     # The kinds of step
