@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from dllm_fast import attentions, launchers
 from dllm_fast.cpu import compiled, elementwise, matmuls
 from dllm_fast.kernels import reference, reference_rounded
+from dllm_fast.kernels.reference_rounded import as_bytes, rounded
 
 IMPLS = ("auto", "triton", "cpp", "torch")
 # Which implementations have each op, and where they serve it if not everywhere. PyTorch serves everything else: layer
@@ -202,10 +203,13 @@ def rope(q, k, v, cos, sin, position=None, slot=None, keys=None, values=None, ro
     else:
         angle = (position[:, None] + torch.arange(q.shape[1], device=q.device)).clamp(0, cos.shape[0] - 1)
         c, s = cos[angle][:, :, None], sin[angle][:, :, None]
+    c, s = (table.to(reference.widened(q).dtype) for table in (c, s))
 
     if keys is None:
         return reference.rotate(q, c, s), reference.rotate(k, c, s), v
-    k = reference.rotate(k, c, s)
+    k = as_bytes(rounded(reference.rotate(reference.widened(k), c, s), keys.dtype))
+    v = as_bytes(rounded(v, values.dtype))
+    kept_keys, kept_values = as_bytes(keys), as_bytes(values)
     if row is not None:
         source = stored(slot, keys.shape[1])
         k, v, row, slot = k[source], v[source], row[source], slot[source]
@@ -215,10 +219,10 @@ def rope(q, k, v, cos, sin, position=None, slot=None, keys=None, values=None, ro
         # Rows behind the buffers write the last slot's own value: selecting the other rows would need a host sync.
         inside = (slots < keys.shape[1])[:, :, None, None]
         slots = slots.clamp(max=keys.shape[1] - 1)
-        k = k.where(inside, keys[row, slots])
-        v = v.where(inside, values[row, slots])
-    keys[row, slots] = k
-    values[row, slots] = v
+        k = k.where(inside, kept_keys[row, slots])
+        v = v.where(inside, kept_values[row, slots])
+    kept_keys[row, slots] = k
+    kept_values[row, slots] = v
     return reference.rotate(q, c, s), keys, values
 
 
@@ -303,7 +307,8 @@ def attention(q, keys, values, seen, impl="torch"):
     zero_or_nan = None if q.is_cuda else (q - q).sum(-1, keepdim=True)  # [B, T, H, 1]: NaN if the query has NaN
     if near is not None:
         row = torch.arange(q.shape[0], device=q.device)[:, None]
-        keys, values = keys[row, near], values[row, near]
+        keys, values = (as_bytes(x)[row, near].view(x.dtype) for x in (keys, values))
+    keys, values = keys.to(q.dtype), values.to(q.dtype)
     # The query heads of a group become rows of one head, so that K and V are not copied for each of them.
     queries = q.shape[1]
     group = q.shape[2] // keys.shape[2]
@@ -365,8 +370,8 @@ def token_probability(hidden, weight, bias=None, scale=None, *, token, lse, unco
     def logit_of(ids):  # [N], or one for all -> [N]
         if scale is None:
             row = weight[ids].float()  # [N, d], or [d]
-        else:  # by its bits: in PyTorch 2.8 a CPU has no index of e4m3
-            row = weight.view(torch.int8)[ids].view(weight.dtype).float() * scale[ids, None]
+        else:
+            row = as_bytes(weight)[ids].view(weight.dtype).float() * scale[ids, None]
         logit = (hidden.float() * row).sum(-1)
         if uncond is not None:
             base = (uncond.float() * row).sum(-1)
