@@ -4,7 +4,8 @@ Query i of a (row, head) sees the slots j of its range [start, end), with |slot 
 
     out_i = sum_j exp(c q_i.k_j) v_j / sum_j exp(c q_i.k_j)
 
-Packed queries are the rows' one after the other: T then differs from row to row, and each query has its own slot.
+Packed queries are the rows' one after the other: T then differs from row to row, and each query has its own slot. Keys
+and values in e4m3 are read as such and widened, exactly, a tile at a time.
 
 Slots are read a tile at a time. A row keeps the running maximum m of its scores s = c log2(e) q.k, the running sum
 l = sum 2^(s - m) and the running numerator a = sum 2^(s - m) v. When a tile raises m to m', l and a are multiplied
@@ -28,6 +29,7 @@ import triton.language as tl
 
 from dllm_fast.kernels.chain import chained, start_next, wait_for_inputs
 from dllm_fast.kernels.checks import FLOATS, INTEGERS, check_tensors, one_device
+from dllm_fast.kernels.reference_rounded import E4M3
 from dllm_fast.kernels.tiles import is_last, zero_counts
 
 # (BM query rows, BN slots, warps, stages, mask every tile): first for few rows or a window, then for many rows. The key
@@ -47,6 +49,9 @@ CONFIGS = {
     **{(4, d, big): ((16, 32, 8, 1, True),) * 2 for d in (64, 128) for big in (True, False)},
     **{(4, 256, big): ((16, 16, 8, 1, True),) * 2 for big in (True, False)},  # 16 x 32 spills with Triton 3.6 on sm_100
 }
+# Of 16-bit queries against e4m3, by (padded head dim, big): many rows. What is widened takes registers, and the tiles
+# above would spill.
+WIDENED = {(128, True): (128, 64, 8, 3, False), (128, False): (128, 32, 8, 3, True)}
 FEW_QUERIES = 64
 THREADS = 132 * 256  # enough to fill 132 multiprocessors; a launch with fewer splits the slots
 MERGED = tl.constexpr(32)  # query rows merged at once: a block's, with half the registers of a tile
@@ -90,7 +95,7 @@ def _absorb(
     WINDOW: tl.constexpr,
 ):
     """Add one tile of slots to the running softmax."""
-    k = _load(k_at, j, d, hi, D, MASKED)  # [BN, BD]
+    k = _load(k_at, j, d, hi, D, MASKED).to(q.dtype)  # [BN, BD]
     score = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BM, BN]
     if MASKED:
         visible = (j < hi)[None, :]
@@ -103,7 +108,7 @@ def _absorb(
     weight = tl.exp2(score * scale - base[:, None])  # [BM, BN]
     shrink = tl.exp2(peak - base)
     total = total * shrink + tl.sum(weight, 1)
-    v = _load(v_at, j, d, hi, D, MASKED)  # [BN, BD]
+    v = _load(v_at, j, d, hi, D, MASKED).to(q.dtype)  # [BN, BD]
     acc = tl.dot(weight.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
     return acc, total, new_peak
 
@@ -292,10 +297,13 @@ def _attention_kernel(
         tl.store(out_ptr + row[:, None] * D + d[None, :], acc.to(out_ptr.dtype.element_ty), mask=real)
 
 
-def _plan(batch, queries, kv_heads, group, head_dim, slots, window, itemsize, big):
+def _plan(batch, queries, kv_heads, group, head_dim, slots, window, itemsize, big, widened=False):
     """(config, padded head dim, splits), from shapes alone: a CUDA graph must stay valid whatever the device holds."""
     padded = max(16, triton.next_power_of_2(head_dim))
-    few, many = CONFIGS[itemsize, max(64, padded), big]
+    tile = max(64, padded), big
+    few, many = CONFIGS[(itemsize, *tile)]
+    if widened and itemsize == 2:
+        many = WIDENED.get(tile, many)
     config = few if queries <= FEW_QUERIES or window is not None else many
     threads = batch * kv_heads * triton.cdiv(queries * group, config[0]) * config[2] * 32
     visible = slots if window is None else min(slots, queries + 2 * window)
@@ -305,7 +313,7 @@ def _plan(batch, queries, kv_heads, group, head_dim, slots, window, itemsize, bi
 @torch.library.custom_op("dllm_fast::attention", mutates_args=())
 def attention(
     q: torch.Tensor,  # [B, T, H, D]
-    keys: torch.Tensor,  # [B, S, G, D]
+    keys: torch.Tensor,  # [B, S, G, D] of q's dtype or e4m3, as values
     values: torch.Tensor,  # [B, S, G, D]
     start: torch.Tensor,  # [B] int: first valid slot
     end: torch.Tensor,  # [B] int: one past the last valid slot
@@ -326,7 +334,8 @@ def attention(
         return out
     group = heads // kv_heads
     big = not q.is_cuda or torch.cuda.get_device_capability(q.device)[0] in (9, 10)
-    config, padded, splits = _plan(batch, queries, kv_heads, group, head_dim, slots, window, q.element_size(), big)
+    shape = batch, queries, kv_heads, group, head_dim, slots, window, q.element_size(), big
+    config, padded, splits = _plan(*shape, keys.dtype == E4M3)
     bm, bn, warps, stages, masked = config
     tiles = triton.cdiv(queries * group, bm) * kv_heads * batch
     part = lse = count = None
@@ -361,10 +370,10 @@ def _check(q, keys, values, start, end, slot, window, scale, first):
     batch = queries if first is None else keys.shape[0]
     if not 1 <= head_dim <= 256:
         raise ValueError(f"q is {list(q.shape)}: the head dim must be in 1..256")
-    check_tensors(q.device, contiguous=False, keys=(keys, [batch, None, None, head_dim], (q.dtype,)))
+    check_tensors(q.device, contiguous=False, keys=(keys, [batch, None, None, head_dim], (q.dtype, E4M3)))
     if keys.shape[2] == 0 or heads % keys.shape[2]:
         raise ValueError(f"keys is {list(keys.shape)}: its heads do not divide those of q, {list(q.shape)}")
-    check_tensors(q.device, contiguous=False, values=(values, keys.shape, (q.dtype,)))
+    check_tensors(q.device, contiguous=False, values=(values, keys.shape, (keys.dtype,)))
     each = [batch], INTEGERS
     check_tensors(q.device, start=(start, *each), end=(end, *each), slot=(slot, [queries], INTEGERS))
     check_tensors(q.device, first=(first, [batch + 1], INTEGERS))
