@@ -53,6 +53,7 @@ def generate(
     remask: Remask | None = None,
     suffix_length: int | None = None,
     skip_committed: bool = False,
+    cache_dtype: str | None = None,
     mask_id: int | None = None,
     eos_id: int | list[int] | tuple[int, ...] | None = None,
     seed: int | None = None,
@@ -86,6 +87,9 @@ def generate(
         skip_committed: evaluate a position of the block once more when it has its token, and then no longer: its keys
             and values stay in the cache until the next refresh (dKV-Cache, arXiv:2505.15781). A ``remask`` sees its
             probability as it was then. Needs a cache.
+        cache_dtype: what the cache keeps keys and values in. None: the model's dtype. ``"e4m3"``: 8 bits, rounded to
+            nearest, without a scale, saturated at +-448; every forward attends to the rounded ones. A cache then has
+            half the bytes of bf16's. Triton's kernels need a GPU of compute capability 8.9.
         mask_id: default ``model.config.mask_token_id``.
         eos_id: an id, or several: when a finished block holds one of them, the row is done, and every position
             to be filled after the first becomes ``pad_id``. None: every position is generated, as LLaDA's

@@ -79,6 +79,8 @@ def draw_request(rng: random.Random, rows=(3, 4), blocks=BLOCKS, most_blocks: in
     options["temperature"] = rng.choice([0.0, 0.0, 0.5, 1.0])
     options["cfg_scale"] = rng.choice([0.0, 0.0, 1.5])
     options["seed"] = rng.randrange(100)
+    if options["cache"] != "none":
+        options["cache_dtype"] = rng.choice([None, None, "e4m3"])
     return Request(prompts, options, rng.random() < 0.5)
 
 

@@ -132,6 +132,7 @@ HONOURED_CASES = [  # fields, and the same as `dllm_fast.generate`'s arguments
     ({"remask": "remdm=0.5", "schedule": Uniform(4)}, {"remask": ReMDM(0.5), "schedule": Uniform(4)}),
     ({"skip_committed": True, "schedule": Uniform(4)}, {"skip_committed": True, "schedule": Uniform(4)}),
     ({"suffix_length": 2, "block_length": 4}, {"suffix_length": 2, "block_length": 4}),
+    ({"cache_dtype": "e4m3", "schedule": Uniform(4)}, {"cache_dtype": "e4m3", "schedule": Uniform(4)}),
     ({"mask_id": 7, "suppress_tokens": [MASK]}, {"mask_id": 7, "suppress_tokens": [MASK]}),
     ({"num_return_sequences": 1}, {}),
     ({"return_dict_in_generate": True}, {}),
@@ -209,6 +210,7 @@ def test_a_bad_config_raises_when_it_is_made():
         ({"schedule": "uniform=0"}, "schedule: 'uniform=0'"),
         ({"remask": "never"}, "remask: 'never' is none of"),
         ({"cache": "full"}, "cache='full' is not one of"),
+        ({"cache_dtype": "fp8"}, "cache_dtype='fp8' is not one of None, 'e4m3'"),
         ({"confidence": "logit"}, "confidence='logit' is not one of"),
     ):
         with pytest.raises(ValueError, match=message):

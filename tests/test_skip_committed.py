@@ -19,6 +19,10 @@ from dllm_fast.patch import bound_family
 @pytest.mark.parametrize("name", ["llada-gqa", "modernbert"])
 @pytest.mark.parametrize("seed", range(30))
 def test_tokens_of_the_plain_loop(name, seed):
+    check_plain_loop(name, seed, skip_committed=True)
+
+
+def check_plain_loop(name, seed, **options_of_all):
     """Random requests, each row alone by the plain loop and all rows as one batch: in fp64, where nothing is level but
     positions that see [MASK]s alone."""
     model = dllm_fast.patch(MAKERS[name]().double(), impl="torch")
@@ -32,7 +36,7 @@ def test_tokens_of_the_plain_loop(name, seed):
         level = any((prompt[:seen] == MASK).all() for prompt in request.prompts)
         if options["cache"] != "none" and not planless and not level:  # the plain loop has neither of the two
             break
-    request.options["skip_committed"] = True
+    request.options |= options_of_all
     resolved = Options(**options).resolved(model, bound_family(model))
     expected = [plain_loop.run(bound_family(model), ids, resolved, row) for row, ids in enumerate(request.prompts)]
     done, positions = batched(model, request)

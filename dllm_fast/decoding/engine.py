@@ -60,7 +60,7 @@ class Engine(Decider):
         if options.has_cache:
             width = self.weight.shape[1] if options.refresh.layerwise else 0
             shape = (family.layers, rows * self.passes, slots + spare, family.kv_heads, family.head_dim)
-            self.cache = BlockCache(*shape, self.weight.dtype, device, width)
+            self.cache = BlockCache(*shape, self.weight.dtype, device, width, options.cache_dtype is not None)
         # What the few-row matmuls count in: a step has it to itself.
         kept = family.impl == "triton"
         self.arrivals = torch.zeros(ARRIVALS, dtype=torch.int32, device=device) if kept else None
@@ -306,7 +306,6 @@ class Engine(Decider):
         """Of each row, the first layer whose value vectors changed by more than tau, or the number of layers; [N]."""
         begin = self._begin(step).repeat(self.passes)[index]
         at = begin[:, None] + torch.arange(step.length, device=self.device)  # [N, W]
-        row = torch.arange(len(index), device=self.device)[:, None]
         last = torch.full_like(self.slot, self.slots)
         if self.options.suffix_length is not None:  # what a block sees for the first time has no old values
             last = self.slot + self.block_size
@@ -315,8 +314,8 @@ class Engine(Decider):
         )  # [N, W]
         layers = []
         for layer in range(self.family.layers):
-            old_values = old.buffers[layer, 1][row, at].flatten(2).float()  # [N, W, G*D]
-            change = self.cache.buffers[layer, 1][index[:, None], at].flatten(2).float() - old_values
+            old_values = old.values(layer, at)  # [N, W, G*D]
+            change = self.cache.values(layer, at, index) - old_values
             drift = change.norm(dim=2) / old_values.norm(dim=2).clamp(min=1e-12)
             layers.append((drift * seen).sum(1) / seen.sum(1))
         drift = torch.stack(layers).unflatten(1, (self.passes, -1)).amax(1)  # [L, rows]

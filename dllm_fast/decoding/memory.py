@@ -19,7 +19,8 @@ def need(family, options: Options, rows: int, slots: int, spare: int) -> int:
     rows *= options.passes
     cache = 0
     if options.has_cache:
-        cache = 2 * family.layers * rows * (slots + spare) * family.kv_heads * family.head_dim * size
+        kept = size if options.cache_dtype is None else 1
+        cache = 2 * family.layers * rows * (slots + spare) * family.kv_heads * family.head_dim * kept
         if options.refresh.layerwise:
             cache += family.layers * rows * slots * width * size
     # At the widest point of a layer: the residual stream and its norm, gate and up, and their product.

@@ -36,7 +36,7 @@ class MaskedDiffusionLM(TemplateLM):
             several processes, each one's device is the one that Accelerate assigns.
         batch_size: sequences evaluated together; lm-eval's ``--batch_size``.
         gen_length: most tokens of an answer, unless the task says.
-        block_length, confidence, temperature, cfg_scale, cache, suffix_length, skip_committed: as
+        block_length, confidence, temperature, cfg_scale, cache, suffix_length, skip_committed, cache_dtype: as
             `dllm_fast.generate`. A task's own ``temperature`` or ``do_sample: false`` comes first.
         schedule, refresh, remask: spelled as on the command line: ``uniform=64``, ``threshold=0.9``, ...
         mc_num: samples of the likelihood bound, see `evaluate.likelihood.log_likelihoods`.
@@ -67,6 +67,7 @@ class MaskedDiffusionLM(TemplateLM):
         cache: str = "dual",
         suffix_length: int | None = None,
         skip_committed: bool = False,
+        cache_dtype: str | None = None,
         mc_num: int = 128,
         seed: int = 0,
         suppress_tokens: str | int | None = None,
@@ -97,7 +98,7 @@ class MaskedDiffusionLM(TemplateLM):
         self.mc_num, self.seed, self.cfg_scale = mc_num, seed, float(cfg_scale)
         self.options = {
             "block_length": block_length, "confidence": confidence, "cfg_scale": self.cfg_scale, "cache": cache,
-            "suffix_length": suffix_length, "skip_committed": skip_committed,
+            "suffix_length": suffix_length, "skip_committed": skip_committed, "cache_dtype": cache_dtype,
             "eos_id": end_of_text(self.model, self.tokenizer),
             **spelled_options(schedule=schedule, refresh=refresh, remask=remask),
             **held_back(self.tokenizer, suppress_tokens, defer_tokens, logits_eos_inf, confidence_eos_eot_inf),

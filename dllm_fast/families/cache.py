@@ -2,22 +2,36 @@
 
 import torch
 
-from dllm_fast import ops
+from dllm_fast import launchers, ops
+from dllm_fast.kernels.reference_rounded import E4M3, as_bytes
+
+
+def no_e4m3(impl: str, device: torch.device) -> str | None:
+    """Why a cache cannot keep keys and values in e4m3; None if it can."""
+    if impl == "triton":
+        return launchers.no_e4m3(device)
+    try:
+        torch.zeros(1, dtype=torch.float32, device=device).to(E4M3).float()
+    except (RuntimeError, TypeError):
+        return f"PyTorch {torch.__version__} has no float8_e4m3fn on {device}"
+    return None
 
 
 class BlockCache:
     """Static buffers of post-RoPE keys and of values, [B, S, G, D] each; `cache[layer]` is a layer's pair.
 
     A full forward writes every slot; a block step overwrites its own slots and reads the others as they are. With a
-    ``width``, `states` keeps the hidden states [B, S, width] that enter each layer.
+    ``width``, `states` keeps the hidden states [B, S, width] that enter each layer. ``rounded``: keys and values are
+    kept in e4m3, states as they are.
     """
 
     def __init__(
-        self, layers: int, batch: int, slots: int, kv_heads: int, head_dim: int, dtype, device, width: int = 0
-    ):
+        self, layers: int, batch: int, slots: int, kv_heads: int, head_dim: int, dtype, device, width: int = 0,
+        rounded: bool = False,
+    ):  # fmt: skip
         shape = (layers, 2, batch, slots, kv_heads, head_dim)
         # Zeros, because a slot that is never written is padding: attention multiplies it by 0, and 0 x NaN is NaN.
-        self.buffers = torch.zeros(shape, dtype=dtype, device=device)
+        self.buffers = torch.zeros(shape, dtype=E4M3 if rounded else dtype, device=device)
         self.states = torch.zeros((layers, batch, slots, width), dtype=dtype, device=device) if width else None
 
     @property
@@ -27,6 +41,11 @@ class BlockCache:
     def __getitem__(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         keys, values = self.buffers[layer]
         return keys, values
+
+    def values(self, layer: int, slot: torch.Tensor, row: torch.Tensor | None = None) -> torch.Tensor:
+        """The values of ``layer`` at ``slot`` [N, T] of the rows ``row`` [N], or of all N; [N, T, G D] fp32."""
+        row = torch.arange(len(slot), device=slot.device) if row is None else row
+        return as_bytes(self.buffers[layer, 1])[row[:, None], slot].view(self.buffers.dtype).flatten(2).float()
 
     def keep_state(
         self,
@@ -58,18 +77,18 @@ class BlockCache:
     def rows(self, index: torch.Tensor) -> "BlockCache":
         """A copy of the batch rows ``index`` [N]."""
         part = object.__new__(BlockCache)
-        part.buffers = self.buffers[:, :, index]
+        part.buffers = as_bytes(self.buffers)[:, :, index].view(self.buffers.dtype)
         part.states = None if self.states is None else self.states[:, index]
         return part
 
     def put(self, index: torch.Tensor, part: "BlockCache") -> None:
         """Write the copy that `rows` made back to the rows ``index`` [N]."""
-        self.buffers[:, :, index] = part.buffers
+        as_bytes(self.buffers)[:, :, index] = as_bytes(part.buffers)
         if self.states is not None and part.states is not None:
             self.states[:, index] = part.states
 
     def take_over(self, other: "BlockCache", index: torch.Tensor, shift: int, slots: int) -> None:
         """Fill slots 0 to ``slots`` from the rows ``index`` [N] of a larger cache, whose slots begin at ``shift``."""
-        self.buffers[:, :, :, :slots] = other.buffers[:, :, index, shift : shift + slots]
+        as_bytes(self.buffers)[:, :, :, :slots] = as_bytes(other.buffers)[:, :, index, shift : shift + slots]
         if self.states is not None and other.states is not None:
             self.states[:, :, :slots] = other.states[:, index, shift : shift + slots]
