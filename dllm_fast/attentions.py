@@ -5,6 +5,10 @@ kernel. For queries that see all slots, PyTorch's attention is faster on the car
 unmeasured uses the kernel. The environment variable DLLM_FAST_ATTENTION replaces that table, so that all cards and
 processes compute the same bits: ``DLLM_FAST_ATTENTION=bfloat16:128:1024`` means PyTorch's attention in bf16 with heads
 of 128 from 1,024 queries, and ``never`` means the kernel always. `table` returns the table in this form.
+
+PyTorch's attention takes no e4m3. Keys and values in it are widened to a temporary, which moves 3 bytes an element: for
+LLaDA-8B's 1,024 positions on an H200, by arithmetic, 25 MB or 6 us a layer, beside 17 GFLOP or 22 us of attention. The
+first grows with the length, the second with its square.
 """
 
 import os

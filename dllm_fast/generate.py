@@ -60,6 +60,7 @@ def generate(
     suffix_sample: int = 0,
     skip_committed: bool = False,
     speculate: int | DraftGraph | None = None,
+    cache_dtype: str | None = None,
     mask_id: int | None = None,
     eos_id: int | list[int] | tuple[int, ...] | None = None,
     seed: int | None = None,
@@ -99,6 +100,9 @@ def generate(
             All are evaluated in one forward, and the schedule takes as many steps as they foresee. The tokens are the
             same; a forward that is bound by reading weights takes little longer. None: no drafts. Not with
             ``skip_committed``.
+        cache_dtype: what the cache keeps keys and values in. None: the model's dtype. ``"e4m3"``: 8 bits, rounded to
+            nearest, without a scale, saturated at +-448; every forward attends to the rounded ones. A cache then has
+            half the bytes of bf16's. Triton's kernels need a GPU of compute capability 8.9.
         mask_id: default ``model.config.mask_token_id``.
         eos_id: an id, or several: when a finished block holds one of them, the row is done, and every position
             to be filled after the first becomes ``pad_id``. None: every position is generated, as LLaDA's

@@ -88,6 +88,16 @@ def _too_large(device: torch.device) -> str | None:
     return None
 
 
+def no_e4m3(device: torch.device) -> str | None:
+    """Why the kernels cannot keep keys and values in e4m3 on ``device``; None if they can."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return "Triton's interpreter rounds small numbers to 0 in e4m3, and NaN to 384"
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < (8, 9):
+        return f"{device} has compute capability {major}.{minor}; Triton has e4m3 from 8.9 on"
+    return None
+
+
 @functools.cache
 def triton() -> SimpleNamespace:
     """The launchers, imported at the first call: the package also works without Triton."""

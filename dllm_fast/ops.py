@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from dllm_fast import attentions, launchers
 from dllm_fast.cpu import compiled, elementwise, matmuls
 from dllm_fast.kernels import reference, reference_rounded
+from dllm_fast.kernels.reference_rounded import as_bytes, rounded
 from dllm_fast.visibility import visible  # noqa: F401 - what `attention` takes
 
 IMPLS = ("auto", "triton", "cpp", "torch")
@@ -203,10 +204,13 @@ def rope(q, k, v, cos, sin, position=None, slot=None, keys=None, values=None, ro
     else:
         angle = (position[:, None] + torch.arange(q.shape[1], device=q.device)).clamp(0, cos.shape[0] - 1)
         c, s = cos[angle][:, :, None], sin[angle][:, :, None]
+    c, s = (table.to(reference.widened(q).dtype) for table in (c, s))
 
     if keys is None:
         return reference.rotate(q, c, s), reference.rotate(k, c, s), v
-    k = reference.rotate(k, c, s)
+    k = as_bytes(rounded(reference.rotate(reference.widened(k), c, s), keys.dtype))
+    v = as_bytes(rounded(v, values.dtype))
+    kept_keys, kept_values = as_bytes(keys), as_bytes(values)
     if row is not None:
         source = stored(slot, keys.shape[1])
         k, v, row, slot = k[source], v[source], row[source], slot[source]
@@ -216,10 +220,10 @@ def rope(q, k, v, cos, sin, position=None, slot=None, keys=None, values=None, ro
         # Rows behind the buffers write the last slot's own value: selecting the other rows would need a host sync.
         inside = (slots < keys.shape[1])[:, :, None, None]
         slots = slots.clamp(max=keys.shape[1] - 1)
-        k = k.where(inside, keys[row, slots])
-        v = v.where(inside, values[row, slots])
-    keys[row, slots] = k
-    values[row, slots] = v
+        k = k.where(inside, kept_keys[row, slots])
+        v = v.where(inside, kept_values[row, slots])
+    kept_keys[row, slots] = k
+    kept_values[row, slots] = v
     return reference.rotate(q, c, s), keys, values
 
 
@@ -238,7 +242,8 @@ def attention(q, keys, values, seen, beside=None, impl="torch"):
     if beside is not None:
         if impl == "triton":
             return launchers.triton().attention(q, keys, values, *seen[:-1], *beside)
-        keys, values = (torch.cat(pair, 1) for pair in zip((keys, values), beside, strict=True))
+        pairs = zip((keys, values), beside, strict=True)
+        keys, values = (torch.cat((as_bytes(x), as_bytes(y)), 1).view(x.dtype) for x, y in pairs)
         return attention(q, keys, values, seen)
     if impl == "triton":
         *ranges, whole = seen
@@ -254,7 +259,8 @@ def attention(q, keys, values, seen, beside=None, impl="torch"):
     zero_or_nan = None if q.is_cuda else (q - q).sum(-1, keepdim=True)  # [B, T, H, 1]: NaN if the query has NaN
     if near is not None:
         row = torch.arange(q.shape[0], device=q.device)[:, None]
-        keys, values = keys[row, near], values[row, near]
+        keys, values = (as_bytes(x)[row, near].view(x.dtype) for x in (keys, values))
+    keys, values = keys.to(q.dtype), values.to(q.dtype)
     # The query heads of a group become rows of one head, so that K and V are not copied for each of them.
     queries = q.shape[1]
     group = q.shape[2] // keys.shape[2]
@@ -319,8 +325,8 @@ def token_probability(hidden, weight, bias=None, scale=None, *, token, lse, unco
     def logit_of(ids):  # [N], or one for all -> [N]
         if scale is None:
             row = weight[ids].float()  # [N, d], or [d]
-        else:  # by its bits: in PyTorch 2.8 a CPU has no index of e4m3
-            row = weight.view(torch.int8)[ids].view(weight.dtype).float() * scale[ids, None]
+        else:
+            row = as_bytes(weight)[ids].view(weight.dtype).float() * scale[ids, None]
         logit = (hidden.float() * row).sum(-1)
         if uncond is not None:
             base = (uncond.float() * row).sum(-1)

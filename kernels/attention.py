@@ -8,6 +8,7 @@ import triton
 from dllm_fast.kernels.attention_kernel import _attention_kernel
 from dllm_fast.kernels.chain import chained
 from dllm_fast.kernels.checks import FLOATS, INTEGERS, check_tensors, one_device
+from dllm_fast.kernels.reference_rounded import E4M3
 from dllm_fast.kernels.tiles import zero_counts
 
 # (BM query rows, BN slots, warps, stages, mask every tile): first for few rows or a window, then for many rows. The key
@@ -27,6 +28,9 @@ CONFIGS = {
     **{(4, d, big): ((16, 32, 8, 1, True),) * 2 for d in (64, 128) for big in (True, False)},
     **{(4, 256, big): ((16, 16, 8, 1, True),) * 2 for big in (True, False)},  # 16 x 32 spills with Triton 3.6 on sm_100
 }
+# Of 16-bit queries against e4m3, by (padded head dim, big): many rows. What is widened takes registers, and the tiles
+# above would spill.
+WIDENED = {(128, True): (128, 64, 8, 3, False), (128, False): (128, 32, 8, 3, True)}
 FEW_QUERIES = 64
 THREADS = 132 * 256  # enough to fill 132 multiprocessors; a launch with fewer splits the slots
 SPLIT_SLOTS = 128  # with fewer slots a program spends its time on starting and on writing its part
@@ -38,13 +42,16 @@ def for_states(few: tuple) -> tuple:
     return rows, min(slots, 32), *rest
 
 
-def _plan(batch, queries, kv_heads, group, head_dim, slots, window, itemsize, big, states=False):
+def _plan(batch, queries, kv_heads, group, head_dim, slots, window, itemsize, big, widened=False, states=False):
     """(config, padded head dim, splits), from shapes alone: a CUDA graph must stay valid whatever the device holds.
 
-    ``states``: the queries are those of states.
+    ``widened``: keys and values are e4m3. ``states``: the queries are those of states.
     """
     padded = max(16, triton.next_power_of_2(head_dim))
-    few, many = CONFIGS[itemsize, max(64, padded), big]
+    tile = max(64, padded), big
+    few, many = CONFIGS[(itemsize, *tile)]
+    if widened and itemsize == 2:
+        many = WIDENED.get(tile, many)
     config = few if queries <= FEW_QUERIES or window is not None else many
     if states:
         config = for_states(few)
@@ -56,7 +63,7 @@ def _plan(batch, queries, kv_heads, group, head_dim, slots, window, itemsize, bi
 @torch.library.custom_op("dllm_fast::attention", mutates_args=())
 def attention(
     q: torch.Tensor,  # [B, T, H, D]
-    keys: torch.Tensor,  # [B, S, G, D]
+    keys: torch.Tensor,  # [B, S, G, D] of q's dtype or e4m3, as values
     values: torch.Tensor,  # [B, S, G, D]
     start: torch.Tensor,  # [B] int: first valid slot
     end: torch.Tensor,  # [B] int: one past the last valid slot
@@ -82,8 +89,9 @@ def attention(
         return out
     group = heads // kv_heads
     big = not q.is_cuda or torch.cuda.get_device_capability(q.device)[0] in (9, 10)
-    states, size = hole is not None, q.element_size()
-    config, padded, splits = _plan(batch, queries, kv_heads, group, head_dim, slots, window, size, big, states)
+    shape = batch, queries, kv_heads, group, head_dim, slots, window, q.element_size(), big
+    states = hole is not None
+    config, padded, splits = _plan(*shape, keys.dtype == E4M3, states)
     bm, bn, warps, stages, masked = config
     tiles = triton.cdiv(queries * group, bm) * kv_heads * batch
     part = lse = count = None
@@ -119,10 +127,10 @@ def _check(q, keys, values, start, end, slot, window, scale, first):
     batch = queries if first is None else keys.shape[0]
     if not 1 <= head_dim <= 256:
         raise ValueError(f"q is {list(q.shape)}: the head dim must be in 1..256")
-    check_tensors(q.device, contiguous=False, keys=(keys, [batch, None, None, head_dim], (q.dtype,)))
+    check_tensors(q.device, contiguous=False, keys=(keys, [batch, None, None, head_dim], (q.dtype, E4M3)))
     if keys.shape[2] == 0 or heads % keys.shape[2]:
         raise ValueError(f"keys is {list(keys.shape)}: its heads do not divide those of q, {list(q.shape)}")
-    check_tensors(q.device, contiguous=False, values=(values, keys.shape, (q.dtype,)))
+    check_tensors(q.device, contiguous=False, values=(values, keys.shape, (keys.dtype,)))
     each = [batch], INTEGERS
     check_tensors(q.device, start=(start, *each), end=(end, *each), slot=(slot, [queries], INTEGERS))
     check_tensors(q.device, first=(first, [batch + 1], INTEGERS))

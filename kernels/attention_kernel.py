@@ -5,7 +5,8 @@ Query i of a (row, head) sees the slots j of its range [start, end), with |slot 
     out_i = sum_j exp(c q_i.k_j) v_j / sum_j exp(c q_i.k_j)
 
 Packed queries are the rows' one after the other: T then differs from row to row, and each query has its own slot.
-Those of states (`reference_states`) read the row's slots but for a hole once for all of them, then their own.
+Those of states (`reference_states`) read the row's slots but for a hole once for all of them, then their own. Keys and
+values in e4m3 are read as such and widened, exactly, a tile at a time.
 
 Slots are read a tile at a time. A row keeps the running maximum m of its scores s = c log2(e) q.k, the running sum
 l = sum 2^(s - m) and the running numerator a = sum 2^(s - m) v. When a tile raises m to m', l and a are multiplied
@@ -69,7 +70,7 @@ def _absorb(
     WINDOW: tl.constexpr,
 ):
     """Add one tile of slots to the running softmax."""
-    k = _load(k_at, j, d, hi, D, MASKED)  # [BN, BD]
+    k = _load(k_at, j, d, hi, D, MASKED).to(q.dtype)  # [BN, BD]
     score = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BM, BN]
     if MASKED:
         if WINDOW:
@@ -81,7 +82,7 @@ def _absorb(
     weight = tl.exp2(score * scale - base[:, None])  # [BM, BN]
     shrink = tl.exp2(peak - base)
     total = total * shrink + tl.sum(weight, 1)
-    v = _load(v_at, j, d, hi, D, MASKED)  # [BN, BD]
+    v = _load(v_at, j, d, hi, D, MASKED).to(q.dtype)  # [BN, BD]
     acc = tl.dot(weight.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
     return acc, total, new_peak
 

@@ -11,6 +11,7 @@ import torch
 
 from dllm_fast.kernels import linear, linear_int4
 from dllm_fast.kernels.checks import INTEGERS, check_tensors, one_device
+from dllm_fast.kernels.reference_rounded import E4M3
 
 # Whether `fits_rope` ever says so. Not measured yet: bench.generation.steps does. By arithmetic, for LLaDA-8B's 32 rows
 # on an H200: `rope.py` takes 2.5 us a layer and the gap before it. Here a program that finishes a tile reads 16 KB of
@@ -36,8 +37,8 @@ def _prepare(x, weight, cos, sin, position, slot, keys, values, row) -> tuple[to
     """q, not filled yet, and what `linear.launch` and `linear_int4.launch_int4` are given beyond a plain matmul's."""
     check_tensors(x.device, contiguous=False, x=(x, [None] * 3, linear.HALVES))
     batch, queries, _ = x.shape
-    check_tensors(x.device, keys=(keys, [batch if row is None else None, None, None, None], (x.dtype,)))
-    check_tensors(x.device, values=(values, keys.shape, (x.dtype,)))
+    check_tensors(x.device, keys=(keys, [batch if row is None else None, None, None, None], (x.dtype, E4M3)))
+    check_tensors(x.device, values=(values, keys.shape, (keys.dtype,)))
     slots, kv_heads, head_dim = keys.shape[1:]
     check_tensors(x.device, cos=(cos, [None, head_dim // 2], (torch.float32,)))
     check_tensors(x.device, sin=(sin, cos.shape, (torch.float32,)))
@@ -63,7 +64,7 @@ def linear_rope(
     sin: torch.Tensor,  # [P, D/2] fp32
     position: torch.Tensor,  # [B] int: position of each row's first query
     slot: torch.Tensor,  # [B] int: buffer slot of each row's first query
-    keys: torch.Tensor,  # [R, S, G, D], written in place
+    keys: torch.Tensor,  # [R, S, G, D] of x's dtype or e4m3, as values; written in place
     values: torch.Tensor,  # [R, S, G, D], written in place
     row: torch.Tensor | None = None,  # [B] int: which of the buffers' rows; None: each its own
 ) -> torch.Tensor:

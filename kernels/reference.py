@@ -10,6 +10,8 @@ d model width, V vocabulary, N gathered positions.
 
 import torch
 
+from dllm_fast.kernels.reference_rounded import as_bytes, rounded
+
 _WORD = 0xFFFFFFFF
 
 
@@ -110,14 +112,14 @@ def rope(
     sin: torch.Tensor,  # [P, D/2] fp32
     position: torch.Tensor,  # [B] int: position of each row's first query
     slot: torch.Tensor,  # [B] int: buffer slot of each row's first query
-    keys: torch.Tensor,  # [R, S, G, D], written in place
+    keys: torch.Tensor,  # [R, S, G, D], written in place: of q's dtype or e4m3, as values
     values: torch.Tensor,  # [R, S, G, D], written in place
     row: torch.Tensor | None = None,  # [B] int: which of the buffers' R rows; None: each its own, R = B
 ) -> torch.Tensor:
     """Rotate q and k, write k and v at ``slot + t`` of the buffers, return the rotated q [B, T, H, D].
 
-    `rotate` at position ``max(position + t, 0)`` (negative positions are padding), in fp32. Rows whose slot falls
-    outside [0, S) are not written.
+    `rotate` at position ``max(position + t, 0)`` (negative positions are padding), in fp32, `rounded` once to what the
+    buffers hold. Rows whose slot falls outside [0, S) are not written.
     """
     offset = torch.arange(q.shape[1], device=q.device)
     angle = (position[:, None] + offset).clamp(0, cos.shape[0] - 1)
@@ -126,14 +128,15 @@ def rope(
     slots = slot[:, None] + offset
     inside = (slots >= 0) & (slots < keys.shape[1])
     row = (torch.arange(q.shape[0], device=q.device) if row is None else row)[:, None].expand_as(slots)
-    keys[row[inside], slots[inside]] = rotate(k, c, s)[inside]
-    values[row[inside], slots[inside]] = v[inside]
+    at = row[inside], slots[inside]
+    as_bytes(keys)[at] = as_bytes(rounded(rotate(widened(k), c, s), keys.dtype))[inside]
+    as_bytes(values)[at] = as_bytes(rounded(v, values.dtype))[inside]
     return rotate(q, c, s)
 
 
 def attention(
     q: torch.Tensor,  # [B, T, H, D]
-    keys: torch.Tensor,  # [B, S, G, D]
+    keys: torch.Tensor,  # [B, S, G, D] of q's dtype or e4m3, as values
     values: torch.Tensor,  # [B, S, G, D]
     start: torch.Tensor,  # [B] int: first valid slot
     end: torch.Tensor,  # [B] int: one past the last valid slot
@@ -151,12 +154,14 @@ def attention(
     Packed queries are each at a slot of its own: those from ``first[b]`` to ``first[b + 1]`` are row b's, in the order
     of their slots. Queries from ``first[B]`` on are of no row, and their results have no meaning.
     """
+    wide_q = widened(q)
+    keys, values = keys.to(wide_q.dtype), values.to(wide_q.dtype)
     if first is not None:
         row = row_of(first, q.shape[0])
         return attention(q, keys[row], values[row], start[row], end[row], slot, window, scale)
     group = q.shape[2] // keys.shape[2]
-    wide_k, wide_v = (widened(x).repeat_interleave(group, 2) for x in (keys, values))
-    score = torch.einsum("bthd,bshd->bhts", widened(q), wide_k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    wide_k, wide_v = (x.repeat_interleave(group, 2) for x in (keys, values))
+    score = torch.einsum("bthd,bshd->bhts", wide_q, wide_k) * (q.shape[-1] ** -0.5 if scale is None else scale)
     visible = visible_slots(q.shape[1], keys.shape[1], start, end, slot, window)[:, None]
     score = score.masked_fill(~visible, float("-inf"))
     weight = torch.softmax(score, -1).masked_fill(~visible.any(-1, keepdim=True), 0.0)

@@ -1,6 +1,19 @@
-"""Rows in e4m3 and weights in four bits, in plain PyTorch: the definitions that the kernels are tested against."""
+"""Keys, values and rows in e4m3, weights in four bits, in plain PyTorch: the definitions that the kernels are tested
+against."""
 
 import torch
+
+E4M3 = torch.float8_e4m3fn
+
+
+def rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x in ``dtype``, to the nearest number, ties to even. In e4m3 it is saturated at +-448, and NaN stays NaN."""
+    return (x.clamp(-448, 448) if dtype == E4M3 else x).to(dtype)
+
+
+def as_bytes(x: torch.Tensor) -> torch.Tensor:
+    """The bytes of an e4m3 tensor, to be indexed: PyTorch 2.8 has no index of e4m3 on a CPU. Any other x is itself."""
+    return x.view(torch.uint8) if x.dtype == E4M3 else x
 
 
 def round_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -54,7 +54,7 @@ def attention(
     )  # [N, 1, S + K]
     group = q.shape[2] // keys.shape[2]
     wide_k, wide_v = (
-        reference.widened(torch.cat(pair, 1))[row].repeat_interleave(group, 2)
+        torch.cat([reference.widened(x) for x in pair], 1)[row].repeat_interleave(group, 2)
         for pair in ((keys, own_keys), (values, own_values))
     )
     score = torch.einsum("nthd,nshd->nhts", reference.widened(q), wide_k) * q.shape[-1] ** -0.5

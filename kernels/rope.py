@@ -6,7 +6,8 @@ Row t of batch row b is at position p = clamp(position[b] + t, 0, P - 1). Each h
     (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin)
 
 in fp32, rounded once. q becomes a new tensor; k and v go to slot[b] + t of a row of the buffers, b or row[b], or
-nowhere if that lies outside [0, S). Every element is read once and written once: the kernel is bound by memory.
+nowhere if that lies outside [0, S). Buffers may be e4m3, which k and v are then rounded to. Every element is read once
+and written once: the kernel is bound by memory.
 
 A program takes one row's heads, some at a time: of q in the first programs of a row, of k and v in the others.
 """
@@ -17,9 +18,18 @@ import triton.language as tl
 
 from dllm_fast.kernels.chain import chained, start_next, wait_for_inputs
 from dllm_fast.kernels.checks import FLOATS, INTEGERS, check_tensors, one_device
+from dllm_fast.kernels.reference_rounded import E4M3
 
 PAIRS = 512  # elements of one half in a program: with 2 warps, 8 a thread, 16 bytes of bf16
 WARPS = 2
+
+
+@triton.jit
+def _kept(x, kind: tl.constexpr):
+    """x as `reference_rounded.rounded` makes it: a cast to e4m3 alone may give NaN for what is beyond 448."""
+    if kind == tl.float8e4nv:
+        x = tl.clamp(x.to(tl.float32), -448.0, 448.0, tl.PropagateNan.ALL)
+    return x.to(kind)
 
 
 @triton.jit
@@ -37,8 +47,8 @@ def _rotate(
     x2 = tl.load(from_ptr + from_at + HALF, mask=mask, other=0.0).to(tl.float32)  # [BH, BHALF]
     y1 = x1 * cos[None, :] - x2 * sin[None, :]
     y2 = x2 * cos[None, :] + x1 * sin[None, :]
-    tl.store(to_ptr + to_at, y1.to(to_ptr.dtype.element_ty), mask=mask)
-    tl.store(to_ptr + to_at + HALF, y2.to(to_ptr.dtype.element_ty), mask=mask)
+    tl.store(to_ptr + to_at, _kept(y1, to_ptr.dtype.element_ty), mask=mask)
+    tl.store(to_ptr + to_at + HALF, _kept(y2, to_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["queries", "slots", "positions", "heads", "kv_heads"])
@@ -113,8 +123,8 @@ def _rope_kernel(
         values_at = row * values_stride_b + to * values_stride_s + g * values_stride_g + d[None, :]
         v1 = tl.load(v_ptr + v_at, mask=mask)  # [BH, BHALF]
         v2 = tl.load(v_ptr + v_at + HALF, mask=mask)  # [BH, BHALF]
-        tl.store(values_ptr + values_at, v1, mask=mask)
-        tl.store(values_ptr + values_at + HALF, v2, mask=mask)
+        tl.store(values_ptr + values_at, _kept(v1, values_ptr.dtype.element_ty), mask=mask)
+        tl.store(values_ptr + values_at + HALF, _kept(v2, values_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -171,8 +181,8 @@ def _put(
     HALF: tl.constexpr,
 ):
     at = ptr + head * (2 * HALF) + d
-    tl.store(at, y1.to(ptr.dtype.element_ty), mask=mask)
-    tl.store(at + HALF, y2.to(ptr.dtype.element_ty), mask=mask)
+    tl.store(at, _kept(y1, ptr.dtype.element_ty), mask=mask)
+    tl.store(at + HALF, _kept(y2, ptr.dtype.element_ty), mask=mask)
 
 
 @torch.library.custom_op("dllm_fast::rope", mutates_args=("keys", "values"))
@@ -184,7 +194,7 @@ def rope(
     sin: torch.Tensor,  # [P, D/2] fp32
     position: torch.Tensor,  # [B] int: position of each row's first query
     slot: torch.Tensor,  # [B] int: buffer slot of each row's first query
-    keys: torch.Tensor,  # [R, S, G, D], written in place
+    keys: torch.Tensor,  # [R, S, G, D] of q's dtype or e4m3, as values; written in place
     values: torch.Tensor,  # [R, S, G, D], written in place
     row: torch.Tensor | None = None,  # [B] int: which of the buffers' rows; None: each its own
 ) -> torch.Tensor:
@@ -224,8 +234,8 @@ def _check(q, k, v, cos, sin, position, slot, keys, values, row):
     check_tensors(q.device, contiguous=False, k=(k, [batch, queries, None, head_dim], (q.dtype,)))
     kv_heads = k.shape[2]
     buffer_rows = batch if row is None else None
-    check_tensors(q.device, contiguous=False, keys=(keys, [buffer_rows, None, kv_heads, head_dim], (q.dtype,)))
-    check_tensors(q.device, contiguous=False, v=(v, k.shape, (q.dtype,)), values=(values, keys.shape, (q.dtype,)))
+    check_tensors(q.device, contiguous=False, keys=(keys, [buffer_rows, None, kv_heads, head_dim], (q.dtype, E4M3)))
+    check_tensors(q.device, contiguous=False, v=(v, k.shape, (q.dtype,)), values=(values, keys.shape, (keys.dtype,)))
     check_tensors(q.device, cos=(cos, [None, head_dim // 2], (torch.float32,)))
     if cos.shape[0] == 0:
         raise ValueError(f"cos is {list(cos.shape)}: it holds no position")

@@ -61,14 +61,37 @@ struct Tensor {
   }
 };
 
-void attention(bool bf16, int64_t threads, int64_t window, const std::string& name) {
+// e4m3, none of them NaN.
+std::vector<uint8_t> bytes(int64_t n) {
+  std::vector<uint8_t> made(n);
+  for (uint8_t& x : made) x = uint8_t(int(number() * 127) & 0xFE);
+  return made;
+}
+
+void print(const std::string& name, const std::vector<uint8_t>& numbers) {
+  std::printf("%s", name.c_str());
+  for (uint8_t x : numbers) std::printf(" %d", x);
+  std::printf("\n");
+}
+
+void set(int64_t (&stride)[3], int64_t row, int64_t position, int64_t head) {
+  stride[0] = row, stride[1] = position, stride[2] = head;
+}
+
+void attention(bool bf16, bool e4m3, int64_t threads, int64_t window, const std::string& name) {
   const int64_t B = 2, T = 13, H = 4, G = 2, D = 40, S = 70;
   const int64_t start[] = {3, 0}, end[] = {66, 70}, slot[] = {20, 50};
   Tensor q(bf16, B * T * H * D), k(bf16, B * S * G * D), v(bf16, B * S * G * D), out(bf16, B * T * H * D, true);
-  const Attention a = {q.data(), k.data(), v.data(), out.data(), start, end, slot, B, T, H, G, D, S,
-                       {T * H * D, H * D, D}, {S * G * D, G * D, D}, {S * G * D, G * D, D}, window, 32, 0.3f};
+  const std::vector<uint8_t> k8 = bytes(e4m3 * B * S * G * D), v8 = bytes(e4m3 * B * S * G * D);
+  Attention a = {};
+  a.q = q.data(), a.out = out.data();
+  a.keys = e4m3 ? (const void*)k8.data() : k.data(), a.values = e4m3 ? (const void*)v8.data() : v.data();
+  a.start = start, a.end = end, a.slot = slot, a.e4m3 = e4m3;
+  a.batch = B, a.queries = T, a.heads = H, a.kv_heads = G, a.head_dim = D, a.slots = S;
+  set(a.q_stride, T * H * D, H * D, D), set(a.k_stride, S * G * D, G * D, D), set(a.v_stride, S * G * D, G * D, D);
+  a.window = window, a.tile = 32, a.scale = e4m3 ? 0.0003f : 0.3f;
   dllm_attention(&a, 0, bf16, threads);
-  out.print("attention-window" + std::to_string(window) + name);
+  out.print("attention-window" + std::to_string(window) + (e4m3 ? "-e4m3" : "") + name);
 }
 
 void linear(bool bf16, int64_t threads, int64_t rows, const std::string& name) {
@@ -116,14 +139,21 @@ void swiglu(bool bf16, int64_t threads, const std::string& name) {
   out.print("swiglu" + name);
 }
 
-void rope(bool bf16, int64_t threads, const std::string& name) {
+void rope(bool bf16, bool e4m3, int64_t threads, const std::string& name) {
   const int64_t B = 2, T = 5, H = 4, G = 2, D = 24, S = 12, P = 40, position[] = {3, 20}, slot[] = {0, 7};
   Tensor q(bf16, B * T * H * D), k(bf16, B * T * G * D), v(bf16, B * T * G * D), out(bf16, B * T * H * D, true);
   Tensor cos(false, P * D / 2), sin(false, P * D / 2), keys(bf16, B * S * G * D), values(bf16, B * S * G * D);
-  Rope a = {q.data(), k.data(), v.data(), cos.wide.data(), sin.wide.data(), position, slot, out.data(), keys.data(),
-            values.data(), B, T, H, G, D, S, P, D / 2, D / 2, {T * H * D, H * D, D}, {T * G * D, G * D, D},
-            {T * G * D, G * D, D}, {S * G * D, G * D, D}, {S * G * D, G * D, D}, 0};
+  std::vector<uint8_t> keys8 = bytes(e4m3 * B * S * G * D), values8 = bytes(e4m3 * B * S * G * D);
+  Rope a = {};
+  a.q = q.data(), a.k = k.data(), a.v = v.data(), a.cos = cos.wide.data(), a.sin = sin.wide.data();
+  a.position = position, a.slot = slot, a.out = out.data(), a.e4m3 = e4m3;
+  a.keys = e4m3 ? (void*)keys8.data() : keys.data(), a.values = e4m3 ? (void*)values8.data() : values.data();
+  a.batch = B, a.queries = T, a.heads = H, a.kv_heads = G, a.head_dim = D, a.slots = S, a.positions = P;
+  a.cos_stride = a.sin_stride = D / 2;
+  set(a.q_stride, T * H * D, H * D, D), set(a.k_stride, T * G * D, G * D, D), set(a.v_stride, T * G * D, G * D, D);
+  set(a.keys_stride, S * G * D, G * D, D), set(a.values_stride, S * G * D, G * D, D);
   dllm_rope(&a, 0, bf16, threads);
+  if (e4m3) return print("rope-keys-e4m3" + name, keys8), print("rope-values-e4m3" + name, values8);
   out.print("rope" + name), keys.print("rope-keys" + name), values.print("rope-values" + name);
 }
 
@@ -134,12 +164,14 @@ int main() {
     for (int64_t threads : {1, 3}) {
       state = 1;
       const std::string name = std::string(bf16 ? "-bf16" : "-fp32") + "-threads" + std::to_string(threads);
-      for (int64_t window : {-1, 5}) attention(bf16, threads, window, name);
+      for (int64_t window : {-1, 5}) attention(bf16, false, threads, window, name);
       for (int64_t rows : {1, 2, 3, 7, 19, 70, 200}) linear(bf16, threads, rows, name);
       for (int confidence : {PROBABILITY, MARGIN, ENTROPY, RANDOM})
         for (int64_t rows : {1, 3, 19}) predict(bf16, threads, rows, confidence, 0.7f, name);
       rms_norm(bf16, threads, name);
       swiglu(bf16, threads, name);
-      rope(bf16, threads, name);
+      rope(bf16, false, threads, name);
+      for (int64_t window : {-1, 5}) attention(bf16, true, threads, window, name);
+      rope(bf16, true, threads, name);
     }
 }

@@ -1,8 +1,9 @@
-"""The definition of the options that evaluate fewer positions: one sequence, the keys and values of its positions, no
-padding and no packing.
+"""The definition of the options that evaluate fewer positions, and of ``cache_dtype``: one sequence, the keys and
+values of its positions, no padding and no packing.
 
-A step evaluates the positions of its block that are masked, and those that the step before it committed, now with their
-tokens. What they attend to is every position's keys and values as they were last computed.
+A step evaluates the positions of its block; with ``skip_committed`` those that are masked, and those that the step
+before it committed, now with their tokens. What they attend to is every position's keys and values as they were last
+computed, rounded to ``cache_dtype``.
 """
 
 import math
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from e4m3 import nearest
 
 from dllm_fast.decoding.options import Options
 from dllm_fast.decoding.remask import STAYS, Committed
@@ -19,10 +21,11 @@ from dllm_fast.kernels import reference
 
 
 class Memory:
-    """A model, and the keys and values [L, G, D] of each layer, as they were last computed."""
+    """A model, and the keys and values [L, G, D] of each layer, as they were last computed and ``rounded``."""
 
-    def __init__(self, family: Family, length: int):
+    def __init__(self, family: Family, length: int, rounded: bool):
         self.family = family
+        self.rounded = rounded
         shape = family.layers, length, family.kv_heads, family.head_dim
         self.keys, self.values = torch.full(shape, torch.nan).double(), torch.full(shape, torch.nan).double()
 
@@ -38,7 +41,8 @@ class Memory:
             cos, sin = reference.rope_table(len(ids), family.head_dim, family.thetas[layer])
             cos, sin = (table.double()[at][:, None] for table in (cos, sin))
             q = reference.rotate(q, cos, sin)
-            self.keys[layer, at], self.values[layer, at] = reference.rotate(k, cos, sin), v
+            k = reference.rotate(k, cos, sin)
+            self.keys[layer, at], self.values[layer, at] = (nearest(k), nearest(v)) if self.rounded else (k, v)
             attended = self.attend(layer, q, at, torch.tensor(seen))
             delta, x = family._after_attention(block, attended.flatten(1)[None], x, "torch")
         weight, bias = family.head()
@@ -67,7 +71,7 @@ def run(family: Family, prompt: torch.Tensor, options: Options, row: int = 0) ->
     mask_id, size = options.mask_id, options.block_length
     found = Found(torch.cat((prompt, prompt.new_full((options.gen_length,), mask_id))))
     open_ = found.ids == mask_id
-    memories = [Memory(family, len(open_)) for _ in range(options.passes)]
+    memories = [Memory(family, len(open_), options.cache_dtype == "e4m3") for _ in range(options.passes)]
     blocks = plan_blocks(open_, size)
     near = 0
     for number, (first, masked) in enumerate(blocks):
@@ -85,7 +89,8 @@ def run(family: Family, prompt: torch.Tensor, options: Options, row: int = 0) ->
             # 1. What is evaluated.
             if step:
                 suffix = (*range(block.stop, near), *far) if options.runs_suffix else ()
-                positions = sorted({*candidates, *fresh, *suffix})
+                live = {*candidates, *fresh} if options.skip_committed else block
+                positions = sorted({*live, *suffix})
             elif options.refresh.full(number):
                 positions = seen
             else:

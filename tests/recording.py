@@ -219,3 +219,4 @@ def launchers_of_pytorch(monkeypatch, recorder: Recorder) -> None:
     definitions["attention"] = recorder.opaque(attention)
     stand_in = SimpleNamespace(**definitions, fits=lambda *_: False, counters=lambda _: contextlib.nullcontext())
     monkeypatch.setattr(launchers, "triton", lambda: stand_in)
+    monkeypatch.setattr(launchers, "no_e4m3", lambda device: None)

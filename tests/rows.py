@@ -86,6 +86,8 @@ def draw_request(
     options["seed"] = rng.randrange(100)
     if not options.get("skip_committed"):
         options["speculate"] = rng.choice([None, None, 1, 3])
+    if options["cache"] != "none":
+        options["cache_dtype"] = rng.choice([None, None, "e4m3"])
     return Request(prompts, options, rng.random() < 0.5)
 
 

@@ -139,7 +139,9 @@ def test_whole_sequences_go_where_the_table_says_and_all_else_is_the_kernels(mon
     assert ops.resolve("triton", CPU, FP32) == "triton"
     check("triton", *inputs())
     check("triton", *inputs(), slot=torch.tensor([0, 0]))
-    assert served == [(24, 24)] * 2
+    q, *buffers = inputs()
+    check("triton", q, *(x.to(torch.float8_e4m3fn) for x in buffers))  # widened for it
+    assert served == [(24, 24)] * 3
     two = torch.tensor([2, 2])
     check("triton", *inputs(), start=two)
     check("triton", *inputs(), end=two + 20)
@@ -147,9 +149,9 @@ def test_whole_sequences_go_where_the_table_says_and_all_else_is_the_kernels(mon
     check("triton", *inputs(queries=20), slot=two)
     check("triton", *inputs(kv_heads=2))
     check("triton", *inputs(queries=19, slots=19))
-    assert len(served) == 2
-    check("torch", *inputs())
     assert len(served) == 3
+    check("torch", *inputs())
+    assert len(served) == 4
 
 
 @needs_triton
@@ -173,7 +175,7 @@ def test_it_is_traced_whole(monkeypatch, served):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's own recordings are tried there")
 @pytest.mark.parametrize("options", [
     {}, {"cache": "none"}, {"cache": "prefix"}, {"refresh": Window(8, 0)}, {"refresh": Drift(0.1)},
-    {"cfg_scale": 0.5, "temperature": 0.5},
+    {"cfg_scale": 0.5, "temperature": 0.5}, {"cache_dtype": "e4m3"},
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("make", [make_llada, make_modernbert])
 def test_recorded_steps_of_prompts_that_fill_their_slots_and_of_others(monkeypatch, served, make, options):

@@ -72,6 +72,22 @@ def test_weights_are_those_asked_for(monkeypatch):
     assert seen == [None, "fp8", "int4"]
 
 
+def test_options_of_the_cache_are_generates(monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(cli, "generate", lambda model, ids, **options: asked.append(options) or sys.exit(0))
+    arguments = ["generate", "--model", "llada-gsm8k", "--prompt", "Tom", "--quiet"]
+    for flags in ([], ["--cache-dtype", "e4m3"]):
+        with pytest.raises(SystemExit):
+            cli.main([*arguments, *flags])
+    assert [options["cache_dtype"] for options in asked] == [None, "e4m3"]
+    args = cli.parser().parse_args([*arguments, "--cache-dtype", "e4m3"])
+    with pytest.raises(ValueError, match="--cache-dtype: llada-gsm8k is sampled by a plain loop"):
+        cli.load(args, plain=True)
+    with pytest.raises(SystemExit):
+        cli.parser().parse_args([*arguments, "--cache-dtype", "fp8"])
+    assert "invalid choice: 'fp8'" in capsys.readouterr().err
+
+
 def test_schedules_are_spelt_as_name_equals_number(capsys):
     expected = {
         "uniform=8": Uniform(8),

@@ -43,7 +43,7 @@ GENERATE = [
     {"schedule": Factor(1.0), "remask": P2(0.7), "refresh": Drift(0.1), "confidence": "entropy"},
     {"schedule": Uniform(6), "remask": P2(0.7), "refresh": Drift(0.1), "confidence": "random"},
     {"schedule": EntropyBound(3.0), "refresh": Window(4, 4), "temperature": 0.5, "cfg_scale": 1.0},
-    {"schedule": FirstHitting(), "refresh": Every(2), "temperature": 1.0},
+    {"schedule": FirstHitting(), "refresh": Every(2), "temperature": 1.0, "cache_dtype": "e4m3"},
     {"schedule": Ancestral(12, "cosine"), "temperature": 1.0},
 ]
 ALL, FEW = tuple(range(len(GENERATE))), (3, 6)

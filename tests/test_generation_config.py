@@ -134,6 +134,7 @@ HONOURED_CASES = [  # fields, and the same as `dllm_fast.generate`'s arguments
     ({"suffix_length": 2, "block_length": 4}, {"suffix_length": 2, "block_length": 4}),
     ({"speculate": 2}, {"speculate": 2}),
     *[(given, given) for given in [{"suffix_length": 0, "suffix_sample": 2, "block_length": 4}]],
+    ({"cache_dtype": "e4m3", "schedule": Uniform(4)}, {"cache_dtype": "e4m3", "schedule": Uniform(4)}),
     ({"mask_id": 7, "suppress_tokens": [MASK]}, {"mask_id": 7, "suppress_tokens": [MASK]}),
     ({"num_return_sequences": 1}, {}),
     ({"return_dict_in_generate": True}, {}),
@@ -211,6 +212,7 @@ def test_a_bad_config_raises_when_it_is_made():
         ({"schedule": "uniform=0"}, "schedule: 'uniform=0'"),
         ({"remask": "never"}, "remask: 'never' is none of"),
         ({"cache": "full"}, "cache='full' is not one of"),
+        ({"cache_dtype": "fp8"}, "cache_dtype='fp8' is not one of None, 'e4m3'"),
         ({"confidence": "logit"}, "confidence='logit' is not one of"),
     ):
         with pytest.raises(ValueError, match=message):

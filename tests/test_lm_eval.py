@@ -230,6 +230,12 @@ def test_requests_that_differ_keep_their_places(lm):
     assert found[2] != found[3]
 
 
+def test_options_of_the_cache_are_generates(harness):
+    lm = harness.MaskedDiffusionLM(**MODEL, cache_dtype="e4m3", suffix_length=3)
+    assert lm.options["cache_dtype"] == "e4m3" and lm.options["suffix_length"] == 3
+    lm.generate_until(requests(("Tom has 3 apples.", {"max_gen_toks": 64})), disable_tqdm=True)
+
+
 def test_a_document_with_a_mask_in_it_comes_back_as_it_is(lm):
     """Neither prompts nor answers contain the mask id, so nothing in a question is filled in."""
     sentence = "Replace the token [MASK] in BERT"

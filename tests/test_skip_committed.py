@@ -19,6 +19,10 @@ from dllm_fast.patch import bound_family
 @pytest.mark.parametrize("name", ["llada-gqa", "modernbert"])
 @pytest.mark.parametrize("seed", range(30))
 def test_tokens_of_the_plain_loop(name, seed):
+    check_plain_loop(name, seed, skip_committed=True)
+
+
+def check_plain_loop(name, seed, **options_of_all):
     """Random requests, each row alone by the plain loop and all rows as one batch: in fp64, where nothing is level but
     positions that see [MASK]s alone."""
     model = dllm_fast.patch(MAKERS[name]().double(), impl="torch")
@@ -32,7 +36,7 @@ def test_tokens_of_the_plain_loop(name, seed):
         level = any((prompt[:seen] == MASK).all() for prompt in request.prompts)
         if options["cache"] != "none" and not planless and not level:  # the plain loop has neither of the two
             break
-    request.options |= {"skip_committed": True, "speculate": None}
+    request.options |= {"speculate": None} | options_of_all
     resolved = Options(**options).resolved(model, bound_family(model))
     expected = [plain_loop.run(bound_family(model), ids, resolved, row) for row, ids in enumerate(request.prompts)]
     done, positions = batched(model, request)
@@ -106,3 +110,18 @@ def test_refused(options, message):
         dllm_fast.generate(model, ids, **given)
     with pytest.raises(ValueError, match=re.escape(message)):
         dllm_fast.generate_many(model, [ids[0]], **given)
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("refresh", [Window(0, 0), Window(2, 1), Every(3)], ids=str)
+def test_what_lies_between_two_blocks_comes_into_sight(refresh, skip):
+    """Of text between [MASK]s and the answer, positions that no block saw and that the window does not reach."""
+    model = dllm_fast.patch(MAKERS["modernbert"]().double(), impl="torch")
+    words = torch.randint(0, EOS, (12,), generator=torch.Generator().manual_seed(0))
+    ids = torch.cat((torch.full((6,), MASK), words))
+    options = {"block_length": 4, "gen_length": 4, "suffix_length": 4, "schedule": Threshold(0.1), "seed": 6}
+    options |= {"skip_committed": skip, "refresh": refresh, "temperature": 0.5}
+    plain = plain_loop.run(bound_family(model), ids, Options(**options).resolved(model, bound_family(model)))
+    out = dllm_fast.generate(model, ids[None], **options)
+    assert out.sequences[0].tolist() == plain.ids.tolist()
+    assert (out.nfe, out.positions) == (plain.nfe, plain.positions)

@@ -45,6 +45,7 @@ def prompts(lengths):
     ("llada", {"refresh": Drift(0.3), "remask": P2(1.0)}),
     ("modernbert", {"cache": "prefix", "skip_committed": True, "cfg_scale": 0.5, "schedule": Threshold(0.02)}),
     ("llada", {"remask": ReMDM(0.7), "confidence": "margin"}),
+    ("llada", {"cache_dtype": "e4m3", "schedule": Uniform(12), "refresh": Every(2)}),
     ("modernbert", {"schedule": Ancestral(12), "temperature": 1.0, "suppress_tokens": [3]}),
 ], ids=str)  # fmt: skip
 def test_a_call_after_it_records_nothing_and_gives_the_same_tokens(monkeypatch, recorder, name, options):

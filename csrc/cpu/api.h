@@ -15,6 +15,7 @@ struct Attention {
   int64_t q_stride[3], k_stride[3], v_stride[3];  // q's with packed queries: 0, a query's, a head's
   int64_t window;  // -1: none
   int64_t tile;    // query rows in a task: a multiple of 16
+  int64_t e4m3;    // whether keys and values are e4m3
   float scale;
 };
 
@@ -66,6 +67,7 @@ struct Rope {
   void *keys, *values;             // [R, S, G, D]: their slots are written; values only with v
   int64_t batch, queries, heads, kv_heads, head_dim, slots, positions, cos_stride, sin_stride;
   int64_t q_stride[3], k_stride[3], v_stride[3], keys_stride[3], values_stride[3];
+  int64_t e4m3;   // whether the buffers are e4m3
   int64_t chunk;  // query rows in a task, set by the call
 };
 

@@ -1,6 +1,8 @@
 // Flash attention over a K/V buffer (reference.attention): a tile of slots at a time, the softmax kept as a running
 // maximum and sum (arXiv:2205.14135, in bases of 2).
 //
+// Keys and values in e4m3 are widened a tile at a time.
+//
 // Lanes are query rows, so a tile of scores is [slots, rows]. Slots that no row sees are never read, and only a window
 // needs a mask, in the tiles at its edges. The H/G query heads that share a K/V head are rows of one tile, in the order
 // (t, head).
@@ -22,8 +24,10 @@ constexpr int SCORE_PART = sizeof(T) == 4 ? 16 : 0;
 template <class T>
 constexpr int VALUE_PART = sizeof(T) == 4 ? 32 : 0;
 
-template <class T>
+// Queries of dtype T; keys and values of dtype C: T, or e4m3.
+template <class T, class C>
 struct AttentionTask {
+  static constexpr bool NARROW = sizeof(C) == 1;
   const Attention& a;
   int64_t b, g, first, rows;  // batch row, K/V head; its first query row of this head's T H/G, and how many
   int64_t base;               // the batch row's first query, among all
@@ -79,7 +83,7 @@ struct AttentionTask {
 
   void run() {
     if (rows <= 0) return;  // another batch row has more packed queries
-    const T* k = (const T*)a.keys + b * a.k_stride[0] + g * a.k_stride[2];
+    const C* k = (const C*)a.keys + b * a.k_stride[0] + g * a.k_stride[2];
     for (int64_t j = lo; j < smaller(hi, lo + SLOTS); ++j) fetch_head(k + j * a.k_stride[1]);
     load_queries();
     for (int64_t l = 0; l < lanes; ++l) {
@@ -101,18 +105,18 @@ struct AttentionTask {
 
   // Add slots j to j + n to the running softmax.
   void absorb(int64_t j, int64_t n) {
-    const T* k = (const T*)a.keys + b * a.k_stride[0] + j * a.k_stride[1] + g * a.k_stride[2];
-    const T* v = (const T*)a.values + b * a.v_stride[0] + j * a.v_stride[1] + g * a.v_stride[2];
+    const C* k = (const C*)a.keys + b * a.k_stride[0] + j * a.k_stride[1] + g * a.k_stride[2];
+    const C* v = (const C*)a.values + b * a.v_stride[0] + j * a.v_stride[1] + g * a.v_stride[2];
     const char *k_words = (const char*)k, *v_words = (const char*)v;
-    int64_t k_row = a.k_stride[1] * sizeof(T), v_row = a.v_stride[1] * sizeof(T);
+    int64_t k_row = a.k_stride[1] * sizeof(C), v_row = a.v_stride[1] * sizeof(C);
     const int64_t D = a.head_dim, wide = parts(D, W) * W;
     // 1. Keys and values as words.
-    if (WIDEN<T> || D % PER_WORD<T>) {
-      for (int64_t i = 0; i < n; ++i) copy_words(wide_k + i * wide, k + i * a.k_stride[1], D);
+    if (NARROW || WIDEN<T> || D % PER_WORD<T>) {
+      for (int64_t i = 0; i < n; ++i) copy_row(wide_k + i * wide, k + i * a.k_stride[1]);
       k_words = (const char*)wide_k;
       k_row = wide * sizeof(float);
     }
-    if (sizeof(T) == 2) {
+    if (sizeof(C) < 4) {
       v_words = (const char*)wide_v;
       v_row = wide * sizeof(float);
     }
@@ -140,7 +144,7 @@ struct AttentionTask {
         if (edge) top[c] = mask(j, n, lane + c * W);
         softmax(n, lane + c * W, top[c]);
       }
-      if (sizeof(T) == 2 && first_vector == 0)
+      if (sizeof(C) < 4 && first_vector == 0)
         for (int64_t i = 0; i < n; i += PER_WORD<T>) widen_values(i, n, v + i * a.v_stride[1], wide);
       matmul<T, NR, false, VALUE_PART<T>>(
           D, v_words, 4, v_row, score + lane, lanes, parts(n, PER_WORD<T>), nullptr,
@@ -154,17 +158,25 @@ struct AttentionTask {
   }
 
   // Prefetch a head of K or V, perhaps from main memory, well before it is used.
-  void fetch_head(const T* x) const {
-    for (int64_t d = 0; d < a.head_dim; d += 64 / sizeof(T)) fetch(x + d);
+  void fetch_head(const C* x) const {
+    for (int64_t d = 0; d < a.head_dim; d += 64 / sizeof(C)) fetch(x + d);
+  }
+
+  // A head of K or V as words.
+  void copy_row(float* to, const C* from) const {
+    if constexpr (NARROW)
+      widen_words<T>(to, from, a.head_dim);
+    else
+      copy_words(to, from, a.head_dim);
   }
 
   // Values of slot i; or of slots i and i + 1 as words. A last odd slot is paired with itself, and the weight there is
   // 0.
-  void widen_values(int64_t i, int64_t n, const T* v, int64_t wide) {
+  void widen_values(int64_t i, int64_t n, const C* v, int64_t wide) {
     if constexpr (PER_WORD<T> == 2)
       interleave((uint32_t*)wide_v + i / 2 * wide, v, i + 1 < n ? v + a.v_stride[1] : v, a.head_dim);
     else
-      copy_words(wide_v + i * wide, v, a.head_dim);
+      copy_row(wide_v + i * wide, v);
   }
 
   // Set the scores of slots j to j + n that W rows do not see to -inf; returns the largest score of each row.
@@ -248,7 +260,11 @@ struct AttentionTask {
 
 template <class T>
 void attention(const void* arguments, int64_t task) {
-  AttentionTask<T>(*(const Attention*)arguments, task).run();
+  const Attention& a = *(const Attention*)arguments;
+  if (a.e4m3)
+    AttentionTask<T, e4m3>(a, task).run();
+  else
+    AttentionTask<T, T>(a, task).run();
 }
 
 }  // namespace

@@ -8,48 +8,6 @@
 
 namespace {
 
-// W elements of T as they are in memory.
-template <class T>
-struct LanesOf {
-  typedef Vec type;
-};
-template <>
-struct LanesOf<bf16> {
-  typedef Half type;
-};
-template <class T>
-using Lanes = typename LanesOf<T>::type;
-
-inline Vec wide(Vec x) { return x; }
-inline Vec wide(Half x) { return from_bf16(x); }
-
-template <class T>
-inline Lanes<T> rounded(Vec x) {
-  if constexpr (sizeof(T) == 2)
-    return to_bf16(x);
-  else
-    return x;
-}
-
-// W elements; if n is less than W, n elements and then zeros.
-template <class T>
-inline Lanes<T> read(const T* from, int64_t n) {
-  Lanes<T> x = {};
-  if (n >= W)
-    x = load<Lanes<T>>(from);
-  else
-    memcpy(&x, from, n * sizeof(T));
-  return x;
-}
-
-template <class T>
-inline void write(T* to, Lanes<T> x, int64_t n) {
-  if (n >= W)
-    store(to, x);
-  else
-    memcpy(to, &x, n * sizeof(T));
-}
-
 // f(i, count) for each vector of n elements; ``count`` is W, or less in the last.
 template <class F>
 inline void vectors(int64_t n, F f) {
@@ -123,21 +81,21 @@ void swiglu(const void* arguments, int64_t task) {
 
 // Rotate ``heads`` heads of 2 * half elements by the angles of one position: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1
 // sin).
-template <class T>
-inline void rotate(T* to, int64_t to_stride, const T* from, int64_t stride, int64_t heads, int64_t half,
+template <class T, class C>
+inline void rotate(C* to, int64_t to_stride, const T* from, int64_t stride, int64_t heads, int64_t half,
                    const float* cos, const float* sin) {
   for (; heads > 0; --heads, to += to_stride, from += stride)
     vectors(half, [&](int64_t i, int64_t n) {
       const Vec c = read(cos + i, n), s = read(sin + i, n);
       const Vec x1 = wide(read(from + i, n)), x2 = wide(read(from + half + i, n));
-      write(to + i, rounded<T>(x1 * c - x2 * s), n);
-      write(to + half + i, rounded<T>(x2 * c + x1 * s), n);
+      write(to + i, rounded<C>(x1 * c - x2 * s), n);
+      write(to + half + i, rounded<C>(x2 * c + x1 * s), n);
     });
 }
 
-template <class T>
-void rope(const void* arguments, int64_t task) {
-  const Rope& a = *(const Rope*)arguments;
+// With keys and values of dtype C: T, or e4m3.
+template <class T, class C>
+void rope_into(const Rope& a, int64_t task) {
   const int64_t D = a.head_dim;
   for (int64_t r = task * a.chunk; r < smaller(a.batch * a.queries, (task + 1) * a.chunk); ++r) {
     const int64_t b = r / a.queries, t = r % a.queries;
@@ -145,19 +103,33 @@ void rope(const void* arguments, int64_t task) {
     const int64_t position = smaller(larger((a.position ? a.position[b] : 0) + t, 0), a.positions - 1);
     const float *cos = a.cos + position * a.cos_stride, *sin = a.sin + position * a.sin_stride;
     auto row = [&](const void* x, const int64_t (&stride)[3]) { return (T*)x + b * stride[0] + t * stride[1]; };
-    rotate<T>((T*)a.out + r * a.heads * D, D, row(a.q, a.q_stride), a.q_stride[2], a.heads, D / 2, cos, sin);
+    rotate((T*)a.out + r * a.heads * D, D, row(a.q, a.q_stride), a.q_stride[2], a.heads, D / 2, cos, sin);
     const int64_t slot = (a.slot ? a.slot[b] : 0) + t;
     if (slot < 0 || slot >= a.slots) continue;
     const int64_t to = a.row ? a.row[b] : b;
-    auto place = [&](void* x, const int64_t (&stride)[3]) { return (T*)x + to * stride[0] + slot * stride[1]; };
-    T* key = place(a.keys, a.keys_stride);
-    rotate<T>(key, a.keys_stride[2], row(a.k, a.k_stride), a.k_stride[2], a.kv_heads, D / 2, cos, sin);
+    auto place = [&](void* x, const int64_t (&stride)[3]) { return (C*)x + to * stride[0] + slot * stride[1]; };
+    C* key = place(a.keys, a.keys_stride);
+    rotate(key, a.keys_stride[2], row(a.k, a.k_stride), a.k_stride[2], a.kv_heads, D / 2, cos, sin);
     for (int64_t g = 0; a.v && g < a.kv_heads; ++g) {
       const T* from = row(a.v, a.v_stride) + g * a.v_stride[2];
-      T* value = place(a.values, a.values_stride) + g * a.values_stride[2];
-      vectors(D, [&](int64_t i, int64_t n) { write(value + i, read(from + i, n), n); });
+      C* value = place(a.values, a.values_stride) + g * a.values_stride[2];
+      vectors(D, [&](int64_t i, int64_t n) {
+        if constexpr (sizeof(C) == sizeof(T))
+          write(value + i, read(from + i, n), n);
+        else
+          write(value + i, rounded<C>(wide(read(from + i, n))), n);
+      });
     }
   }
+}
+
+template <class T>
+void rope(const void* arguments, int64_t task) {
+  const Rope& a = *(const Rope*)arguments;
+  if (a.e4m3)
+    rope_into<T, e4m3>(a, task);
+  else
+    rope_into<T, T>(a, task);
 }
 
 }  // namespace

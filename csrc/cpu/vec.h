@@ -29,6 +29,7 @@ typedef float Vec __attribute__((vector_size(4 * W)));
 typedef int32_t Int __attribute__((vector_size(4 * W)));
 typedef uint32_t Word __attribute__((vector_size(4 * W)));
 typedef uint16_t Half __attribute__((vector_size(2 * W)));
+typedef uint8_t Byte __attribute__((vector_size(W)));
 
 template <class To, class From>
 inline To load(const From* from) {
@@ -73,6 +74,16 @@ inline Word to_words(Half x) {
 #endif
 }
 
+inline Word to_words(Byte x) {
+#if defined(__AVX512F__)
+  return (Word)_mm512_cvtepu8_epi32((__m128i)x);
+#elif defined(__AVX2__)
+  return (Word)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)&x));
+#else
+  return __builtin_convertvector(x, Word);
+#endif
+}
+
 inline Half to_halves(Word x) {  // below 2^16
 #if defined(__AVX512F__)
   return (Half)_mm512_cvtepi32_epi16((__m512i)x);
@@ -81,6 +92,18 @@ inline Half to_halves(Word x) {  // below 2^16
   return (Half)_mm256_castsi256_si128(_mm256_permute4x64_epi64(pairs, 0x08));
 #else
   return __builtin_convertvector(x, Half);
+#endif
+}
+
+inline Byte to_bytes(Word x) {  // below 2^8
+#if defined(__AVX512F__)
+  return (Byte)_mm512_cvtepi32_epi8((__m512i)x);
+#elif defined(__AVX2__)
+  const __m128i halves = (__m128i)to_halves(x);
+  const __m128i bytes = _mm_packus_epi16(halves, halves);
+  return load<Byte>(&bytes);
+#else
+  return __builtin_convertvector(x, Byte);
 #endif
 }
 
@@ -107,6 +130,25 @@ inline Vec rounded_to_bf16(Vec x) {
 #else
   return (Vec)(nearest_bf16(x) & 0xFFFF0000u);
 #endif
+}
+
+// e4m3, 4 bits of exponent and 3 after the first of a number. Below 2^-6 they count steps of 2^-9; 127 is NaN.
+inline Vec from_e4m3(Byte x) {
+  const Word bits = to_words(x), size = bits & 0x7F;
+  const Vec steps = __builtin_convertvector((Int)size, Vec) * 0x1p-9f;
+  const Word normal = (size << 20) + (120u << 23);
+  const Word found = size < 8 ? (Word)steps : normal, nan = (Word)(size == 127) & 0x7FC00000u;
+  return (Vec)(found | nan | (bits & 0x80) << 24);
+}
+
+// To the nearest, ties to even, saturated at 448. NaN stays NaN.
+inline Byte to_e4m3(Vec x) {
+  const Vec sized = (Vec)((Word)x & 0x7FFFFFFFu), size = choose(sized > 448.0f, all(448.0f), sized);
+  const Word bits = (Word)size;
+  const Word normal = ((bits + (((bits >> 20) & 1) + 0x7FFFF)) >> 20) - (120 << 3);
+  const Word steps = (Word)(size + 0x1p14f) - (141u << 23);  // an fp32 between 2^14 and 2^15 counts steps of 2^-9
+  const Word found = size < 0x1p-6f ? steps : normal;
+  return to_bytes(found | ((Word)(x != x) & 0x7F) | ((Word)x >> 24 & 0x80));
 }
 
 // Prefetch the cache line at x into the L2 cache: in the L1 cache it would evict lines that are being read now.

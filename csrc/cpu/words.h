@@ -1,4 +1,4 @@
-// bf16 or fp32 tensors as the words that matmul.h multiplies.
+// bf16, fp32 or e4m3 tensors as the words that matmul.h multiplies.
 
 #pragma once
 
@@ -7,6 +7,57 @@
 namespace {
 
 inline int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
+
+typedef uint8_t e4m3;
+
+// W elements of T as they are in memory.
+template <class T>
+struct LanesOf {
+  typedef Vec type;
+};
+template <>
+struct LanesOf<bf16> {
+  typedef Half type;
+};
+template <>
+struct LanesOf<e4m3> {
+  typedef Byte type;
+};
+template <class T>
+using Lanes = typename LanesOf<T>::type;
+
+inline Vec wide(Vec x) { return x; }
+inline Vec wide(Half x) { return from_bf16(x); }
+inline Vec wide(Byte x) { return from_e4m3(x); }
+
+template <class T>
+inline Lanes<T> rounded(Vec x) {
+  if constexpr (sizeof(T) == 1)
+    return to_e4m3(x);
+  else if constexpr (sizeof(T) == 2)
+    return to_bf16(x);
+  else
+    return x;
+}
+
+// W elements; if n is less than W, n elements and then zeros.
+template <class T>
+inline Lanes<T> read(const T* from, int64_t n) {
+  Lanes<T> x = {};
+  if (n >= W)
+    x = load<Lanes<T>>(from);
+  else
+    memcpy(&x, from, n * sizeof(T));
+  return x;
+}
+
+template <class T>
+inline void write(T* to, Lanes<T> x, int64_t n) {
+  if (n >= W)
+    store(to, x);
+  else
+    memcpy(to, &x, n * sizeof(T));
+}
 
 constexpr int AHEAD = 4096;  // bytes: how far ahead of the widening main memory is prefetched
 
@@ -37,6 +88,43 @@ inline void copy_words(void* to, const T* from, int64_t n) {
     fetch(from + i + AHEAD / sizeof(T));
     store((uint32_t*)to + i / PER_WORD<T>, load_words(from + i, n - i));
   }
+}
+
+#if defined(__AVX512BF16__)
+// The e4m3 from 0 to 127, as bf16.
+struct Widened {
+  uint16_t bits[128];
+  constexpr Widened() : bits{0, 0x3B00, 0x3B80, 0x3BC0, 0x3C00, 0x3C20, 0x3C40, 0x3C60} {
+    for (int i = 8; i < 127; ++i) bits[i] = uint16_t((i << 4) + 0x3C00);
+    bits[127] = 0x7FC0;
+  }
+};
+alignas(64) constexpr Widened WIDENED;
+
+// 32 bf16 from n e4m3, or from the first 32; then zeros.
+inline __m512i widened(const e4m3* from, int64_t n) {
+  e4m3 some[32] = {};
+  if (n < 32) from = (const e4m3*)memcpy(some, from, n);
+  const __m512i x = _mm512_cvtepu8_epi16(load<__m256i>(from));
+  auto in_table = [&](const uint16_t* table) {  // of 64, by the low bits
+    return _mm512_permutex2var_epi16(load<__m512i>(table), x, load<__m512i>(table + 32));
+  };
+  const __mmask32 upper = _mm512_test_epi16_mask(x, _mm512_set1_epi16(0x40));
+  const __m512i size = _mm512_mask_blend_epi16(upper, in_table(WIDENED.bits), in_table(WIDENED.bits + 64));
+  return _mm512_or_si512(size, _mm512_and_si512(_mm512_slli_epi16(x, 8), _mm512_set1_epi16(int16_t(0x8000))));
+}
+#endif
+
+// n e4m3 as words of T: in whole vectors, as `copy_words` has them.
+template <class T>
+inline void widen_words(void* to, const e4m3* from, int64_t n) {
+#if defined(__AVX512BF16__)
+  if constexpr (PER_WORD<T> == 2) {
+    for (int64_t i = 0; i < n; i += 32) store((bf16*)to + i, widened(from + i, n - i));
+    return;
+  }
+#endif
+  for (int64_t i = 0; i < n; i += W) store((float*)to + i, wide(read(from + i, n - i)));
 }
 
 // Store the first n lanes of a vector, rounded to T.
@@ -78,6 +166,15 @@ inline Word interleave(Vec low, Vec high) {
   __m512i a = _mm512_castsi256_si512((__m256i)_mm512_cvtneps_pbh(low));
   __m512i b = _mm512_castsi256_si512((__m256i)_mm512_cvtneps_pbh(high));
   return (Word)_mm512_permutex2var_epi16(a, load<__m512i>(ORDER.index[0]), b);
+}
+
+// Words (low[i], high[i]) from n e4m3 of each of two rows, in whole vectors.
+inline void interleave(uint32_t* to, const e4m3* low, const e4m3* high, int64_t n) {
+  for (int64_t i = 0; i < n; i += 32) {
+    const __m512i a = widened(low + i, n - i), b = widened(high + i, n - i);
+    store(to + i, _mm512_permutex2var_epi16(a, load<__m512i>(ORDER.index[0]), b));
+    if (n - i > 16) store(to + i + 16, _mm512_permutex2var_epi16(a, load<__m512i>(ORDER.index[1]), b));
+  }
 }
 #endif
 

@@ -12,7 +12,7 @@ from transformers.utils import logging as transformers_logging
 
 from dllm_fast.cli.view import watching
 from dllm_fast.config import show_config
-from dllm_fast.decoding.options import CACHES, CONFIDENCES, OPTIONS, Options
+from dllm_fast.decoding.options import CACHE_DTYPES, CACHES, CONFIDENCES, OPTIONS, Options
 from dllm_fast.decoding.request import before_end
 from dllm_fast.decoding.spelling import SCHEDULES, refresh_of, remask_of, schedule_of
 from dllm_fast.decoding.text import encode as text_ids
@@ -23,7 +23,9 @@ from dllm_fast.generate import Output, generate
 from dllm_fast.loading import end_of_text, from_pretrained, load_tokenizer, shipped
 from dllm_fast.plain import generate_plain, is_plain, load_plain
 
-CACHED = ("cache", "refresh", "remask", "suffix_length", "suffix_sample", "skip_committed", "speculate")
+CACHED = (
+    "cache", "refresh", "remask", "suffix_length", "suffix_sample", "skip_committed", "speculate", "cache_dtype",
+)  # fmt: skip
 
 
 def add_model_options(add) -> None:
@@ -55,6 +57,7 @@ def load(args: argparse.Namespace, plain: bool = False):
             "--weights": args.weights, "--remask": args.remask, "--impl": args.impl.replace("auto", ""),
             "--skip-committed": args.skip_committed, "--suffix-length": args.suffix_length is not None,
             "--suffix-sample": args.suffix_sample, "--speculate": args.speculate is not None,
+            "--cache-dtype": args.cache_dtype,
         }  # fmt: skip
         if wrong := [name for name, value in given.items() if value]:
             raise ValueError(f"{', '.join(wrong)}: {args.model} is sampled by a plain loop, which has no such option")
@@ -185,6 +188,7 @@ def parser() -> argparse.ArgumentParser:
     add("--suffix-sample", type=int, default=0, metavar="N", help="and N positions further on, drawn from the seed")
     add("--skip-committed", action="store_true", help="evaluate a token once more when it is there, then no longer")
     add("--speculate", type=int, metavar="N", help="draft N states a forward: the same tokens in fewer forwards")
+    add("--cache-dtype", choices=CACHE_DTYPES[1:], help="keep keys and values in 8 bits; default: the model's dtype")
     add_held_back(add)
     add("--mask-id", type=int, help="default: the model's own")
     add("--seed", type=int)

@@ -17,6 +17,7 @@ import warnings
 import torch
 
 from dllm_fast.kernels.checks import CONFIDENCES, as_numbers, as_scalar, check_choice, one_device
+from dllm_fast.kernels.reference_rounded import E4M3
 
 LEVELS = ("plain", "avx2", "avx512", "avx512bf16")
 FLOATS = (torch.float32, torch.bfloat16)  # the dtypes of the kernels
@@ -138,6 +139,7 @@ class _Attention(ctypes.Structure):
         *((name, _Strides) for name in ("q_stride", "k_stride", "v_stride")),
         ("window", ctypes.c_int64),
         ("tile", ctypes.c_int64),
+        ("e4m3", ctypes.c_int64),
         ("scale", ctypes.c_float),
     )
 
@@ -154,7 +156,8 @@ def _attention(
     first: torch.Tensor | None = None,  # [B + 1] int64: packed queries, q [N, 1, H, D] and slot [N]
     most: int = 0,  # packed queries of a row at most
 ) -> torch.Tensor:
-    """`reference.attention` for fp32 and bf16; ``start`` and ``slot`` default to 0, ``end`` to S.
+    """`reference.attention` for fp32 and bf16, keys and values of that or of e4m3; ``start`` and ``slot`` default to 0,
+    ``end`` to S.
 
     All strides but the last dimension's are free. Slots outside a row's range are not read. In fp32 the error is on
     average 0.6 to 0.8 times PyTorch's; in a small tensor the largest error may exceed PyTorch's.
@@ -173,7 +176,8 @@ def _attention(
         batch, queries, strides = keys.shape[0], most, (0, q.stride(0), q.stride(2))
     slots, kv_heads = keys.shape[1:3]
     buffer = (batch, slots, kv_heads, head_dim)
-    _check(q.dtype, q=(q, q.shape), keys=(keys, buffer), values=(values, buffer))
+    _check(q.dtype, q=(q, q.shape))
+    _check(E4M3 if keys.dtype == E4M3 else q.dtype, keys=(keys, buffer), values=(values, buffer))
     _check(torch.int64, start=(start, (batch,)), end=(end, (batch,)), slot=(slot, slot_shape))
     _check(torch.int64, first=(first, (batch + 1,)))
     if window is not None and window < 0:
@@ -188,6 +192,7 @@ def _attention(
             *(_Strides(*three) for three in (strides, keys.stride()[:3], values.stride()[:3])),
             -1 if window is None else min(window, 1 << 40),
             _query_rows(batch * kv_heads, queries * heads // kv_heads, window, _threads()),
+            keys.dtype == E4M3,
             head_dim**-0.5 if scale is None else scale,
         )
         _run("dllm_attention", arguments, q.dtype)

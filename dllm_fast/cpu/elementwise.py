@@ -5,6 +5,7 @@ import ctypes
 import torch
 
 from dllm_fast.cpu.compiled import _check, _check_float, _define, _pointer, _run, _Strides
+from dllm_fast.kernels.reference_rounded import E4M3
 
 
 class _RmsNorm(ctypes.Structure):
@@ -118,7 +119,7 @@ class _Rope(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("batch", "queries", "heads", "kv_heads", "head_dim", "slots")),
         *((name, ctypes.c_int64) for name in ("positions", "cos_stride", "sin_stride")),
         *((name, _Strides) for name in ("q_stride", "k_stride", "v_stride", "keys_stride", "values_stride")),
-        ("chunk", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("e4m3", "chunk")),
     )
 
 
@@ -142,7 +143,8 @@ def _rope(
         raise ValueError(f"k.shape={tuple(k.shape)} does not fit q.shape={tuple(q.shape)}")
     row, kv_heads = (batch, queries, k.shape[2], head_dim), k.shape[2]
     buffer = (*(keys.shape[:1] if to_row is not None else (batch,)), *keys.shape[1:2], kv_heads, head_dim)
-    _check(q.dtype, q=(q, q.shape), k=(k, row), v=(v, row), keys=(keys, buffer), values=(values, buffer))
+    _check(q.dtype, q=(q, q.shape), k=(k, row), v=(v, row))
+    _check(E4M3 if keys.dtype == E4M3 else q.dtype, keys=(keys, buffer), values=(values, buffer))
     table = (*cos.shape[:1], head_dim // 2)
     _check(torch.float32, cos=(cos, table), sin=(sin, table))
     _check(torch.int64, position=(position, (batch,)), slot=(slot, (batch,)), row=(to_row, (batch,)))
@@ -154,6 +156,7 @@ def _rope(
             *map(_pointer, (q, k, v, cos, sin, position, slot, to_row, out, keys, values)),
             *(batch, queries, heads, kv_heads, head_dim, keys.shape[1], cos.shape[0], cos.stride(0), sin.stride(0)),
             *((0, 0, 0) if x is None else x.stride()[:3] for x in (q, k, v, keys, values)),
+            keys.dtype == E4M3,
         )
         _run("dllm_rope", arguments, q.dtype)
     return out
@@ -189,7 +192,7 @@ def rope(
     values: torch.Tensor | None = None,  # [R, S, G, D], written in place
     row: torch.Tensor | None = None,  # [B] int64: which of the buffers' rows; None: each its own
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`reference.rope` for fp32 and bf16: the rotated q, the keys and the values.
+    """`reference.rope` for fp32 and bf16, into buffers of that or of e4m3: the rotated q, the keys and the values.
 
     Without buffers it returns the rotated k, and v itself. ``position`` and ``slot`` default to 0. The strides are free
     but for the last dimension's.

@@ -328,11 +328,9 @@ class Engine(Speculation):
         return torch.cat((rows, rows + self.rows)) if self.passes == 2 else rows
 
     def _window_values(self, step: Step) -> list[torch.Tensor]:
-        """Of each layer, the values at the ``step``'s window of every row, [B*passes, W, G*D]."""
+        """Of each layer, the values at the ``step``'s window of every row, [B*passes, W, G*D] fp32."""
         at = self.begin(step)[:, None] + torch.arange(step.length, device=self.device)
-        at = at.repeat(self.passes, 1)
-        row = torch.arange(len(at), device=self.device)[:, None]
-        return [values[row, at].flatten(2) for values in self.cache.buffers[:, 1]]
+        return [self.cache.values(layer, at.repeat(self.passes, 1)) for layer in range(self.family.layers)]
 
     def _drifted(self, step: Step, old: list[torch.Tensor]) -> torch.Tensor:
         """Of each row, the first layer whose value vectors changed by more than tau from the ``old`` ones of
@@ -342,9 +340,7 @@ class Engine(Speculation):
         seen = ((at < self.seen[:, None]) & (at >= self.pad[:, None])).repeat(self.passes, 1)
         layers = []
         for was, now in zip(old, self._window_values(step), strict=True):
-            before = was.float()
-            change = now.float() - before
-            drift = change.norm(dim=2) / before.norm(dim=2).clamp(min=1e-12)
+            drift = (now - was).norm(dim=2) / was.norm(dim=2).clamp(min=1e-12)
             layers.append((drift * seen).sum(1) / seen.sum(1).clamp(min=1))
         drift = torch.stack(layers).unflatten(1, (self.passes, -1)).amax(1)  # [L, B]
         past = torch.cat((drift > self.options.refresh.tau, torch.ones_like(drift[:1], dtype=torch.bool)))

@@ -39,7 +39,7 @@ class Forwards(Decider):
         if options.has_cache:
             width = self.weight.shape[1] if options.refresh.layerwise else 0
             shape = (family.layers, rows * self.passes, slots + spare, family.kv_heads, family.head_dim)
-            self.cache = BlockCache(*shape, self.weight.dtype, self.device, width)
+            self.cache = BlockCache(*shape, self.weight.dtype, self.device, width, options.cache_dtype is not None)
         # What the few-row matmuls count in: a step has it to itself.
         kept = family.impl == "triton"
         self.arrivals = torch.zeros(ARRIVALS, dtype=torch.int32, device=self.device) if kept else None

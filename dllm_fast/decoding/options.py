@@ -20,9 +20,11 @@ from dllm_fast.decoding.values import (
     whole,
     whole_or_none,
 )
+from dllm_fast.families.cache import no_e4m3
 from dllm_fast.kernels.checks import CONFIDENCES
 
 CACHES = ("none", "prefix", "dual")
+CACHE_DTYPES = (None, "e4m3")
 Ids = Any  # an id, a list or a tuple of ids, or None; a tuple once resolved
 
 
@@ -47,6 +49,7 @@ class Options(Checked):
     suffix_sample: int = checked(whole, 0, default=0)
     skip_committed: bool = checked(one_kind, bool, "True or False", default=False)
     speculate: Any = checked(as_graph, default=None)  # a DraftGraph or None, once made
+    cache_dtype: str | None = checked(one_of, CACHE_DTYPES, default=None)
     mask_id: int | None = None
     eos_id: Ids = field(default=None, compare=False)
     seed: int | None = field(default=None, compare=False)
@@ -74,6 +77,8 @@ class Options(Checked):
         require(self.has_cache or not self.skip_committed, useless)
         unfit = "skip_committed=True: what a step gives then depends on the steps before, which speculate would skip"
         require(not (self.skip_committed and self.drafts), unfit)
+        useless = f"cache_dtype={self.cache_dtype!r}: with cache='none' there are no keys and values to keep"
+        require(self.has_cache or self.cache_dtype is None, useless)
 
     @classmethod
     def of_call(cls, function: str, given: dict) -> "Options":
@@ -86,10 +91,14 @@ class Options(Checked):
         return options
 
     def resolved(self, model: torch.nn.Module, family) -> "Options":
-        """These for a model: its mask id, every id one of its vocabulary, a seed. Raises ValueError.
+        """These for a model: its mask id, every id one of its vocabulary, a seed. Raises ValueError, also for a
+        ``cache_dtype`` that its device lacks.
 
         ``eos_id`` is a tuple then; ``suppress_tokens`` and ``defer_tokens`` are sorted ones.
         """
+        if self.cache_dtype is not None:
+            obstacle = no_e4m3(family.impl, family.head()[0].device)
+            require(obstacle is None, f"cache_dtype={self.cache_dtype!r}: {obstacle}")
         vocabulary = family.vocab_size
         mask_id = getattr(model.config, "mask_token_id", None) if self.mask_id is None else self.mask_id
         require(mask_id is not None, "mask_id: None given, and model.config has no mask_token_id")

@@ -56,7 +56,7 @@ class Speculation(Forwards):
             length = slots if options.runs_suffix else self.block_size
             width = self.weight.shape[1] if options.refresh.layerwise else 0
             shape = (family.layers, rows * self.passes, (options.drafts + 1) * length, family.kv_heads, family.head_dim)
-            self.own = BlockCache(*shape, self.weight.dtype, self.device, width)
+            self.own = BlockCache(*shape, self.weight.dtype, self.device, width, options.cache_dtype is not None)
 
     def plan_steps(self, planned: list[tuple[int, torch.Tensor]] | None) -> None:
         """Begin a block, whose steps are `Schedule.counts` of it. A row's steps are those that commit any."""

@@ -54,8 +54,8 @@ def share(name: str, value: Any) -> float:
     return real(name, value, "a number from 0 to 1", lambda number: 0 <= number <= 1)
 
 
-def one_of(name: str, value: Any, choices: Collection[str]) -> str:
-    good = isinstance(value, str) and value in choices
+def one_of(name: str, value: Any, choices: Collection[str | None]) -> Any:
+    good = isinstance(value, str | None) and value in choices
     require(good, f"{name}={value!r} is not one of {', '.join(map(repr, choices))}")
     return value
 

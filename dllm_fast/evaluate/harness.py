@@ -37,8 +37,8 @@ class MaskedDiffusionLM(TemplateLM):
         batch_size: sequences evaluated together; lm-eval's ``--batch_size``.
         gen_length: most tokens of an answer, unless the task says.
         block_length, confidence, temperature, cfg_scale, cache, suffix_length, suffix_sample,
-            skip_committed, speculate: as `dllm_fast.generate`. A task's own ``temperature`` or ``do_sample: false``
-            comes first.
+            skip_committed, speculate, cache_dtype: as `dllm_fast.generate`. A task's own ``temperature`` or
+            ``do_sample: false`` comes first.
         schedule, refresh, remask: spelled as on the command line: ``uniform=64``, ``threshold=0.9``, ...
         mc_num: samples of the likelihood bound, see `evaluate.likelihood.log_likelihoods`.
         seed: for answers and likelihoods. Sampled answers depend on the number of processes; greedy answers and
@@ -70,6 +70,7 @@ class MaskedDiffusionLM(TemplateLM):
         suffix_sample: int = 0,
         skip_committed: bool = False,
         speculate: int | None = None,
+        cache_dtype: str | None = None,
         mc_num: int = 128,
         seed: int = 0,
         suppress_tokens: str | int | None = None,
@@ -101,7 +102,7 @@ class MaskedDiffusionLM(TemplateLM):
         self.options = {
             "block_length": block_length, "confidence": confidence, "cfg_scale": self.cfg_scale, "cache": cache,
             "suffix_length": suffix_length, "suffix_sample": suffix_sample, "skip_committed": skip_committed,
-            "speculate": speculate,
+            "speculate": speculate, "cache_dtype": cache_dtype,
             "eos_id": end_of_text(self.model, self.tokenizer),
             **spelled_options(schedule=schedule, refresh=refresh, remask=remask),
             **held_back(self.tokenizer, suppress_tokens, defer_tokens, logits_eos_inf, confidence_eos_eot_inf),

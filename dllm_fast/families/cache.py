@@ -2,22 +2,36 @@
 
 import torch
 
-from dllm_fast import ops
+from dllm_fast import launchers, ops
+from dllm_fast.kernels.reference_rounded import E4M3, as_bytes
+
+
+def no_e4m3(impl: str, device: torch.device) -> str | None:
+    """Why a cache cannot keep keys and values in e4m3; None if it can."""
+    if impl == "triton":
+        return launchers.no_e4m3(device)
+    try:
+        torch.zeros(1, dtype=torch.float32, device=device).to(E4M3).float()
+    except (RuntimeError, TypeError):
+        return f"PyTorch {torch.__version__} has no float8_e4m3fn on {device}"
+    return None
 
 
 class BlockCache:
     """Static buffers of post-RoPE keys and of values, [B, S, G, D] each; `cache[layer]` is a layer's pair.
 
     A full forward writes every slot; a block step overwrites its own slots and reads the others as they are. With a
-    ``width``, `states` keeps the hidden states [B, S, width] that enter each layer.
+    ``width``, `states` keeps the hidden states [B, S, width] that enter each layer. ``rounded``: keys and values are
+    kept in e4m3, states as they are.
     """
 
     def __init__(
-        self, layers: int, batch: int, slots: int, kv_heads: int, head_dim: int, dtype, device, width: int = 0
-    ):
+        self, layers: int, batch: int, slots: int, kv_heads: int, head_dim: int, dtype, device, width: int = 0,
+        rounded: bool = False,
+    ):  # fmt: skip
         shape = (layers, 2, batch, slots, kv_heads, head_dim)
         # Zeros, because a slot that is never written is padding: attention multiplies it by 0, and 0 x NaN is NaN.
-        self.buffers = torch.zeros(shape, dtype=dtype, device=device)
+        self.buffers = torch.zeros(shape, dtype=E4M3 if rounded else dtype, device=device)
         self.states = torch.zeros((layers, batch, slots, width), dtype=dtype, device=device) if width else None
 
     @property
@@ -27,6 +41,11 @@ class BlockCache:
     def __getitem__(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         keys, values = self.buffers[layer]
         return keys, values
+
+    def values(self, layer: int, slot: torch.Tensor) -> torch.Tensor:
+        """The values of ``layer`` at ``slot`` [B, T], [B, T, G D] fp32."""
+        row = torch.arange(len(slot), device=slot.device)
+        return as_bytes(self.buffers[layer, 1])[row[:, None], slot].view(self.buffers.dtype).flatten(2).float()
 
     def keep_state(
         self,
@@ -56,7 +75,7 @@ class BlockCache:
 
     def take_over(self, other: "BlockCache", index: torch.Tensor, shift: int, slots: int) -> None:
         """Fill slots 0 to ``slots`` from the rows ``index`` [N] of a larger cache, whose slots begin at ``shift``."""
-        self.buffers[:, :, :, :slots] = other.buffers[:, :, index, shift : shift + slots]
+        as_bytes(self.buffers)[:, :, :, :slots] = as_bytes(other.buffers)[:, :, index, shift : shift + slots]
         if self.states is not None and other.states is not None:
             self.states[:, :, :slots] = other.states[:, index, shift : shift + slots]
 
@@ -70,7 +89,7 @@ class BlockCache:
     def take_slots(self, to: torch.Tensor, other: "BlockCache", source: torch.Tensor, kept: torch.Tensor) -> None:
         """Take another cache's slots ``source`` [B, T] to the slots ``to``, in the rows that are ``kept`` [B] bool."""
         row = torch.arange(len(to), device=to.device)[:, None]
-        pairs = [(self.buffers.flatten(0, 1), other.buffers.flatten(0, 1))]  # [2 L, B, S, G, D] each
+        pairs = [(as_bytes(self.buffers).flatten(0, 1), as_bytes(other.buffers).flatten(0, 1))]  # [2 L, B, S, G, D]
         if self.states is not None and other.states is not None:
             pairs.append((self.states, other.states))
         for mine, its in pairs:

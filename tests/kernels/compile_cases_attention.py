@@ -6,6 +6,8 @@ from resources import BIG, SHARED_LIMIT, SMALL, Case
 from dllm_fast.kernels import attention, attention_kernel, glu, linear, linear_int4, norm, rope
 
 TYPES = {2: "*bf16", 4: "*fp32"}
+E4M3 = "*fp8e4nv"
+HAVE_E4M3 = tuple(arch for arch in SHARED_LIMIT if arch >= 89)
 
 
 def _strides(**axes):
@@ -14,12 +16,21 @@ def _strides(**axes):
 
 
 def attention_case(
-    config, itemsize, dim, group=1, window=False, split=False, packed=False, states=False, archs=tuple(SHARED_LIMIT)
+    config,
+    itemsize,
+    dim,
+    group=1,
+    window=False,
+    split=False,
+    packed=False,
+    states=False,
+    archs=tuple(SHARED_LIMIT),
+    kept=None,
 ) -> Case:
     bm, bn, warps, stages, masked = config
     bd = max(16, triton.next_power_of_2(dim))
     kind = TYPES[itemsize]
-    signature = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), kind)
+    signature = dict.fromkeys(("q_ptr", "out_ptr"), kind) | dict.fromkeys(("k_ptr", "v_ptr"), kept or kind)
     signature |= dict.fromkeys(("start_ptr", "end_ptr", "slot_ptr"), "*i64")
     shared = {"part_ptr": "*fp32", "lse_ptr": "*fp32", "count_ptr": "*i32"}
     signature |= shared if split else {}
@@ -33,7 +44,9 @@ def attention_case(
     for pointers, there in optional:
         signature |= pointers if there else {}
         constexprs |= {} if there else dict.fromkeys(pointers)
-    ways = " window" * window + " split" * split + (" states" if states else " packed" * packed)
+    ways = (
+        " window" * window + " split" * split + (" states" if states else " packed" * packed) + " e4m3" * (kept == E4M3)
+    )
     return Case(
         f"attention {kind[1:]} D={dim} {bm}x{bn}{ways} group={group}",
         attention_kernel._attention_kernel,
@@ -69,6 +82,19 @@ def _attention():
         yield attention_case(attention.CONFIGS[2, 256, big][0], 2, 256, split=True, archs=archs)
         for dim in (64, 128, 256):
             yield attention_case(attention.CONFIGS[4, dim, big][0], 4, dim, split=True, archs=archs)
+        rounded = {"archs": tuple(arch for arch in archs if arch in HAVE_E4M3), "kept": E4M3}
+        for dim in (64, 128):
+            few, many = attention.CONFIGS[2, dim, big]
+            many = attention.WIDENED.get((dim, big), many)
+            yield attention_case(few, 2, dim, split=True, **rounded)
+            yield attention_case(few, 2, dim, split=True, packed=True, **rounded)
+            yield attention_case(few, 2, dim, window=True, **rounded)
+            yield attention_case(many, 2, dim, **rounded)
+        yield attention_case(few, 2, 128, group=4, **rounded)
+        yield attention_case(many, 2, 96, split=True, **rounded)
+        yield attention_case(attention.CONFIGS[2, 256, big][0], 2, 256, split=True, **rounded)
+        for dim in (64, 128, 256):
+            yield attention_case(attention.CONFIGS[4, dim, big][0], 4, dim, split=True, **rounded)
 
 
 def _rope():
@@ -81,6 +107,8 @@ def _rope():
         yield Case(f"rope D={2 * half}", rope._rope_kernel, signature, constexprs | {"row_ptr": None}, rope.WARPS)
         packed = signature | {"row_ptr": "*i64"}
         yield Case(f"rope D={2 * half} packed", rope._rope_kernel, packed, constexprs, rope.WARPS)
+        name, kept = f"rope D={2 * half} packed e4m3", dict.fromkeys(("keys_ptr", "values_ptr"), E4M3)
+        yield Case(name, rope._rope_kernel, packed | kept, constexprs, rope.WARPS, archs=HAVE_E4M3)
 
 
 def _norm():
@@ -112,7 +140,9 @@ def _epilogues():
     yield " gated", {}, none | {"GATED": True}
     for half in (32, 64):
         yield f" rope D={2 * half}", ROPE, {"HALF": half, "GATED": False, "row_ptr": None}
-    yield " rope D=128 packed", ROPE | {"row_ptr": "*i64"}, {"HALF": 64, "GATED": False}
+    packed, kept = ROPE | {"row_ptr": "*i64"}, dict.fromkeys(("keys_ptr", "values_ptr"), E4M3)
+    yield " rope D=128 packed", packed, {"HALF": 64, "GATED": False}
+    yield " rope D=128 packed e4m3", packed | kept, {"HALF": 64, "GATED": False}
 
 
 def _linear():
@@ -146,7 +176,9 @@ def _linear_int4():
         for name, more, constants in _epilogues():
             if tiles["BN"] % (2 * constants["HALF"] or 1) == 0:  # a tile holds whole heads
                 arguments = signature | more, {"PACKED": True, **constants, **tiles}, *launch
-                yield Case(f"linear int4 {rows}{name}", linear_int4._linear_int4_kernel, *arguments, matrix=True)
+                archs = HAVE_E4M3 if E4M3 in more.values() else tuple(SHARED_LIMIT)
+                kernel = linear_int4._linear_int4_kernel
+                yield Case(f"linear int4 {rows}{name}", kernel, *arguments, matrix=True, archs=archs)
     signature = weight | {"out_ptr": "*bf16", "N": "i32:16", "width": "i32:16"}
     constexprs = {"BN": linear_int4.WIDEN["BN"]}
     yield Case("widen int4", linear_int4._widen_int4_kernel, signature, constexprs, linear_int4.WIDEN["num_warps"])

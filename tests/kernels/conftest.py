@@ -41,10 +41,16 @@ def _repair_interpreter():
         return cast(self, src, dst_type)
 
     def create_fp_to_fp(self, src, dst_type, rounding_mode):
-        if (src.dtype.scalar, dst_type.scalar) != (tl.float32, tl.float8e4nv):
-            return fp_to_fp(self, src, dst_type, rounding_mode)
-        rounded = torch.from_numpy(np.ascontiguousarray(src.data)).to(torch.float8_e4m3fn)
-        return TensorHandle(rounded.view(torch.uint8).numpy(), tl.float8e4nv)
+        kinds = src.dtype.scalar, dst_type.scalar
+        if kinds == (tl.float32, tl.float8e4nv):
+            rounded = torch.from_numpy(np.ascontiguousarray(src.data)).to(torch.float8_e4m3fn)
+            return TensorHandle(rounded.view(torch.uint8).numpy(), tl.float8e4nv)
+        if kinds[0] == tl.float8e4nv:
+            wide = TensorHandle(exact(src).astype(np.float32), tl.float32)
+            if kinds[1] == tl.bfloat16:
+                return cast_impl(self, wide, dst_type)
+            return TensorHandle(wide.data.astype({tl.float32: np.float32, tl.float16: np.float16}[kinds[1]]), kinds[1])
+        return fp_to_fp(self, src, dst_type, rounding_mode)
 
     def exact(handle):
         if handle.dtype.scalar == tl.float8e4nv:
