@@ -1,8 +1,9 @@
 """What it costs to evaluate fewer positions: ``python -m bench.quality.evaluated --plot evaluated.svg``
 
-`llada-steps` and `llada-sentences` answer held-out problems with ``skip_committed``, with ``suffix_length`` of a block,
-with both, and with neither, under several schedules and refreshes. The problems are the same each time, so answers are
-compared problem by problem. Positions are those that all forwards evaluate, prompts included. Ends with one JSON line.
+`llada-steps` and `llada-sentences` answer held-out problems with ``skip_committed``, with ``suffix_length`` of a block
+or of half a block and ``suffix_sample`` of the other half, with a cache in e4m3, with the first two or with those and
+e4m3, and with none, under several schedules and refreshes. The problems are the same each time, so answers are compared
+problem by problem. Positions are those that all forwards evaluate, prompts included. Ends with one JSON line.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from dllm_fast.decoding.spelling import refresh_of, schedule_of
 MODELS = {"llada-steps": (task.STEPS, 16), "llada-sentences": (task.SENTENCES, 13)}  # and the length of a block
 SCHEDULES = ("uniform 2", "uniform 4", "factor=1", "threshold=0.9", "first-hitting")  # uniform: tokens a step
 REFRESHES = ("block", "window", "drift=0.2")  # window: the block before
-WAYS = ("all", "skip", "suffix", "both")
+WAYS = ("all", "skip", "suffix", "sample", "both", "e4m3", "three")
 
 
 @dataclass
@@ -53,8 +54,12 @@ def options_of(way: str, schedule: str, refresh: str, tokens: int, block: int) -
         given["schedule"] = schedule_of(schedule)
     given["refresh"] = dllm_fast.Window(block) if refresh == "window" else refresh_of(refresh)
     given["temperature"] = float(schedule == "first-hitting")
-    given["skip_committed"] = way in ("skip", "both")
-    given["suffix_length"] = block if way in ("suffix", "both") else None
+    given["skip_committed"] = way in ("skip", "both", "three")
+    given["cache_dtype"] = "e4m3" if way in ("e4m3", "three") else None
+    if way in ("suffix", "both", "three"):
+        given["suffix_length"] = block
+    if way == "sample":
+        given |= {"suffix_length": block // 2, "suffix_sample": block - block // 2}
     return given
 
 
@@ -64,6 +69,8 @@ def run(name: str, count: int, batch: int, schedules, refreshes, seed: int = 7) 
     found = about.problems(count, seed, held_out=True)
     rows = []
     for schedule, refresh, way in itertools.product(schedules, refreshes, WAYS):
+        if way == "sample" and refresh.startswith("drift"):
+            continue  # not to be had
         options = options_of(way, schedule, refresh, about.tokens, block)
         got = task.score(model, tokenizer, found, batch, **options)
         rows.append(Row(name, schedule, refresh, way, got.right, got.positions / count, fmean(got.nfe)))
