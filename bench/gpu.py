@@ -54,6 +54,7 @@ PIECES = {
     "engine": (480, f"{ENGINE} --refresh window=32,0 --weights fp8{PEERS}"),
     "throughput": (300, f"{THROUGHPUT} --batch 1 8{PEERS}"),
     "throughput-batches": (480, f"{THROUGHPUT} --lengths 768+128 --batch 32 auto --ways all both"),
+    "speculate": (300, f"{THROUGHPUT} --batch 1 2 4 8 --ways all drafts-1 drafts-3 drafts-7 e4m3"),
     "gsm8k": (
         360,
         "-m bench.generation.gsm8k --batch 64 --refresh window=32,0 --skip-committed --suffix-length 32 --weights fp8",

@@ -27,8 +27,8 @@ def model():
 
 def test_ways_evaluate_fewer_positions_and_take_as_many_forwards(model):
     job = throughput.prepare(SHAPES["quick"], model, "20+64", 2)
-    rows, lines = throughput.measure(model, job, 8, 1, list(throughput.WAYS), [])
-    assert len(rows) == 2 * len(throughput.WAYS) and {row.tokens for row in rows} == {128} and not lines
+    rows, lines = throughput.measure(model, job, 8, 1, list(throughput.FEWER), [])
+    assert len(rows) == 2 * len(throughput.FEWER) and {row.tokens for row in rows} == {128} and not lines
     for refresh in {row.refresh for row in rows}:
         of = {row.way: row for row in rows if row.refresh == refresh}
         for count in (lambda row: row.positions, lambda row: row.flops):
@@ -36,6 +36,14 @@ def test_ways_evaluate_fewer_positions_and_take_as_many_forwards(model):
         assert {row.nfe for row in of.values()} == {24} and of["all"].ratios == [1.0]
     operations = bare.Bare(peers.twin(model), job, job.schedule.steps, fastest=False)
     assert rows[0].flops == sum(operations.flops(*step) for step in operations.plan)
+
+
+def test_drafts_and_a_cache_in_e4m3_are_ways_too(model):
+    job = throughput.prepare(SHAPES["quick"], model, "20+64", 1)
+    rows, _ = throughput.measure(model, job, 8, 1, ["all", "e4m3", "drafts-3"], [])
+    of = {row.way: row for row in rows if row.refresh == "block"}
+    assert of["e4m3"].positions == of["all"].positions < of["drafts-3"].positions
+    assert of["drafts-3"].nfe <= of["all"].nfe == of["e4m3"].nfe
 
 
 def test_others_take_turns_with_ours(model, monkeypatch):

@@ -1,10 +1,11 @@
 """Tokens a second with fewer positions evaluated, and of others: ``python -m bench.generation.throughput --batch 1 8``
 
 Each way answers the same random prompts with the same schedule, three tokens a step, in interleaved rounds: all
-positions, ``skip_committed``, ``suffix_length``, and both, under a whole step at each block and under a window; and
-each ``--peer`` of bench/peers.py. A way's ratios are to all positions under its refresh, a peer's to all positions
-under a whole step at each block; both times of a ratio are of one round. Ours also show which share of their time their
-FLOPs alone would take, at the matmul rate that bench/floors.py measures. ``--batch auto`` takes the rows that
+positions, ``skip_committed``, ``suffix_length``, and both, under a whole step at each block and under a window, or the
+``--ways`` that are asked for, among them drafts and a cache in e4m3; and each ``--peer`` of bench/peers.py. A way's
+ratios are to all positions under its refresh, a peer's to all positions under a whole step at each block; both times of
+a ratio are of one round. Ours also show which share of their time their FLOPs alone would take, at the matmul rate that
+bench/floors.py measures. ``--batch auto`` takes the rows that
 ``batch_size="auto"`` takes. Random weights: the times hold, the tokens mean nothing. Ends with one JSON line.
 """
 
@@ -32,7 +33,12 @@ from dllm_fast.decoding.request import plan_row
 from dllm_fast.decoding.server import Server
 from dllm_fast.patch import bound_family, bound_pool
 
-WAYS = {"all": (False, False), "skip": (True, False), "suffix": (False, True), "both": (True, True)}
+WAYS = {
+    "all": {}, "skip": {"skip_committed": True}, "suffix": {"suffix_length": 32},
+    "both": {"skip_committed": True, "suffix_length": 32}, "e4m3": {"cache_dtype": "e4m3"},
+    **{f"drafts-{n}": {"speculate": n} for n in (1, 3, 7)},
+}  # fmt: skip
+FEWER = ("all", "skip", "suffix", "both")  # positions
 BASE = ("block", "all")  # refresh and way that peers are compared with
 TOKENS = 3  # a step
 
@@ -63,6 +69,7 @@ class Row:
         return {
             "refresh": self.refresh, "way": self.way, "tokens/s": f"{self.tokens / seconds:.1f}",
             "times as fast": spread(self.ratios, 2 if self.refresh else 3), "NFE": str(self.nfe or ""),
+            "ms/forward": f"{1e3 * seconds / self.nfe:.1f}" if self.nfe else "",
             "positions/token": "" if self.positions is None else f"{self.positions / self.tokens:.0f}",
             "FLOPs alone": "" if self.flops is None else f"{self.flops / rate / seconds:.0%}",
             "same tokens": "" if self.same is None else f"{self.same / self.tokens:.1%}",
@@ -91,9 +98,9 @@ def settings(job: Job, suffix: int) -> dict[tuple[str, str], dict]:
     refreshes = {"block": "block", f"window={block}": dllm_fast.Window(block)}
     return {
         (name, way): {
-            **common, "refresh": refresh, "skip_committed": skips, "suffix_length": suffix if bounded else None,
+            **common, "refresh": refresh, **given, **({"suffix_length": suffix} if "suffix_length" in given else {}),
         }
-        for name, refresh in refreshes.items() for way, (skips, bounded) in WAYS.items()
+        for name, refresh in refreshes.items() for way, given in WAYS.items()
     }  # fmt: skip
 
 
@@ -169,7 +176,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--lengths", nargs="+", default=["768+256"], metavar="PROMPT+ANSWER")
     parser.add_argument("--batch", nargs="+", default=["1"], metavar="B", help="rows, or auto: as many as fit")
     parser.add_argument("--suffix", type=int, default=32, help="suffix_length, where it is bounded")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(FEWER))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=PATH", help="see bench/peers.py")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")

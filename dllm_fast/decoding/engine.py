@@ -138,9 +138,11 @@ class Engine(Speculation):
                 draft()
             # 4. Which rows go on, and how much of them: planned beforehand, or read from the device, once a step.
             if planned is None or (self.options.skip_committed and self.options.remask):
-                live = download(self.live)
+                live = self.live
                 if self.options.drafts:
-                    self.tally[:, 3] = download(self.taken).double()
+                    live, self.tally[:, 3] = download(torch.stack((live, self.taken)))
+                else:
+                    live = download(live)
             else:
                 quota = planned[n][1]
                 live = torch.where(going, left, live)  # what the step committed is evaluated once more
