@@ -75,11 +75,11 @@ def as_scalar(name: str, value: int | torch.Tensor, device: torch.device) -> tor
 
 def as_numbers(name: str, value: int | torch.Tensor, rows: int, device: torch.device) -> torch.Tensor:
     """``value`` as an int64 tensor [rows] on ``device``: a number for each row, or one for all of them as `as_scalar`
-    takes it."""
+    takes it, with stride 0."""
     if isinstance(value, torch.Tensor) and value.numel() == rows != 1:
         check_tensors(device, contiguous=True, **{name: (value, [rows], (torch.int64,))})
         return value
-    return as_scalar(name, value, device).expand(rows).contiguous()
+    return as_scalar(name, value, device).expand(rows)
 
 
 def check_choice(

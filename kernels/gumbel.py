@@ -119,13 +119,14 @@ def _uniform_kernel(
     step_ptr,  # [N] int64
     row_ptr,  # [N] int
     position_ptr,  # [N] int
+    step_stride,  # 0: one for all
     N,
     BN: tl.constexpr,
 ):
     n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)  # [BN]
     row = tl.load(row_ptr + n, mask=n < N, other=0).to(tl.uint32)  # [BN]
     position = tl.load(position_ptr + n, mask=n < N, other=0).to(tl.uint32)  # [BN]
-    step = tl.load(step_ptr + n, mask=n < N, other=0).to(tl.uint32)  # [BN]
+    step = tl.load(step_ptr + n * step_stride, mask=n < N, other=0).to(tl.uint32)  # [BN]
     draw = uniform_from_key(tl.load(seed_ptr), step, row, position)
     tl.store(out_ptr + n, draw, mask=n < N)
 
@@ -154,7 +155,7 @@ def _uniform(seed: torch.Tensor, step: torch.Tensor, row: torch.Tensor, position
     if out.numel():
         with torch.cuda.device_of(row):
             _uniform_kernel[(triton.cdiv(row.shape[0], BLOCK),)](
-                out, seed, step, row, position, row.shape[0], BN=BLOCK, num_warps=4
+                out, seed, step, row, position, step.stride(0), row.shape[0], BN=BLOCK, num_warps=4
             )
     return out
 
@@ -179,8 +180,8 @@ def gumbel(
         position=(position, [row.numel()], INTEGERS),
         columns=(columns, [columns.numel()], INTEGERS),
     )
-    keys = as_scalar("seed", seed, row.device), as_numbers("step", step, len(row), row.device)
-    return _gumbel(*keys, row, position, columns)
+    step = as_numbers("step", step, len(row), row.device).contiguous()
+    return _gumbel(as_scalar("seed", seed, row.device), step, row, position, columns)
 
 
 def uniform(

@@ -331,7 +331,8 @@ def predict(
     noise: tuple = (None, None, None, None)
     if noisy:
         check_tensors(device, row=(row, [rows], INTEGERS), position=(position, [rows], INTEGERS))
-        noise = (as_scalar("seed", seed, device), as_numbers("step", step, rows, device), row, position)
+        step = as_numbers("step", step, rows, device).contiguous()
+        noise = (as_scalar("seed", seed, device), step, row, position)
     return _predict(
         hidden, weight, bias, candidate, uncond, scale, *noise, mask_id, banned_ranges, deferred_ranges,
         confidence, float(temperature), cfg_scale + 1.0, _path,

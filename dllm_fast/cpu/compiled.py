@@ -354,7 +354,7 @@ def predict(
     if noisy and row is not None and position is not None:
         row, position = row.contiguous(), position.contiguous()  # a single row's number is an expanded tensor
         _check(torch.int64, row=(row, (rows,)), position=(position, (rows,)))
-        step = as_numbers("step", step, rows, hidden.device)
+        step = as_numbers("step", step, rows, hidden.device).contiguous()
         noise = (as_scalar("seed", seed, hidden.device), step, row, position)
     return _predict_op(
         hidden, weight, bias, candidate, uncond, *noise, mask_id, banned_ranges, deferred_ranges,
