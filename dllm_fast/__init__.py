@@ -8,6 +8,7 @@ if os.path.isfile(os.path.join(os.path.dirname(__file__), "kernels")):
         "git config core.symlinks true && git checkout -- dllm_fast/kernels; or install the package: pip install ."
     )
 
+from dllm_fast.calibration import calibrate
 from dllm_fast.config import show_config
 from dllm_fast.decoding.drafts import DraftGraph
 from dllm_fast.decoding.refresh import Drift, Every, Window
@@ -46,6 +47,7 @@ __all__ = [
     "Uniform",
     "Verify",
     "Window",
+    "calibrate",
     "custom_generate",
     "from_pretrained",
     "generate",

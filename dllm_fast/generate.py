@@ -96,9 +96,10 @@ def generate(
         skip_committed: evaluate a position of the block once more when it has its token, and then no longer: its keys
             and values stay in the cache until the next refresh (dKV-Cache, arXiv:2505.15781). A ``remask`` sees its
             probability as it was then. Needs a cache.
-        speculate: how many states to draft beside the one that the schedule has reached, in a chain, or a `DraftGraph`.
-            All are evaluated in one forward, and the schedule takes as many steps as they foresee. The tokens are the
-            same; a forward that is bound by reading weights takes little longer. None: no drafts. Not with
+        speculate: how many states to draft beside the one that the schedule has reached, or a `DraftGraph` of them. All
+            are evaluated in one forward, and the schedule takes as many steps as they foresee. The tokens are the same;
+            a forward that is bound by reading weights takes little longer. A number takes the drafts that `calibrate`
+            has left for this schedule in the model's folder, else a chain. None: no drafts. Not with
             ``skip_committed``.
         cache_dtype: what the cache keeps keys and values in. None: the model's dtype. ``"e4m3"``: 8 bits, rounded to
             nearest, without a scale, saturated at +-448; every forward attends to the rounded ones. A cache then has
@@ -163,12 +164,14 @@ class Completion:
 
     index: its number among the prompts, in the order they were handed in.
     sequence: prompt and answer, [L] int64 on the host.
-    nfe: the forwards that `generate` takes for it alone; guidance takes two a step.
+    nfe, steps, states: those that `generate` takes for it alone, see `Output`.
     """
 
     index: int
     sequence: torch.Tensor
     nfe: int
+    steps: int
+    states: int
 
 
 def generate_many(
@@ -226,7 +229,7 @@ def _completions(server, total: int, ordered: bool, progress) -> Iterator[Comple
         for done, row in enumerate(server.serve(), 1):
             if progress:
                 progress(done, total)
-            kept[row.index] = Completion(row.index, row.ids, row.counts.nfe)
+            kept[row.index] = Completion(row.index, row.ids, row.counts.nfe, row.counts.steps, row.counts.states)
             while ordered and expected in kept:
                 yield kept.pop(expected)
                 expected += 1

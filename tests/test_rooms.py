@@ -17,7 +17,7 @@ ROOMS = [
     {"patch"},
     {"generation_config", "loading", "config"},
     {"generate"},
-    {"hf", "warmup", "flow", "plain"},
+    {"hf", "warmup", "flow", "plain", "calibration"},
     {"train", "evaluate", "errors"},
     {"cli"},
 ]

@@ -1,4 +1,4 @@
-"""The command line: ``dllm-fast generate``, ``demo``, ``config`` and ``verify``."""
+"""The command line: ``dllm-fast generate``, ``calibrate``, ``demo``, ``config`` and ``verify``."""
 
 import argparse
 import functools
@@ -6,12 +6,15 @@ import re
 import sys
 import time
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 from transformers.utils import logging as transformers_logging
 
+from dllm_fast.calibration import calibrate
 from dllm_fast.cli.view import watching
 from dllm_fast.config import show_config
+from dllm_fast.decoding.drafts import FILE, folder_of, key_of, write
 from dllm_fast.decoding.options import CACHE_DTYPES, CACHES, CONFIDENCES, OPTIONS, Options
 from dllm_fast.decoding.request import before_end
 from dllm_fast.decoding.spelling import SCHEDULES, refresh_of, remask_of, schedule_of
@@ -20,7 +23,7 @@ from dllm_fast.decoding.text import token_ids
 from dllm_fast.errors import exit_code, require_utf8
 from dllm_fast.families.rounded import KINDS
 from dllm_fast.generate import Output, generate
-from dllm_fast.loading import end_of_text, from_pretrained, load_tokenizer, shipped
+from dllm_fast.loading import end_of_text, from_pretrained, load_tokenizer, model_path, shipped
 from dllm_fast.plain import generate_plain, is_plain, load_plain
 
 CACHED = (
@@ -47,6 +50,26 @@ def add_held_back(add) -> None:
     add("--defer-tokens", metavar="IDS", help="tokens to choose last, when nothing else is left")
 
 
+def add_decoding_options(add) -> None:
+    """`generate`'s options, but those that speculation is about."""
+    add("--gen-length", type=int, default=64, help="tokens to add after the prompt; 0 only fills its [MASK]s")
+    add("--block-length", type=int)
+    add("--schedule", type=schedule_of, help=f"{', '.join(SCHEDULES)}; for example uniform=32")
+    add("--confidence", choices=CONFIDENCES)
+    add("--temperature", type=float)
+    add("--cfg-scale", type=float)
+    add("--cache", choices=CACHES)
+    add("--refresh", type=refresh_of, help="block, every=BLOCKS, window=BEFORE,AFTER or drift=TAU")
+    add("--remask", type=remask_of, help="remdm=ETA, verify=THRESHOLD or p2=ETA")
+    add("--suffix-length", type=int, metavar="N", help="evaluate and see only N positions after the live block")
+    add("--suffix-sample", type=int, default=0, metavar="N", help="and N positions further on, drawn from the seed")
+    add("--cache-dtype", choices=CACHE_DTYPES[1:], help="keep keys and values in 8 bits; default: the model's dtype")
+    add_held_back(add)
+    add("--mask-id", type=int, help="default: the model's own")
+    add("--seed", type=int)
+    add("--chat", action="store_true", help="put prompts through the tokenizer's chat template")
+
+
 def load(args: argparse.Namespace, plain: bool = False):
     """The model of ``--model`` and its tokenizer; a ``plain`` one is not patched."""
     dtype = "auto" if args.dtype is None else getattr(torch, args.dtype)
@@ -70,6 +93,8 @@ def load(args: argparse.Namespace, plain: bool = False):
 def encode(tokenizer, text: str, mask_id: int, chat: bool, first: int | None = None) -> torch.Tensor:
     r"""Ids [1, P]. ``[MASK]`` becomes the mask id, whatever the tokenizer calls that token; ``\[MASK]`` stays text.
     The id ``first`` goes ahead of a prompt that is no chat."""
+    if chat and not tokenizer.chat_template:
+        raise ValueError("--chat: this model's tokenizer has no chat template")
     if chat:
         message = [{"role": "user", "content": text}]
         text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
@@ -105,16 +130,11 @@ def run_generate(args: argparse.Namespace) -> int:
     plain = is_plain(args.model)
     model, tokenizer = load(args, plain)
     mask_id = mask_of(args, model, tokenizer)
-    if args.chat and not tokenizer.chat_template:
-        raise ValueError("--chat: this model's tokenizer has no chat template")
     if plain:
         eos_ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     else:
         eos_ids = end_of_text(model, tokenizer)
-    options = {name: value for name, value in vars(args).items() if name in OPTIONS}
-    options["suppress_tokens"] = token_ids("--suppress-tokens", args.suppress_tokens, tokenizer)
-    options["defer_tokens"] = token_ids("--defer-tokens", args.defer_tokens, tokenizer)
-    options |= {"mask_id": mask_id, "eos_id": eos_ids}
+    options = options_of(args, tokenizer) | {"mask_id": mask_id, "eos_id": eos_ids}
     if plain:
         options = {name: value for name, value in options.items() if name not in CACHED}
     run = generate_plain if plain else generate
@@ -128,6 +148,37 @@ def run_generate(args: argparse.Namespace) -> int:
         seconds = time.perf_counter() - began
         print(tokenizer.decode(out.sequences[0], skip_special_tokens=True))
         print(report(out, generated(out.sequences[0], ids[0], mask_id, eos_ids), seconds), file=sys.stderr)
+    return 0
+
+
+def options_of(args: argparse.Namespace, tokenizer) -> dict:
+    """`generate`'s options, as far as they were given."""
+    options = {name: value for name, value in vars(args).items() if name in OPTIONS}
+    for name in ("suppress_tokens", "defer_tokens"):
+        options[name] = token_ids(f"--{name.replace('_', '-')}", getattr(args, name), tokenizer)
+    return options
+
+
+def run_calibrate(args: argparse.Namespace) -> int:
+    folder = args.out or folder_of(model_path(args.model))
+    if folder is None or not Path(folder).is_dir():
+        raise ValueError(f"--out: {folder} is no folder to write {FILE} to; {args.model} is not on this machine yet")
+    try:
+        lines = Path(args.prompts).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--prompts: {error}") from None
+    texts = [line.replace(r"\n", "\n") for line in lines if line.strip()]
+    if not texts:
+        raise ValueError(f"--prompts: {args.prompts} has no line with a prompt")
+    key = key_of(args.schedule, args.gen_length, args.block_length)
+    if key is None:
+        raise ValueError(f"--schedule: with gen_length={args.gen_length} {args.schedule} is not one to keep drafts for")
+    model, tokenizer = load(args)
+    mask_id = mask_of(args, model, tokenizer)
+    options = options_of(args, tokenizer) | {"mask_id": mask_id, "eos_id": end_of_text(model, tokenizer)}
+    prompts = [encode(tokenizer, text, mask_id, args.chat)[0] for text in texts]
+    graph = calibrate(model, prompts, args.drafts, args.batch_size, **options)
+    print(f"{write(folder, key, graph)}: {key}: {len(graph.drafts)} drafts, up to {graph.depth} steps ahead")
     return 0
 
 
@@ -175,27 +226,22 @@ def parser() -> argparse.ArgumentParser:
     add("--model", required=True, help=f"a folder, a hub name, or a shipped model: {', '.join(shipped())}")
     masks = r"each [MASK] in it is filled, \[MASK] is text"
     add("--prompt", action="append", help=f"may be repeated; {masks}; default: standard input")
-    add("--gen-length", type=int, default=64, help="tokens to add after the prompt; 0 only fills its [MASK]s")
-    add("--block-length", type=int)
-    add("--schedule", type=schedule_of, help=f"{', '.join(SCHEDULES)}; for example uniform=32")
-    add("--confidence", choices=CONFIDENCES)
-    add("--temperature", type=float)
-    add("--cfg-scale", type=float)
-    add("--cache", choices=CACHES)
-    add("--refresh", type=refresh_of, help="block, every=BLOCKS, window=BEFORE,AFTER or drift=TAU")
-    add("--remask", type=remask_of, help="remdm=ETA, verify=THRESHOLD or p2=ETA")
-    add("--suffix-length", type=int, metavar="N", help="evaluate and see only N positions after the live block")
-    add("--suffix-sample", type=int, default=0, metavar="N", help="and N positions further on, drawn from the seed")
+    add_decoding_options(add)
     add("--skip-committed", action="store_true", help="evaluate a token once more when it is there, then no longer")
     add("--speculate", type=int, metavar="N", help="draft N states a forward: the same tokens in fewer forwards")
-    add("--cache-dtype", choices=CACHE_DTYPES[1:], help="keep keys and values in 8 bits; default: the model's dtype")
-    add_held_back(add)
-    add("--mask-id", type=int, help="default: the model's own")
-    add("--seed", type=int)
-    add("--chat", action="store_true", help="put the prompt through the tokenizer's chat template")
     add_model_options(add)
     add("--plain", action="store_true", help="no live view")
     add("--quiet", action="store_true", help="print nothing but the text")
+    p = commands.add_parser("calibrate", help="find the drafts that --speculate takes for a model and a schedule")
+    p.set_defaults(run=run_calibrate, **{name: getattr(Options, name) for name in OPTIONS})
+    add = p.add_argument
+    add("--model", required=True, help=f"a folder, a hub name, or a shipped model: {', '.join(shipped())}")
+    add("--prompts", required=True, metavar="FILE", help=r"a prompt in each line, with \n for its line breaks")
+    add("--drafts", type=int, default=7, help="how many at most")
+    add("--batch-size", type=int, default=8, help="prompts answered together")
+    add("--out", metavar="FOLDER", help=f"where to put {FILE}; default: the model's own")
+    add_decoding_options(add)
+    add_model_options(add)
     p = commands.add_parser("demo", help="watch the shipped models generate, and see how patching changes their speed")
     p.set_defaults(run=run_demo)
     p.add_argument("--plain", action="store_true", help="no live view")

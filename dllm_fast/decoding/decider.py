@@ -22,6 +22,7 @@ class Decider:
         self.block_size = min(options.block_length, slots)
         self.passes = options.passes
         self.is_planned = not options.schedule.rule  # the schedule says beforehand how many a step commits
+        self.drafting = options.drafts > 0  # in the live block
         long = functools.partial(torch.zeros, dtype=torch.int64, device=device)
         self.canvas = long((rows, slots))
         self.open = torch.zeros((rows, slots), dtype=torch.bool, device=device)  # to be filled, or filled by us
@@ -41,7 +42,7 @@ class Decider:
         """The rows that take part in the step, [B] bool; None: there is one row, which takes part in every step."""
         if self.rows == 1:
             return None
-        return self.quota > 0 if self.is_planned and not self.options.drafts else self.live > 0
+        return self.quota > 0 if self.is_planned and not self.drafting else self.live > 0
 
     def _decide(self, hidden: torch.Tensor, live: Live | None = None, evaluated: torch.Tensor | None = None) -> None:
         """From hidden states to tokens: predict, commit, remask.

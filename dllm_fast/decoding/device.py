@@ -1,6 +1,7 @@
 """Copies between host and device, and steps that no script's autocast or choice of the current GPU changes."""
 
 import contextlib
+import time
 from collections.abc import Iterator
 
 import torch
@@ -41,3 +42,10 @@ def download(values: torch.Tensor) -> torch.Tensor:
     copy.copy_(values, non_blocking=True)
     torch.cuda.current_stream(values.device).synchronize()
     return copy
+
+
+def now(device: torch.device) -> float:
+    """Seconds, when the device has done what was launched."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -24,7 +24,7 @@ import torch
 
 from dllm_fast import attentions
 from dllm_fast.decoding.decider import GOOD
-from dllm_fast.decoding.device import download, on_host, upload
+from dllm_fast.decoding.device import download, now, on_host, upload
 from dllm_fast.decoding.graphs import Graphs, records
 from dllm_fast.decoding.live import Live, sizes
 from dllm_fast.decoding.options import Options
@@ -32,6 +32,7 @@ from dllm_fast.decoding.speculation import Speculation
 from dllm_fast.decoding.steps import Counts, Step, Steps
 
 WHOLE = 64  # a recorded full forward ends at a multiple of it
+TIMES = 5  # a forward is timed; the first compiles, the second is recorded
 PADDING = 1 / 32  # the share of a recorded full forward up to which rows of different lengths take it, padded
 
 
@@ -78,6 +79,8 @@ class Engine(Speculation):
                     draws[b, row.pad(self.slots) :] = row.draws
             self.draws.copy_(upload(draws, self.device))
         self.bad.fill_(GOOD)
+        if self.pace is not None:
+            self.pace.begin()
 
     def read(self) -> tuple[torch.Tensor, list[tuple[int, int] | None]]:
         """The canvas [B, S] on the host, and the block and step at which a row's logits first were NaN or infinite."""
@@ -104,7 +107,8 @@ class Engine(Speculation):
         # 1. The block's buffers, counts and steps.
         self.tally.zero_()
         steps = self.prepare(slot, number)
-        if self.options.drafts:  # how far a forward gets is read from the device
+        self.drafting = self.options.drafts > 0 and self.states(steps.block) > 1
+        if self.drafting:  # how far a forward gets is read from the device
             self.plan_steps(planned)
             planned = None
         if planned is not None:
@@ -125,6 +129,8 @@ class Engine(Speculation):
             begun |= going
             # 3. The step.
             step = self._common_step(steps, begins, full_rows)
+            if step is not None and step.states > 1:
+                step = dataclasses.replace(step, states=self.states(step))
             with contextlib.ExitStack() as stack:
                 for watch in self.watchers:
                     stack.enter_context(watch(self, step))
@@ -132,15 +138,19 @@ class Engine(Speculation):
                     self.take_mixed_step(steps, going, begins, full_rows, live)
                 else:
                     self.take_step(step, going, live)
+            states = 1 if step is None else step.states
             self.tally[:, 3] += going
-            self.tally[:, 4] += going * (1 if step is None else step.states)
+            self.tally[:, 4] += going * states
             if draft is not None:
                 draft()
             # 4. Which rows go on, and how much of them: planned beforehand, or read from the device, once a step.
             if planned is None or (self.options.skip_committed and self.options.remask):
                 live = self.live
-                if self.options.drafts:
+                if self.drafting:
+                    before = self.tally[:, 3] - going.double()
                     live, self.tally[:, 3] = download(torch.stack((live, self.taken)))
+                    if self.pace is not None and states > 1:
+                        self.pace.took(states, float((self.tally[:, 3] - before)[going].mean()))
                 else:
                     live = download(live)
             else:
@@ -216,7 +226,28 @@ class Engine(Speculation):
         if step.whole and step.packed:
             self.run_step(step)
         else:
-            self.graphs.run((step, step.whole and self.unpadded), functools.partial(self.run_step, step))
+            key = (step, step.whole and self.unpadded, self.drafting)
+            self.graphs.run(key, functools.partial(self.run_step, step))
+
+    def states(self, step: Step) -> int:
+        """How many states the next forward of a block evaluates, of those that ``step`` has."""
+        if self.pace is None:
+            return step.states
+        if not self.pace.cost:
+            self.pace.measure(functools.partial(self._time, step))
+        return self.pace.states
+
+    def _time(self, step: Step, states: int) -> float:
+        """Seconds of a forward like ``step`` of so many states, which counts for nobody."""
+        live, self.drafting = self.live.clone(), True
+        self.live.zero_()
+        seconds = []
+        for _ in range(TIMES):
+            began = now(self.device)
+            self.take(dataclasses.replace(step, states=states))
+            seconds.append(now(self.device) - began)
+        self.live.copy_(live)
+        return min(seconds)
 
     def recorded(self, step: Step) -> list[Step]:
         """The steps that are recorded for ``step``: where positions are packed, one for each number of them."""
@@ -278,7 +309,7 @@ class Engine(Speculation):
             hidden = self.packed_hidden(step, live)
         else:
             hidden = self.hidden(step)
-        if self.options.drafts:
+        if self.drafting:
             self.decide_states(hidden[:, None])
         else:
             self._decide(hidden, None if step.refreshes else live)
@@ -312,7 +343,7 @@ class Engine(Speculation):
             step, own = self._group(steps.full, group, self._tally(steps.full, group, live, (layers - layer) / layers))
             hidden = self._of(group, self.packed_hidden(step, own, layer), hidden)
         # 4. The tokens of all.
-        if self.options.drafts:
+        if self.drafting:
             self.decide_states(hidden[:, None])
         else:
             self._decide(hidden, evaluated=evaluated)
@@ -341,8 +372,8 @@ class Engine(Speculation):
         # What a block sees for the first time has no old values.
         seen = ((at < self.seen[:, None]) & (at >= self.pad[:, None])).repeat(self.passes, 1)
         layers = []
-        for was, now in zip(old, self._window_values(step), strict=True):
-            drift = (now - was).norm(dim=2) / was.norm(dim=2).clamp(min=1e-12)
+        for was, new in zip(old, self._window_values(step), strict=True):
+            drift = (new - was).norm(dim=2) / was.norm(dim=2).clamp(min=1e-12)
             layers.append((drift * seen).sum(1) / seen.sum(1).clamp(min=1))
         drift = torch.stack(layers).unflatten(1, (self.passes, -1)).amax(1)  # [L, B]
         past = torch.cat((drift > self.options.refresh.tau, torch.ones_like(drift[:1], dtype=torch.bool)))

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from dllm_fast.decoding.drafts import as_graph
+from dllm_fast.decoding.drafts import AUTO, DraftGraph, as_drafts, graph_for, key_of, pays
 from dllm_fast.decoding.refresh import Every, Refresh
 from dllm_fast.decoding.remask import Remask
 from dllm_fast.decoding.schedules import Schedule, Threshold
@@ -48,7 +48,7 @@ class Options(Checked):
     suffix_length: int | None = checked(whole_or_none, default=None)
     suffix_sample: int = checked(whole, 0, default=0)
     skip_committed: bool = checked(one_kind, bool, "True or False", default=False)
-    speculate: Any = checked(as_graph, default=None)  # a DraftGraph or None, once made
+    speculate: int | str | DraftGraph | None = checked(as_drafts, default=None)
     cache_dtype: str | None = checked(one_of, CACHE_DTYPES, default=None)
     mask_id: int | None = None
     eos_id: Ids = field(default=None, compare=False)
@@ -94,7 +94,8 @@ class Options(Checked):
         """These for a model: its mask id, every id one of its vocabulary, a seed. Raises ValueError, also for a
         ``cache_dtype`` that its device lacks.
 
-        ``eos_id`` is a tuple then; ``suppress_tokens`` and ``defer_tokens`` are sorted ones.
+        ``eos_id`` is a tuple then; ``suppress_tokens`` and ``defer_tokens`` are sorted ones; ``speculate`` is a graph
+        or None, which ``"auto"`` becomes on a device where drafts cannot pay.
         """
         if self.cache_dtype is not None:
             obstacle = no_e4m3(family.impl, family.head()[0].device)
@@ -114,9 +115,14 @@ class Options(Checked):
         left = vocabulary - len({mask_id, *suppressed})
         require(left > 0, f"suppress_tokens: leaves no token of the vocabulary of {vocabulary} to choose")
         seed = int(torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu")) if self.seed is None else self.seed
+        speculate = self.speculate
+        if speculate == "auto" and not pays(family.head()[0].device):
+            speculate = None
+        if isinstance(speculate, int | str):
+            speculate = graph_for(model, speculate, key_of(self.schedule, self.gen_length, self.block_length))
         return replace(
             self, mask_id=mask_id, eos_id=eos_ids, pad_id=pad_id, seed=seed, suppress_tokens=suppressed,
-            defer_tokens=deferred,
+            defer_tokens=deferred, speculate=speculate,
         )  # fmt: skip
 
     @property
@@ -131,7 +137,9 @@ class Options(Checked):
     @property
     def drafts(self) -> int:
         """States that a forward evaluates beside the one that the schedule has reached."""
-        return 0 if self.speculate is None else len(self.speculate.drafts)
+        if isinstance(self.speculate, DraftGraph):
+            return len(self.speculate.drafts)
+        return AUTO if isinstance(self.speculate, str) else self.speculate or 0
 
     @property
     def passes(self) -> int:

@@ -15,11 +15,19 @@ import torch
 
 from dllm_fast import ops
 from dllm_fast.decoding.device import upload
+from dllm_fast.decoding.drafts import AutoGraph, DraftGraph
 from dllm_fast.decoding.forwards import Forwards
+from dllm_fast.decoding.pace import Pace
 from dllm_fast.decoding.remask import ranks
 from dllm_fast.decoding.steps import Step
 from dllm_fast.families.cache import BlockCache
 from dllm_fast.families.rows import Packed, States
+
+
+def at_depth(graph: DraftGraph, states: int) -> list[list[int]]:
+    """Of a row's first ``states`` states, those that are 1, 2, ... steps ahead."""
+    ahead = [depth for depth, _ in graph.drafts[: states - 1]]
+    return [[n for n, own in enumerate(ahead, 1) if own == depth] for depth in range(1, max(ahead, default=0) + 1)]
 
 
 def _of_state(x: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
@@ -32,16 +40,19 @@ class Speculation(Forwards):
 
     def __init__(self, family, options, rows: int, slots: int, spare: int, padded: bool):
         super().__init__(family, options, rows, slots, spare, padded)
+        self.pace = Pace(options.drafts + 1) if isinstance(options.speculate, AutoGraph) else None
         if not options.drafts:
             return
         graph = options.speculate.drafts
         self.drafts = torch.zeros((rows, len(graph), self.block_size), dtype=torch.int64, device=self.device)
+        self.rank = torch.zeros((rows, self.block_size), dtype=torch.int64, device=self.device)  # what drafts go by
         numbers = functools.partial(torch.tensor, dtype=torch.int64, device=self.device)
         self.depths = numbers([0, *(depth for depth, _ in graph)])  # of all states
-        self.at_depth = [  # which states are so many steps ahead
-            numbers([n for n, (own, _) in enumerate(graph, 1) if own == depth])
-            for depth in range(1, options.speculate.depth + 1)
-        ]
+        # Of so many states, which are 1, 2, ... steps ahead.
+        self.ahead = {
+            states: [numbers(found) for found in at_depth(options.speculate, states)]
+            for states in ([options.drafts + 1] if self.pace is None else self.pace.choices)
+        }
         # Of each draft, which ranks are in it; and whether the schedule's counts say that instead.
         member = torch.zeros((len(graph), self.block_size), dtype=torch.bool, device="cpu")
         for n, (_, own) in enumerate(graph):
@@ -103,7 +114,7 @@ class Speculation(Forwards):
         # 2. Step by step, each from the state that the one before has reached.
         going = alive = self.live > 0
         count, state = torch.zeros_like(self.slot), torch.zeros_like(self.slot)
-        for ahead in [None, *self.at_depth] if states > 1 else [None]:
+        for ahead in [None, *self.ahead[states]] if states > 1 else [None]:
             if ahead is not None:
                 same = (block[:, None] == blocks[:, ahead]).all(2)  # [B, drafts of this depth]
                 alive = alive & same.any(1) & masked.any(1)
@@ -125,6 +136,7 @@ class Speculation(Forwards):
         """States that may follow ``block`` [B, T], of which ``masked`` is, by what the step predicted that led to it
         and committed ``count`` [B] positions."""
         rank = ranks(score.masked_fill(~masked, float("-inf")))  # [B, T]
+        self.rank.copy_(rank)
         steps = torch.arange(self.options.speculate.depth, device=self.device)
         counts = count[:, None].expand(-1, len(steps))
         if self.is_planned:
@@ -142,7 +154,7 @@ class Speculation(Forwards):
         """What the LM head multiplies for the states, [B*passes, states, T, d]."""
         states, length, rows = step.states, step.length, self.rows * self.passes
         at = self.slot[:, None] + self.offsets
-        blocks = torch.cat((self.canvas.gather(1, at)[:, None], self.drafts), 1)
+        blocks = torch.cat((self.canvas.gather(1, at)[:, None], self.drafts[:, : states - 1]), 1)
         if self.cache is None:
             ids = self.canvas[:, None, :length].expand(-1, states, -1)
             ids = ids.scatter(2, at[:, None].expand_as(blocks), blocks)
