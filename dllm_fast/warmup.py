@@ -110,16 +110,15 @@ def _halves(seats: int) -> list[int]:
 def _plan(options: Options, rows: list[Row]) -> Plan:
     """Every step that blocks of these rows, all alike, can have, once. What is not recorded comes last."""
     row, refresh = rows[0], options.refresh
-    found: dict[Step, int] = {}
+    found: dict[Step, tuple[str, int]] = {}
     for number, (first, _) in enumerate(row.blocks):
         steps = Steps.of(options, len(row.ids), max(0, first), max(0, first))
         if not options.has_cache or refresh.full(number):
-            found.setdefault(steps.full, number)
+            found.setdefault(steps.full, ("full", number))
         elif not refresh.layerwise:
-            found.setdefault(steps.window, number)
-        if options.has_cache:
-            found.setdefault(steps.block, number)
-    plan = [(step.kind, number) for step, number in found.items()]
+            found.setdefault(steps.window, ("window", number))
+        found.setdefault(steps.block, ("block", number))  # without a cache or drafts it is the full one
+    plan = list(found.values())
     if options.has_cache and (len(rows) > 1 or refresh.layerwise):
         plan.append((MIXED, len(row.blocks) - 1))
     return plan
@@ -169,8 +168,10 @@ def _take(engine: Engine, row: Row, kind: str, number: int) -> None:
     engine.step.zero_()
     nobody = on_host([False] * engine.rows, torch.bool)
     if kind != MIXED:
-        for step in engine.recorded(getattr(steps, kind)):
-            engine.take(step)
+        for drafting in engine.draftings:
+            engine.drafting = drafting
+            for step in engine.recorded(getattr(steps, kind)):
+                engine.take(step)
         return
     one = nobody.clone()
     one[0] = True

@@ -14,6 +14,7 @@ from test_recording import SMALL
 import dllm_fast
 from dllm_fast import P2, Ancestral, Drift, Every, ReMDM, Threshold, Uniform, Window, attentions
 from dllm_fast.decoding import compiling
+from dllm_fast.decoding.engine import Engine
 from dllm_fast.patch import bound_pool
 from dllm_fast.warmup import _halves, _representatives, warmup
 
@@ -47,9 +48,17 @@ def prompts(lengths):
     ("llada", {"remask": ReMDM(0.7), "confidence": "margin"}),
     ("llada", {"cache_dtype": "e4m3", "schedule": Uniform(12), "refresh": Every(2)}),
     ("modernbert", {"schedule": Ancestral(12), "temperature": 1.0, "suppress_tokens": [3]}),
+    ("llada", {"speculate": 3, "schedule": Uniform(12)}),
+    ("modernbert", {"speculate": 2, "cache": "prefix", "refresh": Window(8, 2), "schedule": Threshold(0.02)}),
+    ("llada", {"speculate": 1, "cache": "none", "schedule": Threshold(0.02)}),
+    ("llada", {"speculate": "auto", "schedule": Uniform(24)}),
+    ("llada", {"speculate": "auto", "schedule": Uniform(12), "cfg_scale": 0.5, "cache": "none"}),
 ], ids=str)  # fmt: skip
 def test_a_call_after_it_records_nothing_and_gives_the_same_tokens(monkeypatch, recorder, name, options):
     launchers_of_pytorch(monkeypatch, recorder)
+    monkeypatch.setattr("dllm_fast.decoding.options.pays", lambda device: True)
+    time = Engine._time
+    monkeypatch.setattr(Engine, "_time", lambda *given: 0 * time(*given) + 1)  # so that "auto" does not depend on it
     options = {"gen_length": 24, "block_length": 8, "seed": 3, **options}
     lengths = [40, 17, 9, 70, 41]
     models = [dllm_fast.patch(SMALL[name](), impl="triton") for _ in range(2)]

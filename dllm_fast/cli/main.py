@@ -125,6 +125,10 @@ def standard_input() -> str:
         raise ValueError(f"standard input is not text: {error}") from None
 
 
+def number_or_auto(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
+
 def run_generate(args: argparse.Namespace) -> int:
     prompts = [require_utf8("--prompt", prompt) for prompt in args.prompt or ()] or [standard_input()]
     plain = is_plain(args.model)
@@ -228,7 +232,8 @@ def parser() -> argparse.ArgumentParser:
     add("--prompt", action="append", help=f"may be repeated; {masks}; default: standard input")
     add_decoding_options(add)
     add("--skip-committed", action="store_true", help="evaluate a token once more when it is there, then no longer")
-    add("--speculate", type=int, metavar="N", help="draft N states a forward: the same tokens in fewer forwards")
+    drafts = "draft N states a forward, or 'auto': as many as pay; the same tokens in fewer forwards"
+    add("--speculate", type=number_or_auto, metavar="N", help=drafts)
     add_model_options(add)
     add("--plain", action="store_true", help="no live view")
     add("--quiet", action="store_true", help="print nothing but the text")

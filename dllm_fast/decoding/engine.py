@@ -229,6 +229,11 @@ class Engine(Speculation):
             key = (step, step.whole and self.unpadded, self.drafting)
             self.graphs.run(key, functools.partial(self.run_step, step))
 
+    @property
+    def draftings(self) -> list[bool]:
+        """Whether blocks are drafted: each way that they may go."""
+        return [self.options.drafts > 0] if self.pace is None else [True, False]
+
     def states(self, step: Step) -> int:
         """How many states the next forward of a block evaluates, of those that ``step`` has."""
         if self.pace is None:
@@ -250,7 +255,11 @@ class Engine(Speculation):
         return min(seconds)
 
     def recorded(self, step: Step) -> list[Step]:
-        """The steps that are recorded for ``step``: where positions are packed, one for each number of them."""
+        """The steps that are recorded for ``step``: where positions are packed, one for each number of them, and with
+        drafts for each number of states that they may have."""
+        if step.states > 1:
+            choices = [1] if not self.drafting else [step.states] if self.pace is None else self.pace.choices
+            return [dataclasses.replace(step, states=states) for states in choices]
         if not self._packs(step):
             return [step]
         if step.whole:

@@ -69,7 +69,7 @@ class MaskedDiffusionLM(TemplateLM):
         suffix_length: int | None = None,
         suffix_sample: int = 0,
         skip_committed: bool = False,
-        speculate: int | None = None,
+        speculate: int | str | None = None,
         cache_dtype: str | None = None,
         mc_num: int = 128,
         seed: int = 0,
