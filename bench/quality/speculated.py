@@ -3,7 +3,8 @@
 `llada-steps` and `llada-sentences` answer held-out problems without drafts, with chains of 1, 3 and 7, and with the
 first 3 and 7 drafts of the models' own graphs, in blocks with the dual cache and in one block without a cache. Forwards
 and states are the means of a problem's; at depth d is the share of forwards that took the schedule's next d steps and
-one more; answers that differ from those without drafts are counted. Ends with one JSON line.
+one more; answers that differ from those without drafts are counted, in fp32, and of 200 problems in bf16. Ends with
+one JSON line.
 
 ``--calibrate 300`` finds these graphs instead, by so many problems of the training's, and writes them.
 """
@@ -28,6 +29,7 @@ from dllm_fast.decoding.drafts import key_of, write
 from dllm_fast.decoding.engine import Engine
 
 SCHEDULES = ("uniform 1", "uniform 2", "uniform 3", "uniform 4", "threshold=0.9", "factor=1")  # uniform: tokens a step
+FEW = ("uniform 1", "uniform 2")  # in bf16
 DRAFTS = {
     "none": None,
     **{f"chain {n}": dllm_fast.DraftGraph.chain(n) for n in (1, 3, 7)},
@@ -41,6 +43,7 @@ class Row:
     are not those without drafts."""
 
     model: str
+    dtype: str
     cache: str
     schedule: str
     drafts: str
@@ -78,9 +81,13 @@ def settings(about, block: int, cache: str, schedule: str) -> dict:
     return {name: given[name] for name in ("gen_length", "block_length", "schedule")} | {"cache": cache}
 
 
-def run(name: str, count: int, batch: int, schedules=SCHEDULES, drafts=tuple(DRAFTS), seed: int = 7) -> list[Row]:
+def run(
+    name: str, count: int, batch: int, schedules=SCHEDULES, drafts=tuple(DRAFTS), dtype=torch.float32, seed: int = 7
+) -> list[Row]:
     about, block = MODELS[name]
     model, tokenizer = task.load(name)
+    model.to(dtype)
+    kept = str(dtype).removeprefix("torch.")
     found, rows = about.problems(count, seed, held_out=True), []
     for cache, schedule in itertools.product(("dual", "none"), schedules):
         given, plain = settings(about, block, cache, schedule), None
@@ -94,7 +101,7 @@ def run(name: str, count: int, batch: int, schedules=SCHEDULES, drafts=tuple(DRA
             for (own, _), times in taken.items():
                 steps[own - 1] += times
             states = sum(each * times for (_, each), times in taken.items()) / count if taken else forwards
-            rows.append(Row(name, cache, schedule, kind, forwards, states, steps, differ))
+            rows.append(Row(name, kept, cache, schedule, kind, forwards, states, steps, differ))
     return rows
 
 
@@ -139,11 +146,15 @@ def main() -> None:
         return
     rows: list[Row] = []
     for name, (about, block) in MODELS.items():
-        mine = run(name, options.count, options.batch)
-        head = ["cache", "schedule", "drafts", "forwards", "times fewer", "states", "at depth 1, 2, ...", "differ"]
-        title = f"{name}, {options.count} problems of {about.tokens} tokens; dual: in blocks of {block}"
-        print_table(head, table(mine), title)
-        rows += mine
+        for count, given in (
+            (options.count, {}),
+            (2 * options.count, {"schedules": FEW, "drafts": ("none", "graph 7"), "dtype": torch.bfloat16}),
+        ):
+            mine = run(name, count, options.batch, **given)
+            head = ["cache", "schedule", "drafts", "forwards", "times fewer", "states", "at depth 1, 2, ...", "differ"]
+            title = f"{name} in {mine[0].dtype}, {count} problems of {about.tokens} tokens; dual: in blocks of {block}"
+            print_table(head, table(mine), title)
+            rows += mine
     print(json.dumps({"bench": "speculated", "count": options.count, "rows": [asdict(row) for row in rows]}))
 
 
