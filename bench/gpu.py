@@ -54,7 +54,10 @@ PIECES = {
     "engine": (480, f"{ENGINE} --refresh window=32,0 --weights fp8{PEERS}"),
     "throughput": (300, f"{THROUGHPUT} --batch 1 8{PEERS}"),
     "throughput-batches": (480, f"{THROUGHPUT} --lengths 768+128 --batch 32 auto --ways all both"),
-    "speculate": (300, f"{THROUGHPUT} --batch 1 2 4 8 --ways all drafts-1 drafts-3 drafts-7 e4m3"),
+    "speculate": (
+        420,
+        f"{THROUGHPUT} --lengths 768+128 --batch 1 2 4 8 --ways all drafts-1 drafts-3 drafts-7 drafts-auto e4m3",
+    ),
     "gsm8k": (
         360,
         "-m bench.generation.gsm8k --batch 64 --refresh window=32,0 --skip-committed --suffix-length 32 --weights fp8",
@@ -69,6 +72,7 @@ PIECES = {
     "crossover": (240, "-m bench.ops.tune crossover"),
     "whole-attention": (120, "-m bench.ops.tune whole-attention"),
     "small": (420, f"{BENCH} 'norm or rope or glu'"),
+    "loop-drafts": (480, f"{PARALLEL} tests/test_speculate.py tests/test_pace.py tests/test_warmup.py"),
     "loop": (480, f"{PARALLEL} tests/test_generate.py tests/test_patch.py tests/test_loop_kernels.py"),
     "loop-options": (480, f"{PARALLEL} tests/test_refresh.py tests/test_remask.py tests/test_engine.py"),
     "loop-rounded": (480, f"{PARALLEL} tests/test_rounded.py tests/test_rows.py tests/test_fast_dllm.py"),

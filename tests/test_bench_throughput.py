@@ -40,10 +40,11 @@ def test_ways_evaluate_fewer_positions_and_take_as_many_forwards(model):
 
 def test_drafts_and_a_cache_in_e4m3_are_ways_too(model):
     job = throughput.prepare(SHAPES["quick"], model, "20+64", 1)
-    rows, _ = throughput.measure(model, job, 8, 1, ["all", "e4m3", "drafts-3"], [])
+    rows, _ = throughput.measure(model, job, 8, 1, ["all", "e4m3", "drafts-3", "drafts-auto"], [])
     of = {row.way: row for row in rows if row.refresh == "block"}
     assert of["e4m3"].positions == of["all"].positions < of["drafts-3"].positions
     assert of["drafts-3"].nfe <= of["all"].nfe == of["e4m3"].nfe
+    assert of["drafts-auto"].positions == of["all"].positions  # none on a CPU
 
 
 def test_others_take_turns_with_ours(model, monkeypatch):

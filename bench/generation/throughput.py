@@ -36,7 +36,7 @@ from dllm_fast.patch import bound_family, bound_pool
 WAYS = {
     "all": {}, "skip": {"skip_committed": True}, "suffix": {"suffix_length": 32},
     "both": {"skip_committed": True, "suffix_length": 32}, "e4m3": {"cache_dtype": "e4m3"},
-    **{f"drafts-{n}": {"speculate": n} for n in (1, 3, 7)},
+    **{f"drafts-{n}": {"speculate": n} for n in (1, 3, 7, "auto")},
 }  # fmt: skip
 FEWER = ("all", "skip", "suffix", "both")  # positions
 BASE = ("block", "all")  # refresh and way that peers are compared with
