@@ -128,16 +128,16 @@ void linear(bool bf16, int64_t threads, int64_t rows, const std::string& name) {
 void predict(bool bf16, int64_t threads, int64_t rows, int confidence, float temperature, const std::string& name) {
   const int64_t d = 64, V = 1500, banned[] = {3, 9}, deferred[] = {100, 101};
   Tensor hidden(bf16, rows * d), uncond(bf16, rows * d), w(bf16, V * d), b(bf16, V);
-  std::vector<int64_t> row(rows, 1), position(rows), token(rows, -1), chosen(rows);
+  std::vector<int64_t> step(rows, 3), row(rows, 1), position(rows), token(rows, -1), chosen(rows);
   for (int64_t i = 0; i < rows; ++i) position[i] = 5 + i;
   Tensor score(false, rows, true), lse(false, rows, true);
   Predict a = {};
   a.hidden = hidden.data(), a.uncond = uncond.data(), a.weight = w.data(), a.bias = b.data();
-  a.row = row.data(), a.position = position.data(), a.banned = banned, a.deferred = deferred;
+  a.step = step.data(), a.row = row.data(), a.position = position.data(), a.banned = banned, a.deferred = deferred;
   a.token = token.data(), a.score = score.wide.data(), a.lse = lse.wide.data();
   a.rows = rows, a.width = d, a.vocabulary = V, a.hidden_stride = a.uncond_stride = a.weight_stride = d;
   a.banned_ranges = a.deferred_ranges = 1, a.mask_id = 7, a.confidence = confidence;
-  a.seed = 12345678901234567ull, a.step = 3, a.temperature = temperature, a.guidance = 1.5f;
+  a.seed = 12345678901234567ull, a.temperature = temperature, a.guidance = 1.5f;
   dllm_predict(&a, 0, bf16, threads);
   const std::string which = "-" + std::to_string(rows) + "rows-confidence" + std::to_string(confidence) + name;
   std::printf("token%s", which.c_str());

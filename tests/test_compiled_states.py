@@ -57,8 +57,10 @@ def inputs(shape, dtype, kept=None, seed=0):
     unseen = (outside, (place < start[:, None]) | (place >= end[:, None]))
     sets = []
     for value in (float("nan"), 0.0):
-        pairs = ([x.masked_fill(at[..., None, None], value) for x in pair] for pair, at in zip(((keys, values), own), unseen))
-        shared, mine = ([x.to(kept or dtype) for x in pair] for pair in pairs)
+        shared, mine = (
+            [x.masked_fill(at[..., None, None], value).to(kept or dtype) for x in pair]
+            for pair, at in zip(((keys, values), own), unseen, strict=True)
+        )
         sets.append((q, *shared, start, end, slot, window, first, hole, length, *mine))
     return *sets, queries
 
@@ -175,7 +177,7 @@ def test_nothing_but_the_query_changes_its_result(name, dtype, level, use, monke
     for size in (16, 32, 48, 96):
         monkeypatch.setattr(compiled, "_query_rows", lambda *_, size=size: size)
         assert torch.equal(run(poisoned, queries), out), size
-    q, keys, values, start, end, slot, _, first, hole, _, own_keys, own_values = poisoned
+    q, keys, values, start, end, slot, _, _, hole, _, own_keys, own_values = poisoned
     for row, state in itertools.product(range(len(hole)), range(states)):
         one, own = slice(row, row + 1), slice(row * queries + state * length, row * queries + (state + 1) * length)
         others = torch.arange(queries) // length != state
