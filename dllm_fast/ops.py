@@ -242,6 +242,8 @@ def attention(q, keys, values, seen, beside=None, impl="torch"):
     if beside is not None:
         if impl == "triton":
             return launchers.triton().attention(q, keys, values, *seen[:-1], *beside)
+        if impl == "cpp":
+            return compiled.attention(q, keys, values, *seen, *beside)
         pairs = zip((keys, values), beside, strict=True)
         keys, values = (torch.cat((as_bytes(x), as_bytes(y)), 1).view(x.dtype) for x, y in pairs)
         return attention(q, keys, values, seen)

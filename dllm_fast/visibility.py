@@ -55,8 +55,10 @@ def visible(like, slots, start=None, end=None, slot=None, window=None, packed=No
 
 
 def _visible_to_states(slots, start, end, slot, window, packed, impl) -> tuple:
-    """`visible` for the queries of states, which PyTorch's attention serves on a CPU."""
+    """`visible` for the queries of states."""
     hole, length, states = packed.states
+    if impl == "cpp":
+        return start, end, slot, window, None, packed.first, packed.most, hole, length
     start, end = (
         (torch.zeros_like(hole) if start is None else start),
         (torch.full_like(hole, slots) if end is None else end),

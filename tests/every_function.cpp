@@ -94,6 +94,29 @@ void attention(bool bf16, bool e4m3, int64_t threads, int64_t window, const std:
   out.print("attention-window" + std::to_string(window) + (e4m3 ? "-e4m3" : "") + name);
 }
 
+void states(bool bf16, bool e4m3, int64_t threads, int64_t window, const std::string& name) {
+  const int64_t B = 2, L = 9, K = 3 * L, H = 4, G = 2, D = 40, S = 70, N = B * K;
+  const int64_t start[] = {3, 0}, end[] = {66, 70}, first[] = {0, K, N}, hole[] = {60, 12};
+  std::vector<int64_t> slot(N);
+  for (int64_t i = 0; i < N; ++i) slot[i] = i % K;
+  Tensor q(bf16, N * H * D), k(bf16, B * S * G * D), v(bf16, B * S * G * D), out(bf16, N * H * D, true);
+  Tensor own_k(bf16, N * G * D), own_v(bf16, N * G * D);
+  const std::vector<uint8_t> k8 = bytes(e4m3 * B * S * G * D), v8 = bytes(e4m3 * B * S * G * D);
+  const std::vector<uint8_t> own_k8 = bytes(e4m3 * N * G * D), own_v8 = bytes(e4m3 * N * G * D);
+  Attention a = {};
+  a.q = q.data(), a.out = out.data();
+  a.keys = e4m3 ? (const void*)k8.data() : k.data(), a.values = e4m3 ? (const void*)v8.data() : v.data();
+  a.own_keys = e4m3 ? (const void*)own_k8.data() : own_k.data();
+  a.own_values = e4m3 ? (const void*)own_v8.data() : own_v.data();
+  a.start = start, a.end = end, a.slot = slot.data(), a.first = first, a.hole = hole, a.e4m3 = e4m3;
+  a.batch = B, a.queries = K, a.heads = H, a.kv_heads = G, a.head_dim = D, a.slots = S, a.length = L, a.own_slots = K;
+  set(a.q_stride, 0, H * D, D), set(a.k_stride, S * G * D, G * D, D), set(a.v_stride, S * G * D, G * D, D);
+  set(a.own_k_stride, K * G * D, G * D, D), set(a.own_v_stride, K * G * D, G * D, D);
+  a.window = window, a.tile = 32, a.scale = e4m3 ? 0.0003f : 0.3f;
+  dllm_attention(&a, 0, bf16, threads);
+  out.print("states-window" + std::to_string(window) + (e4m3 ? "-e4m3" : "") + name);
+}
+
 void linear(bool bf16, int64_t threads, int64_t rows, const std::string& name) {
   const int64_t inputs = 301, outputs = 130;
   Tensor x(bf16, rows * inputs), w(bf16, outputs * inputs), b(bf16, outputs), out(bf16, rows * outputs, true);
@@ -105,16 +128,16 @@ void linear(bool bf16, int64_t threads, int64_t rows, const std::string& name) {
 void predict(bool bf16, int64_t threads, int64_t rows, int confidence, float temperature, const std::string& name) {
   const int64_t d = 64, V = 1500, banned[] = {3, 9}, deferred[] = {100, 101};
   Tensor hidden(bf16, rows * d), uncond(bf16, rows * d), w(bf16, V * d), b(bf16, V);
-  std::vector<int64_t> row(rows, 1), position(rows), token(rows, -1), chosen(rows);
+  std::vector<int64_t> step(rows, 3), row(rows, 1), position(rows), token(rows, -1), chosen(rows);
   for (int64_t i = 0; i < rows; ++i) position[i] = 5 + i;
   Tensor score(false, rows, true), lse(false, rows, true);
   Predict a = {};
   a.hidden = hidden.data(), a.uncond = uncond.data(), a.weight = w.data(), a.bias = b.data();
-  a.row = row.data(), a.position = position.data(), a.banned = banned, a.deferred = deferred;
+  a.step = step.data(), a.row = row.data(), a.position = position.data(), a.banned = banned, a.deferred = deferred;
   a.token = token.data(), a.score = score.wide.data(), a.lse = lse.wide.data();
   a.rows = rows, a.width = d, a.vocabulary = V, a.hidden_stride = a.uncond_stride = a.weight_stride = d;
   a.banned_ranges = a.deferred_ranges = 1, a.mask_id = 7, a.confidence = confidence;
-  a.seed = 12345678901234567ull, a.step = 3, a.temperature = temperature, a.guidance = 1.5f;
+  a.seed = 12345678901234567ull, a.temperature = temperature, a.guidance = 1.5f;
   dllm_predict(&a, 0, bf16, threads);
   const std::string which = "-" + std::to_string(rows) + "rows-confidence" + std::to_string(confidence) + name;
   std::printf("token%s", which.c_str());
@@ -173,5 +196,7 @@ int main() {
       rope(bf16, false, threads, name);
       for (int64_t window : {-1, 5}) attention(bf16, true, threads, window, name);
       rope(bf16, true, threads, name);
+      for (bool e4m3 : {false, true})
+        for (int64_t window : {-1, 5}) states(bf16, e4m3, threads, window, name);
     }
 }

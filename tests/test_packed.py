@@ -42,17 +42,16 @@ def test_attention(name, dtype, impl):
     assert_as_exact(out[:total].contiguous(), eager, truth)
 
 
-@pytest.mark.parametrize("impl", ["torch", "cpp"])
+@every
+@pytest.mark.usefixtures("poisoned_outputs")
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
 @pytest.mark.parametrize("name", packs.STATES)
 def test_states(name, dtype, impl):
-    """PyTorch's attention serves the compiled ops too."""
-    _, clean, queries = packs.states_inputs(packs.STATES[name], dtype)
+    poisoned, clean, queries = packs.states_inputs(packs.STATES[name], dtype)
     wide = [x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in clean]
     truth, eager = (reference_states.attention(*x) for x in (wide, clean))
-    q, keys, values, start, end, slot, window, first, hole, length, *own = clean
-    states = States(hole, length, queries // length)
-    packed = Packed(reference.row_of(first, len(q)), first, queries, states=states)
+    q, keys, values, start, end, slot, window, first, hole, length, *own = poisoned if impl == "cpp" else clean
+    packed = Packed(reference.row_of(first, len(q)), first, queries, states=States(hole, length, queries // length))
     seen = ops.visible(q, keys.shape[1], start, end, slot, window, packed, impl=impl)
     assert_as_exact(ops.attention(q, keys, values, seen, own, impl=impl).contiguous(), eager, truth)
 

@@ -11,6 +11,10 @@ struct Attention {
   void* out;                          // as q, contiguous
   const int64_t *start, *end, *slot;  // [B], or null: 0, S, 0
   const int64_t* first;               // [B + 1], or null: packed queries, of which each has a slot, [N]
+  // With states, which are packed: their slots are those of their own keys and values, [B, K, G, D]; hole is [B].
+  const void *own_keys, *own_values;
+  const int64_t* hole;
+  int64_t length, own_slots, own_k_stride[3], own_v_stride[3];
   int64_t batch, queries, heads, kv_heads, head_dim, slots;
   int64_t q_stride[3], k_stride[3], v_stride[3];  // q's with packed queries: 0, a query's, a head's
   int64_t window;  // -1: none

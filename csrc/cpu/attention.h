@@ -6,6 +6,9 @@
 // Lanes are query rows, so a tile of scores is [slots, rows]. Slots that no row sees are never read, and only a window
 // needs a mask, in the tiles at its edges. The H/G query heads that share a K/V head are rows of one tile, in the order
 // (t, head).
+//
+// The queries of states (reference_states.attention) are rows of one tile too: they read the batch row's slots outside
+// the hole once, and then each state its own.
 
 #pragma once
 
@@ -33,8 +36,9 @@ struct AttentionTask {
   int64_t base;               // the batch row's first query, among all
   int64_t group, words;       // H/G; words of a head
   int64_t lanes;              // rows, rounded up to whole vectors
+  int64_t start, end;         // the batch row's valid slots
   int64_t lo, hi;             // slots that some row sees
-  int64_t from, to;           // slots of the first and of the last row
+  int64_t from, to;           // slots of the first and of the last row; with states, of the hole
   float* q;                   // [words, lanes]
   float* score;               // [SLOTS, lanes]; then weights, as words [SLOTS / PER_WORD, lanes]
   float* wide_k;              // [SLOTS, words, up to whole vectors]: keys that cannot be multiplied in place
@@ -54,10 +58,12 @@ struct AttentionTask {
     if (rows <= 0) return;
     lanes = parts(rows, W) * W;
     words = parts(a.head_dim, PER_WORD<T>);
-    from = slot_of(0);
-    to = slot_of(rows - 1);
-    lo = larger(0, a.start ? a.start[b] : 0);
-    hi = smaller(a.slots, a.end ? a.end[b] : a.slots);
+    from = a.hole ? a.hole[b] : slot_of(0);
+    to = a.hole ? from + a.length - 1 : slot_of(rows - 1);
+    start = a.start ? a.start[b] : 0;
+    end = a.end ? a.end[b] : a.slots;
+    lo = larger(0, start);
+    hi = smaller(a.slots, end);
     if (a.window >= 0) {
       lo = larger(lo, from - a.window);
       hi = smaller(hi, to + a.window + 1);
@@ -75,24 +81,67 @@ struct AttentionTask {
     shrink = take(lanes);
   }
 
-  // The slot of one of the task's rows.
-  int64_t slot_of(int64_t row) const {
+  // The slot of one of the task's rows: of its state's own, if there are any.
+  int64_t given_slot(int64_t row) const {
     const int64_t t = (first + row) / group;
     return a.first ? a.slot[base + t] : (a.slot ? a.slot[b] : 0) + t;
   }
 
+  // The batch row's slot that it stands for.
+  int64_t slot_of(int64_t row) const { return a.hole ? a.hole[b] + given_slot(row) % a.length : given_slot(row); }
+
+  // A head's keys and values: slot j is at k + j * k_step.
+  struct Slots {
+    const C *k, *v;
+    int64_t k_step, v_step;
+    Slots(const void* keys, const void* values, const int64_t* k_stride, const int64_t* v_stride, int64_t b, int64_t g)
+        : k((const C*)keys + b * k_stride[0] + g * k_stride[2]),
+          v((const C*)values + b * v_stride[0] + g * v_stride[2]),
+          k_step(k_stride[1]),
+          v_step(v_stride[1]) {}
+  };
+
   void run() {
     if (rows <= 0) return;  // another batch row has more packed queries
-    const C* k = (const C*)a.keys + b * a.k_stride[0] + g * a.k_stride[2];
-    for (int64_t j = lo; j < smaller(hi, lo + SLOTS); ++j) fetch_head(k + j * a.k_stride[1]);
+    const Slots shared(a.keys, a.values, a.k_stride, a.v_stride, b, g);
+    for (int64_t j = lo; j < smaller(hi, lo + SLOTS); ++j) fetch_head(shared.k + j * shared.k_step);
     load_queries();
     for (int64_t l = 0; l < lanes; ++l) {
       peak[l] = -INFINITY;
       total[l] = 0;
     }
     memset(out, 0, sizeof(float) * parts(a.head_dim, W) * W * lanes);
-    for (int64_t j = lo; j < hi; j += SLOTS) absorb(j, smaller(SLOTS, hi - j));
+    if (a.hole) {
+      absorb(shared, lo, smaller(hi, from), 0, lanes);
+      absorb(shared, larger(lo, to + 1), hi, 0, lanes);
+      absorb_states();
+    } else {
+      absorb(shared, lo, hi, 0, lanes);
+    }
     store_out();
+  }
+
+  // Add to the rows of each state the slots of its own.
+  void absorb_states() {
+    for (int64_t row = 0, next; row < rows; row = next) {
+      const int64_t slot = given_slot(row), own = slot / a.length * a.length;  // where the state's slots begin
+      int64_t least = slot_of(row), most = least;
+      for (next = row + 1; next < rows && given_slot(next) / a.length * a.length == own; ++next) {
+        least = smaller(least, slot_of(next));
+        most = larger(most, slot_of(next));
+      }
+      int64_t first_seen = larger(start, from), last_seen = smaller(end, from + smaller(a.length, a.own_slots - own));
+      if (slot < 0) continue;
+      if (a.window >= 0) {
+        // Skip whole tiles only: where they begin must not depend on which rows are in a task.
+        first_seen += larger(0, least - a.window - first_seen) / SLOTS * SLOTS;
+        last_seen = smaller(last_seen, most + a.window + 1);
+      }
+      Slots mine(a.own_keys, a.own_values, a.own_k_stride, a.own_v_stride, b, g);
+      mine.k += (own - from) * mine.k_step;
+      mine.v += (own - from) * mine.v_step;
+      absorb(mine, first_seen, last_seen, row, next == rows ? lanes : next);
+    }
   }
 
   void load_queries() {
@@ -103,16 +152,19 @@ struct AttentionTask {
     });
   }
 
-  // Add slots j to j + n to the running softmax.
-  void absorb(int64_t j, int64_t n) {
-    const C* k = (const C*)a.keys + b * a.k_stride[0] + j * a.k_stride[1] + g * a.k_stride[2];
-    const C* v = (const C*)a.values + b * a.v_stride[0] + j * a.v_stride[1] + g * a.v_stride[2];
+  // Add slots j to ``stop`` to the running softmax of the rows ``begin`` to ``past``.
+  void absorb(const Slots& slots, int64_t j, int64_t stop, int64_t begin, int64_t past) {
+    for (; j < stop; j += SLOTS) absorb_tile(slots, j, smaller(SLOTS, stop - j), begin, past);
+  }
+
+  void absorb_tile(const Slots& slots, int64_t j, int64_t n, int64_t begin, int64_t past) {
+    const C *k = slots.k + j * slots.k_step, *v = slots.v + j * slots.v_step;
     const char *k_words = (const char*)k, *v_words = (const char*)v;
-    int64_t k_row = a.k_stride[1] * sizeof(C), v_row = a.v_stride[1] * sizeof(C);
+    int64_t k_row = slots.k_step * sizeof(C), v_row = slots.v_step * sizeof(C);
     const int64_t D = a.head_dim, wide = parts(D, W) * W;
     // 1. Keys and values as words.
     if (NARROW || WIDEN<T> || D % PER_WORD<T>) {
-      for (int64_t i = 0; i < n; ++i) copy_row(wide_k + i * wide, k + i * a.k_stride[1]);
+      for (int64_t i = 0; i < n; ++i) copy_row(wide_k + i * wide, k + i * slots.k_step);
       k_words = (const char*)wide_k;
       k_row = wide * sizeof(float);
     }
@@ -122,17 +174,23 @@ struct AttentionTask {
     }
     const bool edge = a.window >= 0 && (j < to - a.window || j + n - 1 > from + a.window);
     // 2. A few vectors of rows at a time: scores, softmax, and weights times values.
-    in_groups(lanes / W, [&](auto count, int64_t first_vector) {
+    const int64_t before = begin / W;
+    in_groups(parts(past, W) - before, [&](auto count, int64_t first_vector) {
       constexpr int NR = decltype(count)::value;
-      const int64_t lane = first_vector * W;
+      const int64_t lane = (before + first_vector) * W;
+      const bool mixed = lane < begin || lane + NR * W > past;  // with rows of other states
       Vec top[NR];
-      for (int c = 0; c < NR; ++c) top[c] = all(-INFINITY);
+      Int ours[NR];
+      for (int c = 0; c < NR; ++c) {
+        top[c] = all(-INFINITY);
+        ours[c] = in_range(lane + c * W, begin, past);
+      }
       matmul<T, NR, false, SCORE_PART<T>>(
           n, k_words, k_row, 4, q + lane, lanes, words, nullptr,
           [&](int64_t i, int c) {
             if (first_vector + c == 0) {
-              fetch_head(k + (i + n) * a.k_stride[1]);
-              fetch_head(v + i * a.v_stride[1]);
+              fetch_head(k + (i + n) * slots.k_step);
+              fetch_head(v + i * slots.v_step);
             }
             return Vec{};
           },
@@ -141,15 +199,16 @@ struct AttentionTask {
             top[c] = larger(x, top[c]);
           });
       for (int c = 0; c < NR; ++c) {
-        if (edge) top[c] = mask(j, n, lane + c * W);
+        if (edge || mixed) top[c] = mask(j, n, lane + c * W, ours[c]);
         softmax(n, lane + c * W, top[c]);
       }
       if (sizeof(C) < 4 && first_vector == 0)
-        for (int64_t i = 0; i < n; i += PER_WORD<T>) widen_values(i, n, v + i * a.v_stride[1], wide);
+        for (int64_t i = 0; i < n; i += PER_WORD<T>) widen_values(i, n, v + i * slots.v_step, slots.v_step, wide);
       matmul<T, NR, false, VALUE_PART<T>>(
           D, v_words, 4, v_row, score + lane, lanes, parts(n, PER_WORD<T>), nullptr,
           [](int64_t, int) { return Vec{}; },
           [&](int64_t d, int c, Vec x) {
+            if (mixed) x = choose(ours[c], x, Vec{});  // a weight of 0 times another state's NaN is NaN
             // Each tile is summed by itself and then added: one sum over all slots would be less exact.
             float* to = out + d * lanes + lane + c * W;
             store(to, load<Vec>(to) * load<Vec>(shrink + lane + c * W) + x);
@@ -172,22 +231,30 @@ struct AttentionTask {
 
   // Values of slot i; or of slots i and i + 1 as words. A last odd slot is paired with itself, and the weight there is
   // 0.
-  void widen_values(int64_t i, int64_t n, const C* v, int64_t wide) {
+  void widen_values(int64_t i, int64_t n, const C* v, int64_t v_step, int64_t wide) {
     if constexpr (PER_WORD<T> == 2)
-      interleave((uint32_t*)wide_v + i / 2 * wide, v, i + 1 < n ? v + a.v_stride[1] : v, a.head_dim);
+      interleave((uint32_t*)wide_v + i / 2 * wide, v, i + 1 < n ? v + v_step : v, a.head_dim);
     else
       copy_row(wide_v + i * wide, v);
   }
 
-  // Set the scores of slots j to j + n that W rows do not see to -inf; returns the largest score of each row.
-  Vec mask(int64_t j, int64_t n, int64_t lane) {
+  // Which of W rows are in [begin, past).
+  static Int in_range(int64_t lane, int64_t begin, int64_t past) {
+    Int row;
+    for (int l = 0; l < W; ++l) row[l] = int32_t(lane + l);
+    return (row >= int32_t(begin)) & (row < int32_t(past));
+  }
+
+  // Set the scores of slots j to j + n that W rows do not see to -inf, and all those of rows that are not ``ours``;
+  // returns the largest score of each row.
+  Vec mask(int64_t j, int64_t n, int64_t lane, Int ours) {
     Vec top = all(-INFINITY);
     Int distance;  // from j to each row's slot: between -S and S, or no row would see a slot of the tile
     for (int l = 0; l < W; ++l) distance[l] = int32_t(slot_of(smaller(lane + l, rows - 1)) - j);
-    const int32_t window = int32_t(smaller(a.window, 1 << 30));
+    const int32_t window = int32_t(a.window < 0 ? 1 << 30 : smaller(a.window, 1 << 30));
     for (int64_t i = 0; i < n; ++i) {
       const Int away = distance - int32_t(i);
-      const Int visible = (away <= window) & (away >= -window);
+      const Int visible = (away <= window) & (away >= -window) & ours;
       const Vec x = choose(visible, load<Vec>(score + i * lanes + lane), all(-INFINITY));
       store(score + i * lanes + lane, x);
       top = larger(x, top);

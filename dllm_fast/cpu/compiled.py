@@ -135,6 +135,9 @@ class _Attention(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("q", "keys", "values", "out", "start", "end", "slot", "first")),
+        *((name, ctypes.c_void_p) for name in ("own_keys", "own_values", "hole")),
+        *((name, ctypes.c_int64) for name in ("length", "own_slots")),
+        *((name, _Strides) for name in ("own_k_stride", "own_v_stride")),
         *((name, ctypes.c_int64) for name in ("batch", "queries", "heads", "kv_heads", "head_dim", "slots")),
         *((name, _Strides) for name in ("q_stride", "k_stride", "v_stride")),
         ("window", ctypes.c_int64),
@@ -155,12 +158,16 @@ def _attention(
     scale: float | None = None,
     first: torch.Tensor | None = None,  # [B + 1] int64: packed queries, q [N, 1, H, D] and slot [N]
     most: int = 0,  # packed queries of a row at most
+    hole: torch.Tensor | None = None,  # [B] int64: with states, as are the rest
+    length: int = 0,
+    own_keys: torch.Tensor | None = None,  # [B, K, G, D]
+    own_values: torch.Tensor | None = None,  # [B, K, G, D]
 ) -> torch.Tensor:
-    """`reference.attention` for fp32 and bf16, keys and values of that or of e4m3; ``start`` and ``slot`` default to 0,
-    ``end`` to S.
+    """`reference.attention`, or `reference_states.attention`, for fp32 and bf16, keys and values of that or of e4m3;
+    ``start`` and ``slot`` default to 0, ``end`` to S.
 
-    All strides but the last dimension's are free. Slots outside a row's range are not read. In fp32 the error is on
-    average 0.6 to 0.8 times PyTorch's; in a small tensor the largest error may exceed PyTorch's.
+    All strides but the last dimension's are free. Slots outside a row's range are not read, nor those in its hole. In
+    fp32 the error is on average 0.6 to 0.8 times PyTorch's; in a small tensor the largest error may exceed PyTorch's.
 
     Raises:
         ValueError: a shape, dtype or stride that does not fit; it names the tensor.
@@ -177,7 +184,9 @@ def _attention(
     slots, kv_heads = keys.shape[1:3]
     buffer = (batch, slots, kv_heads, head_dim)
     _check(q.dtype, q=(q, q.shape))
-    _check(E4M3 if keys.dtype == E4M3 else q.dtype, keys=(keys, buffer), values=(values, buffer))
+    kept = E4M3 if keys.dtype == E4M3 else q.dtype
+    own_slots, own_strides = _states(kept, buffer, first, hole, length, own_keys, own_values)
+    _check(kept, keys=(keys, buffer), values=(values, buffer))
     _check(torch.int64, start=(start, (batch,)), end=(end, (batch,)), slot=(slot, slot_shape))
     _check(torch.int64, first=(first, (batch + 1,)))
     if window is not None and window < 0:
@@ -187,11 +196,12 @@ def _attention(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if out.numel() and queries:
         arguments = _Attention(
-            *map(_pointer, (q, keys, values, out, start, end, slot, first)),
+            *map(_pointer, (q, keys, values, out, start, end, slot, first, own_keys, own_values, hole)),
+            *(length, own_slots, *own_strides),
             *(batch, queries, heads, kv_heads, head_dim, slots),
             *(_Strides(*three) for three in (strides, keys.stride()[:3], values.stride()[:3])),
             -1 if window is None else min(window, 1 << 40),
-            _query_rows(batch * kv_heads, queries * heads // kv_heads, window, _threads()),
+            _query_rows(batch * kv_heads, queries * heads // kv_heads, window if hole is None else None, _threads()),
             keys.dtype == E4M3,
             head_dim**-0.5 if scale is None else scale,
         )
@@ -199,10 +209,26 @@ def _attention(
     return out
 
 
+def _states(dtype, buffer, first, hole, length, own_keys, own_values) -> tuple[int, tuple]:
+    """The number of slots in the states' buffers, and these buffers' strides; 0 without states."""
+    if hole is None and own_keys is None and own_values is None:
+        return 0, (_Strides(), _Strides())
+    given = {"first": first, "hole": hole, "own_keys": own_keys, "own_values": own_values}
+    if lacking := [name for name, x in given.items() if x is None]:
+        raise ValueError(f"{' and '.join(lacking)}: None; states need {', '.join(given)}")
+    if length < 1:
+        raise ValueError(f"length={length}: a state has at least 1 slot")
+    shape = (buffer[0], own_keys.shape[1] if own_keys.dim() == 4 else 0, *buffer[2:])
+    _check(torch.int64, hole=(hole, shape[:1]))
+    _check(dtype, own_keys=(own_keys, shape), own_values=(own_values, shape))
+    return shape[1], tuple(_Strides(*x.stride()[:3]) for x in (own_keys, own_values))
+
+
 def _query_rows(heads: int, rows: int, window: int | None, threads: int) -> int:
     """Query rows in a task: the number that gives the busiest thread the least work, a task's overhead being 8 rows.
 
-    A row's result depends on it only with a window, where the tiles of slots begin at the task's first visible one.
+    A row's result depends on it only with a window, where the tiles of slots begin at the task's first visible one;
+    with states, at the hole's.
     """
     if window is not None:
         return 32  # a larger task reads more slots outside a row's window
@@ -212,7 +238,8 @@ def _query_rows(heads: int, rows: int, window: int | None, threads: int) -> int:
 
 attention = _define(
     "cpu_attention(Tensor q, Tensor keys, Tensor values, Tensor? start=None, Tensor? end=None, Tensor? slot=None, "
-    "int? window=None, float? scale=None, Tensor? first=None, int most=0) -> Tensor",
+    "int? window=None, float? scale=None, Tensor? first=None, int most=0, "
+    "Tensor? hole=None, int length=0, Tensor? own_keys=None, Tensor? own_values=None) -> Tensor",
     _attention,
     lambda q, *rest, **options: q.new_empty(q.shape),
 )
