@@ -306,8 +306,8 @@ def main() -> None:
             lines = [[f"{one.threshold:g}", share(one.right), f"{one.forwards:.2f}",
                       f"{about.tokens / one.forwards:.1f}"] for one in plain]  # fmt: skip
             print_table(["threshold", "right", "forwards", "tokens each"], lines, f"{title}: plain thresholds")
-            print_table(list(SCORES), scores(rows, about.tokens), title)
-            print_table(list(VERDICTS), verdicts(rows, plain), title)
+            print_table(list(SCORES), scores(rows, about.tokens), f"{title}: lookahead")
+            print_table(list(VERDICTS), verdicts(rows, plain), f"{title}: verdicts")
             every += [asdict(row) for row in rows]
             every += [{"model": name, "block": block, **asdict(one)} for one in plain]
     print(json.dumps({"bench": "lookahead", "count": options.count, "rows": [
