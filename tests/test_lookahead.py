@@ -75,6 +75,11 @@ def test_what_a_run_counts():
     found, _ = filled(ROWS)
     assert (found.row_nfe, found.positions) == ([2], 5 * (1 + 3))
     assert found.extra.tolist() == [[False, False, True, True]] and (found.steps, found.anchors) == (2, 0)
+    expected = torch.tensor([[0, 1, 1, 0.6 - 2 / 3], [0, 2, 1, 0.7 - 2 / 3]]).double()
+    torch.testing.assert_close(found.tried, expected, atol=1e-6, rtol=0)
+    for answer, told in ((1, None), (2, 1.0)):  # token 1 is right at position 2, and right or wrong at position 1
+        expected = torch.tensor([[1, answer, 1, 1]])
+        assert lookahead.told_apart([found], expected, 1) == told
 
 
 def test_leaving_out_a_doubtful_position_raises_the_mean_and_not_the_paired_difference():

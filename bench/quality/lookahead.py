@@ -17,9 +17,10 @@ Every setting answers the same held-out problems. Two verdicts, by 95 % interval
 the same threshold, and whether they answer more than plain thresholds with as many forwards: the best one that takes no
 more, or, where that is better, this one and the next slower, drawn at random for each problem. It is chosen on the
 same problems, which favours it. Forwards and tokens a forward are of a problem, and a forward of all branches counts
-once; a last one, that commits nothing, is not counted. Sequences are those that they evaluate. The tables give too how
-often the anchor wins, and how many of the tokens that the threshold committed, and of the branches' extra ones, are
-those of the right answer. Ends with one JSON line.
+once; a last one, that commits nothing, is not counted. Sequences are those that they evaluate. Further columns: how
+often the anchor wins; how many of the tokens that the threshold committed, and of the winners' extra ones, are those of
+the right answer; and told, how well scores tell right extra tokens from wrong ones: 0.5 is not at all, 1 always. Ends
+with one JSON line.
 """
 
 import argparse
@@ -51,7 +52,8 @@ WAYS = ((0.9, 3, "entropy"), (0.9, 3, "paired"), (0.9, 1, "unseen"), (0.99, 3, "
 @dataclass
 class Found:
     """What `task.score` reads of an `Output`, and extra: the tokens [B, T] bool of lookahead branches that won; steps:
-    those that had more than one branch; anchors: those of them that the anchor won."""
+    those that had more than one branch; anchors: those of them that the anchor won; tried [K, 4] fp64: row, position,
+    token of each lookahead branch that the anchor was compared with, and by how much its score was higher."""
 
     sequences: torch.Tensor
     row_nfe: list[int]
@@ -59,6 +61,7 @@ class Found:
     extra: torch.Tensor
     steps: int
     anchors: int
+    tried: torch.Tensor
 
 
 def branch_scores(
@@ -124,6 +127,7 @@ def lookahead(
     extra = torch.zeros_like(answers, dtype=torch.bool)
     states, there = answers[:, None], extra.new_ones(batch, 1)  # [B, N, T] and [B, N]; the anchor is the first branch
     nfe, positions, steps, anchors = torch.zeros(batch, dtype=torch.int64), 0, 0, 0
+    tried = [torch.zeros(0, 4, dtype=torch.float64)]
     while bool((live := (answers == mask_id).any(1).nonzero()[:, 0]).numel()):
         # 1. One forward of every branch.
         states, there, each = states[live], there[live], torch.arange(len(live))
@@ -133,7 +137,13 @@ def lookahead(
         token, probability, confidence = predict(model, prompts, mask, states, there, way)
         # 2. The winner.
         block = current_block(answers_before == mask_id, block_length)
-        won = winners(branch_scores(confidence, (states == mask_id) & block[:, None], way), there)
+        masked = (states == mask_id) & block[:, None]
+        scores = branch_scores(confidence, masked, way)
+        won = winners(scores, there)
+        rivals = there & there[:, :1] & masked.any(-1)
+        row, branch, at = ((states != answers_before[:, None]) & rivals[..., None]).nonzero(as_tuple=True)
+        gain = scores[row, branch] - scores[row, 0]
+        tried.append(torch.stack((live[row], at, states[row, branch, at], gain), 1))
         answer, token = states[each, won], token[each, won]
         probability, confidence = probability[each, won], confidence[each, won]
         extra[live] |= answer != answers_before
@@ -157,14 +167,15 @@ def lookahead(
         states[live] = torch.cat((answer[:, None], ahead), 1)
         there = extra.new_zeros(batch, states.shape[1])
         there[live] = torch.cat((torch.ones_like(left[:, :1]), left.gather(1, ranked)), 1)
-    return Found(torch.cat((input_ids, answers), 1), nfe.tolist(), positions, extra, steps, anchors)
+    return Found(torch.cat((input_ids, answers), 1), nfe.tolist(), positions, extra, steps, anchors, torch.cat(tried))
 
 
 @dataclass
 class Row:
     """right: of each problem. forwards: the mean. sequences: evaluated for a problem. anchors: the share of steps with
     branches that the anchor won. committed, extra: the share of the tokens that the threshold committed, and of those
-    that a lookahead branch did, that the right answer has there."""
+    that a lookahead branch did, that the right answer has there. told: `told_apart` of all lookahead branches' tokens.
+    """
 
     model: str
     block: int
@@ -177,6 +188,7 @@ class Row:
     anchors: float | None
     committed: float
     extra: float | None
+    told: float | None
 
 
 @dataclass
@@ -208,8 +220,24 @@ def measured(loaded, problems, batch: int, name: str, block: int, setting: tuple
     return Row(
         name, block, threshold, branches, way, got.right, fmean(got.nfe), got.positions / sum(lengths),
         sum(run.anchors for run in runs) / steps if steps else None, float(same[known & ~extra].double().mean()),
-        float(same[known & extra].double().mean()) if extra.any() else None,
+        float(same[known & extra].double().mean()) if extra.any() else None, told_apart(runs, expected, batch),
     )  # fmt: skip
+
+
+def told_apart(runs: list[Found], expected: torch.Tensor, batch: int) -> float | None:
+    """The probability that a branch with a right token scores higher above the anchor than one with a wrong one does:
+    0.5 if scores say nothing of it. None if there are not both."""
+    gains: dict[bool, list[torch.Tensor]] = {True: [], False: []}
+    for number, run in enumerate(runs):
+        row, at, token = run.tried[:, :3].long().unbind(1)
+        answer = expected[number * batch + row, at]
+        for right, own in gains.items():
+            own.append(run.tried[(answer >= 0) & ((answer == token) == right), 3])
+    right, wrong = (torch.cat(own) for own in gains.values())
+    if not len(right) or not len(wrong):
+        return None
+    higher = (right[:, None] > wrong).double() + 0.5 * (right[:, None] == wrong)
+    return float(higher.mean())
 
 
 def run(name: str, block: int, count: int, batch: int, thresholds=THRESHOLDS, branches=BRANCHES, ways=WAYS):
@@ -251,13 +279,13 @@ def share(right: list[bool]) -> str:
 
 
 SCORES = (
-    "threshold", "branches", "right", "forwards", "tokens each", "sequences", "anchor", "committed", "extra",
+    "setting", "right", "forwards", "tokens each", "sequences", "anchor", "committed", "extra", "told",
 )  # fmt: skip
-VERDICTS = ("threshold", "branches", "points over 0 branches", "no cost", "plain", "points over it", "better")
+VERDICTS = ("setting", "points over 0 branches", "no cost", "plain", "points over it", "better")
 
 
-def setting(row: Row) -> list[str]:
-    return [f"{row.threshold:g}", f"{row.branches}" + f" {row.way}" * (row.way != "mean")]
+def setting(row: Row) -> str:
+    return f"{row.threshold:g} + {row.branches}" + f" {row.way}" * (row.way != "mean")
 
 
 def percent(value: float | None) -> str:
@@ -267,8 +295,9 @@ def percent(value: float | None) -> str:
 def scores(rows: list[Row], tokens: int) -> list[list[str]]:
     return [
         [
-            *setting(row), share(row.right), f"{row.forwards:.2f}", f"{tokens / row.forwards:.1f}",
+            setting(row), share(row.right), f"{row.forwards:.2f}", f"{tokens / row.forwards:.1f}",
             f"{row.sequences:.1f}", percent(row.anchors), percent(row.committed), percent(row.extra),
+            "" if row.told is None else f"{row.told:.2f}",
         ]
         for row in rows
     ]  # fmt: skip
@@ -287,7 +316,7 @@ def verdicts(rows: list[Row], plain: list[Plain]) -> list[list[str]]:
             own = paired(*outcomes)
             names, right = rival(row.forwards, plain)
             against = less(row.right, right)
-            lines.append([*setting(row), short(own), harmless(own), names, short(against), better(against)])
+            lines.append([setting(row), short(own), harmless(own), names, short(against), better(against)])
     return lines
 
 
