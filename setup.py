@@ -4,6 +4,7 @@
 Hugging Face's, which transformers imports.
 """
 
+import hashlib
 import platform
 from pathlib import Path
 
@@ -35,7 +36,8 @@ class Build(build_ext):
                 depends=extension.depends,
             )
 
-        objects = compile_("library.cpp", "library", [])
+        sources = hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()
+        objects = compile_("library.cpp", "library", [], [("SOURCES", f'"{sources}"')])
         for name, options in INSTRUCTION_SETS.items():
             objects += compile_("kernels.cpp", name, options, [("TABLE", name)])
         target = self.get_ext_fullpath(extension.name)

@@ -9,6 +9,10 @@
 
 #include "api.h"
 
+#ifndef SOURCES
+#define SOURCES ""
+#endif
+
 #if defined(__x86_64__)
 extern const Kernels plain, avx2, avx512, avx512bf16;
 #else
@@ -76,6 +80,9 @@ void* scratch(size_t bytes, Use use) {
 
 #pragma GCC visibility push(default)
 extern "C" {
+
+// Of the files of this folder when this was compiled; see setup.py.
+const char* dllm_sources() { return SOURCES; }
 
 // The best that this CPU has: 0 plain, 1 AVX2, 2 AVX-512, 3 AVX-512 with bf16.
 int dllm_level() {

@@ -16,6 +16,7 @@ import warnings
 
 import torch
 
+from dllm_fast.cpu.sources import require_current
 from dllm_fast.kernels.checks import CONFIDENCES, as_numbers, as_scalar, check_choice, one_device
 from dllm_fast.kernels.reference_rounded import E4M3
 
@@ -61,6 +62,7 @@ def _library() -> ctypes.CDLL:
     if spec is None or spec.origin is None:
         raise ImportError("the compiled extension was not built; `pip install` builds it where there is a C++ compiler")
     library = ctypes.CDLL(spec.origin)
+    require_current(library, spec.origin)
     openmp = getattr(ctypes.CDLL(torch._C.__file__), "GOMP_parallel", None)
     library.dllm_openmp(None if openmp is None else ctypes.cast(openmp, ctypes.c_void_p))
     for name in ("attention", "linear", "predict", "rms_norm", "swiglu", "rope"):
