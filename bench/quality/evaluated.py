@@ -63,12 +63,12 @@ def options_of(way: str, schedule: str, refresh: str, tokens: int, block: int) -
     return given
 
 
-def run(name: str, count: int, batch: int, schedules, refreshes, seed: int = 7) -> list[Row]:
+def run(name: str, count: int, batch: int, schedules, refreshes, ways=WAYS, seed: int = 7) -> list[Row]:
     about, block = MODELS[name]
     model, tokenizer = task.load(name)
     found = about.problems(count, seed, held_out=True)
     rows = []
-    for schedule, refresh, way in itertools.product(schedules, refreshes, WAYS):
+    for schedule, refresh, way in itertools.product(schedules, refreshes, ways):
         if way == "sample" and refresh.startswith("drift"):
             continue  # not to be had
         options = options_of(way, schedule, refresh, about.tokens, block)
@@ -99,7 +99,8 @@ def draw(rows: list[Row], path: Path) -> None:
         figure, panels = plt.subplots(1, len(names), figsize=(9, 3.6), sharey=True, squeeze=False)
         for axes, name in zip(panels[0], names, strict=True):
             for way in WAYS:
-                own = [row for row in rows if (row.model, row.way) == (name, way)]
+                if not (own := [row for row in rows if (row.model, row.way) == (name, way)]):
+                    continue
                 axes.scatter(
                     [row.positions for row in own], [sum(r.right) / len(r.right) for r in own], label=way, s=18
                 )
@@ -118,12 +119,13 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=50)
     parser.add_argument("--schedules", nargs="+", default=SCHEDULES)
     parser.add_argument("--refreshes", nargs="+", default=REFRESHES)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="all among them: what others are against")
     parser.add_argument("--plot", type=Path, help="write the curves to this file")
     options = parser.parse_args()
     print(f"{os.cpu_count()} CPU cores, {datetime.date.today()}, torch {torch.__version__}, commit {checkout.commit()}")
     rows = []
     for name, (about, block) in MODELS.items():
-        mine = run(name, options.count, options.batch, options.schedules, options.refreshes)
+        mine = run(name, options.count, options.batch, options.schedules, options.refreshes, options.ways)
         head = ["schedule", "refresh", "evaluated", "right", "against all", "positions", "forwards"]
         print_table(
             head, table(mine), f"{name}, {options.count} problems of {about.tokens} tokens in blocks of {block}"
