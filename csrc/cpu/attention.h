@@ -180,11 +180,9 @@ struct AttentionTask {
       const int64_t lane = (before + first_vector) * W;
       const bool mixed = lane < begin || lane + NR * W > past;  // with rows of other states
       Vec top[NR];
+      for (int c = 0; c < NR; ++c) top[c] = all(-INFINITY);
       Int ours[NR];
-      for (int c = 0; c < NR; ++c) {
-        top[c] = all(-INFINITY);
-        ours[c] = in_range(lane + c * W, begin, past);
-      }
+      for (int c = 0; c < NR; ++c) ours[c] = in_range(lane + c * W, begin, past);
       matmul<T, NR, false, SCORE_PART<T>>(
           n, k_words, k_row, 4, q + lane, lanes, words, nullptr,
           [&](int64_t i, int c) {
@@ -204,15 +202,20 @@ struct AttentionTask {
       }
       if (sizeof(C) < 4 && first_vector == 0)
         for (int64_t i = 0; i < n; i += PER_WORD<T>) widen_values(i, n, v + i * slots.v_step, slots.v_step, wide);
-      matmul<T, NR, false, VALUE_PART<T>>(
-          D, v_words, 4, v_row, score + lane, lanes, parts(n, PER_WORD<T>), nullptr,
-          [](int64_t, int) { return Vec{}; },
-          [&](int64_t d, int c, Vec x) {
-            if (mixed) x = choose(ours[c], x, Vec{});  // a weight of 0 times another state's NaN is NaN
-            // Each tile is summed by itself and then added: one sum over all slots would be less exact.
-            float* to = out + d * lanes + lane + c * W;
-            store(to, load<Vec>(to) * load<Vec>(shrink + lane + c * W) + x);
-          });
+      auto add_values = [&](auto kept) {
+        matmul<T, NR, false, VALUE_PART<T>>(
+            D, v_words, 4, v_row, score + lane, lanes, parts(n, PER_WORD<T>), nullptr,
+            [](int64_t, int) { return Vec{}; },
+            [&](int64_t d, int c, Vec x) {
+              // Each tile is summed by itself and then added: one sum over all slots would be less exact.
+              float* to = out + d * lanes + lane + c * W;
+              store(to, load<Vec>(to) * load<Vec>(shrink + lane + c * W) + kept(c, x));
+            });
+      };
+      if (mixed)  // a weight of 0 times another state's NaN is NaN
+        add_values([&](int c, Vec x) { return choose(ours[c], x, Vec{}); });
+      else
+        add_values([](int, Vec x) { return x; });
     });
   }
 
