@@ -8,6 +8,7 @@ if os.path.isfile(os.path.join(os.path.dirname(__file__), "kernels")):
         "git config core.symlinks true && git checkout -- dllm_fast/kernels; or install the package: pip install ."
     )
 
+from dllm_fast import backend
 from dllm_fast.calibration import calibrate
 from dllm_fast.config import show_config
 from dllm_fast.decoding.drafts import DraftGraph
@@ -23,6 +24,8 @@ from dllm_fast.loading import from_pretrained, model_path, shipped
 from dllm_fast.patch import patch, patched, unpatch
 from dllm_fast.plain import generate_plain, load_plain
 from dllm_fast.warmup import warmup
+
+backend.register()
 
 __version__ = "0.1.0"
 

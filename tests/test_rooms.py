@@ -14,7 +14,7 @@ ROOMS = [
     {"ops", "attentions", "launchers", "visibility"},
     {"families"},
     {"decoding"},
-    {"patch"},
+    {"patch", "backend"},
     {"generation_config", "loading", "config"},
     {"generate"},
     {"hf", "warmup", "flow", "plain", "calibration"},

@@ -24,7 +24,7 @@ def patch_of(model: nn.Module):
     return state if state is not None and state.model is model else None
 
 
-def _span(attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+def span_of(attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
     """[start, end) of the ones of each row; None if a row has a hole or no ones."""
     start, end, length = valid_spans(attention_mask.bool())
     return (start, end) if bool(((end - start == length) & (length > 0)).all()) else None
@@ -85,7 +85,7 @@ def _fast(self, input_ids=None, attention_mask=None, **kwargs):
     span: tuple[torch.Tensor | None, torch.Tensor | None] | None = (None, None)
     if plain and attention_mask is not None:
         fits = isinstance(attention_mask, torch.Tensor) and attention_mask.shape == input_ids.shape
-        span = _span(attention_mask) if fits else None
+        span = span_of(attention_mask) if fits else None
     if not plain or span is None:
         return state.forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
     head = family.head_operands()
