@@ -170,3 +170,14 @@ def test_a_dense_mask_is_sdpas(window, padded):
     assert isinstance(found, backend.Ranges)
     dense = found.dense()
     assert torch.equal(torch.ones_like(expected) if dense is None else dense, expected.expand(2, 1, 4, 6))
+
+
+@needs_cpp
+def test_the_bench_compares_the_same_results():
+    from bench.generation import backend as bench
+
+    for name in bench.MODELS:
+        sizes = [(1, 16, False), (3, 16, True)]
+        rows = bench.measure(name, bench.TINY, sizes, 2, torch.float32, torch.device("cpu"))
+        assert [(row.batch, row.padded) for row in rows] == [(1, False), (3, True)]
+        assert all(row.difference < 1e-5 and len(row.times) == len(row.seconds) == 2 for row in rows)
