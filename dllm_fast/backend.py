@@ -78,7 +78,7 @@ def is_bidirectional(mask_function: Callable | None, window: int | None) -> bool
     if window is None or mask_function is None:
         return mask_function is masking_utils.bidirectional_mask_function
     ends = (window, 0), (0, window), (window + 1, 0), (0, window + 1)
-    numbers = ([torch.tensor(n, device="cpu") for n in (0, 0, *pair)] for pair in ends)
+    numbers = ([torch.tensor(n, dtype=torch.int64, device="cpu") for n in (0, 0, *pair)] for pair in ends)
     return [bool(mask_function(*each)) for each in numbers] == [True, True, False, False]
 
 

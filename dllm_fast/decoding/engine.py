@@ -226,7 +226,7 @@ class Engine(Speculation):
         if step.whole and step.packed:
             self.run_step(step)
         else:
-            key = (step, step.whole and self.unpadded, self.drafting)
+            key = (step, self.drafting, step.whole and self.unpadded)
             self.graphs.run(key, functools.partial(self.run_step, step))
 
     @property
