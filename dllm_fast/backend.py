@@ -8,7 +8,6 @@ other masks (causal, with holes, packed sequences), gradients, dropout, a positi
 transformers' log does so once.
 """
 
-import inspect
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -22,10 +21,12 @@ from transformers.modeling_utils import AttentionInterface
 from transformers.utils import logging
 
 from dllm_fast import ops
+from dllm_fast.families import running
 from dllm_fast.families.forward import span_of
+from dllm_fast.families.generic import BACKEND as NAME
+from dllm_fast.families.running import is_available
 from dllm_fast.visibility import visible
 
-NAME = "dllm_fast"
 WIDEST = 256  # a head
 UNSERVED = ("position_bias", "softcap", "s_aux", "head_mask")  # what a model may ask of attention besides
 
@@ -97,6 +98,8 @@ def mask(
 ) -> Ranges | torch.Tensor | None:
     """`Ranges`, or what ``sdpa`` takes where the mask is none."""
     device = torch.device(device)
+    if running.current() is not None and (use_vmap or not is_bidirectional(mask_function, local_size)):
+        raise ValueError("model: a layer's mask is neither bidirectional nor a window")
     if not use_vmap and is_bidirectional(mask_function, local_size):
         span: tuple[torch.Tensor | None, torch.Tensor | None] | None = (None, None)
         if attention_mask is not None:
@@ -124,47 +127,52 @@ def attention(
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """Attention as transformers calls it: [B, Q, H, D], and no weights. Queries that see no key get 0."""
+    run = running.current()
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if attention_mask is None and (not causal or query.shape[2] == 1):
+    if attention_mask is None and run is None and (not causal or query.shape[2] == 1):
         shape = (query.shape[0], query.shape[2], key.shape[2])
         attention_mask = Ranges(None, None, None, key.shape[2] - query.shape[2], shape, query.device)
-    reason = why_not(query, key, value, attention_mask, dropout, scaling, kwargs)
+    reason = why_not(query, key, value, dropout, kwargs)
+    if run is not None:
+        if reason:
+            raise ValueError(f"model: the kernels do not serve attention with {reason}")
+        window = attention_mask.window if isinstance(attention_mask, Ranges) else None
+        q, k, v = (x.transpose(1, 2) for x in (scaled(query, scaling), key, value))
+        return run.attend(q, k, v, window), None
     if reason or not isinstance(attention_mask, Ranges):
+        reason = reason or "a mask that is not a range of keys for each row, or a causal one"
         logger.warning_once(f"attn_implementation={NAME!r}: transformers' sdpa serves where there is {reason}")
         if isinstance(attention_mask, Ranges):
             attention_mask, is_causal = attention_mask.dense(), False
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    q, k, v = (x.transpose(1, 2) for x in (scaled(query, scaling), key, value))
     impl = ops.resolve("auto", q.device, q.dtype)
     with torch.cuda.device(q.device) if q.is_cuda else nullcontext():  # Triton launches on the current GPU
         return ops.attention(q, k, v, attention_mask.visible(q, impl), impl=impl), None
 
 
-def why_not(query, key, value, attention_mask, dropout: float, scaling: float | None, others: dict) -> str | None:
-    """What the kernels do not serve; None if they do."""
-    if not isinstance(attention_mask, Ranges):
-        return "a mask that is not a range of keys for each row, or a causal one"
+def scaled(query: torch.Tensor, scaling: float | None) -> torch.Tensor:
+    """Queries [B, H, Q, D] for kernels that scale by D^-1/2, where a model asks for ``scaling``."""
+    factor = 1.0 if scaling is None else scaling * query.shape[-1] ** 0.5
+    return query if math.isclose(factor, 1.0, rel_tol=1e-6) else query * factor
+
+
+def why_not(query, key, value, dropout: float, others: dict) -> str | None:
+    """What the kernels do not serve, whatever the mask; None if they do."""
     if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
         return "a gradient"
     if dropout:
         return "dropout"
     if unknown := sorted(name for name in UNSERVED if others.get(name) is not None):
         return " and ".join(unknown)
-    if scaling is not None and not math.isclose(scaling, query.shape[-1] ** -0.5, rel_tol=1e-6):
-        return f"a scale of {scaling}"
     if value.shape[-1] != key.shape[-1] or query.shape[-1] > WIDEST:
         return f"a head of {query.shape[-1]} and {value.shape[-1]}"
     if not query.dtype == key.dtype == value.dtype:
         return f"queries in {query.dtype}, keys in {key.dtype} and values in {value.dtype}"
     impl, obstacle = ops.auto(query.device, query.dtype)
-    return obstacle if impl == "torch" else None
-
-
-def is_available() -> bool:
-    """Whether this transformers asks for masks in the way of `mask`: 4.57 does not."""
-    return "q_length" in inspect.signature(sdpa_mask).parameters
+    return obstacle if impl == "torch" and running.current() is None else None
 
 
 def register() -> None:

@@ -17,7 +17,6 @@ from dllm_fast.families import family_of
 from dllm_fast.families.bypass import (
     departure,
     require_no_learned_prompt,
-    require_nothing_left_out,
     require_one_device,
     unwrapped,
 )
@@ -41,7 +40,8 @@ class _Patch:
     forward: Callable  # the model's own
     own_forward: object | None  # what the instance's __dict__ held under "forward", e.g. an Accelerate hook
     model: nn.Module
-    bound: types.MethodType | None = None  # the forward in the model's __dict__
+    bound: types.MethodType | None = None  # the forward in the model's __dict__, if it gets one
+    adopted: object = None  # what the family changed in the model, see `Family.adopt`
     buffers: list[tuple[nn.Module, str, torch.Tensor | None]] = field(default_factory=list)
     fused: dict[int, Fused] = field(default_factory=dict)  # by the number of the group, to be separated again
     pool: Pool = field(default_factory=Pool)
@@ -115,6 +115,8 @@ def _patch_model(model: nn.Module, impl: str, weights: str | None, head: str | N
     parameter = _first_parameter(model)
     resolved = ops.resolve(impl, parameter.device, parameter.dtype)
     require_known(weights=weights, head=head)
+    if weights is not None and family_class.runs_own:
+        raise ValueError(f"weights={weights!r}: a {type(model).__name__} runs its own forward, with its own weights")
     if (kind := loaded_kind(model)) not in (None, weights):
         raise ValueError(f"weights={weights!r}: this model was loaded with weights={kind!r} and has no others")
     state = patch_of(model)
@@ -135,7 +137,7 @@ def _patch_model(model: nn.Module, impl: str, weights: str | None, head: str | N
         fresh = _Patch(impl, weights, head, family, own, own_forward, model)
         if state is not None:
             fresh.fused, fresh.pool.lock = state.fused, state.pool.lock
-            fresh.bound, fresh.replaced = state.bound, state.replaced
+            fresh.bound, fresh.replaced, fresh.adopted = state.bound, state.replaced, state.adopted
         _prepare(fresh)
         # Everything that can fail is done; from here on the model's own attributes change.
         if state is not None:
@@ -145,12 +147,17 @@ def _patch_model(model: nn.Module, impl: str, weights: str | None, head: str | N
             module._buffers[name] = table
         model.__dict__[STATE] = fresh
         if state is None:
-            fresh.bound, fresh.replaced = types.MethodType(like(own), model), would_replace(model)
+            if not family.runs_own:
+                fresh.bound = types.MethodType(like(own), model)
+            if family.generates:
+                fresh.replaced = would_replace(model)
+            fresh.adopted = family.adopt()
             _install(model, fresh, generation_config_of(model))
 
 
 def _install(model: nn.Module, state: _Patch, generation_config: GenerationConfig | None) -> None:
-    model.__dict__["forward"] = state.bound
+    if state.bound is not None:
+        model.__dict__["forward"] = state.bound
     model.__dict__["__getstate__"] = types.MethodType(_plain_attributes, model)
     if state.replaced is not None:
         lend_generate(model, generation_config)
@@ -198,6 +205,7 @@ def _unpatch_model(model: nn.Module) -> None:
     with state.pool.lock:
         if patch_of(model) is state:
             _take_out(model.__dict__, state)
+            state.family.release(state.adopted)
             _put_back_buffers(state)
             for group in state.fused.values():
                 group.separate()
@@ -206,7 +214,7 @@ def _unpatch_model(model: nn.Module) -> None:
 def _take_out(attributes: dict, state: _Patch) -> None:
     """Remove what `patch` put among a model's attributes. A forward that was wrapped around it since then stays."""
     del attributes[STATE], attributes["__getstate__"]
-    if attributes.get("forward") is state.bound:
+    if state.bound is not None and attributes.get("forward") is state.bound:
         del attributes["forward"]
         if state.own_forward is not None:
             attributes["forward"] = state.own_forward
@@ -271,7 +279,7 @@ def bound_family(model: nn.Module) -> Family:
     require_no_learned_prompt(model)
     model = unwrapped(model)
     state = _state(model)
-    require_nothing_left_out(model, state.family.calls, state.family.known)
+    state.family.require_whole()
     if state.weights is None:  # rounded copies notice by themselves when weights change
         with state.pool.lock:
             _fuse(state)
@@ -292,9 +300,11 @@ def family_and_pool(model: nn.Module) -> tuple[Family, Pool]:
     if patch_of(model) is not None:
         return bound_family(model), bound_pool(model)
     family_class = family_of(model)
+    if family_class.runs_own:
+        _state(model)
     _first_parameter(model)
     family = family_class(model, "auto")
-    require_nothing_left_out(model, family.calls, family.known)
+    family.require_whole()
     return family, Pool()
 
 

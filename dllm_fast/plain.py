@@ -29,6 +29,8 @@ from dllm_fast.loading import check_folder, require_device, shipped
 class Limits:
     """What a request is checked against: the size of the vocabulary, and how many positions the model has."""
 
+    layerwise, shifted = True, False
+
     def __init__(self, model: nn.Module):
         config: PretrainedConfig = model.config  # type: ignore[assignment]
         self.vocab_size: int = config.vocab_size

@@ -68,7 +68,7 @@ def warmup(
         for length in (_representatives(lengths, asked.gen_length) if recorded else lengths[-1:])
         for seats in (_halves(batch_size) if recorded else [batch_size])
     ]
-    plans = [_plan(asked, rows) for rows in batches]
+    plans = [_plan(asked, rows, family.shifted) for rows in batches]
     total, before = sum(len(plan) + 1 for plan in plans), 0
     with _reporting(progress) as report:
         for rows, plan in zip(batches, plans, strict=True):
@@ -107,12 +107,12 @@ def _halves(seats: int) -> list[int]:
     return found[::-1]
 
 
-def _plan(options: Options, rows: list[Row]) -> Plan:
+def _plan(options: Options, rows: list[Row], shifted: bool) -> Plan:
     """Every step that blocks of these rows, all alike, can have, once. What is not recorded comes last."""
     row, refresh = rows[0], options.refresh
     found: dict[Step, tuple[str, int]] = {}
     for number, (first, _) in enumerate(row.blocks):
-        steps = Steps.of(options, len(row.ids), max(0, first), max(0, first))
+        steps = Steps.of(options, len(row.ids), max(0, first), max(0, first), shifted=shifted)
         if not options.has_cache or refresh.full(number):
             found.setdefault(steps.full, ("full", number))
         elif not refresh.layerwise:

@@ -66,12 +66,15 @@ class Found:
 
 
 @torch.no_grad()
-def run(family: Family, prompt: torch.Tensor, options: Options, row: int = 0) -> Found:
-    """Tokens of ``prompt`` [P] with the noise of ``row``; ``options`` are resolved."""
+def run(family: Family, prompt: torch.Tensor, options: Options, row: int = 0, memory: type[Memory] = Memory) -> Found:
+    """Tokens of ``prompt`` [P] with the noise of ``row``; ``options`` are resolved.
+
+    Of a shifted model a position is predicted by its left neighbour, which a step evaluates too.
+    """
     mask_id, size = options.mask_id, options.block_length
     found = Found(torch.cat((prompt, prompt.new_full((options.gen_length,), mask_id))))
     open_ = found.ids == mask_id
-    memories = [Memory(family, len(open_), options.cache_dtype == "e4m3") for _ in range(options.passes)]
+    memories = [memory(family, len(open_), options.cache_dtype == "e4m3") for _ in range(options.passes)]
     blocks = plan_blocks(open_, size)
     near = 0
     for number, (first, masked) in enumerate(blocks):
@@ -90,17 +93,22 @@ def run(family: Family, prompt: torch.Tensor, options: Options, row: int = 0) ->
             if step:
                 suffix = (*range(block.stop, near), *far) if options.runs_suffix else ()
                 live = {*candidates, *fresh} if options.skip_committed else block
+                if family.shifted and block.start:
+                    live = {block.start - 1, *live}
                 positions = sorted({*live, *suffix})
             elif options.refresh.full(number):
                 positions = seen
             else:
-                positions = sorted({*_window(options, block, len(open_), near), *range(reached, near), *far})
+                window = _window(options, block, len(open_), near, int(family.shifted))
+                positions = sorted({*window, *range(reached, near), *far})
             found.nfe += options.passes
             found.positions += options.passes * len(positions)
             prompts = found.ids, found.ids.masked_fill(~open_, mask_id)
-            each = [memory.logits(ids, positions, seen) for memory, ids in zip(memories, prompts)]
+            each = [one.logits(ids, positions, seen) for one, ids in zip(memories, prompts)]
             z = each[0] if len(each) == 1 else each[1] + (options.cfg_scale + 1) * (each[0] - each[1])
             z = dict(zip(positions, z))
+            if family.shifted:
+                z = {i: z[max(0, i - 1)] for i in block}
             # 2. What is predicted, and committed.
             at = torch.tensor(candidates)
             token, score, _ = reference.select(
@@ -136,9 +144,9 @@ def _sample(options: Options, row: int, near: int, length: int) -> list[int]:
     return sorted(sorted(at.tolist(), key=lambda i: -keys[i - near])[: options.suffix_sample])
 
 
-def _window(options: Options, block: range, length: int, end: int) -> list[int]:
+def _window(options: Options, block: range, length: int, end: int, left: int) -> list[int]:
     before, after = options.refresh.span(options.block_length)
-    before = min(before, length - len(block))
+    before = min(max(before, left), length - len(block))
     if options.suffix_length is not None:
         after = min(after, options.suffix_length)
     if options.runs_suffix:

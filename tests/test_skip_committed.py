@@ -22,13 +22,14 @@ def test_tokens_of_the_plain_loop(name, seed):
     check_plain_loop(name, seed, skip_committed=True)
 
 
-def check_plain_loop(name, seed, **options_of_all):
+def check_plain_loop(name, seed, make=None, memory=plain_loop.Memory, **options_of_all):
     """Random requests, each row alone by the plain loop and all rows as one batch: in fp64, where nothing is level but
     positions that see [MASK]s alone."""
-    model = dllm_fast.patch(MAKERS[name]().double(), impl="torch")
+    model = dllm_fast.patch((make or MAKERS[name])().double(), impl="torch")
+    family = bound_family(model)
     rng = random.Random(seed)
     while True:
-        request = draw_request(rng, rows=(1, 3), most_blocks=3, longest=12, windows=name == "modernbert")
+        request = draw_request(rng, rows=(1, 3), most_blocks=3, longest=12, windows=any(family.windows))
         options = request.options
         planless = isinstance(options["schedule"], Ancestral) or isinstance(options.get("refresh"), Drift)
         suffix = options.get("suffix_length")
@@ -37,8 +38,8 @@ def check_plain_loop(name, seed, **options_of_all):
         if options["cache"] != "none" and not planless and not level:  # the plain loop has neither of the two
             break
     request.options |= {"speculate": None} | options_of_all
-    resolved = Options(**options).resolved(model, bound_family(model))
-    expected = [plain_loop.run(bound_family(model), ids, resolved, row) for row, ids in enumerate(request.prompts)]
+    resolved = Options(**options).resolved(model, family)
+    expected = [plain_loop.run(family, ids, resolved, row, memory) for row, ids in enumerate(request.prompts)]
     done, positions = batched(model, request)
     assert done == [(plain.ids.tolist(), plain.nfe) for plain in expected], str(request)
     assert positions == sum(plain.positions for plain in expected)

@@ -171,7 +171,7 @@ class Engine(Speculation):
         self.committed_probability.zero_()
         self.live.copy_(upload(torch.where(self.idle, 0, self.block_size), self.device))
         multiple = WHOLE if self.graphs.enabled else 1
-        steps = Steps.of(self.options, self.slots, int(slot.min()), int(slot.max()), multiple)
+        steps = Steps.of(self.options, self.slots, int(slot.min()), int(slot.max()), multiple, self.family.shifted)
         self.alone = self._positions(steps, slot)
         return steps
 
@@ -187,6 +187,7 @@ class Engine(Speculation):
         """By kind of step, how many positions each row would compute alone, [B]; of a block that begins at ``slot``."""
         pad = self.slots - self.lengths
         block = self.block_size - (pad - slot).clamp(min=0)  # a row shorter than a block has it begin in the padding
+        block = block + steps.block.before * (slot > pad)
         begin = torch.maximum(slot - steps.window.before, pad)
         reached = torch.maximum(self.reached, pad)  # a block far behind it sees what is between for the first time
         if self.options.runs_suffix:

@@ -74,7 +74,7 @@ class Forwards(Decider):
         if step.whole:
             return torch.zeros_like(self.slot)
         if not step.refreshes:
-            return self.slot
+            return self.slot if not step.before else (self.slot - step.before).clamp(min=0)
         # Where a row begins, not where its padding does: a window that would reach beyond is moved to the right.
         begin = torch.maximum(self.slot - step.before, self.pad)
         return begin if self.options.runs_suffix else begin.clamp(max=self.slots - step.length)
@@ -110,7 +110,7 @@ class Forwards(Decider):
             inside = (at >= begin) & (at < begin + step.length)
             wanted = (inside | (at >= self.seen[:, None])) & (at >= self.pad[:, None]) & (at < end)
         else:
-            at = self.slot[:, None] + torch.arange(step.length, device=self.device)
+            at = self.begin(step)[:, None] + torch.arange(step.length, device=self.device)
             wanted = at < end
             if self.options.skip_committed:
                 block = at[:, : self.block_size]

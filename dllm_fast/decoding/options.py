@@ -106,6 +106,12 @@ class Options(Checked):
         mask_id = as_id("mask_id", mask_id, vocabulary)
         unfit = f"suffix_sample={self.suffix_sample}: some layers of the model see a window alone"
         require(not self.suffix_sample or not any(family.windows), unfit)
+        unfit = f"refresh={self.refresh}: the model runs its own forward, which begins at its first layer"
+        require(family.layerwise or not self.refresh.layerwise, unfit)
+        if family.shifted:  # a position is predicted by its left neighbour, which is evaluated beside it
+            unfit = "skip_committed=True: the model predicts a token from the position before it, which is committed"
+            require(not self.skip_committed, unfit)
+            require(not self.drafts, f"speculate={self.speculate}: the model's head predicts the next position")
         eos_ids = as_ids("eos_id", self.eos_id, vocabulary)
         require(mask_id not in eos_ids, f"eos_id={self.eos_id}: the mask id, {mask_id}, ends no text")
         pad_id = None if self.pad_id is None else as_id("pad_id", self.pad_id, vocabulary)

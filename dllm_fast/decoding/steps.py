@@ -43,14 +43,18 @@ class Steps(NamedTuple):
     block: Step
 
     @classmethod
-    def of(cls, options: Options, slots: int, first: int, last: int, multiple: int = 1) -> "Steps":
+    def of(
+        cls, options: Options, slots: int, first: int, last: int, multiple: int = 1, shifted: bool = False
+    ) -> "Steps":
         """In an engine of ``slots``, for blocks that begin at slots from ``first`` to ``last``.
 
-        A full forward ends at a multiple of ``multiple`` or at the last slot.
+        A full forward ends at a multiple of ``multiple`` or at the last slot. Of a ``shifted`` model each step
+        evaluates the position before the block too, which predicts its first token.
         """
         block = min(options.block_length, slots)
+        left = min(int(shifted), slots - block)
         before, after = options.refresh.span(block)
-        before = min(before, slots - block)
+        before = min(max(before, left), slots - block)
         whole, suffix = slots, slots - first - block  # after the first row's block
         if options.suffix_length is not None:
             reach = options.suffix_length + options.suffix_sample
@@ -63,7 +67,7 @@ class Steps(NamedTuple):
         else:
             window = min(before + block + after, slots)
         full = Step(whole, whole=True, refreshes=True)
-        again = Step(block) if options.has_cache else full
+        again = Step(block + left, left) if options.has_cache else full
         return cls(full, Step(window, before, refreshes=True), replace(again, states=options.drafts + 1))
 
 

@@ -18,6 +18,7 @@ class BidirectionalGPT2Config(GPT2Config):
     """
 
     model_type = "bidirectional_gpt2"
+    is_causal = False
     mask_token_id: int | None = None
     shifted: bool = False
 
@@ -31,6 +32,7 @@ class BidirectionalGPT2LMHeadModel(GPT2LMHeadModel):
     """GPT-2's modules and parameter names, without the causal mask. ``logits[:, i]`` predict token i."""
 
     config_class = BidirectionalGPT2Config
+    shifts_logits = True  # by itself, with ``config.shifted``
 
     def forward(
         self,
@@ -42,17 +44,23 @@ class BidirectionalGPT2LMHeadModel(GPT2LMHeadModel):
     ) -> MaskedLMOutput:
         """``logits`` [B, L, V]. With ``config.shifted``, they are the head's output one position to the left; the
         first token has no such position, and takes the head's output at its own."""
-        states = self.states(input_ids, attention_mask, position_ids, inputs_embeds)
-        return MaskedLMOutput(logits=self.lm_head(states))
+        last = self._last(input_ids, attention_mask, position_ids, inputs_embeds)
+        return MaskedLMOutput(logits=self._moved(self.lm_head(last)))
 
     def states(
         self,
         input_ids: torch.Tensor | None = None,  # [B, L] int64
-        attention_mask: torch.Tensor | None = None,  # [B, L], 0 = padding
-        position_ids: torch.Tensor | None = None,  # [B, L]
         inputs_embeds: torch.Tensor | None = None,  # [B, L, d], in place of input_ids
     ) -> torch.Tensor:
         """What the head makes the logits of, [B, L, d]."""
+        return self._moved(self._last(input_ids, inputs_embeds=inputs_embeds))
+
+    def _moved(self, x: torch.Tensor) -> torch.Tensor:
+        """x [B, L, ...], each from one position to the left, with ``config.shifted``."""
+        return torch.cat((x[:, :1], x[:, :-1]), 1) if self.config.shifted else x
+
+    def _last(self, input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None) -> torch.Tensor:
+        """The last layer's states, [B, L, d]."""
         embeds = self.transformer.wte(input_ids) if inputs_embeds is None else inputs_embeds
         # A mask of four dimensions is taken as it is: transformers adds no causal one to it.
         bias = embeds.new_zeros(embeds.shape[:2])
@@ -60,10 +68,7 @@ class BidirectionalGPT2LMHeadModel(GPT2LMHeadModel):
             bias = bias.masked_fill(attention_mask == 0, torch.finfo(bias.dtype).min)
         mask = bias[:, None, None].expand(-1, 1, embeds.shape[1], -1)  # [B, 1, L, L]
         options = {"attention_mask": mask, "position_ids": position_ids, "use_cache": False}
-        states = self.transformer(inputs_embeds=embeds, **options).last_hidden_state  # [B, L, d]
-        if self.config.shifted:
-            states = torch.cat((states[:, :1], states[:, :-1]), 1)
-        return states
+        return self.transformer(inputs_embeds=embeds, **options).last_hidden_state
 
 
 def register() -> None:

@@ -31,6 +31,20 @@ class Packed(NamedTuple):
     states: States | None = None
 
 
+def first_position(
+    start: torch.Tensor | None,  # [B]: first valid slot
+    slot: torch.Tensor | None,  # [B], or [N] if packed: of each row's first id
+    packed: Packed | None,
+    padding_counts: bool,
+) -> torch.Tensor | None:
+    """The position of each row's first id, [B], or [N] if packed; None: 0. Padding has positions if it counts."""
+    if packed is not None and packed.position is not None:
+        return packed.position
+    if start is None or padding_counts:
+        return slot
+    return (0 if slot is None else slot) - (start if packed is None else start[packed.row])
+
+
 def take(x: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
     """The chosen rows of x [B, T, ...].
 

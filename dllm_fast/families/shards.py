@@ -18,7 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from dllm_fast.families import FAMILIES
-from dllm_fast.families.family import Family
+from dllm_fast.families.layered import Layered
 from dllm_fast.families.native import TRANSFORMERS_5
 from dllm_fast.families.rounded import KINDS, Held, RoundedLinear, require_kind
 
@@ -63,7 +63,7 @@ def load_rounded(
     return model.to(device), report
 
 
-def _skeleton(cls: type[PreTrainedModel], family: type[Family], kind: str) -> type[PreTrainedModel]:
+def _skeleton(cls: type[PreTrainedModel], family: type[Layered], kind: str) -> type[PreTrainedModel]:
     """``cls`` without weights in the layers' linears."""
 
     def __init__(self, *args, **kwargs):

@@ -1,0 +1,229 @@
+"""`Generic`: any transformers model that takes attention backends. Its own forward runs, with this package's attention.
+
+BERT, RoBERTa, EuroBERT; GPT-2, Llama, Qwen3 and others without their causal mask; ModernBERT's other heads, which
+generate nothing. What the LM head multiplies is taken where the head is called, after the layers that transform it.
+"""
+
+import inspect
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedModel
+
+from dllm_fast import ops
+from dllm_fast.families import running
+from dllm_fast.families.bypass import Departure, attached, class_name, name_of
+from dllm_fast.families.cache import BlockCache
+from dllm_fast.families.family import Family
+from dllm_fast.families.linears import Matmuls, matmuls
+from dllm_fast.families.rounded import RoundedHead
+from dllm_fast.families.rows import first_position, take
+
+BACKEND = "dllm_fast"  # `backend.NAME`
+TOKENS = 8  # of the sequence that tries a model
+
+
+class _Reached(Exception):
+    """The LM head is called: its input."""
+
+    def __init__(self, hidden: torch.Tensor):
+        self.hidden = hidden
+
+
+class Generic(Family):
+    runs_own = True
+    layerwise = False
+
+    def __init__(
+        self, model: nn.Module, impl: str, matmuls: Matmuls = matmuls, rounded_head: RoundedHead | None = None
+    ):
+        super().__init__(model, matmuls, rounded_head)
+        config: Any = model.config
+        self.generates = lm_head(model) is not None
+        self.shifted = bool(getattr(config, "shifted", config.model_type.lower() == "dream"))
+        self.offset = position_offset(model)
+        self.positions = config.max_position_embeddings - self.offset
+        self.ffn_width = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+        self._settle(impl)
+        self._try()
+
+    @staticmethod
+    def matches(model: nn.Module) -> bool:
+        return why_not(model) is None
+
+    @property
+    def weight(self) -> torch.Tensor:
+        head = lm_head(self.model)
+        return next(self.model.parameters()) if head is None else head.weight
+
+    def head(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        head = lm_head(self.model)
+        if head is None:
+            raise ValueError(f"model: a {type(self.model).__name__} has no LM head, and generates nothing")
+        return head.weight, head.bias
+
+    def require_whole(self) -> None:
+        """Everything is called but the head."""
+        head = lm_head(self.model)
+        if head is None:
+            self.head()
+        elif type(head) is not nn.Linear or (reason := attached(head)):
+            departure = Departure(head, reason if type(head) is nn.Linear else f"is a {class_name(head)}")
+            raise ValueError(f"model: {name_of(self.model, head)} {departure.reason}{departure.advice}")
+        if self.model.training:
+            raise ValueError("model: it is in training mode, with dropout; call model.eval() first")
+
+    def adopt(self) -> object:
+        configs = {id(m.config): m.config for m in self.model.modules() if isinstance(m, PreTrainedModel)}
+        before = [(config, config._attn_implementation) for config in configs.values()]
+        self.model.set_attn_implementation(BACKEND)
+        return before
+
+    def release(self, changed: object) -> None:
+        for config, name in changed:
+            config._attn_implementation_internal = name
+
+    def hidden(
+        self, input_ids, start=None, end=None, cache=None, slot=None, rows=None, from_layer=0, kept=None, packed=None,
+        own=None, padding_counts=False,
+    ):  # fmt: skip
+        assert from_layer == 0
+        first = first_position(start, slot, packed, padding_counts)
+        position = torch.arange(input_ids.shape[1], device=input_ids.device)
+        position = (position if first is None else first[:, None] + position).expand(input_ids.shape)
+        position = position.clamp(0, self.positions - 1)  # of padding, and of what is of no row
+        with running.running(running.Run(self.impl, start, end, cache, slot, kept, packed, own)):
+            hidden = self._head_input(input_ids, position + self.offset)
+        if self.shifted:
+            flat = hidden if packed is None else hidden.transpose(0, 1)
+            left = torch.cat((flat[:, :1], flat[:, :-1]), 1)
+            left = left if packed is None else left.transpose(0, 1)
+            hidden = torch.where((position == 0)[..., None], hidden, left)
+        return take(hidden, rows)
+
+    def _head_input(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """What the model's own forward calls its head with, [B, T, d]."""
+        head = lm_head(self.model)
+        handle = head.register_forward_pre_hook(_stop)
+        try:
+            self.model(input_ids=input_ids, position_ids=position_ids, **no_cache(self.model))
+        except _Reached as reached:
+            return reached.hidden
+        finally:
+            handle.remove()
+        raise ValueError(f"{self._title()} is not supported: its forward does not call its {class_name(head)} head")
+
+    # Trying the model
+
+    def _try(self) -> None:
+        """Run a short sequence: what its layers ask of attention, and whether its own logits come out, also of its
+        second half alone, against a cache. Raises ValueError if they do not, and for layers that differ in size."""
+        vocabulary = self.model.get_input_embeddings().weight.shape[0]
+        ids = torch.arange(TOKENS, device=self.weight.device)[None] % vocabulary
+        if (pad := getattr(self.model.config, "pad_token_id", None)) is not None:
+            ids = ids.where(ids != pad, vocabulary - 1)
+        with torch.no_grad(), in_eval(self.model):
+            expected = self.model(input_ids=ids, **no_cache(self.model))[0]
+            changed = self.adopt()
+            try:
+                with running.running(running.Run(self.impl)) as run:
+                    found = self.model(input_ids=ids, **no_cache(self.model))[0]
+                self._compare("", found, expected)
+                self._read_layers(run.layers)
+                if self.generates:
+                    self._try_parts(ids, expected)
+            finally:
+                self.release(changed)
+
+    def _read_layers(self, layers: list[running.Layer]) -> None:
+        sizes = {layer[:3] for layer in layers}
+        if len(sizes) != 1:
+            what = "does not call attention" if not sizes else "has layers with heads of different sizes"
+            raise ValueError(f"{self._title()} is not supported: it {what}")
+        (self.heads, self.kv_heads, self.head_dim), = sizes
+        self.layers, self.windows = len(layers), [layer.window for layer in layers]
+
+    def _try_parts(self, ids: torch.Tensor, expected: torch.Tensor) -> None:
+        if self.shifted and not getattr(self.model, "shifts_logits", False):
+            expected = torch.cat((expected[:, :1], expected[:, :-1]), 1)
+        shape = self.layers, 1, TOKENS, self.kv_heads, self.head_dim
+        cache = BlockCache(*shape, self.weight.dtype, ids.device)
+        slot = torch.zeros(1, dtype=torch.int64, device=ids.device)
+        whole = self.hidden(ids, cache=cache, slot=slot)
+        self._compare(" before its head", ops.logits(whole, *self.head(), impl=self.impl), expected)
+        half = TOKENS // 2
+        part = self.hidden(ids[:, half:], cache=cache, slot=slot + half)[:, 1:]  # the first may lack its left neighbour
+        self._compare(" against a cache", ops.logits(part, *self.head(), impl=self.impl), expected[:, half + 1 :])
+
+    def _compare(self, where: str, found: torch.Tensor, expected: torch.Tensor) -> None:
+        """Raise ValueError unless they agree, by what rounding may do to many layers."""
+        allowed = 2 * math.sqrt(torch.finfo(self.weight.dtype).eps)
+        error = (found.double() - expected.double()).abs().max() / expected.double().abs().max()
+        if not error <= allowed:
+            raise ValueError(
+                f"{self._title()} is not supported: its logits{where} differ from its own by {float(error):.1e} of the "
+                f"largest, more than rounding in {self.weight.dtype} explains"
+            )
+
+    def _title(self) -> str:
+        return f"model: a {type(self.model).__name__} of model_type {self.model.config.model_type!r}"
+
+
+def why_not(model: nn.Module) -> str | None:
+    """Why `Generic` does not take a model; None if it does, though trying it may still fail."""
+    if not isinstance(model, PreTrainedModel):
+        return "it is not a model of transformers"
+    if not running.is_available():
+        return f"this transformers, {transformers.__version__}, has no attention backends with masks; 5 has"
+    config: Any = model.config
+    if config.is_encoder_decoder:
+        return "it is an encoder with a decoder"
+    if not (model._supports_attention_backend and model._can_set_attn_implementation()):
+        return "it does not take attention backends"
+    if not isinstance(getattr(config, "max_position_embeddings", None), int):
+        return "its config has no max_position_embeddings"
+    if lm_head(model) is not None and "position_ids" not in inspect.signature(model.forward).parameters:
+        return "its forward takes no position_ids"
+    if getattr(config, "is_causal", None) is not False and any(getattr(m, "is_causal", False) for m in model.modules()):
+        return (
+            "it attends causally. If it was trained to fill in masks, set model.config.is_causal = False first, and "
+            "model.config.shifted = True if its output at a position predicts the next token"
+        )
+    return None
+
+
+def lm_head(model: Any) -> nn.Module | None:
+    """The linear that makes logits of the vocabulary."""
+    return model.get_output_embeddings()
+
+
+def position_offset(model: nn.Module) -> int:
+    """The id of the first position: RoBERTa's come after its padding id."""
+    for module in model.modules():
+        if hasattr(module, "create_position_ids_from_input_ids"):
+            return int(getattr(module, "padding_idx")) + 1
+    return 0
+
+
+def no_cache(model: nn.Module) -> dict[str, bool]:
+    return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+
+
+@contextmanager
+def in_eval(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _stop(module: nn.Module, inputs: tuple) -> None:
+    raise _Reached(inputs[0])
