@@ -99,7 +99,7 @@ def mask(
     """`Ranges`, or what ``sdpa`` takes where the mask is none."""
     device = torch.device(device)
     if running.current() is not None and (use_vmap or not is_bidirectional(mask_function, local_size)):
-        raise ValueError("model: a layer's mask is neither bidirectional nor a window")
+        raise running.Unserved("a layer's mask is neither bidirectional nor a window")
     if not use_vmap and is_bidirectional(mask_function, local_size):
         span: tuple[torch.Tensor | None, torch.Tensor | None] | None = (None, None)
         if attention_mask is not None:
@@ -135,7 +135,7 @@ def attention(
     reason = why_not(query, key, value, dropout, kwargs)
     if run is not None:
         if reason:
-            raise ValueError(f"model: the kernels do not serve attention with {reason}")
+            raise running.Unserved(f"the kernels do not serve attention with {reason}")
         window = attention_mask.window if isinstance(attention_mask, Ranges) else None
         q, k, v = (x.transpose(1, 2) for x in (scaled(query, scaling), key, value))
         return run.attend(q, k, v, window), None

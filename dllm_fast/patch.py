@@ -14,12 +14,7 @@ from transformers import GenerationConfig
 from dllm_fast import ops
 from dllm_fast.decoding.pool import Pool
 from dllm_fast.families import family_of
-from dllm_fast.families.bypass import (
-    departure,
-    require_no_learned_prompt,
-    require_one_device,
-    unwrapped,
-)
+from dllm_fast.families.bypass import departure, require_no_learned_prompt, require_one_device, unwrapped
 from dllm_fast.families.family import Family
 from dllm_fast.families.forward import STATE, like, patch_of
 from dllm_fast.families.linears import Fused, fuse, matmuls

@@ -79,7 +79,9 @@ class OwnMemory(plain_loop.Memory):
 def remember(module, query, key, value, attention_mask, scaling=None, **kwargs):
     memory, at, seen = OwnMemory.now
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [N, heads, D]
-    memory.keys[memory.layer, at], memory.values[memory.layer, at] = (nearest(k), nearest(v)) if memory.rounded else (k, v)
+    memory.keys[memory.layer, at], memory.values[memory.layer, at] = (
+        (nearest(k), nearest(v)) if memory.rounded else (k, v)
+    )
     q = q if scaling is None else q * scaling * q.shape[-1] ** 0.5
     out = memory.attend(memory.layer, q, at, seen)
     memory.layer += 1

@@ -1,13 +1,20 @@
 """Models of transformers that run their own forward: their logits, and the tokens of a plain loop over it."""
 
+import copy
 import functools
+import inspect
+import re
 
 import pytest
+import torch
 import transformers
-from others import OTHERS, SHIFTED, OwnMemory, make
+from needs import needs_cpp, needs_triton
+from others import GROUPED, OTHERS, SHIFTED, SIZES, OwnMemory, make
 from test_skip_committed import check_plain_loop
+from tiny import EOS, MASK, SEED, VOCAB
 
-from dllm_fast import backend
+import dllm_fast
+from dllm_fast import Threshold, backend
 
 pytestmark = pytest.mark.skipif(
     not backend.is_available(), reason=f"transformers {transformers.__version__} asks for masks in another way"
@@ -19,3 +26,174 @@ pytestmark = pytest.mark.skipif(
 def test_tokens_of_the_plain_loop(name, seed):
     options = {"skip_committed": False} if name in SHIFTED else {}
     check_plain_loop(name, seed, functools.partial(make, name), OwnMemory, **options)
+
+
+MORE = {  # of other heads, which generate nothing
+    "modernbert-classifier": (
+        "ModernBertForSequenceClassification", "ModernBertConfig",
+        {**SIZES, "local_attention": 8, "global_attn_every_n_layers": 2, "cls_token_id": EOS, "sep_token_id": EOS},
+    ),
+    "bert-tokens": ("BertForTokenClassification", "BertConfig", SIZES),
+}  # fmt: skip
+
+
+def make_more(name: str):
+    cls, config, fields = MORE[name]
+    torch.manual_seed(SEED)
+    return getattr(transformers, cls)(getattr(transformers, config)(**fields)).eval()
+
+
+@pytest.mark.parametrize("padding", [False, True])
+@pytest.mark.parametrize("name", [*OTHERS, *MORE])
+def test_its_own_logits(name, padding, ids, padded):
+    model = make_more(name) if name in MORE else make(name)
+    given = {"input_ids": ids.where(padded.bool(), model.config.pad_token_id), "attention_mask": padded}
+    if not padding:
+        given = {"input_ids": ids}
+    with torch.no_grad():
+        expected = model(**given).logits
+        found = dllm_fast.patch(model)(**given).logits
+        again = dllm_fast.unpatch(model)(**given).logits
+    there = padded.bool() if padding and expected.dim() == 3 else ...
+    scale = expected[there].abs().max()
+    assert (found - expected)[there].abs().max() <= 2e-5 * scale
+    assert torch.equal(again, expected)
+
+
+@needs_cpp
+@pytest.mark.parametrize("name", OTHERS)
+def test_alone_in_any_batch_and_without_a_cache(name):
+    model = make(name)
+    prompts = [torch.randint(0, EOS, (n,), generator=torch.Generator().manual_seed(n)) for n in (5, 11, 17)]
+    options = {"gen_length": 16, "block_length": 8, "mask_id": MASK, "seed": 3, "schedule": Threshold(0.2)}
+    plain = make(name)
+    if name == "qwen2-shifted":  # as its users shift: the plain loop takes logits that predict their own position
+        plain.forward = functools.partial(shifted, type(plain).forward, plain)
+    expected = [dllm_fast.generate_plain(plain, row[None], **options).sequences[0, len(row) :] for row in prompts[:1]]
+    dllm_fast.patch(model)
+    assert torch.equal(
+        dllm_fast.generate(model, prompts[0][None], cache="none", **options).sequences[0, 5:], expected[0]
+    )
+    together = {c.index: c for c in dllm_fast.generate_many(model, prompts, batch_size=2, **options)}
+    for n, row in enumerate(prompts):
+        alone = next(iter(dllm_fast.generate_many(model, [row], **options)))
+        if n == 0:  # noise depends on the prompt's number
+            assert torch.equal(together[n].sequence, alone.sequence)
+    if name not in SHIFTED:
+        drafted = {c.index: c for c in dllm_fast.generate_many(model, prompts, batch_size=2, speculate=3, **options)}
+        assert all(torch.equal(drafted[n].sequence, together[n].sequence) for n in together)
+
+
+def shifted(forward, model, *args, **kwargs):
+    out = forward(model, *args, **kwargs)
+    out.logits = torch.cat((out.logits[:, :1], out.logits[:, :-1]), 1)
+    return out
+
+
+@needs_triton
+@pytest.mark.usefixtures("strict_interpreter")
+@pytest.mark.parametrize("name", ["bert", "qwen3", "gpt2-shifted"])
+def test_triton_gives_the_tokens_of_pytorch(name):
+    ids = torch.randint(0, EOS, (2, 7), generator=torch.Generator().manual_seed(0))
+    options = {"gen_length": 8, "block_length": 4, "schedule": Threshold(0.3), "mask_id": MASK}
+    expected = dllm_fast.generate(dllm_fast.patch(make(name), impl="torch"), ids, **options)
+    found = dllm_fast.generate(dllm_fast.patch(make(name), impl="triton"), ids, **options)
+    assert torch.equal(found.sequences, expected.sequences)
+
+
+def refused(model, message: str) -> None:
+    """`patch` refuses the model, and leaves it alone."""
+    before, attention = set(model.__dict__), model.config._attn_implementation
+    with pytest.raises(ValueError, match=re.escape(message)):
+        dllm_fast.patch(model)
+    assert (set(model.__dict__), model.config._attn_implementation) == (before, attention)
+
+
+def test_what_attends_causally_is_refused():
+    refused(make("llama", bidirectional=False), "model_type 'llama' is not supported: it attends causally. If it was")
+
+
+def test_encoders_with_decoders_are_refused():
+    config = transformers.T5Config(d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, vocab_size=VOCAB)
+    refused(transformers.T5ForConditionalGeneration(config), "model_type 't5' is not supported: it is an encoder with")
+
+
+def test_attention_with_a_softcap_is_refused():
+    config = transformers.Gemma2Config(**{**GROUPED, "head_dim": 16})
+    model = transformers.Gemma2ForCausalLM(config).eval()
+    model.config.is_causal = False
+    refused(model, "is not supported: the kernels do not serve attention with softcap")
+
+
+def test_logits_that_are_not_its_heads_are_refused():
+    model = make("qwen3")
+    forward = type(model).forward
+
+    def doubled(*args, **kwargs):
+        out = forward(model, *args, **kwargs)
+        out.logits = 2 * out.logits
+        return out
+
+    model.forward = doubled
+    doubled.__signature__ = inspect.signature(forward)
+    refused(model, "is not supported: its logits before its head differ from its own by 5.0e-01 of the largest")
+
+
+def test_layers_that_remember_the_past_are_refused():
+    class Summed(torch.nn.Module):
+        def forward(self, x):
+            return x + x.cumsum(1)
+
+    model = make("eurobert")
+    model.model.norm = torch.nn.Sequential(model.model.norm, Summed())
+    refused(model, "is not supported: its logits against a cache differ from its own by")
+
+
+def test_options_that_do_not_fit_are_refused(ids):
+    model = dllm_fast.patch(make("qwen2-shifted"))
+    options = {"gen_length": 16, "block_length": 8}
+    for given, message in (
+        ({"skip_committed": True}, "skip_committed=True: the model predicts a token from the position before it"),
+        ({"speculate": 2}, "speculate=2: the model's head predicts the next position"),
+        ({"refresh": dllm_fast.Drift(0.1)}, "refresh=Drift(tau=0.1): the model runs its own forward"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            dllm_fast.generate(model, ids, **options, **given)
+    with pytest.raises(ValueError, match="weights='int4': a Qwen2ForCausalLM runs its own forward"):
+        dllm_fast.patch(model, weights="int4")
+    model.train()
+    with pytest.raises(ValueError, match=re.escape("model: it is in training mode, with dropout; call model.eval()")):
+        dllm_fast.generate(model, ids, **options)
+    model.eval().lm_head.register_forward_hook(lambda *args: None)
+    with pytest.raises(ValueError, match="model: lm_head has a forward hook"):
+        dllm_fast.generate(model, ids, **options)
+
+
+def test_without_a_head_or_a_patch_nothing_is_generated(ids):
+    classifier = dllm_fast.patch(make_more("modernbert-classifier"))
+    with pytest.raises(ValueError, match="a ModernBertForSequenceClassification has no LM head, and generates nothing"):
+        dllm_fast.generate(classifier, ids, gen_length=8, block_length=8, mask_id=MASK)
+    with pytest.raises(ValueError, match="this BertForMaskedLM is not patched"):
+        dllm_fast.generate(make("bert"), ids, gen_length=8, block_length=8, mask_id=MASK)
+
+
+def test_patched_again_copied_and_restored(ids):
+    model = make("bert").train()
+    model.set_attn_implementation("eager")
+    dllm_fast.patch(model, impl="torch")
+    dllm_fast.patch(model, head=None)
+    assert model.training and model.config._attn_implementation == "dllm_fast"
+    options = {"gen_length": 8, "block_length": 8, "mask_id": MASK, "schedule": Threshold(0.3)}
+    expected = dllm_fast.generate(model.eval(), ids, **options).sequences
+    twin = copy.deepcopy(model)
+    dllm_fast.unpatch(model)
+    assert model.config._attn_implementation == "eager" and "forward" not in model.__dict__
+    assert torch.equal(dllm_fast.generate(twin, ids, **options).sequences, expected)
+    assert dllm_fast.unpatch(twin).config._attn_implementation == "eager"
+
+
+def test_models_own_generate(ids):
+    model = dllm_fast.patch(make("qwen3"))
+    out = model.generate(ids, max_new_tokens=8, block_length=8, eos_token_id=None)
+    expected = dllm_fast.generate(model, ids, gen_length=8, block_length=8)
+    assert out.sequences.shape == expected.sequences.shape

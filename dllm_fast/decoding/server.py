@@ -86,7 +86,7 @@ class Server:
     def _plan(self, rows: list[Row], seats: int) -> tuple[int, int, int, bool]:
         """(seats, slots, spare slots, padded) of an engine for ``rows``, of which ``seats`` sit at a time."""
         options = self.options
-        slots = max(len(row.ids) for row in rows)
+        slots = max(len(row.ids) for row in rows) + self.family.shifted  # each block has a left neighbour
         spare = 0
         if options.runs_suffix:
             spare = 0 if options.refresh.full(1) else options.refresh.span(options.block_length)[0]

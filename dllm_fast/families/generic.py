@@ -137,6 +137,8 @@ class Generic(Family):
                 self._read_layers(run.layers)
                 if self.generates:
                     self._try_parts(ids, expected)
+            except running.Unserved as error:
+                raise ValueError(f"{self._title()} is not supported: {error}") from None
             finally:
                 self.release(changed)
 
@@ -145,7 +147,7 @@ class Generic(Family):
         if len(sizes) != 1:
             what = "does not call attention" if not sizes else "has layers with heads of different sizes"
             raise ValueError(f"{self._title()} is not supported: it {what}")
-        (self.heads, self.kv_heads, self.head_dim), = sizes
+        ((self.heads, self.kv_heads, self.head_dim),) = sizes
         self.layers, self.windows = len(layers), [layer.window for layer in layers]
 
     def _try_parts(self, ids: torch.Tensor, expected: torch.Tensor) -> None:
@@ -206,7 +208,7 @@ def position_offset(model: nn.Module) -> int:
     """The id of the first position: RoBERTa's come after its padding id."""
     for module in model.modules():
         if hasattr(module, "create_position_ids_from_input_ids"):
-            return int(getattr(module, "padding_idx")) + 1
+            return int(module.padding_idx) + 1
     return 0
 
 

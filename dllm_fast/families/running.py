@@ -20,6 +20,10 @@ from dllm_fast.families.rows import Packed
 _RUN: ContextVar["Run | None"] = ContextVar("run", default=None)
 
 
+class Unserved(ValueError):
+    """A layer asks attention for something that the kernels do not have."""
+
+
 class Layer(NamedTuple):
     """What a layer's attention was called with."""
 
