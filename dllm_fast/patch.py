@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 from dllm_fast import ops
 from dllm_fast.decoding.pool import Pool
 from dllm_fast.families import family_of
-from dllm_fast.families.bypass import departure, require_no_learned_prompt, require_one_device, unwrapped
+from dllm_fast.families.bypass import require_no_learned_prompt, require_one_device, unwrapped
 from dllm_fast.families.family import Family
 from dllm_fast.families.forward import STATE, like, patch_of
 from dllm_fast.families.linears import Fused, fuse, matmuls
@@ -36,7 +36,7 @@ class _Patch:
     own_forward: object | None  # what the instance's __dict__ held under "forward", e.g. an Accelerate hook
     model: nn.Module
     bound: types.MethodType | None = None  # the forward in the model's __dict__, if it gets one
-    adopted: object = None  # what the family changed in the model, see `Family.adopt`
+    adopted: list = field(default_factory=list)  # what the family changed in the model, see `Family.adopt`
     buffers: list[tuple[nn.Module, str, torch.Tensor | None]] = field(default_factory=list)
     fused: dict[int, Fused] = field(default_factory=dict)  # by the number of the group, to be separated again
     pool: Pool = field(default_factory=Pool)
@@ -50,7 +50,7 @@ class _Patch:
         ``__func__``, which PyTorch 2.11 cannot trace.
         """
         of_the_class = getattr(self.forward, "__func__", None) is type(self.model).forward
-        return not of_the_class or departure(self.model, self.family.calls, self.family.known, modes=True) is not None
+        return not of_the_class or self.family.departure() is not None
 
     def __deepcopy__(self, memo: dict) -> "_Patch":
         """Patch a deep copy of a patched model, which is made from `_plain_attributes` and lacks the forward."""
@@ -71,7 +71,9 @@ def patch(model: M, impl: str = "auto", weights: str | None = None, head: str | 
 
     Args:
         model: a LLaDA (native or remote code) or a ``transformers.ModernBertForMaskedLM``, on a real device; or one
-            inside PEFT, torch.compile or a data-parallel wrapper, which is then patched.
+            inside PEFT, torch.compile or a data-parallel wrapper, which is then patched. Or any other model of
+            transformers 5 that takes attention backends and attends in both directions, see `families.generic`: its
+            own forward stays, and calls this package's attention.
         impl: ``"auto"``, ``"triton"``, ``"cpp"`` or ``"torch"``, see `ops.resolve`. One that is not available raises.
         weights: None for the model's own. ``"fp8"`` and ``"int4"`` use rounded copies of the layers' linear weights: in
             e4m3 with a scale for each output channel (`families.fp8`), or in four bits with a scale and a zero point

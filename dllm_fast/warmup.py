@@ -107,7 +107,7 @@ def _halves(seats: int) -> list[int]:
     return found[::-1]
 
 
-def _plan(options: Options, rows: list[Row], shifted: bool) -> Plan:
+def _plan(options: Options, rows: list[Row], shifted: bool = False) -> Plan:
     """Every step that blocks of these rows, all alike, can have, once. What is not recorded comes last."""
     row, refresh = rows[0], options.refresh
     found: dict[Step, tuple[str, int]] = {}

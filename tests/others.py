@@ -1,4 +1,4 @@
-"""Small random models of transformers that `patch` takes as they are, and their own forward as `plain_loop` wants it."""
+"""Small random models of transformers that run their own forward, and that forward as `plain_loop` wants it."""
 
 import plain_loop
 import torch

@@ -47,7 +47,7 @@ def make_more(name: str):
 @pytest.mark.parametrize("name", [*OTHERS, *MORE])
 def test_its_own_logits(name, padding, ids, padded):
     model = make_more(name) if name in MORE else make(name)
-    given = {"input_ids": ids.where(padded.bool(), model.config.pad_token_id), "attention_mask": padded}
+    given = {"input_ids": ids.where(padded.bool(), EOS), "attention_mask": padded}
     if not padding:
         given = {"input_ids": ids}
     with torch.no_grad():

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import MaskedLMOutput, ModelOutput
 
+from dllm_fast.families.bypass import Departure
 from dllm_fast.families.cache import BlockCache
 from dllm_fast.families.linears import Matmuls, matmuls
 from dllm_fast.families.rounded import RoundedHead
@@ -29,14 +30,17 @@ class Family(ABC):
     layerwise = True  # whether `hidden` can begin at any layer
     shifted = False  # the head's output at position i predicts token i + 1
 
-    def __init__(self, model: nn.Module, matmuls: Matmuls = matmuls, rounded_head: RoundedHead | None = None):
+    def __init__(
+        self, model: nn.Module, impl: str, matmuls: Matmuls = matmuls, rounded_head: RoundedHead | None = None
+    ):
+        self.asked = impl  # as given to `patch`
         self.model: Any = model  # each family knows its modules' names
         self.matmuls = matmuls
         self.rounded_head = rounded_head
 
-    def _settle(self, impl: str) -> None:
-        """Fix the implementation of the ops, ``impl`` as given to `patch`."""
-        self._impl = Impl(impl, self.weight)
+    def _settle(self) -> None:
+        """Fix the implementation of the ops."""
+        self._impl = Impl(self.asked, self.weight)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -51,6 +55,10 @@ class Family(ABC):
     @abstractmethod
     def require_whole(self) -> None:
         """Raise ValueError naming what is attached to the model and would have no effect."""
+
+    def departure(self) -> Departure | None:
+        """Why a patched model must run its own forward, if it does not anyway."""
+        return None
 
     @staticmethod
     @abstractmethod
@@ -71,11 +79,13 @@ class Family(ABC):
         """The linears that multiply one input together, whose weights the family may move or round."""
         yield from ()
 
-    def adopt(self) -> object:
-        """Change the model as the forward needs it; what `release` takes to undo that."""
+    def adopt(self) -> list:
+        """Change the model as the forward needs it. Returns what was changed, for `release`."""
+        return []
 
-    def release(self, changed: object) -> None:
+    def release(self, changed: list) -> None:
         """Undo `adopt`."""
+        return None
 
     @abstractmethod
     def head(self) -> tuple[torch.Tensor, torch.Tensor | None]:

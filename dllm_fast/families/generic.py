@@ -42,14 +42,14 @@ class Generic(Family):
     def __init__(
         self, model: nn.Module, impl: str, matmuls: Matmuls = matmuls, rounded_head: RoundedHead | None = None
     ):
-        super().__init__(model, matmuls, rounded_head)
+        super().__init__(model, impl, matmuls, rounded_head)
         config: Any = model.config
         self.generates = lm_head(model) is not None
         self.shifted = bool(getattr(config, "shifted", config.model_type.lower() == "dream"))
         self.offset = position_offset(model)
         self.positions = config.max_position_embeddings - self.offset
         self.ffn_width = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-        self._settle(impl)
+        self._settle()
         self._try()
 
     @staticmethod
@@ -72,19 +72,19 @@ class Generic(Family):
         head = lm_head(self.model)
         if head is None:
             self.head()
-        elif type(head) is not nn.Linear or (reason := attached(head)):
-            departure = Departure(head, reason if type(head) is nn.Linear else f"is a {class_name(head)}")
-            raise ValueError(f"model: {name_of(self.model, head)} {departure.reason}{departure.advice}")
+        reason = f"is a {class_name(head)}" if type(head) is not nn.Linear else attached(head)
+        if reason:
+            raise ValueError(f"model: {name_of(self.model, head)} {reason}{Departure(head, reason).advice}")
         if self.model.training:
             raise ValueError("model: it is in training mode, with dropout; call model.eval() first")
 
-    def adopt(self) -> object:
+    def adopt(self) -> list:
         configs = {id(m.config): m.config for m in self.model.modules() if isinstance(m, PreTrainedModel)}
         before = [(config, config._attn_implementation) for config in configs.values()]
         self.model.set_attn_implementation(BACKEND)
         return before
 
-    def release(self, changed: object) -> None:
+    def release(self, changed: list) -> None:
         for config, name in changed:
             config._attn_implementation_internal = name
 
@@ -199,7 +199,7 @@ def why_not(model: nn.Module) -> str | None:
     return None
 
 
-def lm_head(model: Any) -> nn.Module | None:
+def lm_head(model: Any) -> Any:
     """The linear that makes logits of the vocabulary."""
     return model.get_output_embeddings()
 
@@ -208,7 +208,8 @@ def position_offset(model: nn.Module) -> int:
     """The id of the first position: RoBERTa's come after its padding id."""
     for module in model.modules():
         if hasattr(module, "create_position_ids_from_input_ids"):
-            return int(module.padding_idx) + 1
+            padding: Any = module.padding_idx
+            return padding + 1
     return 0
 
 

@@ -3,6 +3,8 @@
 Its folders have a ``model_type`` of their own, so that no library loads them as the causal model that they are not.
 """
 
+from typing import Any
+
 import torch
 from transformers import AutoConfig, AutoModelForMaskedLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
@@ -45,7 +47,8 @@ class BidirectionalGPT2LMHeadModel(GPT2LMHeadModel):
         """``logits`` [B, L, V]. With ``config.shifted``, they are the head's output one position to the left; the
         first token has no such position, and takes the head's output at its own."""
         last = self._last(input_ids, attention_mask, position_ids, inputs_embeds)
-        return MaskedLMOutput(logits=self._moved(self.lm_head(last)))
+        logits: Any = self._moved(self.lm_head(last))
+        return MaskedLMOutput(logits=logits)
 
     def states(
         self,

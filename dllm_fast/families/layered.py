@@ -2,13 +2,14 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from dllm_fast import ops
-from dllm_fast.families.bypass import Calls, known_classes, require_nothing_left_out
+from dllm_fast.families.bypass import Calls, Departure, departure, known_classes, require_nothing_left_out
 from dllm_fast.families.family import Family
 from dllm_fast.families.linears import Matmuls, matmuls, require_weights
 from dllm_fast.families.rounded import RoundedHead
@@ -30,11 +31,12 @@ class Layered(Family):
     def __init__(
         self, model: nn.Module, impl: str, matmuls: Matmuls = matmuls, rounded_head: RoundedHead | None = None
     ):
-        super().__init__(model, matmuls, rounded_head)
-        self._read_config(model.config)
+        super().__init__(model, impl, matmuls, rounded_head)
+        config: Any = model.config
+        self._read_config(config)
         require_weights(self._read_modules())
         self.known = known_classes(model, self.calls, self.files)
-        self._settle(impl)
+        self._settle()
         self._tables = RopeTables(self.positions, self.head_dim, self.thetas, self.head()[0].device)
 
     @property
@@ -44,6 +46,9 @@ class Layered(Family):
 
     def require_whole(self) -> None:
         require_nothing_left_out(self.model, self.calls, self.known)
+
+    def departure(self) -> Departure | None:
+        return departure(self.model, self.calls, self.known, modes=True)
 
     def groups(self) -> Iterator[tuple[nn.Module, ...]]:
         return self.linears(self.model)
@@ -152,7 +157,7 @@ class Layered(Family):
         linears, buffers = self._qkv(block), rope[4:6]
         if buffers and impl == "triton" and (q := self.matmuls(y, *linears, impl=impl, rope=rope)) is not None:
             return q, *buffers
-        parts = self.matmuls(y, *linears, impl=impl)
+        parts: Any = self.matmuls(y, *linears, impl=impl)
         if len(parts) == 1:
             parts = parts[0].split([n * self.head_dim for n in (self.heads, self.kv_heads, self.kv_heads)], -1)
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)

@@ -59,6 +59,7 @@ class Run:
             )
         beside = None
         if self.cache is not None:
+            assert self.slot is not None
             written = self.cache if self.own is None else self.own
             to_row = None if self.packed is None else self.packed.row
             # A row that is not kept writes behind the buffers, where nothing is stored.
@@ -75,7 +76,8 @@ class Run:
 def _unrotated(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin [T, D/2] fp32 of a rotation by nothing: x 1 - y 0 is x. `ops.rope` then only writes."""
     shape = q.shape[1], q.shape[3] // 2
-    return tuple(make(shape, dtype=torch.float32, device=q.device) for make in (torch.ones, torch.zeros))
+    cos = torch.ones(shape, dtype=torch.float32, device=q.device)
+    return cos, torch.zeros_like(cos)
 
 
 def is_available() -> bool:
