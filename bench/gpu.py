@@ -32,6 +32,7 @@ ENGINE = "-m bench.generation.engine --shape llada-8b --force"
 # 32 GB of weights. Exits with 1 unless a short job's tokens equal each peer's.
 FP32 = f"-m bench.generation.engine --shape llada-8b-short --dtype float32 --rounds 1 --force{PEERS}"
 THROUGHPUT = "-m bench.generation.throughput --model llada-8b --dtype bfloat16 --rounds 1 --force"
+DRAFTS = f"{THROUGHPUT} --lengths 768+128 --ways all drafts-1 drafts-3 drafts-7 drafts-auto"
 INT4 = "'ours dual, int4' 'ours dual, window=32,0' 'ours dual, window=32,0, int4'"
 LAYERS = ("attention", "rope", "norm", "glu", "linear", "linear_rope", "linear_int4", "round_rows")
 PREDICT = ("predict", "predict_e4m3", "batch_invariance")
@@ -53,11 +54,12 @@ PIECES = {
     "floors": (60, "-m bench.floors"),
     "engine": (480, f"{ENGINE} --refresh window=32,0 --weights fp8{PEERS}"),
     "throughput": (300, f"{THROUGHPUT} --batch 1 8{PEERS}"),
-    "throughput-batches": (480, f"{THROUGHPUT} --lengths 768+128 --batch 32 auto --ways all both"),
-    "speculate": (
-        420,
-        f"{THROUGHPUT} --lengths 768+128 --batch 1 2 4 8 --ways all drafts-1 drafts-3 drafts-7 drafts-auto e4m3",
-    ),
+    "throughput-32": (200, f"{THROUGHPUT} --batch 32 --ways all both"),
+    "throughput-32-fp8": (200, f"{THROUGHPUT} --batch 32 --weights fp8 --ways all both 'all three'"),
+    "throughput-most": (480, f"{THROUGHPUT} --lengths 768+128 --batch auto --ways all both"),
+    "speculate": (150, f"{DRAFTS} --batch 1"),
+    "speculate-fp8": (150, f"{DRAFTS} --batch 1 --weights fp8"),
+    "speculate-batches": (420, f"{DRAFTS} --batch 2 4 8"),
     "gsm8k": (
         360,
         "-m bench.generation.gsm8k --batch 64 --refresh window=32,0 --skip-committed --suffix-length 32 --weights fp8",

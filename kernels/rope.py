@@ -33,6 +33,12 @@ def _kept(x, kind: tl.constexpr):
 
 
 @triton.jit
+def _turn(x1, x2, cos, sin):
+    """The rotated pair. Which product is fused is written out, so that both callers round alike."""
+    return tl.fma(x1, cos, -(x2 * sin)), tl.fma(x2, cos, x1 * sin)
+
+
+@triton.jit
 def _rotate(
     from_ptr,
     to_ptr,
@@ -45,8 +51,7 @@ def _rotate(
 ):
     x1 = tl.load(from_ptr + from_at, mask=mask, other=0.0).to(tl.float32)  # [BH, BHALF]
     x2 = tl.load(from_ptr + from_at + HALF, mask=mask, other=0.0).to(tl.float32)  # [BH, BHALF]
-    y1 = x1 * cos[None, :] - x2 * sin[None, :]
-    y2 = x2 * cos[None, :] + x1 * sin[None, :]
+    y1, y2 = _turn(x1, x2, tl.broadcast_to(cos[None, :], x1.shape), tl.broadcast_to(sin[None, :], x1.shape))
     tl.store(to_ptr + to_at, _kept(y1, to_ptr.dtype.element_ty), mask=mask)
     tl.store(to_ptr + to_at + HALF, _kept(y2, to_ptr.dtype.element_ty), mask=mask)
 
@@ -153,10 +158,7 @@ def store_rotated(
     if begin < heads + kv_heads:
         at = tl.load(position_ptr + b).to(tl.int64) + t
         at = tl.minimum(tl.maximum(at, 0), positions - 1)[None, :] * HALF + d  # [BN / 2, BM]
-        cos, sin = tl.load(cos_ptr + at), tl.load(sin_ptr + at)
-        turned = y2 * cos + y1 * sin
-        y1 = y1 * cos - y2 * sin
-        y2 = turned
+        y1, y2 = _turn(y1, y2, tl.load(cos_ptr + at), tl.load(sin_ptr + at))
     if begin < heads:
         _put(y1, y2, out_ptr, m.to(tl.int64)[None, :] * heads + head, d, (m < rows)[None, :], HALF)
     else:

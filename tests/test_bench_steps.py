@@ -1,6 +1,7 @@
 """bench.generation.steps: what each variant of a block step replaces, and the bytes of its floor."""
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -71,3 +72,34 @@ def test_the_floor_is_the_bytes_that_are_held(steps, weights, head):
     held += family.head_operands()[0].nbytes
     engine = SimpleNamespace(cache=SimpleNamespace(buffers=torch.empty(1000, dtype=torch.uint8)))
     assert steps.floor(family, engine, weights, head, rate=1e3) == held + 1000
+
+
+@pytest.mark.parametrize("weights", [[], ["--weights", "fp8", "--quick"]], ids=["bf16", "fp8"])
+def test_every_variant_is_replayed_from_a_masked_block(steps, weights, capsys, monkeypatch):
+    """A dry run on the CPU: steps are run instead of recorded."""
+
+    class Eager:
+        def __init__(self, engine, step, join=lambda: None):
+            self.engine, self.step = engine, step
+
+        def replay(self):
+            self.engine.run_step(self.step)
+
+    def replay(graph, engine, mask_id):
+        steps.mask_block(engine, mask_id)
+        graph.replay()
+        at = engine.slot[:, None] + engine.offsets
+        left.append(int((engine.canvas.gather(1, at) == mask_id).sum()))
+        return 1.0
+
+    left = []
+    for name, value in {"DEVICE": "cpu", "record": Eager, "replay": replay, "beside": lambda _: nullcontext()}.items():
+        monkeypatch.setattr(steps, name, value)
+    for name in ("copy_rate", "profile"):
+        monkeypatch.setattr(steps, name, lambda *_: 1e10)
+    monkeypatch.setattr(steps.floors, "product_rate", lambda *_: SimpleNamespace(median=1e12))
+    monkeypatch.setattr(steps.floors, "launch_seconds", lambda _: 1e-6)
+    assert steps.main(["--shape", "quick", "--rounds", "1", "--batch", "2", *weights]) == 0
+    assert left[0] == 2 * 16 - 2 * 2
+    lines = [line for line in capsys.readouterr().out.splitlines() if ", hidden" in line]
+    assert len(lines) == 2 + (3 * 2 if weights else len(steps.BESIDE) + 3 * len(steps.TILES[None]))

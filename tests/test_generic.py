@@ -94,10 +94,11 @@ def shifted(forward, model, *args, **kwargs):
 @pytest.mark.usefixtures("strict_interpreter")
 @pytest.mark.parametrize("name", ["bert", "qwen3", "gpt2-shifted"])
 def test_triton_gives_the_tokens_of_pytorch(name):
-    ids = torch.randint(0, EOS, (2, 7), generator=torch.Generator().manual_seed(0))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    ids = torch.randint(0, EOS, (2, 7), generator=torch.Generator().manual_seed(0)).to(device)
     options = {"gen_length": 8, "block_length": 4, "schedule": Threshold(0.3), "mask_id": MASK}
-    expected = dllm_fast.generate(dllm_fast.patch(make(name), impl="torch"), ids, **options)
-    found = dllm_fast.generate(dllm_fast.patch(make(name), impl="triton"), ids, **options)
+    expected = dllm_fast.generate(dllm_fast.patch(make(name).to(device), impl="torch"), ids, **options)
+    found = dllm_fast.generate(dllm_fast.patch(make(name).to(device), impl="triton"), ids, **options)
     assert torch.equal(found.sequences, expected.sequences)
 
 

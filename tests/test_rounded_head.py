@@ -81,8 +81,9 @@ def test_tokens_are_those_of_the_rounded_head(name, run, impl, ids):
 
 @needs_triton
 def test_tokens_of_the_kernels_are_pytorchs():
-    model = SMALL["llada-tied"]()
-    ids = torch.arange(4)[None]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = SMALL["llada-tied"]().to(device)
+    ids = torch.arange(4, device=device)[None]
     options = {"gen_length": 2, "block_length": 2, "schedule": dllm_fast.Uniform(2), **RUNS["guided"]}
     expected = dllm_fast.generate(dllm_fast.patch(model, "torch", head="fp8"), ids, **options).sequences
     dllm_fast.patch(model, "triton", head="fp8")

@@ -2,7 +2,7 @@
 matmul of q, k and v or after it, launches chained or not, and with or without a second stream that prefetches the next
 matmul's first weights into L2.
 
-    python -m bench.generation.steps [--layers 32] [--batch 1] [--weights fp8] [--head fp8] [--quick]
+    python -m bench.generation.steps [--batch 1] [--weights fp8] [--head fp8] [--quick]
 
 Each variant is recorded on the same buffers and replayed; milliseconds are medians of interleaved replays. The floor is
 the bytes of weights, keys and values at the copy bandwidth measured in the same run.
@@ -10,6 +10,7 @@ the bytes of weights, keys and values at the copy bandwidth measured in the same
 
 import argparse
 import contextlib
+import dataclasses
 import statistics
 import sys
 from collections import Counter
@@ -25,9 +26,11 @@ from bench.common import SHAPES, build_model, machine
 from bench.generation.breakdown import kernel_group
 from bench.generation.cost import BYTES, Card, Cost, by_group, print_beside, step_kernels
 from dllm_fast import ops
+from dllm_fast.decoding.engine import Engine
 from dllm_fast.decoding.steps import Step
 from dllm_fast.kernels import attention, glu, linear, linear_int4, linear_rope, norm, rope, round_rows
-from dllm_fast.patch import bound_family, bound_pool
+from dllm_fast.kernels.tiles import multiprocessors
+from dllm_fast.patch import bound_family
 
 CHAINS = (attention, glu, linear, linear_int4, norm, rope, round_rows)
 TILES = {  # by `patch`'s weights; the shipped ones come first
@@ -45,6 +48,7 @@ TILES = {  # by `patch`'s weights; the shipped ones come first
 SIZES = {None: 2, **BYTES}  # bytes of a weight
 BESIDE = (4, 8, 16, 32)  # MB of the next matmul's weights
 LINE = 4096  # bytes of a prefetch
+DEVICE = "cuda"
 
 
 def unchained(device, programs) -> dict:
@@ -137,10 +141,33 @@ def record(engine, step: Step, join=lambda: None) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def replay(graph, engine, mask_id: int) -> float:
-    """Milliseconds of one replay, after masking all of the block's positions again."""
+def used_engine(model, ids: torch.Tensor, gen_length: int, block: int) -> Engine:
+    """The engine that generates from ``ids``, after it has done so twice."""
+    engines = []
+
+    def watch(engine, step):
+        engines.append(engine)
+        return contextlib.nullcontext()
+
+    schedule = dllm_fast.Uniform(2 * gen_length // block)
+    Engine.watchers.append(watch)
+    try:
+        for _ in range(2):
+            dllm_fast.generate(model, ids, gen_length=gen_length, block_length=block, schedule=schedule)
+    finally:
+        Engine.watchers.remove(watch)
+    return engines[-1]
+
+
+def mask_block(engine, mask_id: int) -> None:
     at = engine.slot[:, None] + engine.offsets
     engine.canvas.scatter_(1, at, torch.full_like(at, mask_id))
+    engine.live.fill_(engine.block_size)
+
+
+def replay(graph, engine, mask_id: int) -> float:
+    """Milliseconds of one replay, after masking all of the block's positions again."""
+    mask_block(engine, mask_id)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
     graph.replay()
@@ -197,35 +224,30 @@ def predict(model, engine, card: Card, positions: int, options) -> dict[str, flo
 @torch.no_grad()
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--shape", choices=SHAPES, default="llada-8b")
+    parser.add_argument("--layers", type=int, help="of the model; the shape's by default")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--weights", choices=["fp8", "int4"], help="of the layers, as `patch` rounds them")
     parser.add_argument("--head", choices=["fp8"], help="the LM head in e4m3 too")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--quick", action="store_true", help="only the shipped variant, before and after")
     options = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
+    if DEVICE == "cuda" and not torch.cuda.is_available():
         print("no CUDA device: this bench times CUDA graphs", file=sys.stderr)
         return 2
-    device = torch.device("cuda")
+    device, shape, weights = torch.device(DEVICE), SHAPES[options.shape], options.weights
     print(machine(device, torch.bfloat16))
-    shape = SHAPES["llada-8b"]
-    model = build_model(
-        type(shape)({**shape.config, "n_layers": options.layers}, *list(vars(shape).values())[1:]),
-        torch.bfloat16, device,
-    )  # fmt: skip
-    weights = options.weights
+    layers = {"n_layers": options.layers} if options.layers else {}
+    model = build_model(dataclasses.replace(shape, config=shape.config | layers), torch.bfloat16, device)
     dllm_fast.patch(model, weights=weights, head=options.head)
     mask_id = model.config.mask_token_id
-    ids = torch.randint(0, 1000, (options.batch, 768), device=device)
-    with way(None, False, 32, weights):
-        for _ in range(2):
-            dllm_fast.generate(model, ids, gen_length=256, block_length=32, schedule=dllm_fast.Uniform(16))
-    engine = next(iter(bound_pool(model)._engines.values()))
-    engine.slot.fill_(engine.slots - 64)
-    kinds = engine.steps(engine.slots - 64, engine.slots - 64)
+    block, rows = shape.block_length, shape.block_length * options.batch
+    ids = torch.randint(0, 900, (options.batch, shape.prompt), device=device)
+    with way(None, False, rows, weights):
+        engine = used_engine(model, ids, shape.gen_length, block)
+    last_but_one = torch.full((engine.rows,), engine.slots - 2 * block, dtype=torch.int64, device="cpu")
+    kinds = engine.prepare(last_but_one, torch.zeros_like(last_but_one))
     engine.quota.fill_(2)
-    rows = 32 * options.batch
     ways = {"before": (None, False, 0), "before, chained": (None, True, 0)}
     if weights is None:
         ways |= {f"before, {megabytes} MB beside": (None, False, megabytes) for megabytes in BESIDE}
@@ -238,8 +260,7 @@ def main(arguments: list[str] | None = None) -> int:
             try:
                 join = stack.enter_context(beside(megabytes)) if megabytes else lambda: None
                 graphs[name] = record(engine, kinds.block, join)
-                at = engine.slot[:, None] + engine.offsets
-                engine.canvas.scatter_(1, at, torch.full_like(at, mask_id))
+                mask_block(engine, mask_id)
                 hidden[name] = engine.hidden(kinds.block).float()
             except Exception as error:
                 print(f"{name}: {type(error).__name__}: {str(error)[:200]}")
@@ -257,8 +278,8 @@ def main(arguments: list[str] | None = None) -> int:
         span = f"{min(values):.3f}-{max(values):.3f}"
         print(f"{middle:7.3f} ms ({span}) {middle / least:5.2f} x, hidden {apart:.1e}  {name}")
     best = min(times, key=lambda name: statistics.median(times[name]))
-    matrix, launch = floors.product_rate("cuda", 8192, torch.bfloat16).median, floors.launch_seconds("cuda")
-    card = Card(rate, matrix, launch, torch.cuda.get_device_properties(device).multi_processor_count)
+    matrix, launch = floors.product_rate(DEVICE, 8192, torch.bfloat16).median, floors.launch_seconds(DEVICE)
+    card = Card(rate, matrix, launch, multiprocessors(device))
     for name in ("before", best):
         print(f"\n{name}:")
         tiles, chained, _ = ways[name]

@@ -31,11 +31,13 @@ from dllm_fast.decoding import memory
 from dllm_fast.decoding.options import Options
 from dllm_fast.decoding.request import plan_row
 from dllm_fast.decoding.server import Server
+from dllm_fast.families.rounded import KINDS
 from dllm_fast.patch import bound_family, bound_pool
 
 WAYS = {
     "all": {}, "skip": {"skip_committed": True}, "suffix": {"suffix_length": 32},
     "both": {"skip_committed": True, "suffix_length": 32}, "e4m3": {"cache_dtype": "e4m3"},
+    "all three": {"skip_committed": True, "suffix_length": 32, "cache_dtype": "e4m3"},
     **{f"drafts-{n}": {"speculate": n} for n in (1, 3, 7, "auto")},
 }  # fmt: skip
 FEWER = ("all", "skip", "suffix", "both")  # positions
@@ -177,6 +179,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", nargs="+", default=["1"], metavar="B", help="rows, or auto: as many as fit")
     parser.add_argument("--suffix", type=int, default=32, help="suffix_length, where it is bounded")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(FEWER))
+    parser.add_argument("--weights", choices=tuple(KINDS), help="of the layers, as `patch` rounds them")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=PATH", help="see bench/peers.py")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
@@ -201,7 +204,7 @@ def main(arguments: list[str] | None = None) -> None:
     longest = max(sum(map(int, length.split("+"))) for length in options.lengths)
     limit = max(longest, shape.config.get("max_sequence_length", 0))
     model = build_model(dataclasses.replace(shape, config=shape.config | {"max_sequence_length": limit}), dtype, device)
-    dllm_fast.patch(model)
+    dllm_fast.patch(model, weights=options.weights)
     ways = list(dict.fromkeys(["all", *options.ways]))
     rate = Rates.of(floors.measure(device.type), dtype).matrix
     where = machine(device, dtype)
@@ -214,11 +217,12 @@ def main(arguments: list[str] | None = None) -> None:
             for line in lines:
                 print(line)
             if mine:
-                show(mine, rate, f"{options.model}, {length} tokens, batch {len(job.ids)}, suffix {options.suffix}")
+                title = f"{options.model}, {length} tokens, batch {len(job.ids)}, suffix {options.suffix}"
+                show(mine, rate, title + (f", {options.weights} weights" if options.weights else ""))
             rows += mine
     print(json.dumps({
         "bench": "throughput", "model": options.model, "machine": where, "load": load, "flops_a_second": rate,
-        "suffix": options.suffix, "rows": [asdict(row) for row in rows],
+        "suffix": options.suffix, "weights": options.weights, "rows": [asdict(row) for row in rows],
     }))  # fmt: skip
 
 

@@ -24,6 +24,12 @@ def exp_error(x: float | torch.Tensor) -> float | torch.Tensor:
     return INSTRUCTIONS["ex2.approx.f32"] + 2 * ROUNDED * abs(x)
 
 
+def average_ulps(out: torch.Tensor) -> float:
+    """For `assert_as_exact` of averages weighted by exponentials: rounding, and on a GPU the error of its exponential,
+    which counts in fp32."""
+    return 1 + INSTRUCTIONS["ex2.approx.f32"] / torch.finfo(out.dtype).eps if out.is_cuda else 1
+
+
 def assert_within(out: torch.Tensor, truth: torch.Tensor, bound: torch.Tensor) -> None:
     """Every element of ``out`` is within ``bound`` of ``truth`` (both fp64), plus rounding to out's dtype."""
     assert out.shape == truth.shape == bound.shape
