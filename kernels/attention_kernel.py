@@ -28,7 +28,8 @@ import triton.language as tl
 from dllm_fast.kernels.chain import start_next, wait_for_inputs
 from dllm_fast.kernels.tiles import is_last
 
-MERGED = tl.constexpr(32)  # query rows merged at once: a block's, with half the registers of a tile
+PARTS = tl.constexpr(4)  # read at once by the program that merges them
+MERGED = tl.constexpr(4096)  # elements of each: 32 rows, a block's, of D = 128
 
 
 @triton.jit
@@ -110,16 +111,21 @@ def _merge_rows(
     acc = tl.zeros(inside.shape, tl.float32)
     total = tl.zeros(row.shape, tl.float32)
     peak = tl.full(row.shape, float("-inf"), tl.float32)
-    for s in tl.range(0, splits, num_stages=3):  # the next parts are loaded while one is added
-        part_row = row + s * tl.cast(rows, tl.int64)
-        lse = tl.load(lse_ptr + part_row, mask=real, other=float("-inf"), cache_modifier=".cg")  # [BR]
-        part = tl.load(part_ptr + part_row[:, None] * D + d[None, :], mask=inside, other=0.0, cache_modifier=".cg")
-        new_peak = tl.maximum(peak, lse)
+    for begin in range(0, splits, PARTS):
+        # Several parts at once: one at a time, each waits for L2, and merging 8 took 6 us on an H200.
+        s = begin + tl.arange(0, PARTS)  # [PARTS]
+        there = (s < splits)[:, None] & real[None, :]  # [PARTS, BR]
+        part_row = row[None, :] + s.to(tl.int64)[:, None] * rows  # [PARTS, BR]
+        lse = tl.load(lse_ptr + part_row, mask=there, other=float("-inf"), cache_modifier=".cg")
+        part_at = part_row[:, :, None] * D + d[None, None, :]  # [PARTS, BR, BD]
+        whole = there[:, :, None] & (d < D)[None, None, :]
+        part = tl.load(part_ptr + part_at, mask=whole, other=0.0, cache_modifier=".cg")
+        new_peak = tl.maximum(peak, tl.max(lse, 0))
         base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
         shrink = tl.exp2(peak - base)
-        weight = tl.exp2(lse - base)
-        acc = acc * shrink[:, None] + part * weight[:, None]
-        total = total * shrink + weight
+        weight = tl.exp2(lse - base[None, :])  # [PARTS, BR]
+        acc = acc * shrink[:, None] + tl.sum(part * weight[:, :, None], 0)
+        total = total * shrink + tl.sum(weight, 0)
         peak = new_peak
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     tl.store(out_ptr + row[:, None] * D + d[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside)
@@ -305,7 +311,7 @@ def _attention_kernel(
         if is_last(count_ptr + (b * kv_heads + head) * tiles + tile, splits):
             heads = kv_heads * GROUP
             first_row = first * heads + head * GROUP
-            BR: tl.constexpr = BM if BM < MERGED else MERGED
+            BR: tl.constexpr = BM if BM * BD < MERGED else MERGED // BD
             for begin in range(tile * BM, tl.minimum(tile * BM + BM, queries * GROUP), BR):
                 _merge_rows(
                     part_ptr, lse_ptr, out_ptr, first_row, begin + tl.arange(0, BR), queries, heads, splits, rows,

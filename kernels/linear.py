@@ -6,7 +6,7 @@ between as many programs as the chip holds, so that none idles; a program may be
 2301.03598). A tile that several programs share is summed by the last of them to arrive, in the programs' order: replays
 give the same bits, and the order does not depend on the number of rows.
 
-    scale    y[n] = scale[n] * sum_k x[k] W[n, k]          W in e4m3, exact: see `SPLIT`
+    scale    y[n] = scale[n] * sum_k x[k] W[n, k]          W in e4m3, widened to x's dtype in registers, exactly
     gated    y = silu(round(x G^T)) * round(x U^T)         W = [G; U]: a tile has channels of both, in turns
 
 Where the launch is chained (programmatic dependent launch, `chain.py`), a program asks for its first weights before it
@@ -21,7 +21,6 @@ import triton.language as tl
 
 from dllm_fast.kernels.chain import chained, prefetch, start_next, wait_for_inputs
 from dllm_fast.kernels.checks import check_tensors, one_device
-from dllm_fast.kernels.round_rows import split_rows
 from dllm_fast.kernels.tiles import end_tile, multiprocessors, source_rows, sum_parts, zero_counts
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -39,10 +38,6 @@ PROGRAMS = {2: 1, 1: 2}  # on a multiprocessor
 # Bytes of a weight for which it is ahead of cuBLAS, on Hopper (bench.generation.steps, H200, LLaDA-8B, 32 rows: a block
 # step with e4m3 weights takes 4.28 ms, with `torch._scaled_mm` 5.05; with bf16 weights 5.16, with cuBLAS 5.03).
 AHEAD = (1,)
-# How bf16 rows meet e4m3 weights. False: weights are widened to bf16 in registers. True: each row is split into two
-# rows of e4m3 (`round_rows.split_rows`), which the matrix units multiply as they are; sums of BK products are added up
-# in fp32, because the units themselves keep 14 bits of a sum. Not measured yet: bench.generation.steps does.
-SPLIT = False
 
 
 @triton.jit
@@ -107,10 +102,9 @@ def _packed_dot(
 
 @triton.jit(do_not_specialize=["queries", "slots", "positions", "heads", "rows"])
 def _linear_kernel(
-    x_ptr,  # [M, K], rows x_stride apart, or with SPLIT [M, 2, K] e4m3
+    x_ptr,  # [M, K], rows x_stride apart
     weight_ptr,  # [N, K], or with PACKED [N, K / 4] int32
     scale_ptr,  # [N] fp32, or None
-    x_scale_ptr,  # [M] fp32, with SPLIT
     out_ptr,  # [M, N], or [M, N / 2] with GATED, or q [B, T, H, D]
     part_ptr,  # [programs, 2, BN, BM] fp32: what a program leaves of its first tile, and of its last
     count_ptr,  # [N / BN] int32: programs that have left their part of a tile; 0 before and after
@@ -131,7 +125,6 @@ def _linear_kernel(
     K,
     GATED: tl.constexpr,
     HALF: tl.constexpr,  # D/2: q, k and v are rotated; or 0
-    SPLIT: tl.constexpr,  # x is in two parts
     PACKED: tl.constexpr,  # four e4m3 weights a word
     CHAINED: tl.constexpr,
     AHEAD: tl.constexpr,
@@ -150,12 +143,11 @@ def _linear_kernel(
     tile_rows = BN // 2 if GATED else BN
     PER: tl.constexpr = 4 if PACKED else 1  # weights of an element of W
     w_at = weight_ptr + source[:, None] * (K // PER) + tl.arange(0, BK // PER)[None, :]  # [BN, BK / PER]
-    COLUMNS: tl.constexpr = 2 * BM if SPLIT else BM
-    x_rows = tl.minimum(tl.arange(0, COLUMNS), (2 * rows if SPLIT else rows) - 1)
-    x_at = x_ptr + x_rows.to(tl.int64)[:, None] * x_stride + k[None, :]  # [COLUMNS, BK]
+    x_rows = tl.minimum(tl.arange(0, BM), rows - 1)
+    x_at = x_ptr + x_rows.to(tl.int64)[:, None] * x_stride + k[None, :]  # [BM, BK]
 
     rope = cos_ptr, sin_ptr, position_ptr, slot_ptr, row_ptr, keys_ptr, values_ptr, queries, slots, positions, heads
-    to = out_ptr, scale_ptr, x_scale_ptr, rope
+    to = out_ptr, scale_ptr, rope
 
     if CHAINED:
         for i in tl.static_range(AHEAD):
@@ -165,27 +157,20 @@ def _linear_kernel(
         wait_for_inputs()
         start_next()
 
-    acc = tl.zeros([BN, COLUMNS], tl.float32)
+    acc = tl.zeros([BN, BM], tl.float32)
     for i in range(first, last):
         tile = i // steps
         at = (i - tile * steps) * BK
         w_step = (tl.cast(tile * tile_rows, tl.int64) * K + at) // PER
         w = tl.load(w_at + w_step, eviction_policy="evict_first")  # [BN, BK / PER]
         x = tl.load(x_at + at)  # [BM, BK]
-        if SPLIT:
-            acc = tl.dot(w, tl.trans(x), acc, max_num_imprecise_acc=BK)
-        elif PACKED:
+        if PACKED:
             acc = _packed_dot(w, x, acc, BM, BK)
         else:
             acc = tl.dot(w.to(x.dtype), tl.trans(x), acc)
         if (at + BK == K) | (i + 1 == last):
-            if SPLIT:
-                high, low = tl.split(tl.reshape(acc, [BN, BM, 2]))  # [BN, BM]
-                y = high + low * (1 / 16)
-            else:
-                y = acc
-            end_tile(y, part_ptr, to, tile, first, i + 1, steps, rows, N, GATED, HALF, BM, BN)
-            acc = tl.zeros([BN, COLUMNS], tl.float32)
+            end_tile(acc, part_ptr, to, tile, first, i + 1, steps, rows, N, GATED, HALF, BM, BN)
+            acc = tl.zeros([BN, BM], tl.float32)
     sum_parts(part_ptr, count_ptr, to, first, last, steps, total, rows, N, GATED, HALF, BM, BN)
 
 
@@ -235,7 +220,6 @@ def launch(x, weight, scale, out, gated=False, rope=(None,) * 11, half=0) -> Non
     (n, k), rows = weight.shape, x.numel() // max(1, x.shape[-1])
     kinds = (x.dtype,) if scale is None else (torch.float8_e4m3fn,)
     check_tensors(x.device, weight=(weight, [None, x.shape[-1]], kinds), scale=(scale, [n], (torch.float32,)))
-    split = SPLIT and scale is not None and x.dtype == torch.bfloat16
     config = config_of(rows, weight)
     if n % TILE or k % TILE or rows < 1 or config is None:
         raise ValueError(
@@ -244,13 +228,13 @@ def launch(x, weight, scale, out, gated=False, rope=(None,) * 11, half=0) -> Non
         )
     programs = min(PROGRAMS[weight.element_size()] * multiprocessors(x.device), n // config["BN"] * (k // config["BK"]))
     part = torch.empty(programs, 2, config["BN"], config["BM"], dtype=torch.float32, device=x.device)
-    x, x_scale = split_rows(x.reshape(rows, k)) if split else (x.reshape(rows, k), None)
-    packed = not split and scale is not None and x.dtype == torch.bfloat16 and x.is_cuda
+    x = x.reshape(rows, k)
+    packed = scale is not None and x.dtype == torch.bfloat16 and x.is_cuda
     with torch.cuda.device_of(x):
         _linear_kernel[(programs,)](
-            x, weight.view(torch.int32) if packed else weight, scale, x_scale, out, part,
-            zero_counts(n // config["BN"], x.device), *rope, k if split else x.stride(0), rows, n, k,
-            GATED=gated, HALF=half, SPLIT=split, PACKED=packed, **config, **chained(x.device, programs),
+            x, weight.view(torch.int32) if packed else weight, scale, out, part,
+            zero_counts(n // config["BN"], x.device), *rope, x.stride(0), rows, n, k,
+            GATED=gated, HALF=half, PACKED=packed, **config, **chained(x.device, programs),
         )  # fmt: skip
 
 

@@ -13,18 +13,20 @@ from dllm_fast.kernels import linear, linear_int4
 from dllm_fast.kernels.checks import INTEGERS, check_tensors, one_device
 from dllm_fast.kernels.reference_rounded import E4M3
 
-# Whether `fits_rope` ever says so. Not measured yet: bench.generation.steps does. By arithmetic, for LLaDA-8B's 32 rows
-# on an H200: `rope.py` takes 2.5 us a layer and the gap before it. Here a program that finishes a tile reads 16 KB of
-# tables from L2, twice at most, which is under 1 us.
-ROPE = True
+# Weights for which it is ahead of two kernels (bench.generation.steps, H200, LLaDA-8B, 32 rows: a block step with bf16
+# weights takes 5.25 ms, not 5.34; with four bits 5.63, not 5.71; with e4m3 ones 4.39, not 4.30).
+ROPE: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.uint8)
 
 
 def fits_rope(x, weight, cos, sin, position, slot, keys=None, values=None, row=None) -> bool:
-    """Whether `linear_rope` or `linear_int4_rope` takes what `linear` or `linear_int4` does, and this beside it.
+    """Whether `linear_rope` or `linear_int4_rope` takes what `linear` or `linear_int4` does and this beside it, and is
+    ahead of two kernels."""
+    return weight.dtype in ROPE and _takes(x, weight, position, slot, keys, values)
 
-    There are buffers, without gaps, and a tile is whole heads, all of q, of k or of v.
-    """
-    if not ROPE or keys is None or position is None or slot is None:
+
+def _takes(x, weight, position, slot, keys, values) -> bool:
+    """Whether there are buffers, without gaps, and a tile is whole heads, all of q, of k or of v."""
+    if keys is None or position is None or slot is None:
         return False
     rows, (kv_heads, head_dim) = x.numel() // max(1, x.shape[-1]), keys.shape[2:]
     config = linear_int4.config_of(rows) if weight.dtype == torch.uint8 else linear.config_of(rows, weight)
@@ -45,7 +47,7 @@ def _prepare(x, weight, cos, sin, position, slot, keys, values, row) -> tuple[to
     each = [batch], INTEGERS
     check_tensors(x.device, position=(position, *each), slot=(slot, *each), row=(row, *each))
     heads = len(weight) // max(1, head_dim) - 2 * kv_heads
-    if heads < 1 or not cos.shape[0] or not fits_rope(x, weight, cos, sin, position, slot, keys, values):
+    if heads < 1 or not cos.shape[0] or not _takes(x, weight, position, slot, keys, values):
         raise ValueError(
             f"x is {list(x.shape)}, keys {list(keys.shape)} and cos {list(cos.shape)}: expected up to {linear.ROWS} "
             f"rows, whole heads of q, of k or of v in a tile of {linear.TILE} or fewer channels, and a position"

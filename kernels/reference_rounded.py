@@ -23,20 +23,6 @@ def round_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (x.float() / scale).to(torch.float8_e4m3fn), scale
 
 
-def split_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each row of x [M, K] bf16 as two e4m3 rows, [M, 2, K], and its scale [M] fp32, a power of two.
-
-    ``high = round(x / scale)``, ``low = round(16 (x / scale - high))``. ``scale (high + low / 16)`` is x exactly, or
-    off by at most 2^-21 of the row's largest if x is below 2^-13 of it.
-    """
-    largest = torch.linalg.vector_norm(x, float("inf"), -1, keepdim=True).float()
-    scale = torch.ldexp(torch.ones_like(largest), (torch.frexp(largest)[1] - 8).clamp(min=-126))
-    scaled = x.float() / scale
-    high = scaled.to(torch.float8_e4m3fn)
-    low = (16 * (scaled - high.float())).to(torch.float8_e4m3fn)
-    return torch.stack((high, low), 1), scale[:, 0]
-
-
 def round_int4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """weight [N, K] in groups of 128 inputs, ``w ~ scale (q - zero)``, q and zero integers from 0 to 15.
 

@@ -1,12 +1,8 @@
 """Rows rounded to e4m3, each with its own scale, for matmuls with both operands in e4m3 (arXiv:2209.05433).
 
-    round_rows   scale = max_k |x[k]| / 448                          x8[k] = round(x[k] / scale)
-    split_rows   scale = 2^(floor(log2(max_k |x[k]|)) - 7)           high[k] = round(x[k] / scale)
-                                                                      low[k] = round(16 (x[k] / scale - high[k]))
+    scale = max_k |x[k]| / 448        x8[k] = round(x[k] / scale)
 
-A bf16 number has 8 significant bits and an e4m3 number has 4, so high + low / 16 is exactly x / scale; only numbers
-below 2^-13 of the row's largest are off, by at most 2^-21 of it. A program holds a row in registers, so that x is read
-once.
+A program holds a row in registers, so that x is read once.
 """
 
 import torch
@@ -21,17 +17,6 @@ TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 
 @triton.jit
-def _load_row(x_ptr, x_stride, d, CHAINED: tl.constexpr, BD: tl.constexpr):
-    """This program's row number, its columns [BD], and its values [BD] fp32."""
-    if CHAINED:
-        start_next()
-        wait_for_inputs()
-    row = tl.program_id(0).to(tl.int64)
-    col = tl.arange(0, BD)
-    return row, col, tl.load(x_ptr + row * x_stride + col, mask=col < d, other=0.0).to(tl.float32)
-
-
-@triton.jit
 def _round_rows_kernel(
     x_ptr,  # [rows, d], rows x_stride apart
     out_ptr,  # [rows, d] e4m3
@@ -41,43 +26,16 @@ def _round_rows_kernel(
     CHAINED: tl.constexpr,
     BD: tl.constexpr,
 ):
-    row, col, x = _load_row(x_ptr, x_stride, d, CHAINED, BD)
+    if CHAINED:
+        start_next()
+        wait_for_inputs()
+    row = tl.program_id(0).to(tl.int64)
+    col = tl.arange(0, BD)  # [BD]
+    x = tl.load(x_ptr + row * x_stride + col, mask=col < d, other=0.0).to(tl.float32)  # [BD]
     scale = tl.maximum(tl.div_rn(tl.max(tl.abs(x), 0), 448.0), TINY)
     tl.store(scale_ptr + row, scale)
     # Exact division: an error in the last place would round some ties the other way.
     tl.store(out_ptr + row * d + col, tl.div_rn(x, scale).to(tl.float8e4nv), mask=col < d)
-
-
-@triton.jit
-def _split_rows_kernel(
-    x_ptr,  # [rows, d], rows x_stride apart
-    out_ptr,  # [rows, 2, d] e4m3
-    scale_ptr,  # [rows] fp32
-    x_stride,
-    d,
-    CHAINED: tl.constexpr,
-    BD: tl.constexpr,
-):
-    row, col, x = _load_row(x_ptr, x_stride, d, CHAINED, BD)
-    # 254 minus the scale's exponent is the exponent of its inverse; both are normal numbers.
-    exponent = tl.maximum((tl.max(tl.abs(x), 0).to(tl.int32, bitcast=True) >> 23) - 7, 1)
-    tl.store(scale_ptr + row, (exponent << 23).to(tl.float32, bitcast=True))
-    x *= ((254 - exponent) << 23).to(tl.float32, bitcast=True)
-    high = x.to(tl.float8e4nv)
-    low = ((x - high.to(tl.float32)) * 16).to(tl.float8e4nv)
-    tl.store(out_ptr + row * 2 * d + col, high, mask=col < d)
-    tl.store(out_ptr + (row * 2 + 1) * d + col, low, mask=col < d)
-
-
-def _launch(kernel, x: torch.Tensor, out: torch.Tensor, scale: torch.Tensor) -> None:
-    rows, d = x.shape
-    if not 1 <= d <= max(WARPS):
-        raise ValueError(f"x is {list(x.shape)}: the last dimension must be in 1..{max(WARPS)}")
-    if rows:
-        padded = triton.next_power_of_2(d)
-        warps = next(warps for longest, warps in WARPS.items() if padded <= longest)
-        with torch.cuda.device_of(x):
-            kernel[(rows,)](x, out, scale, x.stride(0), d, BD=padded, num_warps=warps, **chained(x.device, rows))
 
 
 @torch.library.custom_op("dllm_fast::round_rows", mutates_args=())
@@ -87,7 +45,15 @@ def round_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     rows, d = x.shape
     out = torch.empty(rows, d, dtype=torch.float8_e4m3fn, device=x.device)
     scale = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
-    _launch(_round_rows_kernel, x, out, scale)
+    if not 1 <= d <= max(WARPS):
+        raise ValueError(f"x is {list(x.shape)}: the last dimension must be in 1..{max(WARPS)}")
+    if rows:
+        padded = triton.next_power_of_2(d)
+        warps = next(warps for longest, warps in WARPS.items() if padded <= longest)
+        with torch.cuda.device_of(x):
+            _round_rows_kernel[(rows,)](
+                x, out, scale, x.stride(0), d, BD=padded, num_warps=warps, **chained(x.device, rows)
+            )
     return out, scale
 
 
@@ -95,21 +61,3 @@ def round_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 @one_device
 def _(x):
     return x.new_empty(x.shape, dtype=torch.float8_e4m3fn), x.new_empty(x.shape[0], 1, dtype=torch.float32)
-
-
-@torch.library.custom_op("dllm_fast::split_rows", mutates_args=())
-def split_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`reference_rounded.split_rows` of x [M, K] bf16, K up to 16,384: high and low [M, 2, K] e4m3, scale [M] fp32."""
-    check_tensors(x.device, contiguous=False, x=(x, [None, None], (torch.bfloat16,)))
-    rows, d = x.shape
-    out = torch.empty(rows, 2, d, dtype=torch.float8_e4m3fn, device=x.device)
-    scale = torch.empty(rows, dtype=torch.float32, device=x.device)
-    _launch(_split_rows_kernel, x, out, scale)
-    return out, scale
-
-
-@split_rows.register_fake
-@one_device
-def _(x):
-    rows, d = x.shape
-    return x.new_empty(rows, 2, d, dtype=torch.float8_e4m3fn), x.new_empty(rows, dtype=torch.float32)

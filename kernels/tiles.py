@@ -63,15 +63,13 @@ def _store(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    out_ptr, scale_ptr, x_scale_ptr, rope = to
+    out_ptr, scale_ptr, rope = to
     kind = out_ptr.dtype.element_ty
     m = tl.arange(0, BM).to(tl.int64)  # [BM]
     PER: tl.constexpr = BN // 2 if GATED else BN  # output columns of a tile
     n = tile * PER + tl.arange(0, PER)  # [PER]
     if scale_ptr is not None:
         y *= tl.load(scale_ptr + tile * PER + source_rows(N, GATED, HALF, BN))[:, None]
-    if x_scale_ptr is not None:
-        y *= tl.load(x_scale_ptr + tl.minimum(m, rows - 1))[None, :]
     if HALF:
         y1, y2 = _pairs(y, kind, BM, BN)
         store_rotated(y1, y2, out_ptr, rope, tile, rows, N, HALF, BM, BN)
@@ -87,7 +85,7 @@ def _store(
 def end_tile(
     y,  # [BN, BM] fp32: this program's part of a tile
     part_ptr,  # [programs, 2, BN, BM] fp32: a program's parts of its first and its last tile
-    to,  # out, the scales of W and of x or None, and ``rope`` of `rope.store_rotated`
+    to,  # out, the scale of W or None, and ``rope`` of `rope.store_rotated`
     tile,
     first,  # this program's first step
     done,  # one past its last step in the tile

@@ -1,7 +1,6 @@
 """bench.generation.steps: what each variant of a block step replaces, and the bytes of its floor."""
 
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -44,17 +43,19 @@ def test_a_way_is_in_force_within_it_and_gone_after_it(steps, weights):
         return module.CONFIGS if weights == "int4" else module.CONFIGS[steps.SIZES[weights]]
 
     before = served(weights), dict(configs()), module.PROGRAMS, module.chained
-    with steps.way(None, False, 32, weights):
+    with steps.way({"own": False}, False, 32, weights):
         assert not served(weights) and module.chained is steps.unchained
     for tiles in steps.TILES[weights]:
         with steps.way(tiles, True, 32, weights):
             assert served(weights) and module.chained is before[3]
-            own = {name: value for name, value in tiles.items() if name not in ("programs", "rope", "split")}
-            assert tiles.get("rope", True) == linear_rope.ROPE
+            own = {name: value for name, value in tiles.items() if name not in ("programs", "rope")}
+            assert steps.ROPE[tiles.get("rope")] == linear_rope.ROPE
             assert configs()[32] == before[1][32] | own and configs()[64] == before[1][64]
             programs = module.PROGRAMS if weights == "int4" else module.PROGRAMS[steps.SIZES[weights]]
             assert programs == tiles.get("programs", programs)
-    assert (served(weights), configs(), module.PROGRAMS, module.chained) == before and linear_rope.ROPE
+    assert (served(weights), configs(), module.PROGRAMS, module.chained) == before and steps.ROPE[
+        None
+    ] == linear_rope.ROPE
 
 
 @pytest.mark.parametrize("head", [None, "fp8"])
@@ -79,7 +80,7 @@ def test_every_variant_is_replayed_from_a_masked_block(steps, weights, capsys, m
     """A dry run on the CPU: steps are run instead of recorded."""
 
     class Eager:
-        def __init__(self, engine, step, join=lambda: None):
+        def __init__(self, engine, step):
             self.engine, self.step = engine, step
 
         def replay(self):
@@ -93,7 +94,7 @@ def test_every_variant_is_replayed_from_a_masked_block(steps, weights, capsys, m
         return 1.0
 
     left = []
-    for name, value in {"DEVICE": "cpu", "record": Eager, "replay": replay, "beside": lambda _: nullcontext()}.items():
+    for name, value in {"DEVICE": "cpu", "record": Eager, "replay": replay}.items():
         monkeypatch.setattr(steps, name, value)
     for name in ("copy_rate", "profile"):
         monkeypatch.setattr(steps, name, lambda *_: 1e10)
@@ -102,4 +103,4 @@ def test_every_variant_is_replayed_from_a_masked_block(steps, weights, capsys, m
     assert steps.main(["--shape", "quick", "--rounds", "1", "--batch", "2", *weights]) == 0
     assert left[0] == 2 * 16 - 2 * 2
     lines = [line for line in capsys.readouterr().out.splitlines() if ", hidden" in line]
-    assert len(lines) == 2 + (3 * 2 if weights else len(steps.BESIDE) + 3 * len(steps.TILES[None]))
+    assert len(lines) == 3 + 2 * (2 if weights else len(steps.TILES[None]))

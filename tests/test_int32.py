@@ -98,9 +98,6 @@ class Calls:
     def round_rows(self, round_rows):
         round_rows.round_rows(lazy(*batch_of(self.ffn)))
 
-    def split_rows(self, round_rows):
-        round_rows.split_rows(lazy(*batch_of(self.ffn)))
-
     def _queries(self, rows: int | None = None):
         """Buffers, and what is written to their ends; of ``rows`` sequences."""
         shape = batch_of(self.positions, self.kv_heads, 128)
@@ -178,7 +175,7 @@ class Calls:
 
 
 FILES = {  # of an op whose file has another name
-    "rms_norm": "norm", "layer_norm": "norm", "swiglu": "glu", "geglu": "glu", "split_rows": "round_rows",
+    "rms_norm": "norm", "layer_norm": "norm", "swiglu": "glu", "geglu": "glu",
     "linear_e4m3": "linear", "widen_int4": "linear_int4", "linear_int4_rope": "linear_rope", "uniform": "gumbel",
     "select": "predict",
 }  # fmt: skip

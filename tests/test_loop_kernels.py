@@ -159,11 +159,12 @@ def test_rotation_in_the_matmul(name, weights, rows, device, monkeypatch):
     dllm_fast.patch(plain, impl="torch", weights=weights)
     options = {"gen_length": 4, "block_length": 4, "schedule": Uniform(2), "refresh": Drift(0.3), "temperature": 0.5}
     request = fixed(options, rows)
+    monkeypatch.setattr("dllm_fast.kernels.linear_rope.ROPE", (torch.float8_e4m3fn, torch.uint8))
     rotated = together(ours, request)
     assert calls
     check(ours, plain, request, lambda *_: rotated, ROUNDINGS[torch.float16])
     calls.clear()
-    monkeypatch.setattr("dllm_fast.kernels.linear_rope.ROPE", False)
+    monkeypatch.setattr("dllm_fast.kernels.linear_rope.ROPE", ())
     assert together(ours, request) == rotated and not calls
 
 

@@ -322,7 +322,6 @@ def test_every_function_on_any_device(monkeypatch):
         reference.geglu(on(2, 8), on(2, 8)),
         reference.linear(on(2, 8), on(4, 8), on(4), gated=True),
         *reference_rounded.round_rows(on(2, 8)),
-        *reference_rounded.split_rows(on(2, 8, dtype=torch.bfloat16)),
         cos,
         sin,
         reference.attention(q, kv, kv, rows, rows, rows, window=2),

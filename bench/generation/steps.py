@@ -1,6 +1,5 @@
 """Times a block step of LLaDA-8B's shape as a CUDA graph in several variants: which matmuls and tiles, rotation in the
-matmul of q, k and v or after it, launches chained or not, and with or without a second stream that prefetches the next
-matmul's first weights into L2.
+matmul of q, k and v or after it, in how many parts attention is divided, and launches chained or not.
 
     python -m bench.generation.steps [--batch 1] [--weights fp8] [--head fp8] [--quick]
 
@@ -17,15 +16,12 @@ from collections import Counter
 from unittest import mock
 
 import torch
-import triton
-import triton.language as tl
 
 import dllm_fast
 from bench import floors
 from bench.common import SHAPES, build_model, machine
 from bench.generation.breakdown import kernel_group
 from bench.generation.cost import BYTES, Card, Cost, by_group, print_beside, step_kernels
-from dllm_fast import ops
 from dllm_fast.decoding.engine import Engine
 from dllm_fast.decoding.steps import Step
 from dllm_fast.kernels import attention, glu, linear, linear_int4, linear_rope, norm, rope, round_rows
@@ -35,19 +31,15 @@ from dllm_fast.patch import bound_family
 CHAINS = (attention, glu, linear, linear_int4, norm, rope, round_rows)
 TILES = {  # by `patch`'s weights; the shipped ones come first
     None: ({}, {"rope": False}, {"BK": 64, "num_stages": 5, "AHEAD": 4}, {"BN": 64, "BK": 256}),
-    "fp8": (
-        {}, {"rope": False}, {"split": True}, {"split": True, "AHEAD": 0}, {"split": True, "num_warps": 8},
-        {"split": True, "programs": 3, "num_stages": 3}, {"split": True, "programs": 1, "num_stages": 7},
-        {"split": True, "BN": 64, "programs": 4}, {"split": True, "BK": 256, "programs": 1},
-    ),
+    "fp8": ({}, {"rope": True}, {"AHEAD": 0}, {"num_warps": 8}, {"BN": 64, "programs": 4}),
     "int4": (
-        {}, {"rope": False}, {"num_warps": 4, "maxnreg": 255}, {"num_stages": 3}, {"programs": 1, "maxnreg": 255},
+        {}, {"rope": False}, {"num_warps": 4, "maxnreg": 255}, {"num_stages": 2}, {"programs": 1, "maxnreg": 255},
         {"BN": 64, "num_warps": 4, "programs": 4},
     ),
 }  # fmt: skip
+# Weights whose matmul rotates, by a variant's "rope"; None: those that are shipped.
+ROPE = {None: linear_rope.ROPE, False: (), True: (*linear_rope.ROPE, torch.float8_e4m3fn)}
 SIZES = {None: 2, **BYTES}  # bytes of a weight
-BESIDE = (4, 8, 16, 32)  # MB of the next matmul's weights
-LINE = 4096  # bytes of a prefetch
 DEVICE = "cuda"
 
 
@@ -56,88 +48,39 @@ def unchained(device, programs) -> dict:
 
 
 @contextlib.contextmanager
-def way(tiles: dict | None, chained: bool, rows: int, weights: str | None):
-    """Replace the matmul's shipped tiles with ``tiles``; None: PyTorch's matmul (for int4, on widened weights)."""
+def way(tiles: dict, chained: bool, rows: int, weights: str | None):
+    """Replace what ``tiles`` names. "own": False takes PyTorch's matmul (for int4, on widened weights)."""
+    tiles = dict(tiles)
     with contextlib.ExitStack() as stack:
+
+        def put(module, name: str, value) -> None:
+            stack.enter_context(mock.patch.object(module, name, value))
+
         if not chained:
             for module in CHAINS:
-                stack.enter_context(mock.patch.object(module, "chained", unchained))
-        if tiles is not None:
-            tiles = dict(tiles)
-            stack.enter_context(mock.patch.object(linear_rope, "ROPE", tiles.pop("rope", linear_rope.ROPE)))
+                put(module, "chained", unchained)
+        put(attention, "THREADS", tiles.pop("threads", attention.THREADS))
+        put(linear_rope, "ROPE", ROPE[tiles.pop("rope", None)])
+        own = tiles.pop("own", True)
         if weights == "int4":
-            if tiles is None:
-                stack.enter_context(mock.patch.object(linear_int4, "ROWS", 0))
-            else:
-                programs = tiles.pop("programs", linear_int4.PROGRAMS)
-                stack.enter_context(mock.patch.object(linear_int4, "PROGRAMS", programs))
-                configs = linear_int4.CONFIGS
-                key = next(n for n in configs if rows <= n)
-                stack.enter_context(mock.patch.dict(configs, {key: configs[key] | tiles}))
-        elif tiles is None:
-            stack.enter_context(mock.patch.object(linear, "AHEAD", ()))
+            module, configs = linear_int4, linear_int4.CONFIGS
+            put(module, "ROWS", module.ROWS if own else 0)
+            put(module, "PROGRAMS", tiles.pop("programs", module.PROGRAMS))
         else:
             size = SIZES[weights]
-            stack.enter_context(mock.patch.object(linear, "AHEAD", (size,)))
-            programs = {size: tiles.pop("programs", linear.PROGRAMS[size])}
-            stack.enter_context(mock.patch.dict(linear.PROGRAMS, programs))
-            stack.enter_context(mock.patch.object(linear, "SPLIT", tiles.pop("split", False)))
-            configs = linear.CONFIGS[size]
-            key = next(n for n in configs if rows <= n)
-            stack.enter_context(mock.patch.dict(configs, {key: configs[key] | tiles}))
+            module, configs = linear, linear.CONFIGS[size]
+            put(module, "AHEAD", (size,) if own else ())
+            put(module, "PROGRAMS", module.PROGRAMS | {size: tiles.pop("programs", module.PROGRAMS[size])})
+        key = next(n for n in configs if rows <= n)
+        stack.enter_context(mock.patch.dict(configs, {key: configs[key] | tiles}))
         yield
 
 
-@triton.jit
-def _prefetch_kernel(at_ptr, LINE: tl.constexpr, LINES: tl.constexpr):
-    at = at_ptr.to(tl.int64) + (tl.program_id(0) * LINES + tl.arange(0, LINES)).to(tl.int64) * LINE
-    tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], 4096; mov.b32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False,
-        pack=1,
-    )  # fmt: skip
-
-
-@contextlib.contextmanager
-def beside(megabytes: int):
-    """After each matmul of a layer, prefetch the next one's first weights into L2 on a second stream.
-
-    Yields a function that joins that stream. The order of matmuls is taken from an eager step.
-    """
-    order, side = [], torch.cuda.Stream()
-    names = ("linear", "scaled_linear", "int4_linear", "swiglu_linear")
-    real = {name: getattr(ops, name) for name in names}
-    seen: dict[int, int] = {}
-
-    def wrapped(name):
-        def call(x, weight, *rest, **options):
-            y = real[name](x, weight, *rest, **options)
-            if y is None:  # another matmul serves
-                return y
-            if torch.cuda.is_current_stream_capturing():
-                following = order[(seen[weight.data_ptr()] + 1) % len(order)]
-                side.wait_stream(torch.cuda.current_stream())
-                lines = min(following.nbytes, megabytes << 20) // LINE // 128
-                with torch.cuda.stream(side):
-                    _prefetch_kernel[(lines,)](following.view(torch.uint8), LINE=LINE, LINES=128)
-            elif weight.data_ptr() not in seen:
-                seen[weight.data_ptr()] = len(order)
-                order.append(weight)
-            return y
-
-        return call
-
-    with contextlib.ExitStack() as stack:
-        for name in names:
-            stack.enter_context(mock.patch.object(ops, name, wrapped(name)))
-        yield lambda: torch.cuda.current_stream().wait_stream(side)
-
-
-def record(engine, step: Step, join=lambda: None) -> torch.cuda.CUDAGraph:
+def record(engine, step: Step) -> torch.cuda.CUDAGraph:
     engine.run_step(step)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         engine.run_step(step)
-        join()
     return graph
 
 
@@ -243,23 +186,20 @@ def main(arguments: list[str] | None = None) -> int:
     mask_id = model.config.mask_token_id
     block, rows = shape.block_length, shape.block_length * options.batch
     ids = torch.randint(0, 900, (options.batch, shape.prompt), device=device)
-    with way(None, False, rows, weights):
+    with way({"own": False}, False, rows, weights):
         engine = used_engine(model, ids, shape.gen_length, block)
     last_but_one = torch.full((engine.rows,), engine.slots - 2 * block, dtype=torch.int64, device="cpu")
     kinds = engine.prepare(last_but_one, torch.zeros_like(last_but_one))
     engine.quota.fill_(2)
-    ways = {"before": (None, False, 0), "before, chained": (None, True, 0)}
-    if weights is None:
-        ways |= {f"before, {megabytes} MB beside": (None, False, megabytes) for megabytes in BESIDE}
+    ways = {"before": ({"own": False}, False), "before, chained": ({"own": False}, True)}
+    ways["before, chained, half the parts"] = ({"own": False, "threads": attention.THREADS // 2}, True)
     for tiles in TILES[weights][: 2 if options.quick else None]:
-        ways |= {f"ours, not chained {tiles}": (tiles, False, 0), f"ours, chained {tiles}": (tiles, True, 0)}
-        ways |= {f"ours, chained {tiles}, 8 MB beside": (tiles, True, 8)}
+        ways |= {f"ours, not chained {tiles}": (tiles, False), f"ours, chained {tiles}": (tiles, True)}
     graphs, hidden = {}, {}
-    for name, (tiles, chained, megabytes) in ways.items():
-        with way(tiles, chained, rows, weights), contextlib.ExitStack() as stack:
+    for name, (tiles, chained) in ways.items():
+        with way(tiles, chained, rows, weights):
             try:
-                join = stack.enter_context(beside(megabytes)) if megabytes else lambda: None
-                graphs[name] = record(engine, kinds.block, join)
+                graphs[name] = record(engine, kinds.block)
                 mask_block(engine, mask_id)
                 hidden[name] = engine.hidden(kinds.block).float()
             except Exception as error:
@@ -282,13 +222,12 @@ def main(arguments: list[str] | None = None) -> int:
     card = Card(rate, matrix, launch, multiprocessors(device))
     for name in ("before", best):
         print(f"\n{name}:")
-        tiles, chained, _ = ways[name]
-        with way(tiles, chained, rows, weights):
+        with way(*ways[name], rows, weights):
             predicted = predict(model, engine, card, engine.block_size, options)
         profile(graphs[name], engine, mask_id, predicted)
     if not options.quick:
         whole = {}
-        for name, (tiles, chained) in (("before", (None, False)), ("chained", ({}, True))):
+        for name, (tiles, chained) in (("before", ({"own": False}, False)), ("chained", ({}, True))):
             with way(tiles, chained, rows, weights):
                 whole[name] = record(engine, kinds.full)
         for name, graph in whole.items():

@@ -149,11 +149,9 @@ def _linear():
     signature = {"x_ptr": "*bf16", "out_ptr": "*bf16", "part_ptr": "*fp32", "count_ptr": "*i32", "x_stride": "i32:16"}
     signature |= {"rows": "i32", "N": "i32:16", "K": "i32:16"}
     scaled = {"scale_ptr": "*fp32"}
-    split = {"x_ptr": "*fp8e4nv", "weight_ptr": "*fp8e4nv", "x_scale_ptr": "*fp32"}
     kinds = {  # name: bytes of a weight, what else is in the signature, constants
-        "bf16": (2, {"weight_ptr": "*bf16"}, {"SPLIT": False, "PACKED": False, "scale_ptr": None, "x_scale_ptr": None}),
-        "e4m3": (1, scaled | {"weight_ptr": "*i32"}, {"SPLIT": False, "PACKED": True, "x_scale_ptr": None}),
-        "e4m3 in two parts": (1, scaled | split, {"SPLIT": True, "PACKED": False}),
+        "bf16": (2, {"weight_ptr": "*bf16"}, {"PACKED": False, "scale_ptr": None}),
+        "e4m3": (1, scaled | {"weight_ptr": "*i32"}, {"PACKED": True}),
     }
     for kind, (size, types, constexprs) in kinds.items():
         for rows, config in linear.CONFIGS[size].items():

@@ -16,7 +16,6 @@ from truth import assert_as_exact, average_ulps
 import dllm_fast
 import dllm_fast.kernels.attention as module
 from dllm_fast import Drift, Uniform, Window, launchers
-from dllm_fast.kernels import linear as matmul
 from dllm_fast.kernels import reference
 from dllm_fast.kernels.attention import attention
 from dllm_fast.kernels.linear import linear
@@ -132,10 +131,9 @@ def test_what_is_hard_to_round(dtype, device):
 
 
 @pytest.mark.parametrize("name", ["left-padded", "gqa", "outside", "most-rows"])
-@pytest.mark.parametrize("kind", ["bf16", "e4m3", "e4m3-split", "int4"])
-def test_a_matmul_that_rotates(name, kind, device, monkeypatch):
+@pytest.mark.parametrize("kind", ["bf16", "e4m3", "int4"])
+def test_a_matmul_that_rotates(name, kind, device):
     """The bits of a matmul and a rotation, as in test_linear_rope.py, and the definition's numbers."""
-    monkeypatch.setattr(matmul, "SPLIT", kind == "e4m3-split")
     x, weight, mine = linear_inputs(name, BF16, device)
     mine[4:] = [buffer.to(E4M3) for buffer in mine[4:]]
     given, exact, four_bits = weights(kind, weight, BF16, device)

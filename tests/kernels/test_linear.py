@@ -32,16 +32,10 @@ def test_reference(name, dtype, gated, device):
     assert_as_exact(linear(x, weight, gated=gated), reference.linear(x, weight, gated=gated), truth)
 
 
-@pytest.fixture(params=[False, True], ids=["widened", "split"])
-def split(request, monkeypatch):
-    """Both ways to multiply bf16 rows by e4m3 weights."""
-    monkeypatch.setattr(kernel, "SPLIT", request.param)
-
-
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 @pytest.mark.parametrize("name", ["one-row", "tiles-cut-anywhere", "most-rows"])
-def test_e4m3_weights(name, dtype, gated, split, device):
+def test_e4m3_weights(name, dtype, gated, device):
     """Only the weights are rounded: the truth is computed from the rounded weights."""
     x, weight = inputs(name, dtype, device)
     copy, scale = rounded(weight)
@@ -50,7 +44,7 @@ def test_e4m3_weights(name, dtype, gated, split, device):
     assert_as_exact(linear(x, copy, scale, gated), eager, truth)
 
 
-def test_e4m3_weights_of_rows_with_outliers(split, device):
+def test_e4m3_weights_of_rows_with_outliers(device):
     """A row's largest number sets its scale, but does not cost a number a thousandth of its size any precision."""
     x, weight = inputs("tiles-cut-anywhere", BF16, device)
     x[:, 3] *= 1000
@@ -60,7 +54,7 @@ def test_e4m3_weights_of_rows_with_outliers(split, device):
     assert_as_exact(linear(x, copy, scale), reference.linear(x, copy, scale), truth)
 
 
-def test_every_e4m3_number(split, device):
+def test_every_e4m3_number(device):
     """Each of the 254 finite e4m3 numbers times 1, including subnormals and -0."""
     codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
     weight = torch.where(codes.float().isfinite(), codes.float(), 0).to(torch.float8_e4m3fn)
@@ -74,7 +68,7 @@ def test_every_e4m3_number(split, device):
 
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize("byte", [False, True], ids=["bf16", "e4m3"])
-def test_a_rows_bits_do_not_depend_on_its_neighbours(byte, gated, split, device):
+def test_a_rows_bits_do_not_depend_on_its_neighbours(byte, gated, device):
     x, weight = inputs("most-rows", BF16, device)
     weights = rounded(weight) if byte else (weight,)
     all_rows = linear(x, *weights, gated=gated)

@@ -4,7 +4,6 @@ import pytest
 import torch
 from truth import assert_as_exact
 
-from dllm_fast.kernels import linear as kernel
 from dllm_fast.kernels import linear_rope as fused
 from dllm_fast.kernels import reference, reference_rounded
 from dllm_fast.kernels.linear import linear
@@ -27,7 +26,7 @@ SHAPES = {
     "outside": (3, 6, 2, 2, 64, 128, 40, 12, [1, 0, 2], [-4, 9, 12]),
     "most-rows": (2, 32, 2, 2, 64, 128, 40, 40, [0, 8], [0, 8]),
 }
-CASES = [(name, kind) for name in SHAPES for kind in ("bf16", "e4m3", "e4m3-split", "int4")]
+CASES = [(name, kind) for name in SHAPES for kind in ("bf16", "e4m3", "int4")]
 CASES += [("gqa-of-short-heads", f"{kind}fp16") for kind in ("", "e4m3-", "int4-")]
 
 
@@ -67,8 +66,7 @@ def copied(rope_inputs, wide=False):
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
-def test_bits_of_two_kernels(name, kind, device, monkeypatch):
-    monkeypatch.setattr(kernel, "SPLIT", kind == "e4m3-split")
+def test_bits_of_two_kernels(name, kind, device):
     dtype = FP16 if "fp16" in kind else BF16
     x, weight, mine = inputs(name, dtype, device)
     given, exact, four_bits = weights(kind, weight, dtype, device)
@@ -142,7 +140,7 @@ def test_what_fits(device, monkeypatch):
     wide = torch.zeros(2, 40, 2, 128, dtype=BF16, device=device)
     assert fits("most-rows", keys=wide, values=wide)
     assert not fits("most-rows", four_bits=True, keys=wide, values=wide)  # its tiles are half a head
-    monkeypatch.setattr(fused, "ROPE", False)
+    monkeypatch.setattr(fused, "ROPE", ())
     assert not fits("block")
 
 

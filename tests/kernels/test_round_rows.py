@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dllm_fast.kernels import reference_rounded
-from dllm_fast.kernels.round_rows import round_rows, split_rows
+from dllm_fast.kernels.round_rows import round_rows
 
 
 def by_definition(x):
@@ -41,44 +41,3 @@ def test_op(device):
     torch.library.opcheck(round_rows, (x,), test_utils=kinds)
     with pytest.raises(ValueError, match=r"x is torch.float32 \[64\]"):
         round_rows(x[0])
-
-
-@pytest.mark.parametrize("size", [1e-30, 1e-3, 1.0, 3e4], ids=str)
-@pytest.mark.parametrize("shape", [(1, 1), (3, 40), (2, 769), (5, 4096)], ids=str)
-def test_two_parts_are_a_bf16_row(shape, size, device):
-    """High plus low is the number, to the last bit, unless it is far below the row's largest."""
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).mul(size).bfloat16()
-    x[:, ::3] *= 1e-3
-    parts, scale = split_rows(x.to(device))
-    assert all(
-        torch.equal(found.cpu().float(), expected.float())
-        for found, expected in zip((parts, scale), reference_rounded.split_rows(x), strict=True)
-    )
-    high, low = parts.cpu().double().unbind(1)
-    error = (high + low / 16) * scale.cpu().double()[:, None] - x.double()
-    largest = x.double().abs().amax(1, keepdim=True)
-    assert (error.abs() <= 2.0**-21 * largest).all()
-    assert not error[x.double().abs() >= 2.0**-13 * largest].any()
-    assert scale.log2().frac().eq(0).all()
-
-
-def test_two_parts_of_every_bf16_number(device):
-    """In a row with a 1, numbers from 2^-13 survive, and so do 0 and -0. NaN stays NaN."""
-    x = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16)
-    x = x[(x.abs() <= 1) & ((x.abs() >= 2.0**-13) | (x == 0))]
-    x = torch.stack((x, torch.ones_like(x)), 1)
-    parts, scale = split_rows(x.to(device))
-    high, low = parts.cpu().float().unbind(1)
-    assert torch.equal((high + low / 16) * scale.cpu()[:, None], x.float())
-    parts, scale = split_rows(torch.tensor([[1.0, float("nan")], [0.0, 0.0]], dtype=torch.bfloat16, device=device))
-    assert parts[0, 0].float().isnan().tolist() == [False, True]
-    assert scale.isfinite().all()
-    assert not parts[1].float().any()
-
-
-def test_two_parts_op(device):
-    x = torch.randn(2, 64, device=device).bfloat16()
-    kinds = ("test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(split_rows, (x,), test_utils=kinds)
-    with pytest.raises(ValueError, match=r"x is torch.float32"):
-        split_rows(x.float())
