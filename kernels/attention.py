@@ -5,11 +5,10 @@ import math
 import torch
 import triton
 
-from dllm_fast.kernels.attention_kernel import _attention_kernel
+from dllm_fast.kernels.attention_kernel import _attention_kernel, _merge_kernel
 from dllm_fast.kernels.chain import chained
 from dllm_fast.kernels.checks import FLOATS, INTEGERS, check_tensors, one_device
 from dllm_fast.kernels.reference_rounded import E4M3
-from dllm_fast.kernels.tiles import zero_counts
 
 # (BM query rows, BN slots, warps, stages, mask every tile): first for few rows or a window, then for many rows. The key
 # is (bytes an element, padded head dim, whether a block may use 227 KB of shared memory). These compile without spills
@@ -33,6 +32,7 @@ CONFIGS = {
 WIDENED = {(128, True): (128, 64, 8, 3, False), (128, False): (128, 32, 8, 3, True)}
 FEW_QUERIES = 64
 THREADS = 132 * 256  # enough to fill 132 multiprocessors; a launch with fewer splits the slots
+MERGE_WARPS = 2
 SPLIT_SLOTS = 128  # with fewer slots a program spends its time on starting and on writing its part
 
 
@@ -94,17 +94,16 @@ def attention(
     config, padded, splits = _plan(*shape, keys.dtype == E4M3, states)
     bm, bn, warps, stages, masked = config
     tiles = triton.cdiv(queries * group, bm) * kv_heads * batch
-    part = lse = count = None
+    part, lse = out, None
     if splits > 1:
         part = torch.empty((splits, *q.shape), dtype=torch.float32, device=q.device)
         lse = torch.empty((splits, rows), dtype=torch.float32, device=q.device)
-        count = zero_counts(tiles, q.device)
     grid = (tiles * splits,)
     own_strides = (0, 0, 0) if own_keys is None else own_keys.stride()[:3]
     q_strides = q.stride()[:3] if first is None else (0, q.stride(0), q.stride(2))
     with torch.cuda.device_of(q):
         _attention_kernel[grid](
-            q, keys, values, start, end, slot, first, hole, own_keys, own_values, out, part, lse, count,
+            q, keys, values, start, end, slot, first, hole, own_keys, own_values, part, lse,
             *q_strides, *keys.stride()[:3], *values.stride()[:3], *own_strides,
             queries, slots, kv_heads, splits, rows, min(window or 0, 1 << 30), length,
             (head_dim**-0.5 if scale is None else scale) * math.log2(math.e),
@@ -112,6 +111,11 @@ def attention(
             SPLIT=splits > 1, PACKED=first is not None, STATES=states, BM=bm, BN=bn, BD=padded, num_warps=warps,
             num_stages=stages, **chained(q.device, grid[0]),
         )  # fmt: skip
+        if splits > 1:
+            _merge_kernel[(rows,)](
+                part, lse, out, splits, rows, D=head_dim, BS=triton.next_power_of_2(splits), BD=padded,
+                num_warps=MERGE_WARPS, **chained(q.device, rows),
+            )  # fmt: skip
     return out
 
 

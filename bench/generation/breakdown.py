@@ -32,7 +32,7 @@ SCOPES = {
 BOTH = "LM head, selection"  # kernels that do both at once
 # (group, parts of kernel names); the first match counts.
 KERNELS = (
-    ("attention", ("flash", "fmha", "attention")),
+    ("attention", ("flash", "fmha", "attention", "_merge_kernel")),
     (BOTH, ("predict", "select", "_compact", "_combine", "argmax", "logsumexp")),
     ("commit", ("commit",)),
     ("norm, rope, gate", ("norm", "rope", "_glu")),

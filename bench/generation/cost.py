@@ -167,10 +167,9 @@ def _layer(cost, card, batch, slots, positions, queries, window, weights) -> Ite
     reached = slots if window is None else min(slots, queries + 2 * window)
     seen_by_each = slots if window is None else min(slots, 2 * window + 1)
     seen, results = 2 * batch * reached * pairs * cost.item, rows * inner
-    parts = results * splits * FP32 if splits > 1 else 0
-    yield Kernel(
-        "attention", "_attention_kernel", 1, seen + 2 * results * cost.item + parts, 4 * results * seen_by_each
-    )
+    yield Kernel("attention", "_attention_kernel", 1, seen + 2 * results * cost.item, 4 * results * seen_by_each)
+    if splits > 1:
+        yield Kernel("merge of attention", "_merge_kernel", 1, results * (splits * FP32 + cost.item))
     yield from _product("attention's output", cost, card, rows, width, inner, weights)
     yield _norm(cost, rows)
     yield from _product("gate, up", cost, card, rows, 2 * ffn, width, weights, gated=not cost.transform)

@@ -30,14 +30,13 @@ def attention_case(
     bm, bn, warps, stages, masked = config
     bd = max(16, triton.next_power_of_2(dim))
     kind = TYPES[itemsize]
-    signature = dict.fromkeys(("q_ptr", "out_ptr"), kind) | dict.fromkeys(("k_ptr", "v_ptr"), kept or kind)
+    signature = {"q_ptr": kind, "out_ptr": "*fp32" if split else kind} | dict.fromkeys(("k_ptr", "v_ptr"), kept or kind)
     signature |= dict.fromkeys(("start_ptr", "end_ptr", "slot_ptr"), "*i64")
-    shared = {"part_ptr": "*fp32", "lse_ptr": "*fp32", "count_ptr": "*i32"}
-    signature |= shared if split else {}
+    signature |= {"lse_ptr": "*fp32"} if split else {}
     signature |= _strides(q="bth", k="bsg", v="bsg", own="bsg")
     signature |= dict.fromkeys(("queries", "slots", "kv_heads", "splits", "rows", "window", "length"), "i32")
     constexprs = {"D": dim, "GROUP": group, "WINDOW": window, "MASKED": masked, "SPLIT": split}
-    constexprs |= {} if split else dict.fromkeys(shared)
+    constexprs |= {} if split else {"lse_ptr": None}
     packed = packed or states
     constexprs |= {"PACKED": packed, "STATES": states}
     optional = ({"first_ptr": "*i64"}, packed), ({"hole_ptr": "*i64", "own_k_ptr": kind, "own_v_ptr": kind}, states)
@@ -95,6 +94,10 @@ def _attention():
         yield attention_case(attention.CONFIGS[2, 256, big][0], 2, 256, split=True, **rounded)
         for dim in (64, 128, 256):
             yield attention_case(attention.CONFIGS[4, dim, big][0], 4, dim, split=True, **rounded)
+
+    signature = {"part_ptr": "*fp32", "lse_ptr": "*fp32", "out_ptr": "*bf16", "splits": "i32", "rows": "i32"}
+    constexprs = {"D": 128, "BS": 8, "BD": 128}
+    yield Case("merge", attention_kernel._merge_kernel, signature, constexprs, attention.MERGE_WARPS)
 
 
 def _rope():

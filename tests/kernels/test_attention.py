@@ -7,7 +7,6 @@ from truth import assert_as_exact, average_ulps, far_apart
 import dllm_fast.kernels.attention as module
 from dllm_fast.kernels import reference
 from dllm_fast.kernels.attention import attention
-from dllm_fast.kernels.tiles import counters
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -109,30 +108,6 @@ def test_split_over_slots(name, splits, dtype, device, monkeypatch):
 def split_over(splits, monkeypatch):
     plan = module._plan
     monkeypatch.setattr(module, "_plan", lambda *shape: (*plan(*shape)[:2], splits))
-
-
-def test_parts_are_added_up_in_one_order(device, monkeypatch):
-    """Whichever program is last: the interpreter runs them in a random order."""
-    split_over(5, monkeypatch)
-    arguments, _ = inputs(SHAPES["block-right-padded"], FP32, device)
-    first = attention(*arguments)
-    for _ in range(6):
-        assert torch.equal(attention(*arguments), first)
-
-
-def test_counts_are_left_as_they_were_found(device, monkeypatch):
-    """Also for rows that see no slot, and for a range shorter than its number of splits."""
-    split_over(4, monkeypatch)
-    shape = (3, 17, 8, 2, 16, 90, [0, 30, 5], [90, 30, 7], [30, 0, 0], None)
-    arguments, _ = inputs(shape, BF16, device)
-    expected, kept = attention(*arguments), torch.zeros(3 * 2 * 2, dtype=torch.int32, device=device)
-    with counters(kept):
-        for _ in range(3):
-            assert torch.equal(attention(*arguments), expected)
-            assert not kept.any()
-    for few in (kept[:11], kept.new_zeros(0)):
-        with counters(few):
-            assert torch.equal(attention(*arguments), expected), "its own zeros, if there are too few cached ones"
 
 
 def test_plan_fills_the_machine_from_shapes():
