@@ -151,6 +151,16 @@ def test_a_cancelled_request_frees_its_seat_at_the_next_block(llada):
     assert told.loop.load == Load(0, 0) and not told.loop.servers
 
 
+def test_one_choice_is_cancelled(llada):
+    told = Told(llada, seats=2)
+    told.loop.put(asked(0, [prompt(9), prompt(5), prompt(7)]))
+    told.turns(1)
+    told.loop.put(Cancel(0, 1))
+    told.turns()
+    expected = alone(llada, asked(0, [prompt(9), prompt(5), prompt(7)]))
+    assert told.answers(0) == {0: expected[0], 2: expected[2]}
+
+
 def test_everything_is_cancelled(llada):
     told = Told(llada, seats=2)
     told.loop.put(asked(0, [prompt(9), prompt(5), prompt(7)]))

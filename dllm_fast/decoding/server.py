@@ -142,7 +142,7 @@ class Server:
         require_memory(self.family, self.options, *plan[:3])
 
     def _seat(self) -> None:
-        """Give free seats to waiting rows. Seats that nobody takes are removed, and added again when they are needed."""
+        """Give free seats to waiting rows. Seats that nobody takes are removed, and added when they are needed."""
         taken = [seat for seat, row in enumerate(self.seated) if not row.done]
         joining = self.waiting[: self.seats - len(taken)]
         del self.waiting[: len(joining)]

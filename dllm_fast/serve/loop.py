@@ -82,7 +82,7 @@ class Loop:
             if message is None:
                 return False
             if isinstance(message, Cancel):
-                self.cancel(message.number)
+                self.cancel(message.number, message.choice)
             else:
                 self.accept(message)
             idle = False
@@ -98,6 +98,9 @@ class Loop:
             check_suffix(options, rows)
         except ValueError as error:
             self.emit([Refused(request.number, str(error))])
+            return
+        except Exception as error:  # a value that nobody thought of: this request's trouble alone
+            self.emit([Failed(request.number, f"{type(error).__name__}: {error}")])
             return
         self.rows += len(rows)
         key = options, options.seed if options.draws else None
@@ -115,10 +118,14 @@ class Loop:
 
         return draft
 
-    def cancel(self, number: int) -> None:
-        """Free the seats of a request, and forget its rows that wait. Unknown ones are done already."""
-        self.waiting = deque(job for job in self.waiting if job.request.number != number)
-        for index in [index for index, job in self.seated.items() if job.request.number == number]:
+    def cancel(self, number: int, choice: int | None = None) -> None:
+        """Free the seats of a request, or of one choice, and forget its rows that wait. Unknown ones are done."""
+
+        def meant(job: Job) -> bool:
+            return job.request.number == number and choice in (None, job.choice)
+
+        self.waiting = deque(job for job in self.waiting if not meant(job))
+        for index in [index for index, job in self.seated.items() if meant(job)]:
             self.seated.pop(index).row.stop()
 
     def turn(self) -> None:

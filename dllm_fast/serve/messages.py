@@ -24,9 +24,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Cancel:
-    """Nobody waits for this request any more."""
+    """Nobody waits for this request any more, or for one choice of it."""
 
     number: int
+    choice: int | None = None
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Draft:
-    """The answer ``choice`` from its ``begin``-th token to the end of the live block after a step; [MASK]s are in it."""
+    """The answer ``choice`` from its ``begin``-th token to the end of the live block, after a step; with [MASK]s."""
 
     number: int
     choice: int
