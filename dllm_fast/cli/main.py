@@ -225,9 +225,10 @@ def run_serve(args: argparse.Namespace) -> int:
     except ImportError as error:
         raise ImportError(f"{error}: dllm-fast serve needs pip install 'dllm_fast[serve]'") from error
     tokenizer = load_tokenizer(args.model, args.trust_remote_code)
+    options = Options.of_call("dllm-fast serve", options_of(args, tokenizer))
     served = Served(
-        args.model, dtype_of(args), args.device, args.impl, args.weights, args.trust_remote_code, args.seats, args.length,
-        Options.of_call("dllm-fast serve", options_of(args, tokenizer)),
+        args.model, dtype_of(args), args.device, args.impl, args.weights, args.trust_remote_code, args.seats,
+        args.length, options,
     )  # fmt: skip
     keys = [*(args.api_key or ()), os.environ.get("DLLM_FAST_API_KEY", "")]
     limits = Limits(

@@ -12,6 +12,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from dllm_fast.decoding.text import encode
+from dllm_fast.errors import require_utf8
 from dllm_fast.loading import load_tokenizer
 from dllm_fast.serve.bodies import Chat, Completion
 from dllm_fast.serve.messages import Ready, Request
@@ -129,7 +130,7 @@ class Gate:
                 return prompts  # type: ignore[return-value]
             texts = prompts
             self.check_characters(max(map(len, texts)), name)
-        found = encode(self.tokenizer, texts, self.ready.mask_id)
+        found = encode(self.tokenizer, [require_utf8(name, text) for text in texts], self.ready.mask_id)
         if not all(found):
             raise ValueError(f"{name}: an empty prompt")
         return found
