@@ -110,12 +110,12 @@ class Guard:
 
     async def read(self, scope, receive):
         """A ``receive`` that hands out the body, read already; None if the client left. Raises Refusal."""
-        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
-        if scope["path"].startswith(GUARDED) and not self.gate.admits(headers.get(b"authorization")):
+        headers = dict(scope["headers"])
+        if scope["path"].startswith(GUARDED) and not self.gate.admits(headers.get(b"authorization", b"")):
             raise Refusal(401, "Incorrect API key provided", code="invalid_api_key")
-        size, limit = headers.get(b"content-length", "0"), self.gate.limits.body
-        if size.isdecimal() and int(size) > limit:
-            raise Refusal(413, f"a body of {size[:20]} bytes is more than {limit}", code="body_too_large")
+        size, limit = headers.get(b"content-length", b"0"), self.gate.limits.body
+        if size.isdigit() and (len(size) > 18 or int(size) > limit):
+            raise Refusal(413, f"a body of {int(size[:18])} bytes is more than {limit}", code="body_too_large")
         try:
             body = await asyncio.wait_for(self.whole(receive, limit), READING)
         except asyncio.TimeoutError:

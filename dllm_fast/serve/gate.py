@@ -64,11 +64,11 @@ class Gate:
     async def __aexit__(self, *_) -> None:
         await asyncio.get_running_loop().run_in_executor(None, self.worker.close)
 
-    def admits(self, header: str | None) -> bool:
+    def admits(self, header: bytes) -> bool:
         """Whether the Authorization ``header`` has one of the keys."""
         if not self.limits.keys:
             return True
-        given = (header or "").removeprefix("Bearer ").encode("utf-8", "surrogateescape")
+        given = header.removeprefix(b"Bearer ")
         return any([hmac.compare_digest(given, key.encode()) for key in self.limits.keys])
 
     def check(self, body: Completion | Chat, choices: int) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import signal
+import socket
 from dataclasses import dataclass
 
 import uvicorn
@@ -27,18 +28,21 @@ def run(served: Served, limits: Limits, address: Address) -> int:
         raise SystemExit(0)
 
     signal.signal(signal.SIGTERM, end)  # uvicorn has handlers of its own while it serves, and calls this afterwards
-    return asyncio.run(serve(served, limits, address))
+    with socket.socket(socket.AF_INET6 if ":" in address.host else socket.AF_INET) as listening:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((address.host, address.port))  # before the model is loaded: an address in use is told at once
+        return asyncio.run(serve(served, limits, address, listening))
 
 
-async def serve(served: Served, limits: Limits, address: Address) -> int:
+async def serve(served: Served, limits: Limits, address: Address, listening: socket.socket) -> int:
     gate = Gate(served, limits)
     async with gate:
         app = make_app(served, limits, gate)
         config = uvicorn.Config(
-            app, host=address.host, port=address.port, lifespan="off", access_log=False, log_level="warning",
+            app, lifespan="off", access_log=False, log_level="warning",
             timeout_graceful_shutdown=int(address.drain), timeout_keep_alive=30,
         )  # fmt: skip
-        server = uvicorn.Server(config)
-        print(f"{limits.name} on {gate.ready.device} at http://{address.host}:{address.port}/", flush=True)
-        await server.serve()
+        host, port = listening.getsockname()[:2]
+        print(f"{limits.name} on {gate.ready.device} at http://{host}:{port}/", flush=True)
+        await uvicorn.Server(config).serve(sockets=[listening])
     return 0
