@@ -72,7 +72,8 @@ WRONG = [
 
 def post(running, body, path="completions", key=KEY, **headers):
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    headers = {"content-type": "application/json", "authorization": f"Bearer {key}".encode(errors="surrogatepass"), **headers}
+    bearer = f"Bearer {key}".encode(errors="surrogatepass")
+    headers = {"content-type": "application/json", "authorization": bearer, **headers}
     return httpx.post(f"{running.url}/v1/{path}", content=content, headers=headers, timeout=60)
 
 

@@ -229,13 +229,8 @@ def main(arguments: list[str] | None = None) -> None:
     later = server.memory()
     found = sorted(tally.seconds)
     p50, p99 = (found[int(share * (len(found) - 1))] for share in (0.5, 0.99))
-    health = httpx.get(f"{server.url}/metrics").text.splitlines()
-    kept = {
-        line.split(" ")[0]: float(line.split(" ")[1])
-        for line in health
-        if line.startswith("dllm_fast_")
-        if "_row" in line
-    }
+    lines = httpx.get(f"{server.url}/metrics").text.splitlines()
+    kept = sum(float(line.split()[1]) for line in lines if line.startswith(("dllm_fast_seated", "dllm_fast_waiting")))
     code = server.end()
     print(
         f"{args.clients} clients for {args.seconds:.0f} s: {dict(sorted(tally.statuses.items()))} by status, "
