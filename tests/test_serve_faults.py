@@ -216,6 +216,33 @@ def test_the_description_is_openapi_and_paths_that_are_not_there_are_openais_err
     assert httpx.get(f"{running.url}/v1/completions", headers={"authorization": f"Bearer {KEY}"}).status_code == 405
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+@pytest.mark.parametrize("kept", [False, True], ids=["any length", "short"])
+def test_no_request_of_the_description_is_a_server_error(running, path, kept):
+    """Requests made from the server's own OpenAPI, for the model that is there; half of them with a short answer."""
+    schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed")
+    hypothesis = pytest.importorskip("hypothesis", reason="hypothesis is not installed")
+    schema = schemathesis.openapi.from_url(f"{running.url}/openapi.json")
+    statuses = []
+
+    @hypothesis.given(case=schema[path]["POST"].as_strategy())
+    @hypothesis.settings(max_examples=300, deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
+    def ask(case):
+        if isinstance(case.body, dict):
+            case.body["model"] = NAME
+            if kept:
+                case.body |= {"max_tokens": 13, "block_length": 13, "schedule": "threshold=0.5"}
+                case.body.pop("max_completion_tokens", None)
+        reply = case.call(headers={"authorization": f"Bearer {KEY}"}, timeout=60)
+        statuses.append(reply.status_code)
+        assert reply.status_code < 500, reply.text
+        assert reply.status_code == 200 or reply.json()["error"]["message"]
+
+    ask()
+    assert len(statuses) >= 100 and (200 in statuses or not kept)
+
+
 def test_sigterm_lets_what_runs_end():
     """The command itself: a stream that has begun is sent to its end, nobody else is let in, and it exits with 0."""
     command = [sys.executable, "-m", "dllm_fast.cli.main", "serve", "--model", NAME, "--port", "0", "--seats", "2"]
