@@ -52,6 +52,7 @@ class Gate:
         self.noise_rows = itertools.count()
         self.encoder = ThreadPoolExecutor(1, "encoder")  # tokenizers are not made for several threads
         self.began = int(time.time())
+        self.mark = secrets.token_hex(4)  # in the ids of answers, which differ between replicas
 
     async def __aenter__(self) -> "Gate":
         self.ready: Ready = await self.worker.start()

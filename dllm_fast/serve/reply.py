@@ -29,7 +29,7 @@ class Reply(Response):
         self.gate, self.body, self.request = gate, body, request
         self.chat = isinstance(body, Chat)
         self.created, self.began = int(time.time()), time.perf_counter()
-        self.id = f"{'chatcmpl' if self.chat else 'cmpl'}-{gate.began}-{request.number}"
+        self.id = f"{'chatcmpl' if self.chat else 'cmpl'}-{gate.mark}-{request.number}"
         eos_ids = request.options.eos_id
         known = gate.tokenizer, gate.ready.mask_id, eos_ids if isinstance(eos_ids, list | tuple) else (eos_ids,)
         self.answers = [Answer(*known, body.stops, length) for _ in request.prompts]
