@@ -120,7 +120,7 @@ class Gate:
             messages = [message.plain() for message in body.messages]
             self.check_characters(sum(len(message["content"]) for message in messages), name)
             try:
-                texts = [self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)]
+                texts = [str(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))]
             except Exception as error:  # a template says in this way that it takes no such roles, for instance
                 raise ValueError(f"messages: the chat template refuses them: {error}") from None
         else:
@@ -129,7 +129,7 @@ class Gate:
                 if any(self.ready.mask_id in prompt for prompt in prompts):
                     raise ValueError(f"prompt: {self.ready.mask_id} is the mask id")
                 return prompts  # type: ignore[return-value]
-            texts = prompts
+            texts = [str(text) for text in prompts]
             self.check_characters(max(map(len, texts)), name)
         found = encode(self.tokenizer, [require_utf8(name, text) for text in texts], self.ready.mask_id)
         if not all(found):

@@ -92,7 +92,7 @@ class Loop:
         """Plan the request's rows, or refuse it."""
         try:
             options = request.options.resolved(self.model, self.family)
-            rows = []
+            rows: list[Row] = []
             for prompt, noise in zip(request.prompts, request.noise_rows, strict=True):
                 rows.append(plan_row(options, self.family, self.rows + len(rows), prompt, "prompt", noise))
             check_suffix(options, rows)
@@ -171,7 +171,8 @@ class Loop:
         for event in events:
             if isinstance(event, Failed):
                 self.cancel(event.number)
-        self.emit(events)
+        if events:
+            self.emit(events)
 
     def fail(self, key: tuple, error: str) -> None:
         """Give up a server and all requests with rows in it. Its engine is in no state to be kept."""

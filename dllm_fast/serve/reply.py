@@ -64,8 +64,8 @@ class Reply(Response):
         elif done:
             gate.metrics.gone.inc()
         else:
-            refusal = Refusal(504, f"not finished after {timeout} seconds", code="timeout")
-            await self._refuse(refusal, scope, receive, send)
+            late = Refusal(504, f"not finished after {timeout} seconds", code="timeout")
+            await self._refuse(late, scope, receive, send)
 
     async def _refuse(self, refusal: Refusal, scope, receive, send) -> None:
         """Say why there is no answer, or no more of it."""

@@ -80,19 +80,21 @@ def load(connection: Connection, served: Served) -> tuple[Loop, Ready]:
         raise ValueError("--mask-id: neither the model's config nor its tokenizer names one")
     positions = min(family.positions, served.length or family.positions)
     require_memory(family, served.options, served.seats, positions, served.options.block_length)
-    loop = Loop(model, served.seats, lambda events: events and connection.send(events))
+    loop = Loop(model, served.seats, connection.send)
     return loop, Ready(str(family.head()[0].device), positions, mask_id, tuple(end_of_text(model, tokenizer)))
 
 
 def hear(connection: Connection, loop: Loop) -> None:
     """Hand the loop what comes, until that is None or the other end is gone."""
-    message: Request | Cancel | bool | None = True
-    while message is not None:
+    message: Request | Cancel | None
+    while True:
         try:
             message = connection.recv()
         except (EOFError, OSError):
             message = None
         loop.put(message)
+        if message is None:
+            return
 
 
 @dataclass
