@@ -11,7 +11,8 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-ROOMS = ("cli", "cpu", "decoding", "evaluate", "families", "train")
+ROOMS = ("cli", "cpu", "decoding", "evaluate", "families", "serve", "train")
+DATA = ["py.typed", "serve/page.html", "train/fsdp2.yaml", "models/*/*", "hub/custom_generate/*"]
 SOURCES = "csrc/cpu"
 OPTIONS = ["-std=c++17", "-O3", "-g0", "-pthread", "-fvisibility=hidden", "-ffp-contract=fast"]
 OPTIONS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # GCC 12 warns of its own intrinsics
@@ -49,7 +50,7 @@ setup(
     packages=["dllm_fast", *(f"dllm_fast.{room}" for room in ROOMS), "dllm_fast.kernels"],
     package_dir={"dllm_fast.kernels": "kernels"},
     include_package_data=False,  # or MANIFEST.in's files count as data, and a folder of them as a package left out
-    package_data={"dllm_fast": ["py.typed", "train/fsdp2.yaml", "models/*/*", "hub/custom_generate/*"]},
+    package_data={"dllm_fast": DATA},
     ext_modules=[Extension("dllm_fast._cpu", [f for f in files if f.endswith(".cpp")], depends=files, optional=True)],
     cmdclass={"build_ext": Build},
 )

@@ -117,8 +117,8 @@ def _fill(model: nn.Module, options: Options, row: Row, stream: Stream | None) -
                 continue
             rule = options.schedule.rule if count is None else {"count": count}
             _step(model, options, row, block, step, rule)
-            if stream is not None and stream.drafts:
-                stream.draft(row.ids.clone(), int(block[-1]) + 1)
+            if row.draft is not None:
+                row.draft(row.ids.clone(), int(block[-1]) + 1)
             if not bool(row.left()[block].any()):
                 break
         row.next += 1

@@ -1,7 +1,8 @@
-"""The command line: ``dllm-fast generate``, ``calibrate``, ``demo``, ``config`` and ``verify``."""
+"""The command line: ``dllm-fast generate``, ``calibrate``, ``serve``, ``demo``, ``config`` and ``verify``."""
 
 import argparse
 import functools
+import os
 import re
 import sys
 import time
@@ -67,14 +68,23 @@ def add_decoding_options(add) -> None:
     add_held_back(add)
     add("--mask-id", type=int, help="default: the model's own")
     add("--seed", type=int)
+
+
+def add_chat(add) -> None:
     add("--chat", action="store_true", help="put prompts through the tokenizer's chat template")
+
+
+def dtype_of(args: argparse.Namespace) -> str:
+    """A dtype's name, or "auto"."""
+    if args.model in shipped() and args.dtype is None and args.device == "cpu":
+        return "float32"  # the files are bf16, which most CPUs only emulate
+    return args.dtype or "auto"
 
 
 def load(args: argparse.Namespace, plain: bool = False):
     """The model of ``--model`` and its tokenizer; a ``plain`` one is not patched."""
-    dtype = "auto" if args.dtype is None else getattr(torch, args.dtype)
-    if args.model in shipped() and args.dtype is None and args.device == "cpu":
-        dtype = torch.float32  # the files are bf16, which most CPUs only emulate
+    dtype = dtype_of(args)
+    dtype = dtype if dtype == "auto" else getattr(torch, dtype)
     if plain:
         given = {
             "--weights": args.weights, "--remask": args.remask, "--impl": args.impl.replace("auto", ""),
@@ -207,6 +217,27 @@ def run_demo(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_serve(args: argparse.Namespace) -> int:
+    try:
+        from dllm_fast.serve.gate import Limits
+        from dllm_fast.serve.http import Address, run
+        from dllm_fast.serve.worker import Served
+    except ImportError as error:
+        raise ImportError(f"{error}: dllm-fast serve needs pip install 'dllm_fast[serve]'") from error
+    tokenizer = load_tokenizer(args.model, args.trust_remote_code)
+    options = Options.of_call("dllm-fast serve", options_of(args, tokenizer))
+    served = Served(
+        args.model, dtype_of(args), args.device, args.impl, args.weights, args.trust_remote_code, args.seats,
+        args.length, options,
+    )  # fmt: skip
+    keys = [*(args.api_key or ()), os.environ.get("DLLM_FAST_API_KEY", "")]
+    limits = Limits(
+        args.name or Path(args.model).name, tuple(key for key in keys if key), args.waiting, args.timeout, args.body,
+        args.chat_template,
+    )  # fmt: skip
+    return run(served, limits, Address(args.host, args.port, args.drain))
+
+
 def run_config(args: argparse.Namespace) -> int:
     show_config()
     return 0
@@ -234,6 +265,7 @@ def parser() -> argparse.ArgumentParser:
     add("--skip-committed", action="store_true", help="evaluate a token once more when it is there, then no longer")
     drafts = "draft N states a forward, or 'auto': as many as pay; the same tokens in fewer forwards"
     add("--speculate", type=number_or_auto, metavar="N", help=drafts)
+    add_chat(add)
     add_model_options(add)
     add("--plain", action="store_true", help="no live view")
     add("--quiet", action="store_true", help="print nothing but the text")
@@ -246,6 +278,26 @@ def parser() -> argparse.ArgumentParser:
     add("--batch-size", type=int, default=8, help="prompts answered together")
     add("--out", metavar="FOLDER", help=f"where to put {FILE}; default: the model's own")
     add_decoding_options(add)
+    add_chat(add)
+    add_model_options(add)
+    p = commands.add_parser("serve", help="serve OpenAI's completions over HTTP, with a page to watch; docs/serving.md")
+    p.set_defaults(run=run_serve, **{name: getattr(Options, name) for name in OPTIONS})
+    add = p.add_argument
+    add("--model", required=True, help=f"a folder, a hub name, or a shipped model: {', '.join(shipped())}")
+    add("--name", help="what requests call the model; default: the last part of --model")
+    add("--host", default="127.0.0.1")
+    add("--port", type=int, default=8000)
+    add("--api-key", action="append", metavar="KEY", help="may be repeated; or DLLM_FAST_API_KEY; default: none needed")
+    add("--seats", type=int, default=16, help="rows that run at a time")
+    add("--waiting", type=int, default=256, help="rows that may wait for a seat; more are answered 429")
+    add("--length", type=int, help="positions of a prompt with its answer; default: the model's")
+    add("--timeout", type=float, default=600.0, help="seconds that a request may take")
+    add("--body", type=int, default=1 << 20, help="bytes that a request may have")
+    add("--drain", type=float, default=60.0, help="seconds that running requests have after SIGTERM")
+    add("--chat-template", metavar="FILE", help="a Jinja template; default: the tokenizer's own")
+    add_decoding_options(add)
+    add("--skip-committed", action="store_true", help="evaluate a token once more when it is there, then no longer")
+    add("--speculate", type=number_or_auto, metavar="N", help=drafts)
     add_model_options(add)
     p = commands.add_parser("demo", help="watch the shipped models generate, and see how patching changes their speed")
     p.set_defaults(run=run_demo)

@@ -88,11 +88,11 @@ class Engine(Speculation):
         return read[:, :-1], [None if bad == GOOD else divmod(bad, 1 << 32) for bad in read[:, -1].tolist()]
 
     def take_over(self, other: "Engine", stayed: list[int]) -> None:
-        """Continue with the rows ``stayed`` of a larger engine: copy the last slots of its cache."""
+        """Continue with the rows ``stayed`` of another engine: copy the last slots of its cache."""
         if self.cache is not None and not self.options.refresh.full(1):
             index = other._doubled(upload(on_host(stayed), self.device))
             shift = other.slots - self.slots
-            self.cache.take_over(other.cache, index, shift, self.slots)
+            self.cache.take_over(other.cache, index, shift, min(self.slots, other.slots))
             self.near, self.ends = other.near[stayed] - shift, other.ends[stayed] - shift
 
     def block(

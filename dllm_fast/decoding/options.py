@@ -148,6 +148,12 @@ class Options(Checked):
         return AUTO if isinstance(self.speculate, str) else self.speculate or 0
 
     @property
+    def draws(self) -> bool:
+        """Whether a row's tokens depend on the seed."""
+        random = (self.schedule.confidence or self.confidence) == "random"
+        return random or self.temperature > 0 or self.suffix_sample > 0
+
+    @property
     def passes(self) -> int:
         """Forwards of a step: guidance takes a second one."""
         return 2 if self.cfg_scale > 0 else 1

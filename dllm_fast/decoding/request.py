@@ -1,6 +1,6 @@
 """What `generate` is asked to fill: prompts checked, and each row's blocks planned, before any work."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -29,6 +29,10 @@ class Row:
     draws: torch.Tensor | None = None  # [L] fp64 on (0, 1), for `suffix_sample`
     next: int = 0  # the block that comes next
     counts: Counts = field(default_factory=Counts)  # its forwards so far
+    eos_ids: tuple[int, ...] = ()  # what ends its text
+    pad_id: int | None = None  # what stands after the end; None: the id that ended it
+    draft: Callable[[torch.Tensor, int], None] | None = None  # takes its ids [L] after each step, and its block's end
+    error: str | None = None  # why it was stopped, if its logits are to blame
 
     def left(self) -> torch.Tensor:
         """Positions that are still to be filled, [L] bool."""
@@ -48,12 +52,16 @@ class Row:
             end = int(ends[0])
             after = torch.arange(len(self.ids), device="cpu") > end
             self.ids[after & self.open] = int(self.ids[end]) if pad_id is None else pad_id
-            self.next = len(self.blocks)
+            self.stop(self.error)
 
     def restart(self) -> None:
         """As it was before its first block."""
         self.ids = self.ids.masked_fill(self.open, self.mask_id)
         self.next, self.counts = 0, Counts()
+
+    def stop(self, error: str | None = None) -> None:
+        """Fill no more of its blocks. Its seat is free at the next one."""
+        self.next, self.error = len(self.blocks), error
 
     @property
     def done(self) -> bool:
@@ -96,7 +104,9 @@ def plan_row(
     if options.suffix_sample:
         at = torch.arange(len(ids), device="cpu")
         draws = reference.uniform(options.seed, SAMPLE_STEP, torch.full_like(at, noise), at)
-    return Row(index, noise, ids, open_, blocks, options.mask_id, draws)
+    return Row(
+        index, noise, ids, open_, blocks, options.mask_id, draws, eos_ids=options.eos_id, pad_id=options.pad_id
+    )  # fmt: skip
 
 
 def as_prompt(name: str, given: torch.Tensor | list[int]) -> torch.Tensor:

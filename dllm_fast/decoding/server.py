@@ -1,6 +1,7 @@
 """Rows seated in an engine, block after block, until each is done.
 
-All rows of a batch begin a block together. Rows that are done leave at its end, and waiting prompts take their seats.
+All rows of a batch begin a block together. Rows that are done leave at its end, and waiting rows take their seats. An
+open server takes rows while it runs, and grows and shrinks with their number.
 
 The host reads the filled tokens only where it must: when a row is done, and after each block if an end of text may be
 in it or a streamer wants it. Between the other blocks of a schedule with counts it reads nothing, and the device never
@@ -21,6 +22,7 @@ from dllm_fast.decoding.memory import fits, most_rows, require_memory
 from dllm_fast.decoding.options import Options
 from dllm_fast.decoding.pool import Pool
 from dllm_fast.decoding.request import PLAN_STEP, Row
+from dllm_fast.decoding.values import require
 from dllm_fast.families.linears import stamp
 from dllm_fast.kernels import reference
 
@@ -36,8 +38,12 @@ def rounded_up(slots: int) -> int:
 class Server:
     """Seats rows in an engine and runs it block by block."""
 
-    def __init__(self, model, family, pool: Pool, options: Options, rows: list[Row], seats: int | None, streamer=None):
-        """``seats`` None: as many as fit into memory, and half as many each time that this turns out to be too many."""
+    def __init__(
+        self, model, family, pool: Pool, options: Options, rows: list[Row], seats: int | None, streamer=None,
+        is_open: bool = False,
+    ):  # fmt: skip
+        """``seats`` None: as many as fit into memory, and half as many each time that this turns out to be too many.
+        ``is_open``: rows may be added later (`add`), up to ``seats`` at a time; too many are halved there too."""
         self.family, self.pool, self.parameters = family, pool, list(model.parameters())
         self.device, self.options = family.head()[0].device, options
         self.finished = [row for row in rows if row.done]  # nothing to fill
@@ -48,32 +54,58 @@ class Server:
         self.key: tuple | None = None
         self.recorded = records(self.device, family.impl)
         self.stream = None if streamer is None else Stream(streamer, rows[0])
-        self.automatic = seats is None
+        self.is_open = is_open
+        self.automatic = seats is None or is_open
         if seats is None:
             pool.clear()  # what it keeps is not free
             seats = most_rows(family, options, *self._plan(self.waiting, len(self.waiting))[:3]) if self.waiting else 0
-        self.seats = min(seats, len(self.waiting))
-        if self.seats:
+        self.seats = seats if is_open else min(seats, len(self.waiting))
+        if self.waiting:
             self._require_memory(self._plan(self.waiting, self.seats))
 
     def serve(self) -> Iterator[Row]:
         """Yield rows as they are done. Threads take turns, a block each; every run has buffers of its own."""
         yield from self.finished
-        while self.waiting or not all(row.done for row in self.going):
-            # The buffers of an engine that is kept are ordinary tensors, whatever mode the call comes in.
-            with torch.inference_mode(False), torch.no_grad(), as_written(self.device), self.pool.lock:
-                handed_out = [row.index for row in self.going if row.done]
-                try:
-                    if not self.going or handed_out:
-                        self._seat()
-                    self._block()
-                except (torch.OutOfMemoryError, MemoryError) as error:
-                    self._halve(error, handed_out)
-            yield from (row for row in self.going if row.done)
-        if self.engine is not None:
-            self.pool.give(self.key, self.engine)
+        while self.busy:
+            done = self.advance()
+            for row in done:
+                require(row.error is None, str(row.error))
+            yield from done
+        self.close()
         if self.stream is not None:
             self.stream.end()
+
+    @property
+    def busy(self) -> bool:
+        """Whether any row has blocks left to fill."""
+        return not all(row.done for row in self.going + self.waiting)
+
+    def add(self, row: Row) -> None:
+        """Have ``row`` seated at the next block, of an open server. Its options are equal to the server's, and its seed
+        is the same wherever noise is drawn."""
+        self.waiting.append(row)
+
+    def advance(self) -> list[Row]:
+        """Seat waiting rows, and fill a block of each seated one. Returns those that are done with it."""
+        # The buffers of an engine that is kept are ordinary tensors, whatever mode the call comes in.
+        with torch.inference_mode(False), torch.no_grad(), as_written(self.device), self.pool.lock:
+            handed_out = [row.index for row in self.going if row.done]
+            self.waiting = [row for row in self.waiting if not row.done]  # stopped since it was added
+            joins = self.waiting and len(self.going) < self.seats
+            try:
+                if not self.going or handed_out or joins:
+                    self._seat()
+                self._block()
+            except (torch.OutOfMemoryError, MemoryError) as error:
+                self._halve(error, handed_out)
+        return [row for row in self.going if row.done]
+
+    def close(self) -> None:
+        """Leave the engine to the pool."""
+        if self.engine is not None:
+            self.pool.give(self.key, self.engine)
+            self.engine = None
+            self.seated, self.going = [], []
 
     @contextlib.contextmanager
     def seated_engine(self) -> Iterator[Engine]:
@@ -110,28 +142,37 @@ class Server:
         require_memory(self.family, self.options, *plan[:3])
 
     def _seat(self) -> None:
-        """Give the seats of done rows to waiting rows; if none waits, remove those seats."""
-        rows = list(self.seated) or [None] * self.seats
-        for seat, row in enumerate(rows):
-            if (row is None or row.done) and self.waiting:
-                rows[seat] = self.waiting.pop(0)
-        self.going = [row for row in rows if not row.done]
-        stayed = self._stay(rows)
-        # An idle seat repeats the first row, with nothing to fill.
+        """Give free seats to waiting rows. Seats that nobody takes are removed, and added when they are needed."""
+        taken = [seat for seat, row in enumerate(self.seated) if not row.done]
+        joining = self.waiting[: self.seats - len(taken)]
+        del self.waiting[: len(joining)]
+        # 1. The seats to keep, and how many are new.
+        stayed = self._stay(taken, len(taken) + len(joining))
+        queue = iter(joining)
+        rows = [self.seated[seat] if seat in taken else next(queue, None) for seat in stayed]
+        self.going = [row for row in rows if row is not None]
+        # 2. An idle seat repeats the first row, with nothing to fill.
         ids = self.going[0].ids
         idle = Row(-1, 0, ids, torch.zeros_like(ids, dtype=torch.bool), [], self.options.mask_id)
-        self.seated = [idle if rows[seat].done else rows[seat] for seat in stayed]
-        plan = self._plan(self.going + self.waiting, len(stayed))
+        self.seated = [idle if row is None else row for row in rows]
+        # 3. Their engine.
         old = self.engine
-        if old is None or len(stayed) < old.rows or plan[1] <= SHRINK * old.slots:
+        if old is None or not self._serves(self.key[1], self._plan(self.going + self.waiting, len(stayed))):
+            plan = self._plan(self.going + self.waiting, len(stayed))
             key = self._key(plan)
             self.engine = self.pool.take(key) or Engine(self.family, self.options, *plan)
             if old is not None:
-                self.engine.take_over(old, stayed)
+                self.engine.take_over(old, [0 if seat is None else seat for seat in stayed])
                 self.pool.give(self.key, old)
             self.key = key
             self.engine.seed.fill_(self.options.seed)
         self.engine.load(self.seated)
+
+    def _serves(self, plan: tuple[int, int, int, bool], wanted: tuple[int, int, int, bool]) -> bool:
+        """Whether an engine of ``plan`` seats the rows of which one of the plan ``wanted`` would be made."""
+        seats, slots, spare, padded = plan
+        fits = wanted[0] == seats and SHRINK * slots < wanted[1] <= slots and wanted[2] <= spare
+        return fits and (padded or all(len(row.ids) == slots for row in self.going + self.waiting))
 
     def _halve(self, error: Exception, handed_out: list[int]) -> None:
         """Begin the seated rows but those ``handed_out`` again in half as many seats, after ``error``, which is raised
@@ -151,14 +192,15 @@ class Server:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _stay(self, rows: list[Row]) -> list[int]:
-        """The seats to keep: the taken ones and, where steps are recorded, empty ones until half the seats will do."""
-        taken = [seat for seat, row in enumerate(rows) if not row.done]
-        seats = len(rows) if self.recorded else len(taken)
-        while seats // 2 >= len(taken):
-            seats //= 2
-        idle = [seat for seat, row in enumerate(rows) if row.done]
-        return sorted(taken + idle[: seats - len(taken)])
+    def _stay(self, taken: list[int], wanted: int) -> list[int | None]:
+        """The seats to keep for ``wanted`` rows, the ``taken`` ones among them, and None for each new one. Where steps
+        are recorded, their number is halved as long as that leaves enough, so that few numbers are recorded."""
+        number = self.seats if self.recorded else wanted
+        while number // 2 >= wanted:
+            number //= 2
+        empty = [seat for seat in range(len(self.seated)) if seat not in taken]
+        kept = sorted(taken + empty[: number - len(taken)])
+        return [*kept, *[None] * (number - len(kept))]
 
     def _block(self) -> None:
         """Fill each seated row's next block."""
@@ -171,16 +213,17 @@ class Server:
         plan = self.options.schedule.counts(masked, blocks, draw)
         number = on_host([row.next for row in rows])
         full_rows = on_host([self.options.refresh.full(row.next) for row in rows], torch.bool)
-        draft = None
         if self.stream is not None:
             self.stream.flush()
-            draft = functools.partial(self._draft, int(slot[0]) + engine.block_size)
+        watched = [seat for seat, row in enumerate(self.seated) if row.draft is not None and not row.done]
+        draft = functools.partial(self._draft, watched, slot + engine.block_size) if watched else None
         engine.block(slot, number, plan, full_rows, draft)
         for row, counts in zip(self.seated, engine.counts, strict=True):
             if not row.done:
                 row.counts.add(counts)
                 row.next += 1
-        if self.options.eos_id or self.stream is not None or any(row.done for row in self.going):
+        may_end = any(row.done or row.eos_ids for row in self.going)
+        if may_end or self.stream is not None or self.is_open:
             self._take_in()
 
     def _draw(self, slot: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
@@ -197,26 +240,25 @@ class Server:
         left &= left.flip(1).cumsum(1).flip(1) <= masked[:, None]
         return drawn.where(left, 2.0)
 
-    def _draft(self, end: int) -> None:
-        """Show the one row's tokens after a step of the block that ends at slot ``end``."""
-        if self.stream.drafts:
-            pad = self.seated[0].pad(self.engine.slots)
-            self.stream.draft(self.engine.canvas[0].to("cpu", copy=True)[pad:], end - pad)
+    def _draft(self, watched: list[int], ends: torch.Tensor) -> None:
+        """Show the tokens of the ``watched`` seats after a step of the blocks that end at the slots ``ends`` [B]."""
+        canvas = self.engine.canvas.to("cpu", copy=True)
+        for seat in watched:
+            pad = self.seated[seat].pad(self.engine.slots)
+            self.seated[seat].draft(canvas[seat, pad:], int(ends[seat]) - pad)
 
     def _take_in(self) -> None:
         """Read the seated rows' tokens from the device."""
         engine = self.engine
         canvas, bad = engine.read()
-        eos_ids = self.options.eos_id
-        ends = torch.isin(canvas, torch.tensor(eos_ids, dtype=torch.int64, device="cpu")).any(1).tolist()
-        for row, ids, when, may_end in zip(self.seated, canvas, bad, ends, strict=True):
+        for row, ids, when in zip(self.seated, canvas, bad, strict=True):
             if when is not None:
                 block, step = when
-                raise ValueError(
+                row.stop(
                     f"model: logits are NaN or infinite at step {step} of block {block} of row {row.index}: "
                     f"weights that are, or activations too large for {engine.weight.dtype}"
                 )
-            row.take(ids[row.pad(engine.slots) :], eos_ids if may_end else (), self.options.pad_id)
+            row.take(ids[row.pad(engine.slots) :], row.eos_ids, row.pad_id)
         if self.stream is not None:
             self.stream.flush()
 
@@ -226,7 +268,8 @@ class Stream:
 
     def __init__(self, streamer, row: Row):
         self.streamer, self.row, self.shown = streamer, row, 0
-        self.drafts = hasattr(streamer, "put_draft")  # it wants each step
+        if hasattr(streamer, "put_draft"):  # it wants each step
+            row.draft = self.draft
 
     def flush(self) -> None:
         left = self.row.left().nonzero()[:, 0]

@@ -74,10 +74,12 @@ class BlockCache:
         return self.states[layer][row, slot][:, None]
 
     def take_over(self, other: "BlockCache", index: torch.Tensor, shift: int, slots: int) -> None:
-        """Fill slots 0 to ``slots`` from the rows ``index`` [N] of a larger cache, whose slots begin at ``shift``."""
-        as_bytes(self.buffers)[:, :, :, :slots] = as_bytes(other.buffers)[:, :, index, shift : shift + slots]
+        """Copy ``slots`` slots of the rows ``index`` [N] of another cache, whose slot ``shift`` is slot 0 here; it is
+        below 0 where the other has fewer."""
+        to, source = slice(max(0, -shift), max(0, -shift) + slots), slice(max(0, shift), max(0, shift) + slots)
+        as_bytes(self.buffers)[:, :, :, to] = as_bytes(other.buffers)[:, :, index, source]
         if self.states is not None and other.states is not None:
-            self.states[:, :, :slots] = other.states[:, index, shift : shift + slots]
+            self.states[:, :, to] = other.states[:, index, source]
 
     def first(self, slots: int) -> "BlockCache":
         """A view of the first ``slots``."""
