@@ -1,7 +1,7 @@
 """`Family`: what `patch` and generation ask of a model, whoever wrote its forward."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -78,6 +78,10 @@ class Family(ABC):
     def groups(self) -> Iterator[tuple[nn.Module, ...]]:
         """The linears that multiply one input together, whose weights the family may move or round."""
         yield from ()
+
+    def methods(self) -> dict[str, Callable]:
+        """Functions that a patched model has as its methods, by name, beside its forward and ``generate``."""
+        return {}
 
     def adopt(self) -> list:
         """Change the model as the forward needs it. Returns what was changed, for `release`."""
