@@ -1,7 +1,7 @@
 """DiffusionGemma: transformers' own generation loop, with a denoising step that keeps no logits (`families.canvas`).
 
-`patch` binds `denoising_step` on the model in the place of transformers' ``_denoising_step``. The decoder, the cache, the
-sampler, the criterion and the loop stay transformers'. What goes from step to step is the soft embedding [B, L, d],
+`patch` binds `denoising_step` on the model in the place of transformers' ``_denoising_step``. The decoder, the cache,
+the sampler, the criterion and the loop stay transformers'. What goes from step to step is the soft embedding [B, L, d],
 instead of logits [B, L, V] from which the decoder would compute it.
 """
 
@@ -48,10 +48,10 @@ class DiffusionGemma(Family):
             raise ValueError(f"impl={impl!r}: the denoising step of a {CLASS} is written in PyTorch alone")
         if rounded_head is not None:
             raise ValueError(f"head='fp8': a {CLASS} has the head that it embeds with, and is not rounded")
-        if STEP in model.__dict__:
+        if STEP in model.__dict__ and patch_of(model) is None:
             raise ValueError(f"model: its {STEP} has been replaced already")
-        found = tuple(inspect.signature(getattr(model, STEP)).parameters)
-        if found != ARGUMENTS:
+        _, *found = inspect.signature(getattr(type(model), STEP)).parameters
+        if tuple(found) != ARGUMENTS:
             raise ValueError(f"model: this transformers' {STEP} takes {', '.join(found)}, not {', '.join(ARGUMENTS)}")
         self._settle()
 
@@ -134,7 +134,7 @@ def denoising_step(
     )
     sampled, best, entropy = (x.view_as(current_canvas) for x in out[:3])
     if not bool(torch.isfinite(entropy).all()):
-        raise ValueError(f"model: its logits are NaN, {cur_step} steps before the last of a canvas")
+        raise ValueError(f"model: its logits are NaN, with {cur_step} steps of a canvas to go")
     soft = out.soft
     if soft is not None:
         soft = soft.view_as(hidden).to(embedding.weight.dtype) * embedding.embed_scale.to(embedding.weight.dtype)
@@ -146,7 +146,7 @@ def denoising_step(
         done = finished_denoising[:, None]
         best = torch.where(done, argmax_canvas, best)
         renoised = torch.where(done, current_canvas, renoised)
-        if isinstance(before, SoftEmbedding) and soft is not None:
+        if soft is not None and isinstance(before, SoftEmbedding) and before.value is not None:
             soft = torch.where(done[..., None], before.value, soft)
         finished_denoising = finished_denoising | stops(diffusion_stopping_criteria, best, entropy)
     return renoised, best, SoftEmbedding(soft), finished_denoising
