@@ -28,6 +28,7 @@ class Family(ABC):
     generates = True  # whether the model has an LM head
     runs_own = False  # whether the patched model's forward is its own, with another attention
     layerwise = True  # whether `hidden` can begin at any layer
+    softcap: float | None = None  # of the head's logits, see `reference.capped`
     shifted = False  # the head's output at position i predicts token i + 1
 
     def __init__(
