@@ -33,7 +33,7 @@ def in_ranges(id, RANGES: tl.constexpr):
 @triton.jit
 def softcapped(z, SOFTCAP: tl.constexpr):
     """``SOFTCAP tanh(z / SOFTCAP)``, tanh within 3 * 2^-24 relative; NaN for NaN."""
-    x = z / SOFTCAP
+    x = z * (1.0 / SOFTCAP)
     size = tl.abs(x)
     # Near 0 the quotient of exponentials would cancel: a minimax polynomial of x^2 instead.
     square = x * x

@@ -1,4 +1,4 @@
-"""Logits under a softcap: the definition, PyTorch's and the compiled extension's prediction, and models that have one."""
+"""Logits under a softcap: the definition, PyTorch's and compiled prediction, and models that have one."""
 
 import functools
 import re
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from others import OwnMemory, make
 from test_compiled_predict import ULP, double, every_level, noise_key, problem
-from test_compiled_predict import use as use  # noqa: F401 - a fixture
+from test_compiled_predict import use as use
 from test_skip_committed import check_plain_loop
 
 import dllm_fast
@@ -79,7 +79,7 @@ def assert_matches(predict, hidden, weight, bias, **options):
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 @pytest.mark.parametrize("name", OPTIONS)
-def test_compiled(name, shape, dtype, level, use):  # noqa: F811
+def test_compiled(name, shape, dtype, level, use):
     use(level)
     hidden, weight, bias = problem(*shape, dtype)
     bias = None if name == "margin" else bias
@@ -104,7 +104,7 @@ def test_torch(name, dtype):
 
 @pytest.mark.skipif(bool(compiled.missing()), reason=str(compiled.missing()))
 @every_level
-def test_compiled_tanh(level, use):  # noqa: F811
+def test_compiled_tanh(level, use):
     """The log-sum-exp over a single id that counts is its capped logit."""
     use(level)
     z = torch.cat((torch.logspace(-30, 2, 4000), torch.linspace(0.4, 0.7, 2000), torch.tensor([0.0, 1e30, torch.inf])))

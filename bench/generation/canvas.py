@@ -1,10 +1,10 @@
 """DiffusionGemma's denoising step, patched and unpatched: ``python -m bench.generation.canvas``
 
-Random weights of the real architecture, two narrow layers, V = 262,144 and a canvas of 256, so that a step is nearly all
-head: logits, sampling, entropies, soft embedding. Both loops denoise the same canvas in turns, with stopping switched
-off; a step's time is the median of those between a canvas' first and last. Beside them the step's two matmuls alone,
-[L, d] with [d, V] and [L, V] with [V, d], in the patched step's tiles. Peak memory is what a whole canvas takes above
-what the process held before it. First, both loops must have the same argmax canvas after a first step from the same
+Random weights of the real architecture, two narrow layers, V = 262,144 and a canvas of 256, so that a step is nearly
+all head: logits, sampling, entropies, soft embedding. Both loops denoise the same canvas in turns, with stopping
+switched off; a step's time is the median of those between a canvas' first and last. Beside them the step's two matmuls
+alone, [L, d] with [d, V] and [L, V] with [V, d], in the patched step's tiles. Peak memory is what a whole canvas takes
+above what the process held before it. Both loops must have the same argmax canvas after a first step from the same
 random canvas. Ends with one JSON line.
 """
 
@@ -47,8 +47,9 @@ class Row:
 def build(hidden: int, vocabulary: int, length: int, dtype: torch.dtype, device: torch.device):
     """A DiffusionGemma of this width with two layers, made on the device."""
     text = transformers.DiffusionGemmaTextConfig(
-        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=hidden, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=1, head_dim=64, global_head_dim=64, num_experts=4, top_k_experts=2, moe_intermediate_size=64,
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=hidden, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=1, head_dim=64, global_head_dim=64, num_experts=4, top_k_experts=2,
+        moe_intermediate_size=64,
         layer_types=["sliding_attention", "full_attention"],
     )  # fmt: skip
     config = transformers.DiffusionGemmaConfig(

@@ -1,4 +1,4 @@
-"""Triton's prediction under a softcap, fused and streamed, against the fp64 definition; `tests/test_softcap.py` has the rest."""
+"""Triton's prediction under a softcap, fused and streamed, against the fp64 definition."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def capped(hidden, weight, bias, softcap):
 
 @pytest.mark.parametrize("path", ("fused", "streamed"))
 @pytest.mark.parametrize("name", OPTIONS)
-def test_matches_definition(name, path, device, poison):  # noqa: F811
+def test_matches_definition(name, path, device, poison):
     shape, dtype = SHAPE, torch.float32 if name == "margin" else torch.bfloat16
     hidden, weight, bias = problem(*shape, dtype, device)
     bias = None if name == "margin" else bias
@@ -72,6 +72,7 @@ def test_tanh(path, device):
     weight = torch.tensor([[0.0], [1.0], [0.0]], device=device)
     _, _, lse = predict(z[:, None], weight, mask_id=0, banned=(2,), deferred=(0,), softcap=1.0, _path=path)
     truth = torch.tanh(z.double())
-    assert ((lse - truth).abs() <= 4 * ULP * truth.abs() + 2**-149).all()
+    # Two fp32 operations and a division, of which a GPU's is within 2 units in the last place, as its exp is.
+    assert ((lse - truth).abs() <= 12 * ULP * truth.abs() + 2**-149).all()
     nan = torch.full((1, 1), torch.nan, device=device)
     assert predict(nan, weight, mask_id=0, softcap=1.0, _path=path)[2].isnan().all()
