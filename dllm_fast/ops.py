@@ -336,7 +336,7 @@ def token_probability(
         passes = [(x.float() * row).sum(-1) for x in (hidden, uncond) if x is not None]
         if softcap is not None:
             passes, added = [reference.capped(z + added, softcap) for z in passes], 0.0
-        return (passes[0] if uncond is None else reference.guided(*passes, cfg_scale)) + added
+        return (passes[0] if uncond is None else reference.guided(passes[0], passes[1], cfg_scale)) + added
 
     for i in deferred:
         lse = torch.logaddexp(lse, logit_of(i))

@@ -223,7 +223,7 @@ def predict(
     if softcap is not None:
         passes = [capped(z if bias is None else z + bias, softcap) for z in passes]
         bias = None
-    logits = passes[0] if uncond is None else guided(*passes, cfg_scale)
+    logits = passes[0] if uncond is None else guided(passes[0], passes[1], cfg_scale)
     if bias is not None:
         logits = logits + bias
     return select(logits, mask_id, candidate, confidence, temperature, seed, step, row, position, banned, deferred)

@@ -9,6 +9,7 @@ random canvas. Ends with one JSON line.
 """
 
 import argparse
+import ctypes
 import functools
 import json
 import statistics
@@ -69,6 +70,7 @@ class Memory:
             torch.cuda.reset_peak_memory_stats(device)
             self.before = torch.cuda.memory_allocated(device)
         else:
+            ctypes.CDLL(None).malloc_trim(0)  # or what runs before this one freed would be reused, and not counted
             Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark becomes what is held
             self.before = resident("VmRSS")
 
@@ -127,13 +129,13 @@ def measure(hidden: int, batch: int, vocabulary: int, length: int, steps: int, r
         gaps = [late - early for early, late in zip(drafts.times, drafts.times[1:])]
         seconds[name].append(statistics.median(gaps[:-1]))  # the patched last step has no soft embedding to make
 
-    interleave({name: functools.partial(run, name) for name in seconds}, rounds, device)
+    rows, weight = torch.randn(batch * length, hidden, device=device).to(dtype), model.lm_head.weight
+    runs = {name: functools.partial(run, name) for name in seconds}
+    runs["matmuls"] = functools.partial(matmuls, rows, weight)
+    bare = interleave(runs, rounds, device)["matmuls"].seconds
     differ = int((first["unpatched"] != first["patched"]).sum())
     if differ > 0.01 * batch * length:  # matmuls of other shapes may round otherwise, and break a tie
         raise SystemExit(f"the argmax canvases differ at {differ} of {batch * length} positions")
-    dllm_fast.unpatch(model)
-    rows, weight = torch.randn(batch * length, hidden, device=device).to(dtype), model.lm_head.weight
-    bare = interleave({"matmuls": functools.partial(matmuls, rows, weight)}, rounds, device)["matmuls"].seconds
     times = [slow / fast for slow, fast in zip(seconds["unpatched"], seconds["patched"])]
     return Row(hidden, batch * length, seconds, bare, peak, times)
 
