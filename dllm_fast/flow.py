@@ -31,7 +31,8 @@ class _Fused:
     def predict(self, ids, mask, start, answer, **options):
         end = None if start is None else torch.full_like(start, ids.shape[1])
         hidden = self.family.hidden(ids, start, end, rows=answer.expand(len(ids), -1)).flatten(0, 1)
-        token, _, lse = ops.predict(hidden, *self.family.head_operands(), impl=self.family.impl, **options)
+        options |= {"softcap": self.family.softcap, "impl": self.family.impl}
+        token, _, lse = ops.predict(hidden, *self.family.head_operands(), **options)
         return token, lse
 
 

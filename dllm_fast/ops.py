@@ -278,13 +278,14 @@ def attention(q, keys, values, seen, beside=None, impl="torch"):
 
 
 def predict(
-    hidden, weight, bias=None, scale=None, *, candidate=None, uncond=None, cfg_scale=0.0, impl="torch", **options
-):
+    hidden, weight, bias=None, scale=None, *,
+    candidate=None, uncond=None, cfg_scale=0.0, softcap=None, impl="torch", **options,
+):  # fmt: skip
     """`reference.predict`: the head multiplies in the model's dtype, and the rest is in fp32.
 
     On a CPU only the rows of candidates are multiplied. Elsewhere all rows are: selecting them would need a host sync.
     """
-    guided = {"candidate": candidate, "uncond": uncond, "cfg_scale": cfg_scale}
+    guided = {"candidate": candidate, "uncond": uncond, "cfg_scale": cfg_scale, "softcap": softcap}
     if impl == "triton":
         return launchers.triton().predict(hidden, weight, bias, scale, **guided, **options)
     if impl == "cpp" and scale is None:
@@ -299,10 +300,10 @@ def predict(
     parts = []
     for i in range(0, max(1, hidden[rows].shape[0]), CHUNK):
         part = slice(i, i + CHUNK)
-        z = logits(hidden[rows][part], weight, bias, scale, impl=impl).float()
+        z = reference.capped(logits(hidden[rows][part], weight, bias, scale, impl=impl).float(), softcap)
         if uncond is not None:
             # Combining the hidden states would save this matmul, but in bf16 it more than doubles the logits' error.
-            base = logits(uncond[rows][part], weight, bias, scale, impl=impl).float()
+            base = reference.capped(logits(uncond[rows][part], weight, bias, scale, impl=impl).float(), softcap)
             z = reference.guided(z, base, cfg_scale)
         parts.append(reference.select(z, **options, **{name: x[part] for name, x in per_row.items()}))
     token, confidence, lse = (torch.cat(columns) for columns in zip(*parts, strict=True))
@@ -318,22 +319,24 @@ def predict(
     return tuple(default.index_copy(0, rows, x) for x, default in zip((token, confidence, lse), full))
 
 
-def token_probability(hidden, weight, bias=None, scale=None, *, token, lse, uncond=None, cfg_scale=0.0, deferred=()):
+def token_probability(
+    hidden, weight, bias=None, scale=None, *, token, lse, uncond=None, cfg_scale=0.0, deferred=(), softcap=None
+):
     """Probability [N] fp32 of ``token`` [N] given hidden [N, d], from the log-sum-exp [N] of `predict`.
 
     `predict` leaves the ``deferred`` ids out of it. Here they count, because the token may be one of them.
     """
 
     def logit_of(ids):  # [N], or one for all -> [N]
+        added = 0.0 if bias is None else bias[ids]
         if scale is None:
             row = weight[ids].float()  # [N, d], or [d]
         else:
             row = as_bytes(weight)[ids].view(weight.dtype).float() * scale[ids, None]
-        logit = (hidden.float() * row).sum(-1)
-        if uncond is not None:
-            base = (uncond.float() * row).sum(-1)
-            logit = reference.guided(logit, base, cfg_scale)
-        return logit if bias is None else logit + bias[ids]
+        passes = [(x.float() * row).sum(-1) for x in (hidden, uncond) if x is not None]
+        if softcap is not None:
+            passes, added = [reference.capped(z + added, softcap) for z in passes], 0.0
+        return (passes[0] if uncond is None else reference.guided(passes[0], passes[1], cfg_scale)) + added
 
     for i in deferred:
         lse = torch.logaddexp(lse, logit_of(i))

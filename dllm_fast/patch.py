@@ -73,7 +73,8 @@ def patch(model: M, impl: str = "auto", weights: str | None = None, head: str | 
         model: a LLaDA (native or remote code) or a ``transformers.ModernBertForMaskedLM``, on a real device; or one
             inside PEFT, torch.compile or a data-parallel wrapper, which is then patched. Or any other model of
             transformers 5 that takes attention backends and attends in both directions, see `families.generic`: its
-            own forward stays, and calls this package's attention.
+            own forward stays, and calls this package's attention. Or a DiffusionGemma of transformers, which keeps its
+            own ``generate`` and gets another denoising step (`families.diffusion_gemma`).
         impl: ``"auto"``, ``"triton"``, ``"cpp"`` or ``"torch"``, see `ops.resolve`. One that is not available raises.
         weights: None for the model's own. ``"fp8"`` and ``"int4"`` use rounded copies of the layers' linear weights: in
             e4m3 with a scale for each output channel (`families.fp8`), or in four bits with a scale and a zero point
@@ -155,6 +156,8 @@ def _patch_model(model: nn.Module, impl: str, weights: str | None, head: str | N
 def _install(model: nn.Module, state: _Patch, generation_config: GenerationConfig | None) -> None:
     if state.bound is not None:
         model.__dict__["forward"] = state.bound
+    for name, function in state.family.methods().items():
+        model.__dict__[name] = types.MethodType(function, model)
     model.__dict__["__getstate__"] = types.MethodType(_plain_attributes, model)
     if state.replaced is not None:
         lend_generate(model, generation_config)
@@ -211,6 +214,8 @@ def _unpatch_model(model: nn.Module) -> None:
 def _take_out(attributes: dict, state: _Patch) -> None:
     """Remove what `patch` put among a model's attributes. A forward that was wrapped around it since then stays."""
     del attributes[STATE], attributes["__getstate__"]
+    for name in state.family.methods():
+        attributes.pop(name, None)
     if state.bound is not None and attributes.get("forward") is state.bound:
         del attributes["forward"]
         if state.own_forward is not None:

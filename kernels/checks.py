@@ -111,6 +111,13 @@ def check_choice(
     return ranges_of(banned), ranges_of(deferred), noisy
 
 
+def as_softcap(softcap: float | None) -> float:
+    """``softcap`` as kernels take it, 0 for none. Raises ValueError unless it is None, or positive and finite."""
+    if softcap is not None and not 0 < softcap < float("inf"):
+        raise ValueError(f"softcap={softcap} is neither None nor a positive finite number")
+    return 0.0 if softcap is None else float(softcap)
+
+
 def ranges_of(ids: tuple[int, ...]) -> list[int]:
     """``ids`` as ascending ranges: [low, high, low, high, ...]."""
     ranges: list[int] = []

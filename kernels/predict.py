@@ -1,6 +1,7 @@
 """Masked rows -> LM head -> token, confidence, log-sum-exp, with no [N, V] tensor in memory.
 
     z = h W^T + b                                   or z = z_u + (s + 1) (z_c - z_u) + b with guidance
+                                                    c tanh(z / c), each of z_c and z_u too, with a softcap c
     token = argmax_v z_v + temperature * G_v        z = -inf for banned v and [MASK], ties to the lowest
     lse = ln sum_v e^(z_v)                          z = -inf for banned and deferred v
 
@@ -27,9 +28,18 @@ import torch
 import triton
 import triton.language as tl
 
-from dllm_fast.kernels.checks import FLOATS, INTEGERS, as_numbers, as_scalar, check_choice, check_tensors, one_device
+from dllm_fast.kernels.checks import (
+    FLOATS,
+    INTEGERS,
+    as_numbers,
+    as_scalar,
+    as_softcap,
+    check_choice,
+    check_tensors,
+    one_device,
+)
 from dllm_fast.kernels.linear import _packed_dot
-from dllm_fast.kernels.select import FIELDS, SELECT, combine, reduce_tile, select
+from dllm_fast.kernels.select import FIELDS, SELECT, combine, reduce_tile, select, softcapped
 
 # Rows above which cuBLAS and a reduction replace the fused kernel, by bytes of an element. To be set by measurement:
 # bench both paths at 32 to 512 rows. In fp32, without tensor cores, cuBLAS is faster from fewer rows on.
@@ -115,6 +125,7 @@ def _predict_kernel(
     BN: tl.constexpr,
     BV: tl.constexpr,
     BK: tl.constexpr,
+    SOFTCAP: tl.constexpr = 0.0,  # of the logits, if positive
 ):
     # 1. This program's tile and rows. Groups run fastest, so that those that share a weight tile find it in L2.
     groups = tl.cdiv(N, BN)
@@ -163,12 +174,26 @@ def _predict_kernel(
         w_ptr += BK // PER
         h_ptr += BK
     # 3. Into the tile's numbers.
-    if GUIDED:
-        z = base + guidance * (z - base)
-    if SCALED:
-        z *= tl.load(scale_ptr + source)[:, None]
-    if BIAS:
-        z += tl.load(bias_ptr + source).to(tl.float32)[:, None]
+    if SOFTCAP > 0:
+        if SCALED:
+            scale = tl.load(scale_ptr + source)[:, None]  # [BV, 1]
+            z *= scale
+            base *= scale
+        if BIAS:
+            bias = tl.load(bias_ptr + source).to(tl.float32)[:, None]  # [BV, 1]
+            z += bias
+            base += bias
+        z = softcapped(z, SOFTCAP)
+        if GUIDED:
+            base = softcapped(base, SOFTCAP)
+            z = base + guidance * (z - base)
+    else:
+        if GUIDED:
+            z = base + guidance * (z - base)
+        if SCALED:
+            z *= tl.load(scale_ptr + source)[:, None]
+        if BIAS:
+            z += tl.load(bias_ptr + source).to(tl.float32)[:, None]
     reduce_tile(
         z, column, n, place < count, tile, part_ptr, best_ptr, seed_ptr, step_ptr, row_ptr, position_ptr,
         temperature, N, V, S, BANNED, DEFERRED, MASK, CONFIDENCE, NOISE, BV, BN,
@@ -217,6 +242,7 @@ def _predict(
     confidence: str,
     temperature: float,
     guidance: float,
+    softcap: float,
     path: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     rows, width = hidden.shape
@@ -246,6 +272,7 @@ def _predict(
         "GATHER": candidate is not None,
         "GUIDED": uncond is not None,
         "BIAS": bias is not None,
+        "SOFTCAP": softcap,
         **config,
     }
     with torch.cuda.device_of(hidden):
@@ -299,12 +326,14 @@ def predict(
     cfg_scale: float = 0.0,
     banned: tuple[int, ...] = (),
     deferred: tuple[int, ...] = (),
+    softcap: float | None = None,
     _path: str = "auto",  # "fused" or "streamed": for tests and benches
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`reference.predict` for fp32, bf16 and fp16: token [N] int64, confidence [N] fp32, log-sum-exp [N] fp32.
 
     With e4m3 weights, a few bf16 rows on a GPU are fused; everything else is streamed.
-    ``banned`` and ``deferred`` are compiled into the kernel as ranges of ids: each new set compiles it again.
+    ``banned`` and ``deferred`` are compiled into the kernel as ranges of ids, ``softcap`` as a number: each new set
+    compiles it again.
     """
     check_tensors(hidden.device, hidden=(hidden, [None, None], FLOATS))
     kinds = (hidden.dtype,) if scale is None else (torch.float8_e4m3fn,)
@@ -335,5 +364,5 @@ def predict(
         noise = (as_scalar("seed", seed, device), step, row, position)
     return _predict(
         hidden, weight, bias, candidate, uncond, scale, *noise, mask_id, banned_ranges, deferred_ranges,
-        confidence, float(temperature), cfg_scale + 1.0, _path,
+        confidence, float(temperature), cfg_scale + 1.0, as_softcap(softcap), _path,
     )  # fmt: skip

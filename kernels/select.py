@@ -31,6 +31,19 @@ def in_ranges(id, RANGES: tl.constexpr):
 
 
 @triton.jit
+def softcapped(z, SOFTCAP: tl.constexpr):
+    """``SOFTCAP tanh(z / SOFTCAP)``, tanh within 3 * 2^-24 relative; NaN for NaN."""
+    x = z * (1.0 / SOFTCAP)
+    size = tl.abs(x)
+    # Near 0 the quotient of exponentials would cancel: a minimax polynomial of x^2 instead.
+    square = x * x
+    near = ((1.643756213e-2 * square - 5.267180206e-2) * square + 1.332072484e-1) * square - 3.333294662e-1
+    power = tl.exp(-2.0 * size)
+    found = tl.where(size < 0.55, size + size * square * near, (1.0 - power) / (1.0 + power))
+    return SOFTCAP * tl.where(x < 0, -found, found)
+
+
+@triton.jit
 def reduce_tile(
     z,  # [BV, BN] fp32 logits, bias included
     column,  # [BV] vocabulary ids, ascending
@@ -124,6 +137,7 @@ def _select_kernel(
     GUIDED: tl.constexpr,
     BIAS: tl.constexpr,
     BV: tl.constexpr,
+    SOFTCAP: tl.constexpr = 0.0,  # of the logits, if positive
 ):
     n = tl.program_id(0).to(tl.int64)
     wanted = True
@@ -134,11 +148,23 @@ def _select_kernel(
     within = tl.program_id(1) * BV + tl.arange(0, BV)  # [BV]
     column = first * BV + within
     z = tl.load(logits_ptr + n * C + within, mask=within < C, other=0.0)  # [BV]
-    if GUIDED:
-        base = tl.load(base_ptr + n * C + within, mask=within < C, other=0.0)  # [BV]
-        z = base + guidance * (z - base)
-    if BIAS:
-        z += tl.load(bias_ptr + column, mask=column < V, other=0.0).to(tl.float32)
+    if SOFTCAP > 0:
+        if BIAS:
+            bias = tl.load(bias_ptr + column, mask=column < V, other=0.0).to(tl.float32)  # [BV]
+            z += bias
+        z = softcapped(z, SOFTCAP)
+        if GUIDED:
+            base = tl.load(base_ptr + n * C + within, mask=within < C, other=0.0)  # [BV]
+            if BIAS:
+                base += bias
+            base = softcapped(base, SOFTCAP)
+            z = base + guidance * (z - base)
+    else:
+        if GUIDED:
+            base = tl.load(base_ptr + n * C + within, mask=within < C, other=0.0)  # [BV]
+            z = base + guidance * (z - base)
+        if BIAS:
+            z += tl.load(bias_ptr + column, mask=column < V, other=0.0).to(tl.float32)
     one = n + tl.arange(0, 1)  # [1]
     reduce_tile(
         z[:, None], column, one, one < N, first + tl.program_id(1), part_ptr, best_ptr, seed_ptr, step_ptr, row_ptr,

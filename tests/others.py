@@ -25,13 +25,18 @@ MODELS = {
     "llama": ("LlamaForCausalLM", "LlamaConfig", GROUPED),
     "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {**GROUPED, "head_dim": 16}),
     "qwen2-shifted": ("Qwen2ForCausalLM", "Qwen2Config", GROUPED),  # Dream's architecture
+    "gemma2": (
+        "Gemma2ForCausalLM", "Gemma2Config",
+        {**GROUPED, "head_dim": 16, "sliding_window": 9, "query_pre_attn_scalar": 40, "attn_logit_softcapping": None,
+         "final_logit_softcapping": 3.0},
+    ),
     "gemma3": (
         "Gemma3ForCausalLM", "Gemma3TextConfig",
         {**GROUPED, "head_dim": 16, "sliding_window": 9, "query_pre_attn_scalar": 40,
          "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
     ),
 }  # fmt: skip
-CAUSAL = {"gpt2", "llama", "qwen3", "qwen2-shifted", "gemma3"}
+CAUSAL = {"gpt2", "llama", "qwen3", "qwen2-shifted", "gemma2", "gemma3"}
 SHIFTED = {"qwen2-shifted", "gpt2-shifted"}
 OTHERS = [*MODELS, "gpt2-shifted"]
 REMEMBERING = "remembering"

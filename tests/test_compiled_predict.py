@@ -383,9 +383,9 @@ def test_bad_arguments():
 def test_custom_ops():
     hidden, weight, bias = problem(4, 40, 8, BF16)
     row = torch.arange(4)
-    scalars = (torch.tensor([3]), torch.tensor([1]))
+    scalars, choice = (torch.tensor([3]), torch.tensor([1])), ("margin", 0.5, 2.0, 9.0)
     for optional in ((bias, row < 2, hidden + 1), (None, None, None)):
-        arguments = (hidden, weight, *optional, scalars[0], row + 1, row, row, MASK, [3, 5], [7, 8], "margin", 0.5, 2.0)
+        arguments = (hidden, weight, *optional, scalars[0], row + 1, row, row, MASK, [3, 5], [7, 8], *choice)
         torch.library.opcheck(torch.ops.dllm_fast.cpu_predict, arguments)
     torch.library.opcheck(torch.ops.dllm_fast.cpu_linear, (hidden, weight, bias))
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.fx.experimental import _config
 
-from dllm_fast.kernels import reference, reference_rounded
+from dllm_fast.kernels import reference, reference_noise, reference_rounded
 
 DOUBLE = {"dtype": torch.float64}
 
@@ -114,7 +114,7 @@ def test_gumbel_noise_is_gumbel():
 
 def test_gumbel_noise_is_exact_in_both_tails(monkeypatch):
     words = {}
-    monkeypatch.setattr(reference, "philox", lambda *args: words["w"])
+    monkeypatch.setattr(reference_noise, "philox", lambda *args: words["w"])
     column, row = torch.tensor([0]), torch.tensor([0])
 
     def noise(high, low):
@@ -327,9 +327,8 @@ def test_every_function_on_any_device(monkeypatch):
         reference.attention(q, kv, kv, rows, rows, rows, window=2),
         reference.visible_slots(4, 9, rows, rows, rows, 2),
         reference.attention(q[:, :1], kv, kv, rows, rows, rows, first=on(3, dtype=torch.int64)),
-        *reference.predict(on(2, 8), on(50, 8), mask_id=49, temperature=0.5, row=rows, position=rows),
+        *reference.predict(on(2, 8), on(50, 8), mask_id=49, temperature=0.5, row=rows, position=rows, softcap=9.0),
         reference.guided(on(2, 8), on(2, 8), 1.0),
-        reference.uniform(1, 2, rows, rows),
         reference.masked_loss(on(2, 8), on(50, 8), on(50), rows, on(2)),
     ]
     with _config.patch(meta_nonzero_assume_all_nonzero=True):  # how many rows are inside depends on values

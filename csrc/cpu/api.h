@@ -45,6 +45,7 @@ struct Predict {
   int64_t banned_ranges, deferred_ranges, mask_id, confidence, chosen_rows;
   uint64_t seed;
   float temperature, guidance;  // guidance: cfg_scale + 1
+  float softcap;                // of the logits; 0: none
 };
 
 struct RmsNorm {

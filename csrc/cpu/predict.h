@@ -92,6 +92,7 @@ struct PredictTask {
 
   // Guidance and bias.
   void guide(int64_t id, int64_t n, int64_t lane, int64_t step) {
+    if (a.softcap > 0) return guide_capped(id, n, lane, step);
     if (!a.uncond && !a.bias) return;
     for (int64_t i = 0; i < n; ++i) {
       float* z = logits + i * step + lane;
@@ -101,6 +102,20 @@ struct PredictTask {
         x = base + a.guidance * (x - base);
       }
       if (a.bias) x += widen(((const T*)a.bias)[id + i]);
+      store(z, x);
+    }
+  }
+
+  // The same of capped logits: a bias comes before the cap, guidance after it.
+  void guide_capped(int64_t id, int64_t n, int64_t lane, int64_t step) {
+    for (int64_t i = 0; i < n; ++i) {
+      float* z = logits + i * step + lane;
+      const Vec bias = a.bias ? Vec{} + widen(((const T*)a.bias)[id + i]) : Vec{};
+      Vec x = a.softcap * tanh((load<Vec>(z) + bias) / a.softcap);
+      if (a.uncond) {
+        const Vec base = a.softcap * tanh((load<Vec>(z + lanes) + bias) / a.softcap);
+        x = base + a.guidance * (x - base);
+      }
       store(z, x);
     }
   }

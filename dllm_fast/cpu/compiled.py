@@ -17,7 +17,7 @@ import warnings
 import torch
 
 from dllm_fast.cpu.sources import require_current
-from dllm_fast.kernels.checks import CONFIDENCES, as_numbers, as_scalar, check_choice, one_device
+from dllm_fast.kernels.checks import CONFIDENCES, as_numbers, as_scalar, as_softcap, check_choice, one_device
 from dllm_fast.kernels.reference_rounded import E4M3
 
 LEVELS = ("plain", "avx2", "avx512", "avx512bf16")
@@ -304,12 +304,13 @@ class _Predict(ctypes.Structure):
         ("seed", ctypes.c_uint64),
         ("temperature", ctypes.c_float),
         ("guidance", ctypes.c_float),
+        ("softcap", ctypes.c_float),
     )
 
 
 def _predict(
     hidden, weight, bias, candidate, uncond, seed, step, row, position, mask_id, banned, deferred, confidence,
-    temperature, guidance,
+    temperature, guidance, softcap,
 ):  # fmt: skip
     rows, width = hidden.shape
     token = torch.empty(rows, dtype=torch.int64, device=hidden.device)
@@ -322,7 +323,7 @@ def _predict(
             *(rows, width, weight.shape[0]),
             *(hidden.stride(0), 0 if uncond is None else uncond.stride(0), weight.stride(0)),
             *(len(banned) // 2, len(deferred) // 2, mask_id, CONFIDENCES.index(confidence), 0),
-            *(0 if seed is None else int(seed) % (1 << 64), temperature, guidance),
+            *(0 if seed is None else int(seed) % (1 << 64), temperature, guidance, softcap),
         )  # fmt: skip
         _run("dllm_predict", arguments, hidden.dtype)
     return token, score, lse
@@ -337,7 +338,7 @@ def _fake_predict(hidden, *rest):
 _predict_op = _define(
     "cpu_predict(Tensor hidden, Tensor weight, Tensor? bias, Tensor? candidate, Tensor? uncond, Tensor? seed, "
     "Tensor? step, Tensor? row, Tensor? position, int mask_id, int[] banned, int[] deferred, str confidence, "
-    "float temperature, float guidance) -> (Tensor, Tensor, Tensor)",
+    "float temperature, float guidance, float softcap) -> (Tensor, Tensor, Tensor)",
     _predict,
     _fake_predict,
 )
@@ -360,6 +361,7 @@ def predict(
     cfg_scale: float = 0.0,
     banned: tuple[int, ...] = (),
     deferred: tuple[int, ...] = (),
+    softcap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`reference.predict` for fp32 and bf16: token [N] int64, confidence [N] fp32, log-sum-exp [N] fp32.
 
@@ -387,5 +389,5 @@ def predict(
         noise = (as_scalar("seed", seed, hidden.device), step, row, position)
     return _predict_op(
         hidden, weight, bias, candidate, uncond, *noise, mask_id, banned_ranges, deferred_ranges,
-        confidence, float(temperature), cfg_scale + 1.0,
+        confidence, float(temperature), cfg_scale + 1.0, as_softcap(softcap),
     )  # fmt: skip

@@ -141,6 +141,7 @@ class Decider:
             cfg_scale=o.cfg_scale,
             banned=o.suppress_tokens,
             deferred=o.defer_tokens,
+            softcap=self.family.softcap,
             impl=self.family.impl,
         )
         if live is not None:
@@ -163,7 +164,7 @@ class Decider:
         o, (hidden, uncond) = self.options, heads
         return ops.token_probability(
             hidden, *self.family.head_operands(), token=token, lse=lse, uncond=uncond, cfg_scale=o.cfg_scale,
-            deferred=[i for i in o.defer_tokens if i not in o.suppress_tokens],
+            deferred=[i for i in o.defer_tokens if i not in o.suppress_tokens], softcap=self.family.softcap,
         ).float()  # fmt: skip
 
     def _evaluated_probability(

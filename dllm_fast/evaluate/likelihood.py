@@ -312,7 +312,7 @@ class _Scorer:
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         logits = ops.logits(hidden, *self.family.head_operands(), impl=self.family.impl)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return reference.capped(logits.to(torch.promote_types(logits.dtype, torch.float32)), self.family.softcap)
 
     def _most_confident(self, pairs, masks) -> list[tuple[int, int]]:
         """Each pair's most confident masked position and its token; position -1 if a logit is NaN or infinite."""
@@ -320,7 +320,7 @@ class _Scorer:
             _, masked, hidden, uncond = self._hidden(pairs, masks)
             token, confidence, lse = ops.predict(
                 hidden, *self.family.head_operands(), mask_id=self.mask_id, uncond=uncond, cfg_scale=self.cfg_scale,
-                impl=self.family.impl,
+                softcap=self.family.softcap, impl=self.family.impl,
             )  # fmt: skip
             confidences = torch.full(masked.shape, float("-inf"), dtype=confidence.dtype, device=self.device)
             confidences[masked] = confidence

@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from dllm_fast.families.diffusion_gemma import DiffusionGemma
 from dllm_fast.families.family import Family
 from dllm_fast.families.generic import Generic, why_not
 from dllm_fast.families.layered import Layered
@@ -18,6 +19,8 @@ def family_of(model: nn.Module) -> type[Family]:
     family = FAMILIES.get(kind or "")
     if family is not None and family.matches(model):
         return family
+    if DiffusionGemma.matches(model):
+        return DiffusionGemma
     obstacle = why_not(model)
     if obstacle is None:
         return Generic

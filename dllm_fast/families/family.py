@@ -1,7 +1,7 @@
 """`Family`: what `patch` and generation ask of a model, whoever wrote its forward."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ class Family(ABC):
     generates = True  # whether the model has an LM head
     runs_own = False  # whether the patched model's forward is its own, with another attention
     layerwise = True  # whether `hidden` can begin at any layer
+    softcap: float | None = None  # of the head's logits, see `reference.capped`
     shifted = False  # the head's output at position i predicts token i + 1
 
     def __init__(
@@ -78,6 +79,10 @@ class Family(ABC):
     def groups(self) -> Iterator[tuple[nn.Module, ...]]:
         """The linears that multiply one input together, whose weights the family may move or round."""
         yield from ()
+
+    def methods(self) -> dict[str, Callable]:
+        """Functions that a patched model has as its methods, by name, beside its forward and ``generate``."""
+        return {}
 
     def adopt(self) -> list:
         """Change the model as the forward needs it. Returns what was changed, for `release`."""

@@ -23,6 +23,7 @@ from dllm_fast.families.family import Family
 from dllm_fast.families.linears import Matmuls, matmuls
 from dllm_fast.families.rounded import RoundedHead
 from dllm_fast.families.rows import first_position, take
+from dllm_fast.kernels.reference import capped
 
 BACKEND = "dllm_fast"  # `backend.NAME`
 TOKENS = 8  # of the sequence that tries a model
@@ -46,6 +47,7 @@ class Generic(Family):
         config: Any = model.config
         self.generates = lm_head(model) is not None
         self.shifted = bool(getattr(config, "shifted", config.model_type.lower() == "dream"))
+        self.softcap = getattr(config, "final_logit_softcapping", None)
         self.offset = position_offset(model)
         self.positions = config.max_position_embeddings - self.offset
         self.ffn_width = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
@@ -157,10 +159,13 @@ class Generic(Family):
         cache = BlockCache(*shape, self.weight.dtype, ids.device)
         slot = torch.zeros(1, dtype=torch.int64, device=ids.device)
         whole = self.hidden(ids, cache=cache, slot=slot)
-        self._compare(" before its head", ops.logits(whole, *self.head(), impl=self.impl), expected)
+        self._compare(" before its head", self._logits(whole), expected)
         half = TOKENS // 2
         part = self.hidden(ids[:, half:], cache=cache, slot=slot + half)[:, 1:]  # the first may lack its left neighbour
-        self._compare(" against a cache", ops.logits(part, *self.head(), impl=self.impl), expected[:, half + 1 :])
+        self._compare(" against a cache", self._logits(part), expected[:, half + 1 :])
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return capped(ops.logits(hidden, *self.head(), impl=self.impl), self.softcap)
 
     def _compare(self, where: str, found: torch.Tensor, expected: torch.Tensor) -> None:
         """Raise ValueError unless they agree, by what rounding may do to many layers."""

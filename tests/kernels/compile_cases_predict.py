@@ -22,7 +22,7 @@ def _keys(noise):
     return (KEYS, {}) if noise else ({}, NO_KEYS)
 
 
-def _predict(dtype, config, confidence, noise, guided, gather, scaled=False):
+def _predict(dtype, config, confidence, noise, guided, gather, scaled=False, softcap=0.0):
     keys, none = _keys(noise)
     signature = {"hidden_ptr": f"*{dtype}", "weight_ptr": "*i32" if scaled else f"*{dtype}", **PARTS, **keys, **SCALE}
     signature |= {"N": "i32", "V": "i32", "D": "i32:16", "S": "i32"}
@@ -36,13 +36,13 @@ def _predict(dtype, config, confidence, noise, guided, gather, scaled=False):
         else:
             none = none | dict.fromkeys(names)
     constexprs = {**IDS, "CONFIDENCE": confidence, "NOISE": noise, "GATHER": gather, "GUIDED": guided}
-    constexprs |= {"BIAS": False, "bias_ptr": None, "SCALED": scaled, **none}
-    options = "-noise" * noise + "-guided" * guided + "-gather" * gather + "-e4m3" * scaled
+    constexprs |= {"BIAS": False, "bias_ptr": None, "SCALED": scaled, "SOFTCAP": softcap, **none}
+    options = "-noise" * noise + "-guided" * guided + "-gather" * gather + "-e4m3" * scaled + "-softcap" * (softcap > 0)
     name = f"predict-{dtype}-{config['BN']}-{confidence}{options}"
     return _case(name, predict._predict_kernel, signature, constexprs, config, matrix=dtype != "fp32")
 
 
-def _select(confidence, noise, guided):
+def _select(confidence, noise, guided, softcap=0.0):
     keys, none = _keys(noise)
     signature = {"logits_ptr": "*fp32", "bias_ptr": "*bf16", "candidate_ptr": "*i1", **PARTS, **keys, **SCALE}
     signature |= {"first": "i32", "N": "i32", "V": "i32:16", "C": "i32:16", "S": "i32"}
@@ -50,8 +50,8 @@ def _select(confidence, noise, guided):
         signature["base_ptr"] = "*fp32"
     else:
         none = none | {"base_ptr": None}
-    constexprs = {**IDS, "CONFIDENCE": confidence, "NOISE": noise, "GATHER": True, "GUIDED": guided}
-    name = f"select-{confidence}" + "-noise" * noise + "-guided" * guided
+    constexprs = {**IDS, "CONFIDENCE": confidence, "NOISE": noise, "GATHER": True, "GUIDED": guided, "SOFTCAP": softcap}
+    name = f"select-{confidence}" + "-noise" * noise + "-guided" * guided + "-softcap" * (softcap > 0)
     return _case(name, select._select_kernel, signature, {**constexprs, "BIAS": True, **none}, select.SELECT)
 
 
@@ -131,6 +131,20 @@ CASES = [
         for config in table.values()
         for confidence, noise in (("probability", False), ("margin", True))
     ),
+    *(
+        _predict("bf16", config, confidence, noise, guided, True, scaled=scaled, softcap=30.0)
+        for guided, scaled, table in (
+            (False, False, predict.FUSED),
+            (True, False, predict.GUIDED),
+            (False, True, predict.BYTE),
+            (True, True, predict.BYTE_GUIDED),
+        )
+        for size, config in table.items()
+        for confidence, noise in (("probability", False), ("margin", True))
+        if size <= predict.PLAIN_ROWS or confidence == "probability"
+    ),
+    *(_predict("fp32", predict.FLOAT32[16], "margin", True, guided, True, softcap=30.0) for guided in (False, True)),
+    _select("margin", True, True, softcap=30.0),
     _predict("fp16", predict.FUSED[32], "probability", True, False, True),
     *(_predict("fp32", predict.FLOAT32[16], "margin", True, guided, True) for guided in (False, True)),
     *(_commit(rule, *shape) for rule in commit.RULES for shape in ((32, 32, 4), (1024, 4, 8))),
