@@ -10,9 +10,8 @@ d model width, V vocabulary, N gathered positions.
 
 import torch
 
+from dllm_fast.kernels.reference_noise import gumbel, philox, uniform  # noqa: F401 - part of the definitions
 from dllm_fast.kernels.reference_rounded import as_bytes, rounded
-
-_WORD = 0xFFFFFFFF
 
 
 def widened(x: torch.Tensor) -> torch.Tensor:
@@ -144,12 +143,13 @@ def attention(
     window: int | None = None,
     scale: float | None = None,
     first: torch.Tensor | None = None,  # [B + 1] int: packed queries, q [N, 1, H, D] and slot [N]
+    block: int | None = None,
 ) -> torch.Tensor:
-    """Bidirectional softmax attention, [B, T, H, D].
+    """Softmax attention, [B, T, H, D].
 
     Query t of row b sees slots j with ``start[b] <= j < end[b]`` and, given a window, ``|slot[b] + t - j| <= window``.
-    Query head h reads key/value head ``h // (H/G)``. ``scale`` defaults to ``D^-0.5``. A query that sees no slot
-    gives 0.
+    Given a ``block``, it sees no slot behind its own block's; blocks of that many slots are counted from ``start[b]``.
+    Query head h reads key/value head ``h // (H/G)``. ``scale`` defaults to ``D^-0.5``. Without a slot to see, it is 0.
 
     Packed queries are each at a slot of its own: those from ``first[b]`` to ``first[b + 1]`` are row b's, in the order
     of their slots. Queries from ``first[B]`` on are of no row, and their results have no meaning.
@@ -158,11 +158,11 @@ def attention(
     keys, values = keys.to(wide_q.dtype), values.to(wide_q.dtype)
     if first is not None:
         row = row_of(first, q.shape[0])
-        return attention(q, keys[row], values[row], start[row], end[row], slot, window, scale)
+        return attention(q, keys[row], values[row], start[row], end[row], slot, window, scale, block=block)
     group = q.shape[2] // keys.shape[2]
     wide_k, wide_v = (x.repeat_interleave(group, 2) for x in (keys, values))
     score = torch.einsum("bthd,bshd->bhts", wide_q, wide_k) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    visible = visible_slots(q.shape[1], keys.shape[1], start, end, slot, window)[:, None]
+    visible = visible_slots(q.shape[1], keys.shape[1], start, end, slot, window, block)[:, None]
     score = score.masked_fill(~visible, float("-inf"))
     weight = torch.softmax(score, -1).masked_fill(~visible.any(-1, keepdim=True), 0.0)
     return torch.einsum("bhts,bshd->bthd", weight, wide_v).to(q.dtype)
@@ -174,75 +174,19 @@ def row_of(first: torch.Tensor, queries: int) -> torch.Tensor:
     return (index[:, None] >= first[None, 1:-1]).sum(1)
 
 
-def visible_slots(queries: int, slots: int, start, end, slot, window: int | None = None) -> torch.Tensor:
+def visible_slots(queries: int, slots: int, start, end, slot, window=None, block=None) -> torch.Tensor:
     """Which slots each query sees: [B, T, S] bool, from ``start``, ``end`` and ``slot`` [B] as in `attention`; or from
     each query's ``slot`` [B, T]."""
     j = torch.arange(slots, device=start.device)
     visible = ((j >= start[:, None]) & (j < end[:, None]))[:, None].expand(-1, queries, -1)
+    if window is not None or block is not None:
+        i = (slot if slot.dim() == 2 else slot[:, None] + torch.arange(queries, device=slot.device))[:, :, None]
     if window is not None:
-        i = slot if slot.dim() == 2 else slot[:, None] + torch.arange(queries, device=slot.device)
-        visible = visible & ((i[:, :, None] - j).abs() <= window)
+        visible = visible & ((i - j).abs() <= window)
+    if block is not None:
+        first = start[:, None, None]
+        visible = visible & (j < first + (i - first).div(block, rounding_mode="floor") * block + block)
     return visible
-
-
-# Noise
-
-
-def philox(seed: int, c0, c1, c2, c3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Philox4x32-10 (Salmon et al., SC 2011): four 32-bit words, as int64, of a 128-bit counter under a 64-bit key.
-
-    Counters are int64 tensors of 32-bit values that broadcast. The same function as ``tl.philox``.
-    """
-    counter = (c0, c1, c2, c3)
-    # Plain numbers become tensors on the device of the others, or they could not be broadcast together.
-    device = next((c.device for c in counter if isinstance(c, torch.Tensor) and c.dim()), torch.device("cpu"))
-    c0, c1, c2, c3 = torch.broadcast_tensors(
-        *(torch.as_tensor(c, dtype=torch.int64, device=device) & _WORD for c in counter)
-    )
-    key0, key1 = seed & _WORD, (seed >> 32) & _WORD
-    for _ in range(10):
-        # The int64 products wrap, which keeps all 64 bits; masking undoes the arithmetic shift.
-        a = c0 * 0xD2511F53
-        b = c2 * 0xCD9E8D57
-        c0, c2 = ((b >> 32) & _WORD) ^ c1 ^ key0, ((a >> 32) & _WORD) ^ c3 ^ key1
-        c1, c3 = b & _WORD, a & _WORD
-        key0, key1 = (key0 + 0x9E3779B9) & _WORD, (key1 + 0xBB67AE85) & _WORD
-    return c0, c1, c2, c3
-
-
-def gumbel(
-    seed: int,
-    step: int | torch.Tensor,  # int, or [1] or [N] int64
-    row: torch.Tensor,  # [N] int
-    position: torch.Tensor,  # [N] int
-    columns: torch.Tensor,  # [V] int: vocabulary indices
-) -> torch.Tensor:
-    """Standard Gumbel noise [N, V] fp64, a pure function of (seed, step, row, position, vocabulary index).
-
-    ``G = -ln(-ln U)`` with ``U = (X + 1/2) / 2^64`` and X 64 bits of Philox, counter (index // 2, position, row,
-    step): words 0 and 1 for an even index, 2 and 3 for an odd one. Above one half ``-ln U`` is taken as
-    ``-log1p(-(1 - U))`` with 1 - U from the complemented bits, so that both tails are exact: G reaches 45.05, where
-    24-bit uniforms stop at 16.6 and lower the effective temperature (arXiv:2409.02908).
-    """
-    step = step.reshape(-1, 1) if isinstance(step, torch.Tensor) else step
-    words = philox(seed, columns // 2, position[:, None], row[:, None], step)
-    odd = (columns % 2).bool()
-    high = torch.where(odd, words[2], words[0])
-    low = torch.where(odd, words[3], words[1])
-    upper = high >= 1 << 31
-    high = torch.where(upper, _WORD - high, high)
-    low = torch.where(upper, _WORD - low, low)
-    small = (high.double() + (low.double() + 0.5) * 2.0**-32) * 2.0**-32  # min(U, 1 - U)
-    exponential = torch.where(upper, -torch.log1p(-small), -torch.log(small))
-    return -torch.log(exponential)
-
-
-def uniform(seed: int, step: int | torch.Tensor, row: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-    """Uniform noise on (0, 1), [N] fp64: ``(word 0 + 1/2) / 2^32`` at counter (2^32 - 1, position, row, step).
-
-    No vocabulary index has that counter, so the draw is independent of the Gumbel noise of the same key.
-    """
-    return (philox(seed, _WORD, position, row, step)[0].double() + 0.5) * 2.0**-32
 
 
 # Prediction, commitment, loss

@@ -24,6 +24,7 @@ def attention_case(
     split=False,
     packed=False,
     states=False,
+    blocks=False,
     archs=tuple(SHARED_LIMIT),
     kept=None,
 ) -> Case:
@@ -35,8 +36,9 @@ def attention_case(
     shared = {"part_ptr": "*fp32", "lse_ptr": "*fp32", "count_ptr": "*i32"}
     signature |= shared if split else {}
     signature |= _strides(q="bth", k="bsg", v="bsg", own="bsg")
-    signature |= dict.fromkeys(("queries", "slots", "kv_heads", "splits", "rows", "window", "length"), "i32")
-    constexprs = {"D": dim, "GROUP": group, "WINDOW": window, "MASKED": masked, "SPLIT": split}
+    signature |= dict.fromkeys(("queries", "slots", "kv_heads", "splits", "rows", "window", "length", "block"), "i32")
+    constexprs = {"D": dim, "GROUP": group, "WINDOW": window, "BLOCK": blocks, "SPLIT": split}
+    constexprs["MASKED"] = masked
     constexprs |= {} if split else dict.fromkeys(shared)
     packed = packed or states
     constexprs |= {"PACKED": packed, "STATES": states}
@@ -44,9 +46,8 @@ def attention_case(
     for pointers, there in optional:
         signature |= pointers if there else {}
         constexprs |= {} if there else dict.fromkeys(pointers)
-    ways = (
-        " window" * window + " split" * split + (" states" if states else " packed" * packed) + " e4m3" * (kept == E4M3)
-    )
+    ways = " window" * window + " blocks" * blocks + " split" * split
+    ways += (" states" if states else " packed" * packed) + " e4m3" * (kept == E4M3)
     return Case(
         f"attention {kind[1:]} D={dim} {bm}x{bn}{ways} group={group}",
         attention_kernel._attention_kernel,
@@ -76,6 +77,9 @@ def _attention():
         yield attention_case(attention.for_states(few), 2, 64, window=True, states=True, archs=archs)
         yield attention_case(few, 2, 96, window=True, archs=archs)
         yield attention_case(many, 2, 128, archs=archs)
+        for config in map(attention.for_blocks, (few, many)):
+            yield attention_case(config, 2, 128, group=4, blocks=True, archs=archs)
+            yield attention_case(config, 2, 128, blocks=True, split=True, packed=True, archs=archs)
         yield attention_case(many, 2, 128, packed=True, archs=archs)
         yield attention_case(many, 2, 96, split=True, archs=archs)
         yield attention_case(attention.CONFIGS[2, 256, big][0], 2, 256, window=True, archs=archs)
