@@ -279,7 +279,7 @@ class Engine(Speculation):
         if self.place is not None and (step.refreshes or self.options.runs_suffix):
             return True
         if step.refreshes:
-            return self.options.suffix_length is not None and not step.whole
+            return self.options.suffix_length is not None and not step.whole and self.family.block is None
         return self.options.skip_committed
 
     def _tally(self, step: Step, going: torch.Tensor, live: torch.Tensor, share: float = 1.0) -> torch.Tensor:

@@ -119,7 +119,7 @@ class Server:
         stayed = self._stay(rows)
         # An idle seat repeats the first row, with nothing to fill.
         ids = self.going[0].ids
-        idle = Row(-1, 0, ids, torch.zeros_like(ids, dtype=torch.bool), [], self.options.mask_id)
+        idle = Row(-1, 0, ids, torch.zeros_like(ids, dtype=torch.bool), [], self.options.mask_id, len(ids))
         self.seated = [idle if rows[seat].done else rows[seat] for seat in stayed]
         plan = self._plan(self.going + self.waiting, len(stayed))
         old = self.engine
@@ -170,7 +170,7 @@ class Server:
         draw = functools.partial(self._draw, slot, masked)
         plan = self.options.schedule.counts(masked, blocks, draw)
         number = on_host([row.next for row in rows])
-        full_rows = on_host([self.options.refresh.full(row.next) for row in rows], torch.bool)
+        full_rows = on_host([self._begins_full(row) for row in rows], torch.bool)
         draft = None
         if self.stream is not None:
             self.stream.flush()
@@ -182,6 +182,14 @@ class Server:
                 row.next += 1
         if self.options.eos_id or self.stream is not None or any(row.done for row in self.going):
             self._take_in()
+
+    def _begins_full(self, row: Row) -> bool:
+        """Whether a row's next block begins with a full forward. So does a block of a block-causal model that does not
+        follow the one before it: the cache lacks what lies between."""
+        if self.options.refresh.full(row.next) or self.family.block is None:
+            return self.options.refresh.full(row.next)
+        (before, _), (first, _) = row.blocks[row.next - 1 : row.next + 1]
+        return first != before + self.family.block
 
     def _draw(self, slot: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
         """Uniform noise [B, T] of the positions that a block of each row has to fill, on the host; 2 elsewhere.
@@ -230,13 +238,14 @@ class Stream:
 
     def flush(self) -> None:
         left = self.row.left().nonzero()[:, 0]
-        end = int(left[0]) if len(left) else len(self.row.ids)
+        end = min(int(left[0]) if len(left) else self.row.length, self.row.length)
         if end > self.shown:
             self.streamer.put(self.row.ids[self.shown : end].clone())
             self.shown = end
 
     def draft(self, sequence: torch.Tensor, end: int) -> None:
         """``sequence`` [L] on the host after a step of the block that ends at position ``end``."""
+        sequence = sequence[: self.row.length]
         self.streamer.put_draft(sequence[self.shown : max(end, self.shown)], sequence=sequence)
 
     def end(self) -> None:

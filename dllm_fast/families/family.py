@@ -29,6 +29,7 @@ class Family(ABC):
     runs_own = False  # whether the patched model's forward is its own, with another attention
     layerwise = True  # whether `hidden` can begin at any layer
     shifted = False  # the head's output at position i predicts token i + 1
+    block: int | None = None  # of a block-causal model, the length of its blocks, counted from a sequence's first position
 
     def __init__(
         self, model: nn.Module, impl: str, matmuls: Matmuls = matmuls, rounded_head: RoundedHead | None = None
@@ -113,7 +114,8 @@ class Family(ABC):
         ``kept``, and packed ids with a slot behind the last, do not change the cache, and their results are
         meaningless. With ``from_layer`` above 0 the ids are packed, and not read: the forward starts at that layer,
         from the hidden states in the cache. Of a `shifted` model each position gets what its left neighbour among the
-        ids has, which predicts it; the first of a sequence has none, and gets its own.
+        ids has, which predicts it; the first of a sequence has none, and gets its own. Of a model with a `block` no
+        position sees one behind its own block.
         """
 
     def head_operands(self) -> tuple[torch.Tensor | None, ...]:

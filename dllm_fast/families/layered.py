@@ -114,7 +114,9 @@ class Layered(Family):
     ):  # fmt: skip
         impl = self.impl
         slots = input_ids.shape[1] if cache is None else cache[0][0].shape[1]
-        seen = {w: ops.visible(input_ids, slots, start, end, slot, w, packed, impl=impl) for w in set(self.windows)}
+        ranges = slots, start, end
+        blocks = {"impl": impl, "block": self.block}
+        seen = {w: ops.visible(input_ids, *ranges, slot, w, packed, **blocks) for w in set(self.windows)}
         to_row = None if packed is None else packed.row
         position = first_position(start, slot, packed, padding_counts)
         written = cache if own is None else own
@@ -140,7 +142,7 @@ class Layered(Family):
                 q = take(q, rows)
                 x = take(x, rows)
                 first_slot = rows[:, 0] + (0 if slot is None else slot)
-                seen[window] = ops.visible(q, slots, start, end, first_slot, window, impl=impl)
+                seen[window] = ops.visible(q, *ranges, first_slot, window, **blocks)
                 rows = None
             attended = ops.attention(q, k, v, seen[window], beside, impl=impl).flatten(2)
             if last:
