@@ -112,8 +112,7 @@ def _patch_model(model: nn.Module, impl: str, weights: str | None, head: str | N
     parameter = _first_parameter(model)
     resolved = ops.resolve(impl, parameter.device, parameter.dtype)
     require_known(weights=weights, head=head)
-    if weights is not None and family_class.runs_own:
-        raise ValueError(f"weights={weights!r}: a {type(model).__name__} runs its own forward, with its own weights")
+    require_rounds(family_class, weights)
     if (kind := loaded_kind(model)) not in (None, weights):
         raise ValueError(f"weights={weights!r}: this model was loaded with weights={kind!r} and has no others")
     state = patch_of(model)
@@ -179,6 +178,12 @@ def require_known(**options: str | None) -> None:
     for name, value in options.items():
         if value not in CHOICES[name]:
             raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, CHOICES[name]))}")
+
+
+def require_rounds(family: type[Family], weights: str | None) -> None:
+    """Raise ValueError if models of a family do not take rounded ``weights``."""
+    if weights is not None and (reason := family.keeps_weights):
+        raise ValueError(f"weights={weights!r}: {reason}")
 
 
 def unpatch(model: M) -> M:

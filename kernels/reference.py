@@ -37,6 +37,31 @@ def linear(
     return swiglu(*y.chunk(2, -1)) if gated else y
 
 
+def grouped_linear(
+    x: torch.Tensor,  # [M, K]
+    weight: torch.Tensor,  # [E, N, K]
+    ends: torch.Tensor,  # [E] int: one past the last row of each group, ascending; the last is M
+) -> torch.Tensor:
+    """``x_m W_g^T`` of the rows m of each group g, which follow one another; [M, N], rounded once."""
+    group = torch.searchsorted(ends.long(), torch.arange(len(x), device=x.device), right=True)
+    return torch.einsum("mk,mnk->mn", widened(x), widened(weight)[group]).to(x.dtype)
+
+
+def experts(
+    x: torch.Tensor,  # [N, d]
+    gate_up: torch.Tensor,  # [E, 2 f, d]: an expert's gate, then its up projection
+    down: torch.Tensor,  # [E, d, f]
+    chosen: torch.Tensor,  # [N, k] int64: experts of each token
+    weight: torch.Tensor,  # [N, k]: theirs
+) -> torch.Tensor:
+    """``sum_j weight_j down(swiglu(gate(x), up(x)))`` over a token's experts, [N, d]. Gate and up, their `swiglu` and
+    down are rounded each, and the sum once."""
+    both = torch.einsum("nd,nkfd->nkf", widened(x), widened(gate_up)[chosen]).to(x.dtype)
+    gated = swiglu(*both.chunk(2, -1))
+    out = torch.einsum("nkf,nkdf->nkd", widened(gated), widened(down)[chosen]).to(x.dtype)
+    return (widened(out) * weight[..., None]).sum(1).to(x.dtype)
+
+
 def rms_norm(
     x: torch.Tensor,  # [..., d]
     weight: torch.Tensor,  # [d]

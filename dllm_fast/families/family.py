@@ -27,6 +27,7 @@ class Family(ABC):
     windows: list[int | None]  # a layer's: it sees |i - j| <= window; None: all slots
     generates = True  # whether the model has an LM head
     runs_own = False  # whether the patched model's forward is its own, with another attention
+    keeps_weights: str | None = None  # why there are no rounded weights; None: there are
     layerwise = True  # whether `hidden` can begin at any layer
     shifted = False  # the head's output at position i predicts token i + 1
     block: int | None = None  # of a block-causal model, the length of its blocks, counted from a sequence's first position

@@ -37,6 +37,7 @@ class _Reached(Exception):
 
 class Generic(Family):
     runs_own = True
+    keeps_weights = "the model runs its own forward, with its own weights"
     layerwise = False
 
     def __init__(

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from dllm_fast import ops
 from dllm_fast.kernels.reference import rope_table
@@ -72,6 +73,14 @@ def valid_spans(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.T
     return valid.argmax(1), valid.shape[1] - valid.flip(1).argmax(1), valid.sum(1)
 
 
+def rotation_order(head_dim: int, rotated: int, device: torch.device) -> torch.Tensor:
+    """Where the channels of a head lie for a rotation of pairs half a head apart, when the model rotates the first
+    ``rotated`` of them in pairs half as many apart: [D] int64. Scores are the same in any order that q and k share."""
+    first, second, rest = rotated // 2, rotated, (head_dim - rotated) // 2
+    at = torch.arange(head_dim, device=device)
+    return torch.cat((at[:first], at[second : second + rest], at[first:second], at[second + rest :]))
+
+
 class Impl:
     """The implementation that ``impl`` stands for on the weights' device: ``.to()`` may change that of ``"auto"``."""
 
@@ -88,11 +97,18 @@ class Impl:
 
 
 class RopeTables:
-    """cos and sin [positions, D/2] fp32 for each theta, made now, and again when the model changes device."""
+    """cos and sin [positions, D/2] fp32 for each theta, made now, and again when the model changes device.
 
-    def __init__(self, positions: int, head_dim: int, thetas: Iterable[float], device: torch.device):
+    ``rotated``: how many of a head's D channels are rotated; the others by an angle of 0. `rotation_order` says where
+    each channel then lies.
+    """
+
+    def __init__(
+        self, positions: int, head_dim: int, thetas: Iterable[float], device: torch.device, rotated: int | None = None
+    ):
         self.positions = positions
         self.head_dim = head_dim
+        self.rotated = head_dim if rotated is None else rotated
         self._tables: dict[tuple[float, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
         for theta in set(thetas):
             self(theta, device)
@@ -101,5 +117,7 @@ class RopeTables:
         if (theta, device) not in self._tables:
             self._tables = {key: table for key, table in self._tables.items() if key[1] == device}
             with torch.inference_mode(False):  # a later call may need gradients
-                self._tables[theta, device] = rope_table(self.positions, self.head_dim, theta, device)
+                cos, sin = rope_table(self.positions, self.rotated, theta, device)
+                still = (self.head_dim - self.rotated) // 2
+                self._tables[theta, device] = F.pad(cos, (0, still), value=1.0), F.pad(sin, (0, still))
         return self._tables[theta, device]

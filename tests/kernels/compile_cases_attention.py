@@ -3,7 +3,7 @@
 import triton
 from resources import BIG, SHARED_LIMIT, SMALL, Case
 
-from dllm_fast.kernels import attention, attention_kernel, glu, linear, linear_int4, norm, rope
+from dllm_fast.kernels import attention, attention_kernel, glu, grouped, linear, linear_int4, norm, rope
 
 TYPES = {2: "*bf16", 4: "*fp32"}
 E4M3 = "*fp8e4nv"
@@ -188,4 +188,15 @@ def _linear_int4():
     yield Case("widen int4", linear_int4._widen_int4_kernel, signature, constexprs, linear_int4.WIDEN["num_warps"])
 
 
-CASES = [*_linear(), *_linear_int4(), *_attention(), *_rope(), *_norm(), *_glu()]
+def _grouped():
+    for size, configs in grouped.CONFIGS.items():
+        signature = dict.fromkeys(("x_ptr", "weight_ptr", "out_ptr"), TYPES[size]) | {"ends_ptr": "*i64"}
+        signature |= dict.fromkeys(("x_stride", "group_stride", "N", "K"), "i32:16")
+        signature |= dict.fromkeys(("rows", "groups"), "i32")
+        for bm, bn, bk, warps, stages in dict.fromkeys(configs):
+            tiles = {"BM": bm, "BN": bn, "BK": bk, "BE": 256}
+            name = f"grouped {TYPES[size][1:]} {bm}x{bn}x{bk}"
+            yield Case(name, grouped._grouped_kernel, signature, tiles, warps, stages, matrix=size == 2)
+
+
+CASES = [*_grouped(), *_linear(), *_linear_int4(), *_attention(), *_rope(), *_norm(), *_glu()]
