@@ -46,6 +46,7 @@ class DecoderConfig(PretrainedConfig):
         mask_token_id: int | None = None,
         **kwargs,
     ):
+        kwargs.pop("model_type", None)  # LLaDA-MoE's published files have the dense model's
         rope = kwargs.pop("rope_parameters", None) or {}  # where transformers 5 has saved a config of an older one
         for name, supported in self.architecture.items():
             asked = kwargs.pop(name, supported)
