@@ -78,10 +78,10 @@ def generate(
         attention_mask: 0 on padding; each row's ones are contiguous.
         block_length: positions that are filled together; divides ``gen_length``. None: 32, or a block-causal model's
             own, beside which it may have no other. There any ``gen_length`` will do: the last block is filled up.
-        schedule: how many candidates a step commits: `Uniform`, `Pyramid`, `Threshold`, `Factor`, `EntropyBound`,
-            `FirstHitting`, `Ancestral`.
+        schedule: how many candidates a step commits: `Uniform`, `Pyramid`, `Static`, `Sequential`, `Threshold`,
+            `Dynamic`, `Factor`, `EntropyBound`, `FirstHitting`, `Ancestral`.
         confidence: which are committed first: ``"probability"``, ``"margin"``, ``"entropy"`` (negative), ``"random"``.
-            The last three schedules have one of their own.
+            The last three schedules have one of their own, and `Sequential` none.
         temperature: tokens are ``argmax(logits + temperature * Gumbel)``; 0 is greedy.
         cfg_scale: ``logits = uncond + (cfg_scale + 1) * (cond - uncond)``, uncond with its prompt masked.
         cache: ``"none"``: every step is a forward of the whole sequence. ``"dual"``: a block's first step is, and
@@ -89,7 +89,8 @@ def generate(
             and all that follows it.
         refresh: when stale keys and values are computed again: ``"block"``, at each block's first step; or `Every`,
             `Window`, `Drift`.
-        remask: which committed tokens of the current block are masked again: `ReMDM`, `Verify`, `P2`; None: none.
+        remask: which committed tokens of the current block are masked again: `ReMDM`, `Verify`, `P2`; or replaced,
+            `Edit`; None: none.
         suffix_length: evaluate and see only so many positions after the live block (DPad, arXiv:2508.14148); None: all.
             Text that is given further on is not seen either.
         suffix_sample: besides, so many of the positions further on, drawn for each block from the seed: one twice as

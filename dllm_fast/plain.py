@@ -152,6 +152,7 @@ def _step(model: nn.Module, options: Options, row: Row, block: torch.Tensor, ste
     if not bool(lse.isfinite().all()):
         where = f"step {step} of block {row.next} of row {row.index}"
         raise ValueError(f"model: logits are NaN or infinite at {where}")
+    score = options.schedule.ranked_by(score, torch.arange(len(block), device="cpu"))
     reference.commit(row.ids[None], token[None], score[None], candidate[None], block[:1], **rule)
 
 

@@ -5,9 +5,7 @@ import torch
 from dllm_fast.kernels import reference, reference_states
 
 
-def visible(
-    like, slots, start=None, end=None, slot=None, window=None, packed=None, impl="torch", block=None
-) -> tuple:
+def visible(like, slots, start=None, end=None, slot=None, window=None, packed=None, impl="torch", block=None) -> tuple:
     """Which of ``slots`` each query sees, for `attention`: made once in a forward for all layers with one window.
 
     ``like`` [B, T, ...] gives the batch, the number of queries and the device. ``start`` and ``slot`` [B] default to 0,

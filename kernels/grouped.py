@@ -1,4 +1,4 @@
-"""Rows times the weight of their group's, for routed experts: rows of a group follow one another, and groups one another.
+"""Rows times the weight of their group, for routed experts: a group's rows follow one another, and so do groups.
 
     out_m = x_m W_g^T    for the rows m from ends[g - 1] to ends[g]
 
@@ -56,7 +56,9 @@ def _grouped_kernel(
         k = tl.arange(0, BK)  # [BK]
         # 2. The product.
         x_at = x_ptr + m.to(tl.int64)[:, None] * x_stride + k[None, :]  # [BM, BK]
-        weight_at = weight_ptr + group.to(tl.int64) * group_stride + n.to(tl.int64)[:, None] * K + k[None, :]  # [BN, BK]
+        weight_at = (
+            weight_ptr + group.to(tl.int64) * group_stride + n.to(tl.int64)[:, None] * K + k[None, :]
+        )  # [BN, BK]
         acc = tl.zeros([BM, BN], tl.float32)
         for start in range(0, K, BK):
             inside = k < K - start
@@ -77,8 +79,8 @@ def grouped_linear(
 ) -> torch.Tensor:
     """`reference.grouped_linear`."""
     check_tensors(x.device, contiguous=False, x=(x, [None, None], FLOATS))
-    groups, outputs, inputs = weight.shape if weight.dim() == 3 else (None, None, None)
-    check_tensors(x.device, contiguous=False, weight=(weight, [groups, outputs, x.shape[1]], (x.dtype,)))
+    check_tensors(x.device, contiguous=False, weight=(weight, [None, None, x.shape[1]], (x.dtype,)))
+    groups, outputs, inputs = weight.shape
     check_tensors(x.device, ends=(ends, [groups], INTEGERS))
     if weight.stride(1) != inputs and outputs > 1:
         raise ValueError(f"weight has strides {weight.stride()}: the rows of a group must lie together")

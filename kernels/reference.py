@@ -315,6 +315,7 @@ def commit(
     threshold: float | None = None,
     factor: float | None = None,
     bound: float | None = None,
+    least: int = 1,
 ) -> torch.Tensor:
     """Write the chosen candidates of each row at ``slot + t`` of ``sequence``; return which those are, [B, T] bool.
 
@@ -327,7 +328,7 @@ def commit(
     - the largest k with ``-(c_1 + ... + c_{k-1}) <= bound``, c the negative entropy: the error of keeping k tokens
       together is at most the sum of all their entropies but the largest (EB-Sampler, arXiv:2505.24857).
 
-    All but ``count`` keep at least one. A confidence that is not finite counts as -inf.
+    All but ``count`` keep at least ``least``. A confidence that is not finite counts as -inf.
     """
     score = confidence.masked_fill(~candidate | ~confidence.isfinite(), float("-inf"))
     order = score.argsort(dim=-1, descending=True, stable=True)
@@ -338,13 +339,13 @@ def commit(
     if count is not None:
         k = count
     elif threshold is not None:
-        k = (best >= threshold).sum(-1).clamp(min=1)
+        k = (best >= threshold).sum(-1).clamp(min=least)
     elif factor is not None:
         nth = torch.arange(1, best.shape[1] + 1, device=best.device)
-        k = (nth * ((nth + 1) * (1 - best) < factor)).amax(-1).clamp(min=1)
+        k = (nth * ((nth + 1) * (1 - best) < factor)).amax(-1).clamp(min=least)
     elif bound is not None:
         before = torch.nn.functional.pad(-best, (1, 0))[:, :-1].cumsum(-1)
-        k = (before <= bound).sum(-1).clamp(min=1)
+        k = (before <= bound).sum(-1).clamp(min=least)
     chosen = candidate & (rank < k[:, None])
     index = slot[:, None] + torch.arange(token.shape[1], device=token.device)
     row = torch.arange(sequence.shape[0], device=token.device)[:, None]

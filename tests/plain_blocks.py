@@ -36,6 +36,7 @@ def run(
     seed: int = 0,
     row: int = 0,
     cfg_scale: float = 0.0,
+    edit: tuple[float, int] | None = None,  # LLaDA2.1's editing_threshold and max_post_steps
 ) -> Found:
     length = len(prompt) + gen_length
     total = -(-length // block) * block
@@ -44,8 +45,13 @@ def run(
     seen = causal_blocks(total, block)
     found = Found(ids)
     for begin in range(0, total, block):
-        step = 0
-        while bool((ids[begin : begin + block] == mask_id).any()):
+        step = after = 0
+        own = ~given[begin : begin + block]  # not the prompt's
+        while bool(own.any()):
+            if not bool((ids[begin : begin + block] == mask_id).any()):
+                after += 1
+                if edit is None or after > edit[1]:
+                    break
             # 1. Everything up to the end of the block, and of that the block.
             end = begin + block
             z = logits(ids[:end], seen[:end, :end])[begin:]
@@ -53,17 +59,24 @@ def run(
                 unprompted = ids.masked_fill(given, mask_id)
                 base = logits(unprompted[:end], seen[:end, :end])[begin:]
                 z = base + (cfg_scale + 1) * (z - base)
-            # 2. A token and a confidence for each masked position; then the sampler's choice of them.
-            at = begin + (ids[begin:end] == mask_id).nonzero()[:, 0]
+            # 2. A token and a confidence for each position that is not the prompt's.
+            at = begin + own.nonzero()[:, 0]
             token, score, _ = reference.select(
                 z[at - begin], mask_id, confidence=confidence, temperature=temperature, seed=seed, step=step,
                 row=torch.full_like(at, row), position=at,
             )  # fmt: skip
-            kept = choose(token, score)
-            assert bool(kept.any())
-            ids[at[kept]] = token[kept]
+            # 3. The sampler's choice of the masked ones, and edits of the others.
             step += 1
             found.steps += 1
+            masked = ids[at] == mask_id
+            new = masked.clone()
+            if bool(masked.any()):
+                new[masked] = choose(token[masked], score[masked])
+                assert bool(new.any())
+            edited = ~masked & (token != ids[at]) & (edit is not None and score >= edit[0])
+            ids[at] = torch.where(new | edited, token, ids[at])
+            if not bool(masked.any()) and not bool(edited.any()):
+                break
     found.ids = ids[:length]
     return found
 

@@ -62,7 +62,9 @@ def rotated(config, x):
 def routed(config, own, y):
     out = []
     for token in y:
-        shares = llada2_shares(config, own, token) if "mlp.gate.expert_bias" in own else softmax_shares(config, own, token)
+        shares = (
+            llada2_shares(config, own, token) if "mlp.gate.expert_bias" in own else softmax_shares(config, own, token)
+        )
         out.append(sum(share * gated(own, f"mlp.experts.{number}.", token) for number, share in shares))
     return torch.stack(out)
 

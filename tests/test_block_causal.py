@@ -9,7 +9,7 @@ from others import make
 from tiny import EOS, MASK
 
 import dllm_fast
-from dllm_fast import Drift, Every, Threshold, Uniform, Window, backend
+from dllm_fast import Drift, Dynamic, Edit, Every, Sequential, Static, Threshold, Uniform, Window, backend
 
 pytestmark = pytest.mark.skipif(
     not backend.is_available(), reason=f"transformers {transformers.__version__} asks for masks in another way"
@@ -56,6 +56,11 @@ OPTIONS = [
     ({"schedule": Threshold(0.15), "temperature": 1.0}, plain_blocks.dynamic(0.15)),
     ({"schedule": Threshold(0.05), "confidence": "margin"}, plain_blocks.dynamic(0.05)),
     ({"schedule": Threshold(0.1), "cfg_scale": 0.7}, plain_blocks.dynamic(0.1)),
+    ({"schedule": Dynamic(0.15, 2)}, plain_blocks.dynamic(0.15, 2)),
+    ({"schedule": Dynamic(0.15, 3), "temperature": 0.5}, plain_blocks.dynamic(0.15, 3)),
+    ({"schedule": Static(3), "temperature": 1.0}, plain_blocks.static(3)),
+    ({"schedule": Sequential(2)}, plain_blocks.sequential(2)),
+    ({"schedule": Sequential(1), "temperature": 1.0}, plain_blocks.sequential(1)),
 ]
 
 
@@ -73,6 +78,35 @@ def test_options(number, impl):
     found = dllm_fast.generate_many(model, prompts, batch_size=2, gen_length=20, seed=7, **options)
     for completion, ids in zip(found, expected, strict=True):
         assert torch.equal(completion.sequence, ids)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(
+    ("threshold", "edit"), [(0.1, (0.12, 16)), (0.3, (0.0, 3)), (0.05, (0.2, 1)), (0.1, (0.1, 0)), (0.1, (1.0, 16))]
+)
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_tokens_are_edited_as_llada21_does(threshold, edit, temperature, impl):
+    model, prompts = sdar(8), [prompt(n, 3) for n in (5, 8, 19)]
+    expected = [
+        plain_blocks.run(
+            logits_of(model), ids, 20, 8, MASK, plain_blocks.dynamic(threshold), seed=7, row=row, edit=edit,
+            temperature=temperature,
+        )
+        for row, ids in enumerate(prompts)
+    ]  # fmt: skip
+    options = {"schedule": Threshold(threshold), "remask": Edit(*edit), "temperature": temperature, "seed": 7}
+    found = dllm_fast.generate_many(dllm_fast.patch(model, impl), prompts, batch_size=2, gen_length=20, **options)
+    for one, plain in zip(found, expected, strict=True):
+        assert torch.equal(one.sequence, plain.ids) and one.steps == plain.steps
+
+
+def test_edits_change_tokens_and_take_steps():
+    """Or the test above would say nothing."""
+    model, ids = dllm_fast.patch(sdar(8)), prompt(5, 3)[None]
+    options = {"gen_length": 35, "schedule": Threshold(0.1)}
+    without = dllm_fast.generate(model, ids, **options)
+    edited = dllm_fast.generate(model, ids, remask=Edit(0.0, 8), **options)
+    assert edited.nfe > without.nfe and not torch.equal(edited.sequences, without.sequences)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -157,6 +191,8 @@ def test_blocks_are_the_models_own():
         ({"skip_committed": True}, "skip_committed=True: a block-causal"),
         ({"suffix_length": 4}, "suffix_length=4: a block-causal model sees nothing behind a block"),
         ({"suffix_length": 0, "suffix_sample": 2}, "suffix_sample=2: a block-causal"),
+        ({"remask": Edit(), "schedule": Static(2)}, r"remask=Edit.* not known beforehand, as for schedule=Static"),
+        ({"remask": Edit(), "speculate": 2}, "remask=Edit.* not known beforehand, as for speculate=2"),
         ({"gen_length": 600}, "exceed the model's 512 positions"),
     ],
     ids=lambda x: "-".join(x) if isinstance(x, dict) else "",
@@ -180,7 +216,7 @@ def test_a_config_without_sense_is_refused(block):
 def test_the_exact_refresh_is_no_choice():
     from dllm_fast.decoding.refresh import Exact
 
-    with pytest.raises(ValueError, match="refresh=Exact.*block-causal"):
+    with pytest.raises(ValueError, match=r"refresh=Exact.*block-causal"):
         dllm_fast.generate(dllm_fast.patch(make("qwen3")), prompt(5)[None], gen_length=32, refresh=Exact())
 
 
@@ -190,7 +226,9 @@ def test_triton_gives_the_tokens_of_pytorch():
     ids = torch.stack([prompt(6), prompt(6, 1)])
     options = {"gen_length": 10, "schedule": Threshold(0.2)}
     expected = dllm_fast.generate(dllm_fast.patch(sdar(), impl="torch"), ids, **options)
-    assert torch.equal(dllm_fast.generate(dllm_fast.patch(sdar(), impl="triton"), ids, **options).sequences, expected.sequences)
+    assert torch.equal(
+        dllm_fast.generate(dllm_fast.patch(sdar(), impl="triton"), ids, **options).sequences, expected.sequences
+    )
 
 
 @needs_cpp

@@ -1,4 +1,4 @@
-"""SDAR, LLaDA-MoE and LLaDA2: published names, logits of the published forwards, their samplers' tokens, and loading."""
+"""SDAR, LLaDA-MoE and LLaDA2: published names, the published forwards' logits, their samplers' tokens, and loading."""
 
 import functools
 import json
@@ -116,7 +116,11 @@ def test_state_dicts_have_the_published_names():
 
 @pytest.mark.parametrize(
     ("cls", "config", "billions"),
-    [(SDARForCausalLM, SDARConfig, 8.19), (LLaDAMoEModelLM, LLaDAMoEConfig, 7.36), (LLaDA2MoeModelLM, LLaDA2MoeConfig, 16.26)],
+    [
+        (SDARForCausalLM, SDARConfig, 8.19),
+        (LLaDAMoEModelLM, LLaDAMoEConfig, 7.36),
+        (LLaDA2MoeModelLM, LLaDA2MoeConfig, 16.26),
+    ],
     ids=["SDAR-8B", "LLaDA-MoE-7B", "LLaDA2-mini"],
 )
 def test_defaults_are_a_published_models(cls, config, billions):
@@ -211,7 +215,9 @@ def test_triton_gives_the_tokens_of_pytorch(name, monkeypatch):
     calls = []
     experts = decoders.ops.experts
     monkeypatch.setattr(decoders.ops, "experts", lambda *args, **more: calls.append(1) or experts(*args, **more))
-    assert torch.equal(dllm_fast.generate(dllm_fast.patch(make(name), impl="triton"), ids, **options).sequences, expected)
+    assert torch.equal(
+        dllm_fast.generate(dllm_fast.patch(make(name), impl="triton"), ids, **options).sequences, expected
+    )
     assert calls
 
 
@@ -284,7 +290,7 @@ def test_block_lengths_of_published_configs():
 
 def test_a_forward_refuses_what_it_does_not_have():
     model, ids = make("llada2"), prompt(4)[None]
-    with pytest.raises(ValueError, match="LLaDA2MoeModelLM.forward does not take labels"):
+    with pytest.raises(ValueError, match=r"LLaDA2MoeModelLM.forward does not take labels"):
         model(ids, labels=ids)
     with pytest.raises(ValueError, match=re.escape("attention_mask: [1, 1, 4, 4] is not [B, L]")):
         model(ids, attention_mask=torch.ones(1, 1, 4, 4))

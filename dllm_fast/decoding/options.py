@@ -7,7 +7,7 @@ import torch
 
 from dllm_fast.decoding.drafts import AUTO, DraftGraph, as_drafts, graph_for, key_of, pays
 from dllm_fast.decoding.refresh import Every, Exact, Refresh
-from dllm_fast.decoding.remask import Remask
+from dllm_fast.decoding.remask import Edit, Remask
 from dllm_fast.decoding.schedules import Schedule, Threshold
 from dllm_fast.decoding.values import (
     Checked,
@@ -46,7 +46,7 @@ class Options(Checked):
     cfg_scale: float = checked(finite, default=0.0)
     cache: str = checked(one_of, CACHES, default="dual")
     refresh: Refresh = checked(one_kind, Refresh, "one of 'block', Every, Window, Drift", default=Every(1))
-    remask: Remask | None = checked(one_kind, Remask | None, "one of ReMDM, Verify, P2", default=None)
+    remask: Remask | None = checked(one_kind, Remask | None, "one of ReMDM, Verify, P2, Edit", default=None)
     suffix_length: int | None = checked(whole_or_none, default=None)
     suffix_sample: int = checked(whole, 0, default=0)
     skip_committed: bool = checked(one_kind, bool, "True or False", default=False)
@@ -79,6 +79,12 @@ class Options(Checked):
         require(self.has_cache or not self.skip_committed, useless)
         unfit = "skip_committed=True: what a step gives then depends on the steps before, which speculate would skip"
         require(not (self.skip_committed and self.drafts), unfit)
+        if self.edits:
+            unfit = f"remask={self.remask}: how many steps a block then has is not known beforehand, as for"
+            require(bool(self.schedule.rule), f"{unfit} schedule={self.schedule}")
+            require(not self.drafts, f"{unfit} speculate={self.speculate}")
+            unfit = f"remask={self.remask}: a committed token is evaluated again, which skip_committed=True leaves out"
+            require(not self.skip_committed, unfit)
         useless = f"cache_dtype={self.cache_dtype!r}: with cache='none' there are no keys and values to keep"
         require(self.has_cache or self.cache_dtype is None, useless)
 
@@ -168,6 +174,18 @@ class Options(Checked):
         if isinstance(self.speculate, DraftGraph):
             return len(self.speculate.drafts)
         return AUTO if isinstance(self.speculate, str) else self.speculate or 0
+
+    @property
+    def edits(self) -> bool:
+        """Whether committed tokens are replaced, also by steps after the last commit."""
+        return isinstance(self.remask, Edit)
+
+    @property
+    def more_steps(self) -> int:
+        """How many steps beside one for each of its positions a block may take."""
+        if isinstance(self.remask, Edit):
+            return self.remask.rounds
+        return self.block_length if self.remask else 0
 
     @property
     def passes(self) -> int:

@@ -1,9 +1,8 @@
 """The layers of `native_decoders`: attention with a norm of each head, dense and routed feed-forward parts.
 
-Layers of all models answer to the same names (`attn_norm`, `linears`, `out`, ...), whatever their parameters are called.
+Layers of all models answer to the same names (`attn_norm`, `linears`, `out`, ...), however their parameters are called.
 """
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -43,9 +42,7 @@ class Attention(nn.Module):
         if self.head_norms is not None:
             q, k = (norm(x) for norm, x in zip(self.head_norms, (q, k)))
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        q, k = (
-            torch.cat((rotate(x[..., : self.rotated], cos, sin), x[..., self.rotated :]), -1) for x in (q, k)
-        )
+        q, k = (torch.cat((rotate(x[..., : self.rotated], cos, sin), x[..., self.rotated :]), -1) for x in (q, k))
         k, v = (x.repeat_interleave(self.heads // self.kv_heads, 1) for x in (k, v))
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.out(attended.transpose(1, 2).flatten(2))
@@ -135,7 +132,7 @@ def one_by_one(
     x: torch.Tensor,  # [N, d]
     chosen: torch.Tensor,  # [N, k] int64
     weight: torch.Tensor,  # [N, k]
-    experts: Sequence[Callable[[torch.Tensor], torch.Tensor]],
+    experts: Any,  # a sequence of callables, [n, d] to [n, d]
 ) -> torch.Tensor:
     """The weighted sum of the outputs of each token's experts, [N, d]: an expert after the other."""
     parts = x.new_zeros(*chosen.shape, x.shape[1])
@@ -204,6 +201,8 @@ class LLaDA2Routed(Routed):
 
 class DecoderLayer(nn.Module):
     """One of SDAR's: attention, then a dense feed-forward part, each after a norm."""
+
+    mlp: GatedMLP | Routed
 
     def __init__(self, config: Any, number: int):
         super().__init__()

@@ -2,11 +2,11 @@
 
 import functools
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
 from dllm_fast import ops
 from dllm_fast.families import decoder_layers, native, native_decoders
@@ -23,7 +23,6 @@ class Decoders(Layered):
     """RMSNorm, also of each head of q and k, SwiGLU, routed experts; every layer attends to all blocks up to its own,
     or to all slots."""
 
-    model_class: ClassVar[type[PreTrainedModel]]
     files = (native_decoders.__name__, decoder_layers.__name__, native.__name__)
     calls = Calls(frozenset((*LINEARS, "word_embeddings", "embed_tokens")), None)
 
@@ -78,16 +77,14 @@ class Decoders(Layered):
         return block.attention_part.linears
 
     def _rotated(self, block, y, rope, outside, impl):
-        if block.attention_part.head_norms is None and self.rotated == self.head_dim:
+        norms, rotated = block.attention_part.head_norms, self.model.config.rotated
+        if norms is None and rotated == self.head_dim:
             return super()._rotated(block, y, rope, outside, impl)
-        parts: Any = self.matmuls(y, *self._qkv(block), impl=impl)
-        if len(parts) == 1:
-            parts = parts[0].split([n * self.head_dim for n in (self.heads, self.kv_heads, self.kv_heads)], -1)
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
-        if (norms := block.attention_part.head_norms) is not None:
+        q, k, v = self._projected(block, y, impl)
+        if norms is not None:
             q, k = (ops.rms_norm(x, norm.weight, self.eps, impl=impl)[0] for x, norm in zip((q, k), norms))
-        if self.rotated != self.head_dim:
-            order = rotation_order(self.head_dim, self.rotated, q.device)
+        if rotated != self.head_dim:
+            order = rotation_order(self.head_dim, rotated, q.device)
             q, k = q[..., order], k[..., order]
         return ops.rope(q, k, v, *rope, outside=outside, impl=impl)
 
@@ -97,9 +94,11 @@ class Decoders(Layered):
         delta = self._routed(block.mlp, y, impl) if isinstance(block.mlp, Routed) else self._gated(block.mlp, y, impl)
         return (delta if block.shared is None else delta + self._gated(block.shared, y, impl)), x
 
-    def _gated(self, mlp: GatedMLP, y: torch.Tensor, impl: str) -> torch.Tensor:
+    def _gated(self, mlp, y, impl):
+        """The output of a `GatedMLP` for y [..., d]."""
         (gated,) = self.matmuls(y, mlp.gate_proj, mlp.up_proj, gated=True, impl=impl)
-        return self.matmuls(gated, mlp.down_proj, impl=impl)[0]
+        (delta,) = self.matmuls(gated, mlp.down_proj, impl=impl)
+        return delta
 
     def _routed(self, mlp: Routed, y: torch.Tensor, impl: str) -> torch.Tensor:
         """The experts' part: grouped matmuls where their weights are in one buffer and a device gains by it. On a CPU
@@ -144,7 +143,7 @@ def experts_of(mlp: Routed) -> Iterator[tuple[nn.Module, ...]]:
     yield tuple(expert.down_proj for expert in experts)
 
 
-def width_of(mlp: GatedMLP | Routed | None) -> int:
+def width_of(mlp: Any) -> int:
     """How many values gate and up have for a token."""
     if isinstance(mlp, Routed):
         return mlp.top_k * width_of(mlp.experts[0])

@@ -30,7 +30,9 @@ class Family(ABC):
     keeps_weights: str | None = None  # why there are no rounded weights; None: there are
     layerwise = True  # whether `hidden` can begin at any layer
     shifted = False  # the head's output at position i predicts token i + 1
-    block: int | None = None  # of a block-causal model, the length of its blocks, counted from a sequence's first position
+    block: int | None = (
+        None  # of a block-causal model, the length of its blocks, counted from a sequence's first position
+    )
 
     def __init__(
         self, model: nn.Module, impl: str, matmuls: Matmuls = matmuls, rounded_head: RoundedHead | None = None

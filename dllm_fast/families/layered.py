@@ -147,11 +147,14 @@ class Layered(Family):
         linears, buffers = self._qkv(block), rope[4:6]
         if buffers and impl == "triton" and (q := self.matmuls(y, *linears, impl=impl, rope=rope)) is not None:
             return q, *buffers
-        parts: Any = self.matmuls(y, *linears, impl=impl)
+        return ops.rope(*self._projected(block, y, impl), *rope, outside=outside, impl=impl)
+
+    def _projected(self, block: nn.Module, y: torch.Tensor, impl: str) -> Iterator[torch.Tensor]:
+        """q [B, T, H, D], k and v [B, T, G, D] before the rotation."""
+        parts: Any = self.matmuls(y, *self._qkv(block), impl=impl)
         if len(parts) == 1:
             parts = parts[0].split([n * self.head_dim for n in (self.heads, self.kv_heads, self.kv_heads)], -1)
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
-        return ops.rope(q, k, v, *rope, outside=outside, impl=impl)
+        return (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
 
 
 class Trained(Layered):

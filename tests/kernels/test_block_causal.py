@@ -40,7 +40,9 @@ def test_a_block_that_ends_with_the_range_is_a_plain_range(device):
     assert torch.equal(attention(*poisoned, block=block), attention(*poisoned))
 
 
-@pytest.mark.parametrize(("block", "hole", "message"), [(0, None, "block=0"), (4, [0], "block=4: the queries of states")])
+@pytest.mark.parametrize(
+    ("block", "hole", "message"), [(0, None, "block=0"), (4, [0], "block=4: the queries of states")]
+)
 def test_refused(block, hole, message, device):
     (*given, _), _, _ = blocks.inputs("one-block", FP32, device)
     hole = None if hole is None else torch.tensor(hole, device=device)
