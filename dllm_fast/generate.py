@@ -86,7 +86,7 @@ def generate(
         cfg_scale: ``logits = uncond + (cfg_scale + 1) * (cond - uncond)``, uncond with its prompt masked.
         cache: ``"none"``: every step is a forward of the whole sequence. ``"dual"``: a block's first step is, and
             stores all keys and values; the others run the block against them. ``"prefix"``: the others run the block
-            and all that follows it.
+            and all that follows it. A block-causal model has a cache that is exact, under the name of ``"dual"``.
         refresh: when stale keys and values are computed again: ``"block"``, at each block's first step; or `Every`,
             `Window`, `Drift`.
         remask: which committed tokens of the current block are masked again: `ReMDM`, `Verify`, `P2`; or replaced,

@@ -36,7 +36,7 @@ def from_pretrained(
     head: str | None = None,
     **kwargs,
 ) -> PreTrainedModel:
-    """Load a LLaDA or a ModernBERT, in eval mode, and `patch` it.
+    """Load a LLaDA, a ModernBERT, an SDAR, a LLaDA-MoE or a LLaDA2, in eval mode, and `patch` it.
 
     Args:
         name: a local folder, a hub name, or one of `shipped`.

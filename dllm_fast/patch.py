@@ -70,8 +70,8 @@ def patch(model: M, impl: str = "auto", weights: str | None = None, head: str | 
     """Make ``model`` fast, in place, this instance alone; returns it.
 
     Args:
-        model: a LLaDA (native or remote code) or a ``transformers.ModernBertForMaskedLM``, on a real device; or one
-            inside PEFT, torch.compile or a data-parallel wrapper, which is then patched. Or any other model of
+        model: a LLaDA (native or remote code), a native SDAR, LLaDA-MoE or LLaDA2, or a
+            ``transformers.ModernBertForMaskedLM``, on a real device; or one inside PEFT, torch.compile or a data-parallel wrapper, which is then patched. Or any other model of
             transformers 5 that takes attention backends and attends in both directions, see `families.generic`: its
             own forward stays, and calls this package's attention.
         impl: ``"auto"``, ``"triton"``, ``"cpp"`` or ``"torch"``, see `ops.resolve`. One that is not available raises.
