@@ -71,9 +71,10 @@ def patch(model: M, impl: str = "auto", weights: str | None = None, head: str | 
 
     Args:
         model: a LLaDA (native or remote code), a native SDAR, LLaDA-MoE or LLaDA2, or a
-            ``transformers.ModernBertForMaskedLM``, on a real device; or one inside PEFT, torch.compile or a data-parallel wrapper, which is then patched. Or any other model of
-            transformers 5 that takes attention backends and attends in both directions, see `families.generic`: its
-            own forward stays, and calls this package's attention.
+            ``transformers.ModernBertForMaskedLM``, on a real device; or one inside PEFT, torch.compile or a
+            data-parallel wrapper, which is then patched. Or any other model of transformers 5 that takes attention
+            backends and attends in both directions, see `families.generic`: its own forward stays, and calls this
+            package's attention.
         impl: ``"auto"``, ``"triton"``, ``"cpp"`` or ``"torch"``, see `ops.resolve`. One that is not available raises.
         weights: None for the model's own. ``"fp8"`` and ``"int4"`` use rounded copies of the layers' linear weights: in
             e4m3 with a scale for each output channel (`families.fp8`), or in four bits with a scale and a zero point

@@ -14,7 +14,6 @@ from dllm_fast.families.bypass import Calls
 from dllm_fast.families.decoder_layers import GatedMLP, Routed, one_by_one
 from dllm_fast.families.layered import Layered
 from dllm_fast.families.linears import fused
-from dllm_fast.families.rows import rotation_order
 
 LINEARS = "query_key_value", "dense", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
 
@@ -77,15 +76,13 @@ class Decoders(Layered):
         return block.attention_part.linears
 
     def _rotated(self, block, y, rope, outside, impl):
-        norms, rotated = block.attention_part.head_norms, self.model.config.rotated
-        if norms is None and rotated == self.head_dim:
+        norms = block.attention_part.head_norms
+        if norms is None and self.rotated == self.head_dim:
             return super()._rotated(block, y, rope, outside, impl)
         q, k, v = self._projected(block, y, impl)
         if norms is not None:
             q, k = (ops.rms_norm(x, norm.weight, self.eps, impl=impl)[0] for x, norm in zip((q, k), norms))
-        if rotated != self.head_dim:
-            order = rotation_order(self.head_dim, rotated, q.device)
-            q, k = q[..., order], k[..., order]
+        q, k = map(self._tables.ordered, (q, k))
         return ops.rope(q, k, v, *rope, outside=outside, impl=impl)
 
     def _after_attention(self, block, attended, x, impl):

@@ -73,14 +73,6 @@ def valid_spans(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.T
     return valid.argmax(1), valid.shape[1] - valid.flip(1).argmax(1), valid.sum(1)
 
 
-def rotation_order(head_dim: int, rotated: int, device: torch.device) -> torch.Tensor:
-    """Where the channels of a head lie for a rotation of pairs half a head apart, when the model rotates the first
-    ``rotated`` of them in pairs half as many apart: [D] int64. Scores are the same in any order that q and k share."""
-    first, second, rest = rotated // 2, rotated, (head_dim - rotated) // 2
-    at = torch.arange(head_dim, device=device)
-    return torch.cat((at[:first], at[second : second + rest], at[first:second], at[second + rest :]))
-
-
 class Impl:
     """The implementation that ``impl`` stands for on the weights' device: ``.to()`` may change that of ``"auto"``."""
 
@@ -99,8 +91,8 @@ class Impl:
 class RopeTables:
     """cos and sin [positions, D/2] fp32 for each theta, made now, and again when the model changes device.
 
-    ``rotated``: how many of a head's D channels are rotated; the others by an angle of 0. `rotation_order` says where
-    each channel then lies.
+    ``rotated``: how many of a head's D channels are rotated; the others by an angle of 0. `ordered` puts each where it
+    then has to lie.
     """
 
     def __init__(
@@ -110,8 +102,10 @@ class RopeTables:
         self.head_dim = head_dim
         self.rotated = head_dim if rotated is None else rotated
         self._tables: dict[tuple[float, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._order: dict[torch.device, torch.Tensor] = {}
         for theta in set(thetas):
             self(theta, device)
+        self._order_on(device)
 
     def __call__(self, theta: float, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         if (theta, device) not in self._tables:
@@ -121,3 +115,18 @@ class RopeTables:
                 still = (self.head_dim - self.rotated) // 2
                 self._tables[theta, device] = F.pad(cos, (0, still), value=1.0), F.pad(sin, (0, still))
         return self._tables[theta, device]
+
+    def ordered(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., D] of q or k for a rotation in pairs half a head apart, where the model rotates its first channels in
+        pairs half of them apart. Scores are the same in any order that q and k share."""
+        return x if self.rotated == self.head_dim else x[..., self._order_on(x.device)]
+
+    def _order_on(self, device: torch.device) -> torch.Tensor:
+        """Which channel lies at each place, [D] int64."""
+        if device not in self._order:
+            first, second, rest = self.rotated // 2, self.rotated, (self.head_dim - self.rotated) // 2
+            with torch.inference_mode(False):
+                at = torch.arange(self.head_dim, device=device)
+                order = torch.cat((at[:first], at[second : second + rest], at[first:second], at[second + rest :]))
+            self._order = {device: order}
+        return self._order[device]
