@@ -13,9 +13,28 @@ from dllm_fast.calibration import calibrate
 from dllm_fast.config import show_config
 from dllm_fast.decoding.drafts import DraftGraph
 from dllm_fast.decoding.refresh import Drift, Every, Window
-from dllm_fast.decoding.remask import P2, ReMDM, Verify
-from dllm_fast.decoding.schedules import Ancestral, EntropyBound, Factor, FirstHitting, Pyramid, Threshold, Uniform
+from dllm_fast.decoding.remask import P2, Edit, ReMDM, Verify
+from dllm_fast.decoding.schedules import (
+    Ancestral,
+    Dynamic,
+    EntropyBound,
+    Factor,
+    FirstHitting,
+    Pyramid,
+    Sequential,
+    Static,
+    Threshold,
+    Uniform,
+)
 from dllm_fast.families.native import LLaDAConfig, LLaDAModelLM
+from dllm_fast.families.native_decoders import (
+    LLaDA2MoeConfig,
+    LLaDA2MoeModelLM,
+    LLaDAMoEConfig,
+    LLaDAMoEModelLM,
+    SDARConfig,
+    SDARForCausalLM,
+)
 from dllm_fast.flow import generate_flow
 from dllm_fast.generate import Completion, Output, generate, generate_many
 from dllm_fast.generation_config import DiffusionGenerationConfig
@@ -37,15 +56,25 @@ __all__ = [
     "DiffusionOutput",
     "DraftGraph",
     "Drift",
+    "Dynamic",
+    "Edit",
     "EntropyBound",
     "Every",
     "Factor",
     "FirstHitting",
+    "LLaDA2MoeConfig",
+    "LLaDA2MoeModelLM",
     "LLaDAConfig",
+    "LLaDAMoEConfig",
+    "LLaDAMoEModelLM",
     "LLaDAModelLM",
     "Output",
     "Pyramid",
     "ReMDM",
+    "SDARConfig",
+    "SDARForCausalLM",
+    "Sequential",
+    "Static",
     "Threshold",
     "Uniform",
     "Verify",

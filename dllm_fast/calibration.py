@@ -15,9 +15,10 @@ import torch
 
 from dllm_fast.decoding.drafts import MOST, DraftGraph, Ranks
 from dllm_fast.decoding.engine import Engine
-from dllm_fast.decoding.options import Options
+from dllm_fast.decoding.options import BLOCK
 from dllm_fast.decoding.values import require, whole
 from dllm_fast.generate import generate_many
+from dllm_fast.patch import bound_family
 
 Draft = tuple[int, Ranks | None]
 Paths = list[list[list[set[Draft]]]]
@@ -62,7 +63,7 @@ def record(model, prompts, batch_size, options: dict) -> list[list[Taken]]:
     """The steps of each block of each prompt."""
     recorder = Recorder()
     # One draft: all of the block. Only a block's last step reaches it, and it has every position's token.
-    whole_block = DraftGraph(((1, tuple(range(options.get("block_length", Options.block_length)))),))
+    whole_block = DraftGraph(((1, tuple(range(options.get("block_length") or bound_family(model).block or BLOCK))),))
     Engine.watchers.append(recorder.watch)
     try:
         for _ in generate_many(model, prompts, batch_size, **{**options, "speculate": whole_block}):

@@ -48,7 +48,7 @@ def generate(
     input_ids: torch.Tensor,  # [B, P] int64
     attention_mask: torch.Tensor | None = None,  # [B, P], 0 = padding, on either side
     gen_length: int = 128,
-    block_length: int = 32,
+    block_length: int | None = None,
     schedule: Schedule = Threshold(0.9),
     confidence: str = "probability",
     temperature: float = 0.0,
@@ -76,19 +76,21 @@ def generate(
         model: a patched LLaDA or ModernBERT. Its mode, training or not, plays no part: there is no dropout here.
         input_ids: prompts; with ``gen_length=0`` only their own [MASK]s are filled.
         attention_mask: 0 on padding; each row's ones are contiguous.
-        block_length: positions that are filled together; divides ``gen_length``.
-        schedule: how many candidates a step commits: `Uniform`, `Pyramid`, `Threshold`, `Factor`, `EntropyBound`,
-            `FirstHitting`, `Ancestral`.
+        block_length: positions that are filled together; divides ``gen_length``. None: 32, or a block-causal model's
+            own, beside which it may have no other. There any ``gen_length`` will do: the last block is filled up.
+        schedule: how many candidates a step commits: `Uniform`, `Pyramid`, `Static`, `Sequential`, `Threshold`,
+            `Dynamic`, `Factor`, `EntropyBound`, `FirstHitting`, `Ancestral`.
         confidence: which are committed first: ``"probability"``, ``"margin"``, ``"entropy"`` (negative), ``"random"``.
-            The last three schedules have one of their own.
+            The last three schedules have one of their own, and `Sequential` none.
         temperature: tokens are ``argmax(logits + temperature * Gumbel)``; 0 is greedy.
         cfg_scale: ``logits = uncond + (cfg_scale + 1) * (cond - uncond)``, uncond with its prompt masked.
         cache: ``"none"``: every step is a forward of the whole sequence. ``"dual"``: a block's first step is, and
             stores all keys and values; the others run the block against them. ``"prefix"``: the others run the block
-            and all that follows it.
+            and all that follows it. A block-causal model has a cache that is exact, under the name of ``"dual"``.
         refresh: when stale keys and values are computed again: ``"block"``, at each block's first step; or `Every`,
             `Window`, `Drift`.
-        remask: which committed tokens of the current block are masked again: `ReMDM`, `Verify`, `P2`; None: none.
+        remask: which committed tokens of the current block are masked again: `ReMDM`, `Verify`, `P2`; or replaced,
+            `Edit`; None: none.
         suffix_length: evaluate and see only so many positions after the live block (DPad, arXiv:2508.14148); None: all.
             Text that is given further on is not seen either.
         suffix_sample: besides, so many of the positions further on, drawn for each block from the seed: one twice as
@@ -133,7 +135,7 @@ def generate(
     given = {name: value for name, value in locals().items() if name in OPTIONS}  # each under its own name
     family, model = bound_family(model), unwrapped(model)
     check_token_types(token_type_ids)
-    options = Options.of_call("generate", given).resolved(model, family)
+    options = Options.of_call("generate", given, family.block).resolved(model, family)
     return fill(model, family, bound_pool(model), input_ids, attention_mask, options, streamer)
 
 
@@ -144,13 +146,14 @@ def fill(model, family, pool, input_ids, attention_mask, options: Options, strea
     require(streamer is None or batch == 1, f"streamer: takes one row, and input_ids has {batch}")
     host = input_ids.cpu()
     rows = [plan_row(options, family, b, host[b, start[b] : end[b]]) for b in range(batch)]
-    check_suffix(options, rows)
+    if family.block is None:
+        check_suffix(options, rows)
     require(any(row.blocks for row in rows), "gen_length=0 and no [MASK] in input_ids: there is nothing to fill")
     sequences = torch.cat((host, host.new_zeros(batch, options.gen_length)), 1)
     for row in Server(model, family, pool, options, rows, batch, streamer).serve():
         length = end[row.index] - start[row.index]
         sequences[row.index, start[row.index] : end[row.index]] = row.ids[:length]
-        sequences[row.index, prompt:] = row.ids[length:]
+        sequences[row.index, prompt:] = row.ids[length : row.length]
     longest = max((row.counts for row in rows), key=lambda counts: counts.nfe)
     positions = round(sum(row.counts.positions for row in rows))
     return Output(
@@ -206,7 +209,7 @@ def generate_many(
         ValueError, MemoryError: as `generate`, when called, before the first prompt runs; for NaN logits, as it runs.
     """
     family, model = bound_family(model), unwrapped(model)
-    asked = Options.of_call("generate_many", options).resolved(model, family)
+    asked = Options.of_call("generate_many", options, family.block).resolved(model, family)
     seats = None if batch_size == "auto" else whole("batch_size", batch_size)
     prompts = list(prompts)
     noise_rows = range(len(prompts)) if noise_rows is None else list(noise_rows)
@@ -214,7 +217,8 @@ def generate_many(
     noise_rows = [whole(f"noise_rows[{index}]", row, 0, 32) for index, row in enumerate(noise_rows)]
     numbered = enumerate(zip(prompts, noise_rows, strict=True))
     rows = [plan_row(asked, family, n, prompt, f"prompts[{n}]", noise) for n, (prompt, noise) in numbered]
-    check_suffix(asked, rows)
+    if family.block is None:
+        check_suffix(asked, rows)
     server = Server(model, family, bound_pool(model), asked, rows, seats)
     return _completions(server, len(rows), ordered, progress)
 
@@ -230,7 +234,8 @@ def _completions(server, total: int, ordered: bool, progress) -> Iterator[Comple
         for done, row in enumerate(server.serve(), 1):
             if progress:
                 progress(done, total)
-            kept[row.index] = Completion(row.index, row.ids, row.counts.nfe, row.counts.steps, row.counts.states)
+            ids = row.ids[: row.length]
+            kept[row.index] = Completion(row.index, ids, row.counts.nfe, row.counts.steps, row.counts.states)
             while ordered and expected in kept:
                 yield kept.pop(expected)
                 expected += 1

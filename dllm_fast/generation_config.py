@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from transformers import GenerationConfig, PretrainedConfig
 
-from dllm_fast.decoding.options import OPTIONS, Options, as_ids
+from dllm_fast.decoding.options import BLOCK, OPTIONS, Options, as_ids
 from dllm_fast.decoding.spelling import SPELLED, policy_of, spell
 from dllm_fast.decoding.values import is_whole, require
 
@@ -179,8 +179,8 @@ def options_of(model, family, fields: dict[str, Any], prompt: int) -> Options:
     found = {name: fields[name] for name in (*DIFFUSION, "suppress_tokens") if fields.get(name) is not None}
     found |= {name: policy_of(name, found[name]) for name in SPELLED if isinstance(found.get(name), str)}
     found["gen_length"] = new_tokens(fields, prompt)
-    usual = Options.block_length
-    found.setdefault("block_length", min(usual, found["gen_length"]) or usual)
+    if family.block is None:
+        found.setdefault("block_length", min(BLOCK, found["gen_length"]) or BLOCK)
     found["temperature"] = fields.get("temperature", 1.0) if fields.get("do_sample") else 0.0
     found["eos_id"], found["pad_id"] = special_ids(model, family, fields, found.get("mask_id"))
     return Options(**found)

@@ -17,6 +17,7 @@ KERNELS = {
     "linear": ("linear", "fits"),
     "linear_int4": ("linear_int4", "widen_int4", "fits_int4"),
     "linear_rope": ("linear_rope", "linear_int4_rope", "fits_rope"),
+    "grouped": ("grouped_linear",),
     "round_rows": ("round_rows",),
     "attention": ("attention",),
     "rope": ("rope",),

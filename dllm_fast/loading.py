@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from dllm_fast.families import FAMILIES
+from dllm_fast.families import FAMILIES, kind_of
 from dllm_fast.families.shards import load_rounded
 from dllm_fast.generation_config import DiffusionGenerationConfig
-from dllm_fast.patch import bound_family, patch, require_known
+from dllm_fast.patch import bound_family, patch, require_known, require_rounds
 
 MODELS = Path(__file__).with_name("models")
 
@@ -36,7 +36,7 @@ def from_pretrained(
     head: str | None = None,
     **kwargs,
 ) -> PreTrainedModel:
-    """Load a LLaDA or a ModernBERT, in eval mode, and `patch` it.
+    """Load a LLaDA, a ModernBERT, an SDAR, a LLaDA-MoE or a LLaDA2, in eval mode, and `patch` it.
 
     Args:
         name: a local folder, a hub name, or one of `shipped`.
@@ -69,11 +69,12 @@ def from_pretrained(
         raise ValueError(f"{name}: no such folder")
     # The classes are the families', not transformers' registry's: the published code takes over the name llada there.
     fields, _ = PretrainedConfig.get_config_dict(name, **kwargs)
-    kind = fields.get("model_type")
+    kind = kind_of(fields)
     auto_map = fields.get("auto_map") or {}
     family = FAMILIES.get(kind or "")
     if family is None:
         raise ValueError(f"{name}: model_type {kind!r} is not supported; supported are {', '.join(FAMILIES)}")
+    require_rounds(family, weights)
     if trust_remote_code and family.remote_code is not None and "AutoModel" in auto_map:
         config, cls = family.remote_code(auto_map, name, **kwargs)
     else:

@@ -25,6 +25,7 @@ SERVED = {
     "scaled_linear": {"triton": FEW},
     "int4_linear": {"triton": "few 16-bit rows"},
     "widen_int4": {"triton": ""},
+    "grouped_linear": {"triton": "where PyTorch has no grouped_mm"},
     "round_rows": {"triton": ""},
     "attention": {"triton": "but whole sequences as below", "cpp": ""},
     "rope": {"triton": "", "cpp": ""},
@@ -130,6 +131,35 @@ def swiglu_linear(x, weight, impl="torch"):
     if impl == "triton" and _few_rows(x, weight):
         return launchers.triton().linear(x, weight, gated=True)
     return swiglu(*linear(x, weight, impl=impl).chunk(2, -1), impl=impl)
+
+
+def grouped_linear(x, weight, ends, impl="torch"):
+    """`reference.grouped_linear`: PyTorch's ``grouped_mm`` where it serves."""
+    if _has_grouped(x, weight):
+        return F.grouped_mm(x, weight.transpose(1, 2), offs=ends.int())
+    if impl == "triton":
+        return launchers.triton().grouped_linear(x, weight, ends)
+    parts = x.tensor_split(ends[:-1].cpu())
+    return torch.cat([linear(part, matrix, impl=impl) for part, matrix in zip(parts, weight, strict=True)])
+
+
+def _has_grouped(x, weight) -> bool:
+    """Whether ``grouped_mm`` serves: from PyTorch 2.10 on, in bf16, with rows of whole 16 bytes."""
+    aligned = x.shape[1] % 8 == 0 and weight.shape[1] % 8 == 0
+    return hasattr(F, "grouped_mm") and x.is_cuda and x.dtype == torch.bfloat16 and aligned
+
+
+def experts(x, gate_up, down, chosen, weight, impl="torch"):
+    """`reference.experts`: two grouped matmuls over the tokens sorted by expert. Nothing is read on the host where
+    grouped matmuls serve."""
+    count, each = len(gate_up), chosen.shape[1]
+    order = chosen.flatten().argsort(stable=True)  # [N k]
+    numbers = torch.arange(count, device=x.device)
+    ends = torch.searchsorted(chosen.flatten()[order], numbers, right=True)
+    both = grouped_linear(x[order // each], gate_up, ends, impl)
+    out = grouped_linear(swiglu(*both.chunk(2, -1), impl=impl), down, ends, impl)
+    parts = torch.empty_like(out).index_copy_(0, order, out).view(*chosen.shape, -1)
+    return (reference.widened(parts) * weight[..., None]).sum(1).to(x.dtype)
 
 
 def _few_rows(x, weight, rope=()) -> bool:

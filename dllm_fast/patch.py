@@ -70,11 +70,12 @@ def patch(model: M, impl: str = "auto", weights: str | None = None, head: str | 
     """Make ``model`` fast, in place, this instance alone; returns it.
 
     Args:
-        model: a LLaDA (native or remote code) or a ``transformers.ModernBertForMaskedLM``, on a real device; or one
-            inside PEFT, torch.compile or a data-parallel wrapper, which is then patched. Or any other model of
-            transformers 5 that takes attention backends and attends in both directions, see `families.generic`: its
-            own forward stays, and calls this package's attention. Or a DiffusionGemma of transformers, which keeps its
-            own ``generate`` and gets another denoising step (`families.diffusion_gemma`).
+        model: a LLaDA (native or remote code), a native SDAR, LLaDA-MoE or LLaDA2, or a
+            ``transformers.ModernBertForMaskedLM``, on a real device; or one inside PEFT, torch.compile or a
+            data-parallel wrapper, which is then patched. Or any other model of transformers 5 that takes attention
+            backends and attends in both directions, see `families.generic`: its own forward stays, and calls this
+            package's attention. Or a DiffusionGemma of transformers, which keeps its own ``generate`` and gets another
+            denoising step (`families.diffusion_gemma`).
         impl: ``"auto"``, ``"triton"``, ``"cpp"`` or ``"torch"``, see `ops.resolve`. One that is not available raises.
         weights: None for the model's own. ``"fp8"`` and ``"int4"`` use rounded copies of the layers' linear weights: in
             e4m3 with a scale for each output channel (`families.fp8`), or in four bits with a scale and a zero point
@@ -113,8 +114,7 @@ def _patch_model(model: nn.Module, impl: str, weights: str | None, head: str | N
     parameter = _first_parameter(model)
     resolved = ops.resolve(impl, parameter.device, parameter.dtype)
     require_known(weights=weights, head=head)
-    if weights is not None and family_class.runs_own:
-        raise ValueError(f"weights={weights!r}: a {type(model).__name__} runs its own forward, with its own weights")
+    require_rounds(family_class, weights)
     if (kind := loaded_kind(model)) not in (None, weights):
         raise ValueError(f"weights={weights!r}: this model was loaded with weights={kind!r} and has no others")
     state = patch_of(model)
@@ -182,6 +182,12 @@ def require_known(**options: str | None) -> None:
     for name, value in options.items():
         if value not in CHOICES[name]:
             raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, CHOICES[name]))}")
+
+
+def require_rounds(family: type[Family], weights: str | None) -> None:
+    """Raise ValueError if models of a family do not take rounded ``weights``."""
+    if weights is not None and (reason := family.keeps_weights):
+        raise ValueError(f"weights={weights!r}: {reason}")
 
 
 def unpatch(model: M) -> M:

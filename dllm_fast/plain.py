@@ -29,7 +29,7 @@ from dllm_fast.loading import check_folder, require_device, shipped
 class Limits:
     """What a request is checked against: the size of the vocabulary, and how many positions the model has."""
 
-    layerwise, shifted = True, False
+    layerwise, shifted, block = True, False, None
 
     def __init__(self, model: nn.Module):
         config: PretrainedConfig = model.config  # type: ignore[assignment]
@@ -81,7 +81,7 @@ def generate_plain(
     given = {name: value for name, value in locals().items() if name in OPTIONS}
     check_token_types(token_type_ids)
     limits = Limits(model)
-    options = Options.of_call("generate_plain", {**given, "cache": "none"}).resolved(model, limits)
+    options = Options.of_call("generate_plain", {**given, "cache": "none"}, limits.block).resolved(model, limits)
     device = next(model.parameters()).device
     start, end = check_batch(input_ids, attention_mask, device)
     batch, prompt = input_ids.shape
@@ -152,6 +152,7 @@ def _step(model: nn.Module, options: Options, row: Row, block: torch.Tensor, ste
     if not bool(lse.isfinite().all()):
         where = f"step {step} of block {row.next} of row {row.index}"
         raise ValueError(f"model: logits are NaN or infinite at {where}")
+    score = options.schedule.ranked_by(score, torch.arange(len(block), device="cpu"))
     reference.commit(row.ids[None], token[None], score[None], candidate[None], block[:1], **rule)
 
 

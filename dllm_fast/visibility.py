@@ -5,12 +5,12 @@ import torch
 from dllm_fast.kernels import reference, reference_states
 
 
-def visible(like, slots, start=None, end=None, slot=None, window=None, packed=None, impl="torch") -> tuple:
+def visible(like, slots, start=None, end=None, slot=None, window=None, packed=None, impl="torch", block=None) -> tuple:
     """Which of ``slots`` each query sees, for `attention`: made once in a forward for all layers with one window.
 
     ``like`` [B, T, ...] gives the batch, the number of queries and the device. ``start`` and ``slot`` [B] default to 0,
-    ``end`` to ``slots``, all as in `reference.attention`. With ``packed``, a `rows.Packed`, ``like`` is [N, 1, ...]
-    and ``slot`` [N].
+    ``end`` to ``slots``; these and ``block`` are as in `reference.attention`. With ``packed``, a `rows.Packed`,
+    ``like`` is [N, 1, ...] and ``slot`` [N].
 
     With `rows.States` the packed queries are those of several states; attention is then given their keys and values.
 
@@ -20,6 +20,8 @@ def visible(like, slots, start=None, end=None, slot=None, window=None, packed=No
     sees. blind [B, T or 1] marks queries that see none. places: `places_of` of packed queries, which T is the most of.
     """
     ranges = () if packed is None else (None, packed.first, packed.most)
+    if block is not None:
+        ranges = (*(ranges or (None, None, 0)), None, 0, None, None, block)
     if packed is not None and packed.states is not None:
         return _visible_to_states(slots, start, end, slot, window, packed, impl)
     if impl == "cpp":
@@ -31,17 +33,18 @@ def visible(like, slots, start=None, end=None, slot=None, window=None, packed=No
         if impl == "torch":
             places = places_of(packed)
             slot = slot[places[0]]
-    if impl == "torch" and start is None and end is None and window is None:
+    free = start is None and end is None and window is None and block is None  # all queries see all slots
+    if impl == "torch" and free:
         return None, None, None, places
-    whole = start is None and end is None and window is None and packed is None and queries == slots
+    whole = free and packed is None and queries == slots
     zero = torch.zeros(batch, dtype=torch.int64, device=like.device)
     start, end, slot = (zero if x is None else x for x in (start, zero + slots if end is None else end, slot))
     if impl == "triton":
         return start, end, slot, window, *ranges, whole
     near = None
-    if window is None:
+    if window is None and block is None:
         queries = 1  # all queries see the same slots
-    elif packed is None and queries + 2 * window < slots:
+    elif window is not None and block is None and packed is None and queries + 2 * window < slots:
         reach = queries + 2 * window
         first = (slot - window).clamp(0, slots - reach)
         near = first[:, None] + torch.arange(reach, device=like.device)
@@ -50,7 +53,7 @@ def visible(like, slots, start=None, end=None, slot=None, window=None, packed=No
         start = start - first
         end = end - first
         slot = slot - first
-    mask = reference.visible_slots(queries, slots, start, end, slot, window)
+    mask = reference.visible_slots(queries, slots, start, end, slot, window, block)
     return near, mask, ~mask.any(-1), places
 
 

@@ -57,7 +57,7 @@ def warmup(
     """
     family, model = bound_family(model), unwrapped(model)
     given = {**options, "seed": options.get("seed") or 0}  # drawn where it is None
-    asked = Options.of_call("warmup", given).resolved(model, family)
+    asked = Options.of_call("warmup", given, family.block).resolved(model, family)
     require(asked.gen_length > 0, f"gen_length={asked.gen_length}: there is nothing to fill")
     batch_size = whole("batch_size", batch_size)
     lengths = _lengths(prompt_lengths)

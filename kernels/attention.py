@@ -7,7 +7,7 @@ import triton
 
 from dllm_fast.kernels.attention_kernel import _attention_kernel, _merge_kernel
 from dllm_fast.kernels.chain import chained
-from dllm_fast.kernels.checks import FLOATS, INTEGERS, check_tensors, one_device
+from dllm_fast.kernels.checks import FLOATS, INTEGERS, check_block, check_tensors, one_device
 from dllm_fast.kernels.reference_rounded import E4M3
 
 # (BM query rows, BN slots, warps, stages, mask every tile): first for few rows or a window, then for many rows. The key
@@ -42,10 +42,19 @@ def for_states(few: tuple) -> tuple:
     return rows, min(slots, 32), *rest
 
 
-def _plan(batch, queries, kv_heads, group, head_dim, slots, window, itemsize, big, widened=False, states=False):
+def for_blocks(config: tuple) -> tuple:
+    """Tiles for rows that each see as far as their own block: every tile is masked, and 128 slots of D=128 spill."""
+    rows, slots, warps, stages, _ = config
+    return rows, min(slots, 64), warps, stages, True
+
+
+def _plan(
+    batch, queries, kv_heads, group, head_dim, slots, window, itemsize, big, widened=False, states=False, blocks=False
+):
     """(config, padded head dim, splits), from shapes alone: a CUDA graph must stay valid whatever the device holds.
 
-    ``widened``: keys and values are e4m3. ``states``: the queries are those of states.
+    ``widened``: keys and values are e4m3. ``states``: the queries are those of states. ``blocks``: they see as far
+    as their own.
     """
     padded = max(16, triton.next_power_of_2(head_dim))
     tile = max(64, padded), big
@@ -53,6 +62,8 @@ def _plan(batch, queries, kv_heads, group, head_dim, slots, window, itemsize, bi
     if widened and itemsize == 2:
         many = WIDENED.get(tile, many)
     config = few if queries <= FEW_QUERIES or window is not None else many
+    if blocks:
+        config = for_blocks(config)
     if states:
         config = for_states(few)
     threads = batch * kv_heads * triton.cdiv(queries * group, config[0]) * config[2] * 32
@@ -76,9 +87,11 @@ def attention(
     length: int = 0,
     own_keys: torch.Tensor | None = None,  # [B, K, G, D]
     own_values: torch.Tensor | None = None,  # [B, K, G, D]
+    block: int | None = None,  # not with states
 ) -> torch.Tensor:
     """`reference.attention`, or `reference_states.attention`, for scales above 0 and head dims up to 256."""
     _check(q, keys, values, start, end, slot, window, scale, first)
+    check_block(block, hole)
     _check_states(keys, hole, length, own_keys, own_values)
     heads, head_dim = q.shape[2:]
     batch, slots, kv_heads = keys.shape[:3]
@@ -91,7 +104,7 @@ def attention(
     big = not q.is_cuda or torch.cuda.get_device_capability(q.device)[0] in (9, 10)
     shape = batch, queries, kv_heads, group, head_dim, slots, window, q.element_size(), big
     states = hole is not None
-    config, padded, splits = _plan(*shape, keys.dtype == E4M3, states)
+    config, padded, splits = _plan(*shape, keys.dtype == E4M3, states, block is not None)
     bm, bn, warps, stages, masked = config
     tiles = triton.cdiv(queries * group, bm) * kv_heads * batch
     part, lse = out, None
@@ -105,11 +118,11 @@ def attention(
         _attention_kernel[grid](
             q, keys, values, start, end, slot, first, hole, own_keys, own_values, part, lse,
             *q_strides, *keys.stride()[:3], *values.stride()[:3], *own_strides,
-            queries, slots, kv_heads, splits, rows, min(window or 0, 1 << 30), length,
+            queries, slots, kv_heads, splits, rows, min(window or 0, 1 << 30), length, min(block or 1, 1 << 30),
             (head_dim**-0.5 if scale is None else scale) * math.log2(math.e),
-            D=head_dim, GROUP=group, WINDOW=window is not None, MASKED=masked,
-            SPLIT=splits > 1, PACKED=first is not None, STATES=states, BM=bm, BN=bn, BD=padded, num_warps=warps,
-            num_stages=stages, **chained(q.device, grid[0]),
+            D=head_dim, GROUP=group, WINDOW=window is not None, BLOCK=block is not None,
+            MASKED=masked, SPLIT=splits > 1, PACKED=first is not None, STATES=states, BM=bm, BN=bn, BD=padded,
+            num_warps=warps, num_stages=stages, **chained(q.device, grid[0]),
         )  # fmt: skip
         if splits > 1:
             _merge_kernel[(rows,)](

@@ -4,6 +4,9 @@ Query i of a (row, head) sees the slots j of its range [start, end), with |slot 
 
     out_i = sum_j exp(c q_i.k_j) v_j / sum_j exp(c q_i.k_j)
 
+With blocks it sees no slot behind its own block's, counted from start. A program then reads as far as the last of its
+rows sees, and the others' scores there are -inf.
+
 Packed queries are the rows' one after the other: T then differs from row to row, and each query has its own slot.
 Those of states (`reference_states`) read the row's slots but for a hole once for all of them, then their own. Keys and
 values in e4m3 are read as such and widened, exactly, a tile at a time.
@@ -114,7 +117,7 @@ def _merge_kernel(
     tl.store(out_ptr + row * D + d, out.to(out_ptr.dtype.element_ty), mask=d < D)
 
 
-@triton.jit(do_not_specialize=["queries", "slots", "kv_heads", "splits", "rows", "window", "length"])
+@triton.jit(do_not_specialize=["queries", "slots", "kv_heads", "splits", "rows", "window", "length", "block"])
 def _attention_kernel(
     q_ptr,  # [B, T, H, D], or [N, H, D] with PACKED
     k_ptr,  # [B, S, G, D]
@@ -147,11 +150,13 @@ def _attention_kernel(
     rows,  # B T H
     window,
     length,  # of a state
+    block,  # slots of one
     scale,  # times log2(e)
     D: tl.constexpr,
     GROUP: tl.constexpr,  # H / G
     WINDOW: tl.constexpr,
-    MASKED: tl.constexpr,  # every tile, not only the last; always with WINDOW
+    BLOCK: tl.constexpr,
+    MASKED: tl.constexpr,  # every tile, not only the last; always with WINDOW and with BLOCK
     SPLIT: tl.constexpr,
     PACKED: tl.constexpr,
     STATES: tl.constexpr,
@@ -221,6 +226,11 @@ def _attention_kernel(
             to_slot = slot + last
         lo = tl.maximum(lo, tl.cast(from_slot, tl.int64) - window)
         hi = tl.minimum(hi, tl.cast(to_slot, tl.int64) + window + 1)
+    seen_end = i  # [BM]: with BLOCK, one past the last slot that a row sees
+    if BLOCK:
+        origin = tl.load(start_ptr + b).to(tl.int32)
+        seen_end = origin + tl.maximum(i - origin + block, 0) // block * block
+        hi = tl.minimum(hi, tl.max(tl.where(t < queries, seen_end, 0), 0))
     if SPLIT:
         # Shares are whole tiles, so that a range without a window has only one ragged tile in all.
         share = tl.cdiv(tl.cdiv(tl.maximum(hi - lo, 0), splits), BN) * BN
@@ -249,6 +259,8 @@ def _attention_kernel(
             shown = (j < hi)[None, :]
             if STATES:
                 shown = shown & ((j < hole) | (j >= hole_end))[None, :]
+            if BLOCK:
+                shown = shown & (j[None, :] < seen_end[:, None])
             acc, total, peak = _absorb(
                 acc, total, peak, q, k_at, v_at, j, j, shown, i, d, hi, window, scale, D, MASKED=True, WINDOW=WINDOW
             )

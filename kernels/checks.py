@@ -127,3 +127,11 @@ def ranges_of(ids: tuple[int, ...]) -> list[int]:
         else:
             ranges += [i, i + 1]
     return ranges
+
+
+def check_block(block: int | None, hole: torch.Tensor | None) -> None:
+    """Raise ValueError for a block that attention does not take; ``hole`` is given with states."""
+    if block is not None and block < 1:
+        raise ValueError(f"block={block} is not a positive number of slots")
+    if block is not None and hole is not None:
+        raise ValueError(f"block={block}: the queries of states have none")

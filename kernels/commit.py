@@ -9,9 +9,9 @@ candidates of ranks 0 to k - 1:
     factor      k = the largest r + 1 with (r + 2) (1 - c_r) < factor, c_r the confidence of rank r
     bound       k = the largest r + 1 with -(c_0 + ... + c_{r-1}) <= bound, c the negative entropy
 
-All rules but ``count`` keep at least one. Ranks come from T^2 comparisons: that needs no sort, no scratch memory and no
-value from the host, and the same comparisons sum the entropies for ``bound``. One program a row takes microseconds for
-blocks of up to 1024 positions.
+All rules but ``count`` keep at least ``least``. Ranks come from T^2 comparisons: that needs no sort, no scratch memory
+and no value from the host, and the same comparisons sum the entropies for ``bound``. One program a row takes
+microseconds for blocks of up to 1024 positions.
 """
 
 import torch
@@ -31,7 +31,7 @@ def _load_confidence(confidence_ptr, mask):
     return tl.where(tl.abs(confidence) < float("inf"), confidence, float("-inf"))
 
 
-@triton.jit(do_not_specialize=["S", "sequence_stride"])
+@triton.jit(do_not_specialize=["S", "sequence_stride", "least"])
 def _commit_kernel(
     chosen_ptr,  # [B, T] bool
     sequence_ptr,  # [B, S] int64, rows sequence_stride apart
@@ -41,6 +41,7 @@ def _commit_kernel(
     slot_ptr,  # [B] int
     count_ptr,  # [B] int, for the rule "count"
     limit,  # fp32, for the other rules
+    least,  # for them too
     T,
     S,
     sequence_stride,
@@ -68,13 +69,13 @@ def _commit_kernel(
     if RULE == "count":
         k = tl.load(count_ptr + b)
     elif RULE == "threshold":
-        k = tl.maximum(tl.sum((candidate & (confidence >= limit)).to(tl.int32), 0), 1)
+        k = tl.maximum(tl.sum((candidate & (confidence >= limit)).to(tl.int32), 0), least)
     else:
         if RULE == "factor":
             enough = (rank + 2).to(tl.float32) * (1.0 - confidence) < limit
         else:
             enough = entropy <= limit
-        k = tl.maximum(tl.max(tl.where(candidate & enough, rank + 1, 0), 0), 1)
+        k = tl.maximum(tl.max(tl.where(candidate & enough, rank + 1, 0), 0), least)
     # 3. Write them where they belong.
     chosen = candidate & (rank < k)
     index = tl.load(slot_ptr + b).to(tl.int64) + t  # [BT]
@@ -93,6 +94,7 @@ def _commit(
     count: torch.Tensor | None,
     rule: str,
     limit: float,
+    least: int,
 ) -> torch.Tensor:
     batch, positions = token.shape
     chosen = torch.empty(batch, positions, dtype=torch.bool, device=token.device)
@@ -100,7 +102,7 @@ def _commit(
         padded = triton.next_power_of_2(positions)
         with torch.cuda.device_of(token):
             _commit_kernel[(batch,)](
-                chosen, sequence, token, confidence, candidate, slot, count, limit,
+                chosen, sequence, token, confidence, candidate, slot, count, limit, least,
                 positions, sequence.shape[1], sequence.stride(0),
                 RULE=rule, BT=padded, BJ=max(1, min(padded, COMPARISONS // padded)), num_warps=8 if padded > 128 else 4,
             )  # fmt: skip
@@ -124,6 +126,7 @@ def commit(
     threshold: float | None = None,
     factor: float | None = None,
     bound: float | None = None,
+    least: int = 1,
 ) -> torch.Tensor:
     """`reference.commit`: the chosen candidates [B, T] bool, now in ``sequence``. Writes nothing outside [0, S)."""
     limits = dict(zip(RULES, (count, threshold, factor, bound), strict=True))
@@ -144,4 +147,4 @@ def commit(
     )
     others = [float(value) for value in (threshold, factor, bound) if value is not None]
     limit = others[0] if others else 0.0
-    return _commit(sequence, token, confidence, candidate, slot, count, rules[0], limit)
+    return _commit(sequence, token, confidence, candidate, slot, count, rules[0], limit, least)

@@ -37,6 +37,31 @@ def linear(
     return swiglu(*y.chunk(2, -1)) if gated else y
 
 
+def grouped_linear(
+    x: torch.Tensor,  # [M, K]
+    weight: torch.Tensor,  # [E, N, K]
+    ends: torch.Tensor,  # [E] int: one past the last row of each group, ascending; the last is M
+) -> torch.Tensor:
+    """``x_m W_g^T`` of the rows m of each group g, which follow one another; [M, N], rounded once."""
+    group = torch.searchsorted(ends.long(), torch.arange(len(x), device=x.device), right=True)
+    return torch.einsum("mk,mnk->mn", widened(x), widened(weight)[group]).to(x.dtype)
+
+
+def experts(
+    x: torch.Tensor,  # [N, d]
+    gate_up: torch.Tensor,  # [E, 2 f, d]: an expert's gate, then its up projection
+    down: torch.Tensor,  # [E, d, f]
+    chosen: torch.Tensor,  # [N, k] int64: experts of each token
+    weight: torch.Tensor,  # [N, k]: theirs
+) -> torch.Tensor:
+    """``sum_j weight_j down(swiglu(gate(x), up(x)))`` over a token's experts, [N, d]. Gate and up, their `swiglu` and
+    down are rounded each, and the sum once."""
+    both = torch.einsum("nd,nkfd->nkf", widened(x), widened(gate_up)[chosen]).to(x.dtype)
+    gated = swiglu(*both.chunk(2, -1))
+    out = torch.einsum("nkf,nkdf->nkd", widened(gated), widened(down)[chosen]).to(x.dtype)
+    return (widened(out) * weight[..., None]).sum(1).to(x.dtype)
+
+
 def rms_norm(
     x: torch.Tensor,  # [..., d]
     weight: torch.Tensor,  # [d]
@@ -143,12 +168,13 @@ def attention(
     window: int | None = None,
     scale: float | None = None,
     first: torch.Tensor | None = None,  # [B + 1] int: packed queries, q [N, 1, H, D] and slot [N]
+    block: int | None = None,
 ) -> torch.Tensor:
-    """Bidirectional softmax attention, [B, T, H, D].
+    """Softmax attention, [B, T, H, D].
 
     Query t of row b sees slots j with ``start[b] <= j < end[b]`` and, given a window, ``|slot[b] + t - j| <= window``.
-    Query head h reads key/value head ``h // (H/G)``. ``scale`` defaults to ``D^-0.5``. A query that sees no slot
-    gives 0.
+    Given a ``block``, it sees no slot behind its own block's; blocks of that many slots are counted from ``start[b]``.
+    Query head h reads key/value head ``h // (H/G)``. ``scale`` defaults to ``D^-0.5``. Without a slot to see, it is 0.
 
     Packed queries are each at a slot of its own: those from ``first[b]`` to ``first[b + 1]`` are row b's, in the order
     of their slots. Queries from ``first[B]`` on are of no row, and their results have no meaning.
@@ -157,11 +183,11 @@ def attention(
     keys, values = keys.to(wide_q.dtype), values.to(wide_q.dtype)
     if first is not None:
         row = row_of(first, q.shape[0])
-        return attention(q, keys[row], values[row], start[row], end[row], slot, window, scale)
+        return attention(q, keys[row], values[row], start[row], end[row], slot, window, scale, block=block)
     group = q.shape[2] // keys.shape[2]
     wide_k, wide_v = (x.repeat_interleave(group, 2) for x in (keys, values))
     score = torch.einsum("bthd,bshd->bhts", wide_q, wide_k) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    visible = visible_slots(q.shape[1], keys.shape[1], start, end, slot, window)[:, None]
+    visible = visible_slots(q.shape[1], keys.shape[1], start, end, slot, window, block)[:, None]
     score = score.masked_fill(~visible, float("-inf"))
     weight = torch.softmax(score, -1).masked_fill(~visible.any(-1, keepdim=True), 0.0)
     return torch.einsum("bhts,bshd->bthd", weight, wide_v).to(q.dtype)
@@ -173,14 +199,18 @@ def row_of(first: torch.Tensor, queries: int) -> torch.Tensor:
     return (index[:, None] >= first[None, 1:-1]).sum(1)
 
 
-def visible_slots(queries: int, slots: int, start, end, slot, window: int | None = None) -> torch.Tensor:
+def visible_slots(queries: int, slots: int, start, end, slot, window=None, block=None) -> torch.Tensor:
     """Which slots each query sees: [B, T, S] bool, from ``start``, ``end`` and ``slot`` [B] as in `attention`; or from
     each query's ``slot`` [B, T]."""
     j = torch.arange(slots, device=start.device)
     visible = ((j >= start[:, None]) & (j < end[:, None]))[:, None].expand(-1, queries, -1)
+    if window is not None or block is not None:
+        i = (slot if slot.dim() == 2 else slot[:, None] + torch.arange(queries, device=slot.device))[:, :, None]
     if window is not None:
-        i = slot if slot.dim() == 2 else slot[:, None] + torch.arange(queries, device=slot.device)
-        visible = visible & ((i[:, :, None] - j).abs() <= window)
+        visible = visible & ((i - j).abs() <= window)
+    if block is not None:
+        first = start[:, None, None]
+        visible = visible & (j < first + (i - first).div(block, rounding_mode="floor") * block + block)
     return visible
 
 
@@ -294,6 +324,7 @@ def commit(
     threshold: float | None = None,
     factor: float | None = None,
     bound: float | None = None,
+    least: int = 1,
 ) -> torch.Tensor:
     """Write the chosen candidates of each row at ``slot + t`` of ``sequence``; return which those are, [B, T] bool.
 
@@ -306,7 +337,7 @@ def commit(
     - the largest k with ``-(c_1 + ... + c_{k-1}) <= bound``, c the negative entropy: the error of keeping k tokens
       together is at most the sum of all their entropies but the largest (EB-Sampler, arXiv:2505.24857).
 
-    All but ``count`` keep at least one. A confidence that is not finite counts as -inf.
+    All but ``count`` keep at least ``least``. A confidence that is not finite counts as -inf.
     """
     score = confidence.masked_fill(~candidate | ~confidence.isfinite(), float("-inf"))
     order = score.argsort(dim=-1, descending=True, stable=True)
@@ -317,13 +348,13 @@ def commit(
     if count is not None:
         k = count
     elif threshold is not None:
-        k = (best >= threshold).sum(-1).clamp(min=1)
+        k = (best >= threshold).sum(-1).clamp(min=least)
     elif factor is not None:
         nth = torch.arange(1, best.shape[1] + 1, device=best.device)
-        k = (nth * ((nth + 1) * (1 - best) < factor)).amax(-1).clamp(min=1)
+        k = (nth * ((nth + 1) * (1 - best) < factor)).amax(-1).clamp(min=least)
     elif bound is not None:
         before = torch.nn.functional.pad(-best, (1, 0))[:, :-1].cumsum(-1)
-        k = (before <= bound).sum(-1).clamp(min=1)
+        k = (before <= bound).sum(-1).clamp(min=least)
     chosen = candidate & (rank < k[:, None])
     index = slot[:, None] + torch.arange(token.shape[1], device=token.device)
     row = torch.arange(sequence.shape[0], device=token.device)[:, None]

@@ -38,6 +38,7 @@ class Memory:
             heads = family.heads, family.kv_heads, family.kv_heads
             projected = torch.cat([F.linear(y, part.weight, part.bias) for part in family._qkv(block)], -1)
             q, k, v = projected[0].unflatten(-1, (-1, family.head_dim)).split(heads, 1)  # [N, heads, D]
+            q, k = self.normed(block, q, k)
             cos, sin = reference.rope_table(len(ids), family.head_dim, family.thetas[layer])
             cos, sin = (table.double()[at][:, None] for table in (cos, sin))
             q = reference.rotate(q, cos, sin)
@@ -47,6 +48,10 @@ class Memory:
             delta, x = family._after_attention(block, attended.flatten(1)[None], x, "torch")
         weight, bias = family.head()
         return F.linear(family._finish(x, delta)[0], weight, bias)
+
+    def normed(self, block, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """q and k [N, heads, D] before they are rotated."""
+        return q, k
 
     def attend(self, layer: int, q: torch.Tensor, at: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
         window, group = self.family.windows[layer], self.family.heads // self.family.kv_heads

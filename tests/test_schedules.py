@@ -8,7 +8,7 @@ import torch
 from tiny import MASK, make_llada
 
 import dllm_fast
-from dllm_fast import Ancestral, EntropyBound, FirstHitting, Pyramid, Uniform
+from dllm_fast import Ancestral, Dynamic, EntropyBound, FirstHitting, Pyramid, Sequential, Static, Threshold, Uniform
 
 ALPHA = {
     "linear": lambda t: 1 - t,
@@ -40,6 +40,37 @@ def test_uniform_shares_each_rows_steps_by_its_own_blocks():
 def test_pyramid_and_first_hitting_stop_at_what_is_left():
     assert table(Pyramid(2), [6, 3], [1, 1]) == [(0, [1, 1]), (1, [1, 1]), (2, [2, 1]), (3, [2, 0])]
     assert table(FirstHitting(), [3, 1], [2, 2]) == [(0, [1, 1]), (1, [1, 0]), (2, [1, 0])]
+
+
+@pytest.mark.parametrize("kind", [Static, Sequential])
+def test_static_keeps_as_many_at_each_step(kind):
+    assert table(kind(3), [7, 2, 0], [4, 1, 2]) == [(0, [3, 2, 0]), (1, [3, 0, 0]), (2, [1, 0, 0])]
+
+
+def test_sequential_goes_from_left_to_right(either, ids):
+    """Two of what is left, whatever the model is surest of."""
+    prompt = ids.clone()
+    prompt[:, [3, 4, 9, 11, 12]] = MASK
+    out = dllm_fast.generate(
+        dllm_fast.patch(either), prompt, gen_length=0, block_length=24, schedule=Sequential(2), cache="none"
+    )
+    assert out.nfe == 3
+    expected = prompt.clone()
+    for at in ([3, 4], [9, 11], [12]):
+        with torch.no_grad():
+            logits = either(expected).logits[:, at]
+        logits[..., MASK] = -math.inf
+        expected[:, at] = logits.argmax(-1)
+    assert torch.equal(out.sequences, expected)
+
+
+def test_dynamic_of_one_token_is_threshold(either, ids):
+    dllm_fast.patch(either)
+    options = {"gen_length": 16, "block_length": 16, "cache": "none"}
+    one, other = (dllm_fast.generate(either, ids, schedule=s, **options) for s in (Dynamic(0.05), Threshold(0.05)))
+    assert torch.equal(one.sequences, other.sequences) and one.nfe == other.nfe
+    four = dllm_fast.generate(either, ids, schedule=Dynamic(1.0, 4), **options)
+    assert four.nfe == 4
 
 
 @pytest.mark.parametrize("noise", ALPHA)

@@ -14,11 +14,15 @@ from dllm_fast import (
     P2,
     Ancestral,
     Drift,
+    Dynamic,
+    Edit,
     EntropyBound,
     Every,
     Factor,
     Pyramid,
     ReMDM,
+    Sequential,
+    Static,
     Threshold,
     Uniform,
     Verify,
@@ -30,9 +34,21 @@ COUNTS = [0, -1, 1.5, 2.0, "8", None, True, NAN, np.float32(2), np.bool_(True), 
 NUMBERS = ["0.5", None, True, NAN, np.float64("nan"), np.bool_(False), torch.tensor(0.5), [0.5], 0.5j]
 WITHIN = [*NUMBERS, INF, -INF, 10**400]
 SHARES = [*WITHIN, -0.1, 1.1, 2, -1]
+
+
+def rounds_of(rounds):
+    return Edit(0.5, rounds)
+
+
+def least_of(tokens):
+    return Dynamic(0.5, tokens)
+
+
 CASES = [
     (Uniform, "steps", COUNTS),
     (Pyramid, "factor", COUNTS),
+    (Static, "tokens", COUNTS),
+    (Sequential, "tokens", COUNTS),
     (Ancestral, "steps", COUNTS),
     (Every, "blocks", COUNTS),
     (lambda after: Window(4, after), "after", COUNTS[1:]),
@@ -44,12 +60,16 @@ CASES = [
     (ReMDM, "eta", SHARES),
     (Verify, "threshold", SHARES),
     (P2, "eta", SHARES),
+    (Edit, "threshold", SHARES),
+    (rounds_of, "rounds", COUNTS[1:]),
+    (least_of, "tokens", COUNTS),
 ]
 
 
 @pytest.mark.parametrize("make, name, values", CASES, ids=lambda x: getattr(x, "__name__", None))
 def test_a_bad_value_is_named_with_its_class_and_argument(make, name, values):
-    kind = "Window" if name == "after" else make.__name__
+    kind = {"after": "Window", rounds_of: "Edit", least_of: "Dynamic"}
+    kind = kind.get(make) or kind.get(name) or make.__name__
     for value in values:
         with pytest.raises(ValueError) as error:
             make(value)

@@ -18,6 +18,7 @@ struct Attention {
   int64_t batch, queries, heads, kv_heads, head_dim, slots;
   int64_t q_stride[3], k_stride[3], v_stride[3];  // q's with packed queries: 0, a query's, a head's
   int64_t window;  // -1: none
+  int64_t block;   // slots of a block, behind which its queries see none; 0: no blocks. Not with states
   int64_t tile;    // query rows in a task: a multiple of 16
   int64_t e4m3;    // whether keys and values are e4m3
   float scale;

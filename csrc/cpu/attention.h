@@ -4,7 +4,7 @@
 // Keys and values in e4m3 are widened a tile at a time.
 //
 // Lanes are query rows, so a tile of scores is [slots, rows]. Slots that no row sees are never read, and only a window
-// needs a mask, in the tiles at its edges. The H/G query heads that share a K/V head are rows of one tile, in the order
+// and blocks need a mask, in the tiles at their edges. The H/G query heads that share a K/V head are rows of one tile, in the order
 // (t, head).
 //
 // The queries of states (reference_states.attention) are rows of one tile too: they read the batch row's slots outside
@@ -68,6 +68,7 @@ struct AttentionTask {
       lo = larger(lo, from - a.window);
       hi = smaller(hi, to + a.window + 1);
     }
+    if (a.block) hi = smaller(hi, block_end(to));
     const int64_t wide = parts(a.head_dim, W) * W;
     float* memory = (float*)scratch(sizeof(float) * (lanes * (words + SLOTS + wide + 3) + 2 * SLOTS * wide + 16));
     auto take = [&](int64_t n) { return memory += n, memory - n; };
@@ -89,6 +90,9 @@ struct AttentionTask {
 
   // The batch row's slot that it stands for.
   int64_t slot_of(int64_t row) const { return a.hole ? a.hole[b] + given_slot(row) % a.length : given_slot(row); }
+
+  // One past the block of a slot; start for slots before it, which see none.
+  int64_t block_end(int64_t slot) const { return start + larger(0, slot - start + a.block) / a.block * a.block; }
 
   // A head's keys and values: slot j is at k + j * k_step.
   struct Slots {
@@ -172,7 +176,8 @@ struct AttentionTask {
       v_words = (const char*)wide_v;
       v_row = wide * sizeof(float);
     }
-    const bool edge = a.window >= 0 && (j < to - a.window || j + n - 1 > from + a.window);
+    const bool edge = (a.window >= 0 && (j < to - a.window || j + n - 1 > from + a.window)) ||
+                      (a.block && j + n > block_end(from));
     // 2. A few vectors of rows at a time: scores, softmax, and weights times values.
     const int64_t before = begin / W;
     in_groups(parts(past, W) - before, [&](auto count, int64_t first_vector) {
@@ -253,11 +258,16 @@ struct AttentionTask {
   Vec mask(int64_t j, int64_t n, int64_t lane, Int ours) {
     Vec top = all(-INFINITY);
     Int distance;  // from j to each row's slot: between -S and S, or no row would see a slot of the tile
-    for (int l = 0; l < W; ++l) distance[l] = int32_t(slot_of(smaller(lane + l, rows - 1)) - j);
+    Int left;      // from j to the end of each row's block
+    for (int l = 0; l < W; ++l) {
+      const int64_t slot = slot_of(smaller(lane + l, rows - 1));
+      distance[l] = int32_t(slot - j);
+      left[l] = a.block ? int32_t(block_end(slot) - j) : INT32_MAX;
+    }
     const int32_t window = int32_t(a.window < 0 ? 1 << 30 : smaller(a.window, 1 << 30));
     for (int64_t i = 0; i < n; ++i) {
       const Int away = distance - int32_t(i);
-      const Int visible = (away <= window) & (away >= -window) & ours;
+      const Int visible = (away <= window) & (away >= -window) & (left > int32_t(i)) & ours;
       const Vec x = choose(visible, load<Vec>(score + i * lanes + lane), all(-INFINITY));
       store(score + i * lanes + lane, x);
       top = larger(x, top);

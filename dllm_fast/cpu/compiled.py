@@ -17,7 +17,15 @@ import warnings
 import torch
 
 from dllm_fast.cpu.sources import require_current
-from dllm_fast.kernels.checks import CONFIDENCES, as_numbers, as_scalar, as_softcap, check_choice, one_device
+from dllm_fast.kernels.checks import (
+    CONFIDENCES,
+    as_numbers,
+    as_scalar,
+    as_softcap,
+    check_block,
+    check_choice,
+    one_device,
+)
 from dllm_fast.kernels.reference_rounded import E4M3
 
 LEVELS = ("plain", "avx2", "avx512", "avx512bf16")
@@ -142,9 +150,7 @@ class _Attention(ctypes.Structure):
         *((name, _Strides) for name in ("own_k_stride", "own_v_stride")),
         *((name, ctypes.c_int64) for name in ("batch", "queries", "heads", "kv_heads", "head_dim", "slots")),
         *((name, _Strides) for name in ("q_stride", "k_stride", "v_stride")),
-        ("window", ctypes.c_int64),
-        ("tile", ctypes.c_int64),
-        ("e4m3", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("window", "block", "tile", "e4m3")),
         ("scale", ctypes.c_float),
     )
 
@@ -164,6 +170,7 @@ def _attention(
     length: int = 0,
     own_keys: torch.Tensor | None = None,  # [B, K, G, D]
     own_values: torch.Tensor | None = None,  # [B, K, G, D]
+    block: int | None = None,  # not with states
 ) -> torch.Tensor:
     """`reference.attention`, or `reference_states.attention`, for fp32 and bf16, keys and values of that or of e4m3;
     ``start`` and ``slot`` default to 0, ``end`` to S.
@@ -187,6 +194,7 @@ def _attention(
     buffer = (batch, slots, kv_heads, head_dim)
     _check(q.dtype, q=(q, q.shape))
     kept = E4M3 if keys.dtype == E4M3 else q.dtype
+    check_block(block, hole)
     own_slots, own_strides = _states(kept, buffer, first, hole, length, own_keys, own_values)
     _check(kept, keys=(keys, buffer), values=(values, buffer))
     _check(torch.int64, start=(start, (batch,)), end=(end, (batch,)), slot=(slot, slot_shape))
@@ -203,6 +211,7 @@ def _attention(
             *(batch, queries, heads, kv_heads, head_dim, slots),
             *(_Strides(*three) for three in (strides, keys.stride()[:3], values.stride()[:3])),
             -1 if window is None else min(window, 1 << 40),
+            0 if block is None else min(block, 1 << 40),
             _query_rows(batch * kv_heads, queries * heads // kv_heads, window if hole is None else None, _threads()),
             keys.dtype == E4M3,
             head_dim**-0.5 if scale is None else scale,
@@ -241,7 +250,7 @@ def _query_rows(heads: int, rows: int, window: int | None, threads: int) -> int:
 attention = _define(
     "cpu_attention(Tensor q, Tensor keys, Tensor values, Tensor? start=None, Tensor? end=None, Tensor? slot=None, "
     "int? window=None, float? scale=None, Tensor? first=None, int most=0, "
-    "Tensor? hole=None, int length=0, Tensor? own_keys=None, Tensor? own_values=None) -> Tensor",
+    "Tensor? hole=None, int length=0, Tensor? own_keys=None, Tensor? own_values=None, int? block=None) -> Tensor",
     _attention,
     lambda q, *rest, **options: q.new_empty(q.shape),
 )

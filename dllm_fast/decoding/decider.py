@@ -28,7 +28,8 @@ class Decider:
         self.open = torch.zeros((rows, slots), dtype=torch.bool, device=device)  # to be filled, or filled by us
         self.pad, self.row, self.slot, self.quota = (long(rows) for _ in range(4))
         self.number = long(rows)  # of each row's live block, among its blocks
-        self.budget = long(rows)  # positions of this block that may still be masked again
+        # Positions of this block that may still be masked again; with `Edit` steps that it may still take without any.
+        self.budget = long(rows)
         self.step, self.seed = long(rows), long(1)
         self.live = long(rows)  # positions of the row's block that can still change; 0 once it holds no [MASK]
         self.bad = long(rows)  # number << 32 | step at which a candidate's logits first were NaN or infinite, or GOOD
@@ -65,7 +66,7 @@ class Decider:
         step = self.step[:, None].expand_as(at)
         token, score, lse = self._predict(heads, candidate if remask is None else ours, self._keys(at, step), live)
         probability = None
-        if remask is not None:
+        if remask is not None and not self.options.edits:
             current = torch.where(candidate, token, block)
             probability = self._evaluated_probability(heads, current, lse, live, evaluated)
         # 2. Commit, and mask again.
@@ -73,12 +74,34 @@ class Decider:
         # 3. What the next step has to evaluate: what is masked, and what this step committed. The host reads how much.
         masked = (self.canvas.gather(1, at) == mask_id) & ours
         live_count = masked.sum(1)
+        if self.options.edits:
+            edited = self._edit(token, score, block, ours & ~candidate)
+            live_count = self._goes_on(live_count, candidate, edited)
         if self.options.skip_committed:
             if (going := self._going()) is not None:
                 chosen = torch.where(going[:, None], chosen, self.fresh)
             self.fresh.copy_(chosen)
             live_count = (masked | chosen).sum(1) * masked.any(1)
         self.live.copy_(live_count)
+
+    def _edit(self, token, score, block: torch.Tensor, committed: torch.Tensor) -> torch.Tensor:
+        """Replace tokens of the ``block`` [B, T] that are ``committed`` [B, T] where the step is sure of another one.
+        Returns which, [B, T] bool."""
+        edited = committed & (score >= self.options.remask.threshold) & (token != block)
+        if (going := self._going()) is not None:
+            edited = edited & going[:, None]
+        at = self.slot[:, None] + self.offsets
+        self.canvas.scatter_(1, at, torch.where(edited, token, self.canvas.gather(1, at)))
+        return edited
+
+    def _goes_on(self, masked: torch.Tensor, candidate: torch.Tensor, edited: torch.Tensor) -> torch.Tensor:
+        """What can still change, [B], after a step that left ``masked`` [B]: where nothing is masked, one more step for
+        a row that had candidates or was ``edited`` [B, T], as long as its budget lasts."""
+        again = (candidate | edited).any(1) & (masked == 0) & (self.budget > 0)
+        if (going := self._going()) is not None:
+            again = again & going
+        self.budget.sub_(again.long())
+        return masked + again
 
     def _advance(
         self,
@@ -152,7 +175,7 @@ class Decider:
         # kept at which that was first.
         fine = (lse - lse == 0).view(self.rows, -1).all(1)
         self.bad.copy_(torch.minimum(self.bad, torch.where(fine, GOOD, (self.number << 32) + self.step)))
-        return token.view(shape), score.view(shape), lse
+        return token.view(shape), o.schedule.ranked_by(score.view(shape), self.offsets), lse
 
     def _commit(self, token, score, candidate: torch.Tensor, quota: torch.Tensor) -> torch.Tensor:
         """Write the candidates [B, T] that the schedule chooses, ``quota`` [B] of them if planned. Returns which."""

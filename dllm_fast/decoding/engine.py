@@ -115,7 +115,7 @@ class Engine(Speculation):
             plan = upload(torch.stack([count for _, count in planned]), self.device)  # [steps, B]
             numbers: Iterable[int] = [step for step, _ in planned]
         else:
-            numbers = range(self.block_size + (self.options.block_length if self.options.remask else 0))
+            numbers = range(self.block_size + self.options.more_steps)
         going = ~self.idle  # [B]
         begun = torch.zeros_like(full_rows)
         live = left = torch.zeros_like(slot) if planned is None else torch.stack([n for _, n in planned]).sum(0)
@@ -166,7 +166,7 @@ class Engine(Speculation):
         """Begin block ``number`` [B] of each row at its ``slot`` [B], both on the host. Returns its steps."""
         self.slot.copy_(upload(slot, self.device))
         self.number.copy_(upload(number, self.device))
-        self.budget.fill_(self.options.block_length)
+        self.budget.fill_(self.options.more_steps)
         self.look(slot)
         self.committed_probability.zero_()
         self.live.copy_(upload(torch.where(self.idle, 0, self.block_size), self.device))
@@ -279,7 +279,7 @@ class Engine(Speculation):
         if self.place is not None and (step.refreshes or self.options.runs_suffix):
             return True
         if step.refreshes:
-            return self.options.suffix_length is not None and not step.whole
+            return self.options.suffix_length is not None and not step.whole and self.family.block is None
         return self.options.skip_committed
 
     def _tally(self, step: Step, going: torch.Tensor, live: torch.Tensor, share: float = 1.0) -> torch.Tensor:

@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 import torch
 
 from dllm_fast.decoding.drafts import AUTO, DraftGraph, as_drafts, graph_for, key_of, pays
-from dllm_fast.decoding.refresh import Every, Refresh
-from dllm_fast.decoding.remask import Remask
+from dllm_fast.decoding.refresh import Every, Exact, Refresh
+from dllm_fast.decoding.remask import Edit, Remask
 from dllm_fast.decoding.schedules import Schedule, Threshold
 from dllm_fast.decoding.values import (
     Checked,
@@ -16,6 +16,7 @@ from dllm_fast.decoding.values import (
     is_whole,
     one_kind,
     one_of,
+    positive_or_none,
     require,
     whole,
     whole_or_none,
@@ -25,6 +26,7 @@ from dllm_fast.kernels.checks import CONFIDENCES
 
 CACHES = ("none", "prefix", "dual")
 CACHE_DTYPES = (None, "e4m3")
+BLOCK = 32  # the length of blocks where neither the caller nor the model says
 Ids = Any  # an id, a list or a tuple of ids, or None; a tuple once resolved
 
 
@@ -37,14 +39,14 @@ class Options(Checked):
 
     named: ClassVar[bool] = False
     gen_length: int = checked(whole, 0, default=128, compare=False)
-    block_length: int = checked(whole, default=32)
+    block_length: Any = checked(positive_or_none, default=None)  # an int once resolved
     schedule: Schedule = checked(one_kind, Schedule, "a schedule of dllm_fast", default=Threshold(0.9))
     confidence: str = checked(one_of, CONFIDENCES, default="probability")
     temperature: float = checked(finite, default=0.0)
     cfg_scale: float = checked(finite, default=0.0)
     cache: str = checked(one_of, CACHES, default="dual")
     refresh: Refresh = checked(one_kind, Refresh, "one of 'block', Every, Window, Drift", default=Every(1))
-    remask: Remask | None = checked(one_kind, Remask | None, "one of ReMDM, Verify, P2", default=None)
+    remask: Remask | None = checked(one_kind, Remask | None, "one of ReMDM, Verify, P2, Edit", default=None)
     suffix_length: int | None = checked(whole_or_none, default=None)
     suffix_sample: int = checked(whole, 0, default=0)
     skip_committed: bool = checked(one_kind, bool, "True or False", default=False)
@@ -77,26 +79,40 @@ class Options(Checked):
         require(self.has_cache or not self.skip_committed, useless)
         unfit = "skip_committed=True: what a step gives then depends on the steps before, which speculate would skip"
         require(not (self.skip_committed and self.drafts), unfit)
+        if self.edits:
+            unfit = f"remask={self.remask}: how many steps a block then has is not known beforehand, as for"
+            require(bool(self.schedule.rule), f"{unfit} schedule={self.schedule}")
+            require(not self.drafts, f"{unfit} speculate={self.speculate}")
+            unfit = f"remask={self.remask}: a committed token is evaluated again, which skip_committed=True leaves out"
+            require(not self.skip_committed, unfit)
         useless = f"cache_dtype={self.cache_dtype!r}: with cache='none' there are no keys and values to keep"
         require(self.has_cache or self.cache_dtype is None, useless)
 
     @classmethod
-    def of_call(cls, function: str, given: dict) -> "Options":
-        """Those ``given`` to ``function`` by name, with blocks of one length. Raises ValueError."""
+    def of_call(cls, function: str, given: dict, own_block: int | None = None) -> "Options":
+        """Those ``given`` to ``function`` by name, with blocks of one length. Raises ValueError.
+
+        ``own_block``: the length of a block-causal model's blocks, the last of which may be cut.
+        """
         unknown = sorted(set(given) - set(OPTIONS))
         require(not unknown, f"{', '.join(unknown)}: not an option of {function}")
         options = cls(**given)
-        gen, block = options.gen_length, options.block_length
-        require(gen % block == 0, f"gen_length={gen} is not a multiple of block_length={block}")
+        gen, block = options.gen_length, options.block_length or BLOCK
+        whole_blocks = own_block is not None or gen % block == 0
+        require(whole_blocks, f"gen_length={gen} is not a multiple of block_length={block}")
         return options
 
     def resolved(self, model: torch.nn.Module, family) -> "Options":
-        """These for a model: its mask id, every id one of its vocabulary, a seed. Raises ValueError, also for a
-        ``cache_dtype`` that its device lacks.
+        """These for a model: its mask id, the length of its blocks, every id one of its vocabulary, a seed. Raises
+        ValueError, also for a ``cache_dtype`` that its device lacks, and for what a block-causal model has no use for.
 
         ``eos_id`` is a tuple then; ``suppress_tokens`` and ``defer_tokens`` are sorted ones; ``speculate`` is a graph
         or None, which ``"auto"`` becomes on a device where drafts cannot pay.
         """
+        if family.block is not None and self.refresh != Exact():
+            return self._in_blocks(family.block).resolved(model, family)
+        if self.block_length is None:
+            return replace(self, block_length=BLOCK).resolved(model, family)
         if self.cache_dtype is not None:
             obstacle = no_e4m3(family.impl, family.head()[0].device)
             require(obstacle is None, f"cache_dtype={self.cache_dtype!r}: {obstacle}")
@@ -104,6 +120,8 @@ class Options(Checked):
         mask_id = getattr(model.config, "mask_token_id", None) if self.mask_id is None else self.mask_id
         require(mask_id is not None, "mask_id: None given, and model.config has no mask_token_id")
         mask_id = as_id("mask_id", mask_id, vocabulary)
+        own = f"refresh={self.refresh!r}: is only a block-causal model's"
+        require(family.block is not None or self.refresh != Exact(), own)
         unfit = f"suffix_sample={self.suffix_sample}: some layers of the model see a window alone"
         require(not self.suffix_sample or not any(family.windows), unfit)
         unfit = f"refresh={self.refresh}: the model runs its own forward, which begins at its first layer"
@@ -131,6 +149,19 @@ class Options(Checked):
             defer_tokens=deferred, speculate=speculate,
         )  # fmt: skip
 
+    def _in_blocks(self, block: int) -> "Options":
+        """These for a model that is block-causal in blocks of that length. Raises ValueError."""
+        other = f"block_length={self.block_length}: the model is block-causal, in blocks of {block}"
+        require(self.block_length in (None, block), other)
+        exact = "a block-causal model has an exact cache, and no use for another"
+        require(self.cache == "dual", f"cache={self.cache!r}: {exact}; leave it at 'dual'")
+        require(self.refresh == Every(1), f"refresh={self.refresh!r}: {exact}; leave it at 'block'")
+        require(not self.skip_committed, f"skip_committed=True: {exact}")
+        unseen = "a block-causal model sees nothing behind a block"
+        require(not self.suffix_length, f"suffix_length={self.suffix_length}: {unseen}")
+        require(not self.suffix_sample, f"suffix_sample={self.suffix_sample}: {unseen}")
+        return replace(self, block_length=block, refresh=Exact(), suffix_length=0)
+
     @property
     def has_cache(self) -> bool:
         return self.cache != "none"
@@ -152,6 +183,18 @@ class Options(Checked):
         """Whether a row's tokens depend on the seed."""
         random = (self.schedule.confidence or self.confidence) == "random"
         return random or self.temperature > 0 or self.suffix_sample > 0
+
+    @property
+    def edits(self) -> bool:
+        """Whether committed tokens are replaced, also by steps after the last commit."""
+        return isinstance(self.remask, Edit)
+
+    @property
+    def more_steps(self) -> int:
+        """How many steps beside one for each of its positions a block may take."""
+        if isinstance(self.remask, Edit):
+            return self.remask.rounds
+        return self.block_length if self.remask else 0
 
     @property
     def passes(self) -> int:

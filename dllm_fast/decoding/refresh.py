@@ -62,4 +62,10 @@ class Drift(_Refresh):
     layerwise: ClassVar[bool] = True
 
 
-Refresh = Every | Window | Drift
+@dataclass(frozen=True)
+class Exact(_Refresh):
+    """Of a block-causal model, whose cache is exact: the first block begins with a full forward, and each other one
+    with the block before it, whose tokens are final now. `Options.resolved` sets it; it is no choice."""
+
+
+Refresh = Every | Window | Drift | Exact

@@ -9,13 +9,15 @@ that the step's forward gives it. The engine masks the most urgent again, within
   commits at least one, so a block of n positions ends within n + block_length steps.
 
 The model sees the token that is verified: no second, masked copy of the block is evaluated.
+
+`Edit` masks nothing again. It replaces committed tokens by others, and goes on when none is masked.
 """
 
 from dataclasses import dataclass
 
 import torch
 
-from dllm_fast.decoding.values import Checked, checked, share
+from dllm_fast.decoding.values import Checked, checked, share, whole
 
 STAYS = float("-inf")
 
@@ -81,4 +83,14 @@ class P2(Checked):
         return (-score).where(block.before & ~stay, STAYS)
 
 
-Remask = ReMDM | Verify | P2
+@dataclass(frozen=True)
+class Edit(Checked):
+    """A committed token is replaced by what the step predicts in its place, where that is another one and its
+    confidence reaches ``threshold`` (LLaDA2.1, arXiv:2602.08676). When no position of the block is masked, steps go on
+    until one replaces nothing, but no more than ``rounds`` of them."""
+
+    threshold: float = checked(share, default=0.5)
+    rounds: int = checked(whole, 0, default=16)
+
+
+Remask = ReMDM | Verify | P2 | Edit

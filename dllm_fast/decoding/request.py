@@ -26,6 +26,7 @@ class Row:
     open: torch.Tensor  # [L] bool: to be filled
     blocks: list[tuple[int, int]]  # (first position, how many are open from there on within a block length)
     mask_id: int
+    length: int  # of the prompt and its answer; what is behind it fills up a block-causal model's last block
     draws: torch.Tensor | None = None  # [L] fp64 on (0, 1), for `suffix_sample`
     next: int = 0  # the block that comes next
     counts: Counts = field(default_factory=Counts)  # its forwards so far
@@ -92,11 +93,12 @@ def plan_row(
     require(len(ids) > 0, f"{name}: an empty prompt")
     check_vocabulary(name, ids, family)
     asked = f"a prompt of {len(ids)} and gen_length={options.gen_length}"
-    fits = len(ids) + options.gen_length <= family.positions
-    require(fits, f"{name}: {asked} exceed the model's {family.positions} positions")
-    ids = torch.cat((ids, ids.new_full((options.gen_length,), options.mask_id)))
+    length = len(ids) + options.gen_length
+    slots = length if family.block is None else -(-length // family.block) * family.block
+    require(slots <= family.positions, f"{name}: {asked} exceed the model's {family.positions} positions")
+    ids = torch.cat((ids, ids.new_full((slots - len(ids),), options.mask_id)))
     open_ = ids == options.mask_id
-    blocks = plan_blocks(open_, options.block_length)
+    blocks = plan_blocks(open_, options.block_length, family.block is not None)
     if blocks:
         options.schedule.check(len(blocks), max(masked for _, masked in blocks))
     noise = index if noise is None else noise
@@ -105,7 +107,7 @@ def plan_row(
         at = torch.arange(len(ids), device="cpu")
         draws = reference.uniform(options.seed, SAMPLE_STEP, torch.full_like(at, noise), at)
     return Row(
-        index, noise, ids, open_, blocks, options.mask_id, draws, eos_ids=options.eos_id, pad_id=options.pad_id
+        index, noise, ids, open_, blocks, options.mask_id, length, draws, eos_ids=options.eos_id, pad_id=options.pad_id
     )  # fmt: skip
 
 
@@ -162,12 +164,16 @@ def check_token_types(token_type_ids: torch.Tensor | None) -> None:
     require(plain, "token_type_ids: has values other than 0, and the model has no token types")
 
 
-def plan_blocks(open_: torch.Tensor, block_length: int) -> list[tuple[int, int]]:
+def plan_blocks(open_: torch.Tensor, block_length: int, fixed: bool = False) -> list[tuple[int, int]]:
     """Cover the open positions [L] with windows of ``block_length``, from left to right: (first, open in it) each.
 
     A window that would overrun the sequence starts earlier, and holds only what earlier windows left; in a sequence
-    shorter than a block it starts before the sequence does.
+    shorter than a block it starts before the sequence does. With ``fixed`` windows begin at multiples of a length that
+    divides L.
     """
+    if fixed:
+        masked = open_.view(-1, block_length).sum(1).tolist()
+        return [(number * block_length, count) for number, count in enumerate(masked) if count]
     windows, covered = [], 0
     for i in open_.nonzero()[:, 0].tolist():
         if i >= covered:

@@ -27,6 +27,11 @@ class _Schedule(Checked):
         """`reference.commit`'s keyword argument, if the model's confidences decide; else empty."""
         return {}
 
+    def ranked_by(self, score: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        """What a step commits the highest of: the confidences ``score`` [..., T] of a block's positions ``offsets``
+        [T], -inf where there is none."""
+        return score
+
     def check(self, blocks: int, masked: int) -> None:
         """Raises ValueError if it cannot plan a row of ``blocks``, the fullest with ``masked`` positions to fill."""
 
@@ -81,6 +86,28 @@ class Pyramid(_Schedule):
             found.append((step, (masked - kept).clamp(0, step // self.factor + 1)))
             kept += step // self.factor + 1
         return found
+
+
+@dataclass(frozen=True)
+class Static(_Schedule):
+    """Each step commits ``tokens`` positions, a block's last step those that are left. (SDAR's
+    ``low_confidence_static``, with ``tokens`` times ``denoising_steps`` a block length.)"""
+
+    tokens: int = checked(whole, default=1)
+
+    def counts(self, masked, blocks, draw):
+        steps = range(-(-int(masked.max()) // self.tokens))
+        return [(step, (masked - step * self.tokens).clamp(0, self.tokens)) for step in steps]
+
+
+@dataclass(frozen=True)
+class Sequential(Static):
+    """From left to right, ``tokens`` positions a step (SDAR's ``sequential``)."""
+
+    confidence: ClassVar[str | None] = "probability"  # which is not looked at
+
+    def ranked_by(self, score, offsets):
+        return torch.where(score > float("-inf"), -offsets.to(score.dtype), score)
 
 
 @dataclass(frozen=True)
@@ -152,6 +179,18 @@ class Threshold(_Schedule):
 
 
 @dataclass(frozen=True)
+class Dynamic(Threshold):
+    """`Threshold`, and never fewer than ``tokens`` positions, the best (SDAR's ``low_confidence_dynamic`` and LLaDA2's
+    sampler, with ``tokens`` times their steps a block length)."""
+
+    tokens: int = checked(whole, default=1)
+
+    @property
+    def rule(self) -> dict:
+        return {"threshold": self.threshold, "least": self.tokens}
+
+
+@dataclass(frozen=True)
 class Factor(_Schedule):
     """The largest k with ``(k + 1) (1 - c_k) < factor``, c sorted downwards, and always one (Fast-dLLM)."""
 
@@ -175,4 +214,6 @@ class EntropyBound(_Schedule):
         return {"bound": self.gamma}
 
 
-Schedule = Uniform | Pyramid | FirstHitting | Ancestral | Threshold | Factor | EntropyBound
+Schedule = (
+    Uniform | Pyramid | Static | Sequential | FirstHitting | Ancestral | Threshold | Dynamic | Factor | EntropyBound
+)

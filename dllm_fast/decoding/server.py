@@ -153,7 +153,7 @@ class Server:
         self.going = [row for row in rows if row is not None]
         # 2. An idle seat repeats the first row, with nothing to fill.
         ids = self.going[0].ids
-        idle = Row(-1, 0, ids, torch.zeros_like(ids, dtype=torch.bool), [], self.options.mask_id)
+        idle = Row(-1, 0, ids, torch.zeros_like(ids, dtype=torch.bool), [], self.options.mask_id, len(ids))
         self.seated = [idle if row is None else row for row in rows]
         # 3. Their engine.
         old = self.engine
@@ -212,7 +212,7 @@ class Server:
         draw = functools.partial(self._draw, slot, masked)
         plan = self.options.schedule.counts(masked, blocks, draw)
         number = on_host([row.next for row in rows])
-        full_rows = on_host([self.options.refresh.full(row.next) for row in rows], torch.bool)
+        full_rows = on_host([self._begins_full(row) for row in rows], torch.bool)
         if self.stream is not None:
             self.stream.flush()
         watched = [seat for seat, row in enumerate(self.seated) if row.draft is not None and not row.done]
@@ -225,6 +225,14 @@ class Server:
         may_end = any(row.done or row.eos_ids for row in self.going)
         if may_end or self.stream is not None or self.is_open:
             self._take_in()
+
+    def _begins_full(self, row: Row) -> bool:
+        """Whether a row's next block begins with a full forward. So does a block of a block-causal model that does not
+        follow the one before it: the cache lacks what lies between."""
+        if self.options.refresh.full(row.next) or self.family.block is None:
+            return self.options.refresh.full(row.next)
+        (before, _), (first, _) = row.blocks[row.next - 1 : row.next + 1]
+        return first != before + self.family.block
 
     def _draw(self, slot: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
         """Uniform noise [B, T] of the positions that a block of each row has to fill, on the host; 2 elsewhere.
@@ -273,13 +281,14 @@ class Stream:
 
     def flush(self) -> None:
         left = self.row.left().nonzero()[:, 0]
-        end = int(left[0]) if len(left) else len(self.row.ids)
+        end = min(int(left[0]) if len(left) else self.row.length, self.row.length)
         if end > self.shown:
             self.streamer.put(self.row.ids[self.shown : end].clone())
             self.shown = end
 
     def draft(self, sequence: torch.Tensor, end: int) -> None:
         """``sequence`` [L] on the host after a step of the block that ends at position ``end``."""
+        sequence = sequence[: self.row.length]
         self.streamer.put_draft(sequence[self.shown : max(end, self.shown)], sequence=sequence)
 
     def end(self) -> None:

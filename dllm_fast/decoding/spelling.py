@@ -5,14 +5,17 @@ import argparse
 from dataclasses import astuple
 
 from dllm_fast.decoding.refresh import Drift, Every, Refresh, Window
-from dllm_fast.decoding.remask import P2, Remask, ReMDM, Verify
+from dllm_fast.decoding.remask import P2, Edit, Remask, ReMDM, Verify
 from dllm_fast.decoding.schedules import (
     Ancestral,
+    Dynamic,
     EntropyBound,
     Factor,
     FirstHitting,
     Pyramid,
     Schedule,
+    Sequential,
+    Static,
     Threshold,
     Uniform,
 )
@@ -20,14 +23,17 @@ from dllm_fast.decoding.schedules import (
 SCHEDULES = {
     "uniform": (Uniform, int),
     "pyramid": (Pyramid, int),
+    "static": (Static, int),
+    "sequential": (Sequential, int),
     "threshold": (Threshold, float),
+    "dynamic": (Dynamic, float, int),
     "factor": (Factor, float),
     "entropy-bound": (EntropyBound, float),
     "ancestral": (Ancestral, int, str),
     "first-hitting": (FirstHitting,),
 }
 REFRESHES = {"every": (Every, int), "window": (Window, int, int), "drift": (Drift, float)}
-REMASKS = {"remdm": (ReMDM, float), "verify": (Verify, float), "p2": (P2, float)}
+REMASKS = {"remdm": (ReMDM, float), "verify": (Verify, float), "p2": (P2, float), "edit": (Edit, float, int)}
 
 
 class Misspelled(argparse.ArgumentTypeError, ValueError):
@@ -67,7 +73,7 @@ def refresh_of(text: str) -> str | Refresh:
 
 
 def remask_of(text: str) -> Remask:
-    """``remdm=0.1``, ``verify=0.7`` or ``p2=1``."""
+    """``remdm=0.1``, ``verify=0.7``, ``p2=1`` or ``edit=0.5,16``."""
     return spelled(REMASKS, text)
 
 

@@ -34,6 +34,10 @@ def whole_or_none(name: str, value: Any) -> int | None:
     return None if value is None else whole(name, value, 0)
 
 
+def positive_or_none(name: str, value: Any) -> int | None:
+    return None if value is None else whole(name, value)
+
+
 def real(name: str, value: Any, wanted: str, good: Callable[[float], bool]) -> float:
     """``value`` as a float: a number that is ``good``, which NaN never is; ``wanted`` says it in words."""
     number = math.nan

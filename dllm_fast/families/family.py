@@ -27,9 +27,13 @@ class Family(ABC):
     windows: list[int | None]  # a layer's: it sees |i - j| <= window; None: all slots
     generates = True  # whether the model has an LM head
     runs_own = False  # whether the patched model's forward is its own, with another attention
+    keeps_weights: str | None = None  # why there are no rounded weights; None: there are
     layerwise = True  # whether `hidden` can begin at any layer
     softcap: float | None = None  # of the head's logits, see `reference.capped`
     shifted = False  # the head's output at position i predicts token i + 1
+    block: int | None = (
+        None  # of a block-causal model, the length of its blocks, counted from a sequence's first position
+    )
 
     def __init__(
         self, model: nn.Module, impl: str, matmuls: Matmuls = matmuls, rounded_head: RoundedHead | None = None
@@ -118,7 +122,8 @@ class Family(ABC):
         ``kept``, and packed ids with a slot behind the last, do not change the cache, and their results are
         meaningless. With ``from_layer`` above 0 the ids are packed, and not read: the forward starts at that layer,
         from the hidden states in the cache. Of a `shifted` model each position gets what its left neighbour among the
-        ids has, which predicts it; the first of a sequence has none, and gets its own.
+        ids has, which predicts it; the first of a sequence has none, and gets its own. Of a model with a `block` no
+        position sees one behind its own block.
         """
 
     def head_operands(self) -> tuple[torch.Tensor | None, ...]:

@@ -27,6 +27,7 @@ class Layered(Family):
     files: tuple[str, ...]
     eps: float
     thetas: list[float]  # a layer's rotary base
+    rotated: int | None = None  # channels of a head that are rotated, the first ones; None: all
 
     def __init__(
         self, model: nn.Module, impl: str, matmuls: Matmuls = matmuls, rounded_head: RoundedHead | None = None
@@ -37,7 +38,7 @@ class Layered(Family):
         require_weights(self._read_modules())
         self.known = known_classes(model, self.calls, self.files)
         self._settle()
-        self._tables = RopeTables(self.positions, self.head_dim, self.thetas, self.head()[0].device)
+        self._tables = RopeTables(self.positions, self.head_dim, self.thetas, self.head()[0].device, self.rotated)
 
     @property
     @abstractmethod
@@ -53,25 +54,12 @@ class Layered(Family):
     def groups(self) -> Iterator[tuple[nn.Module, ...]]:
         return self.linears(self.model)
 
-    # What `loading` and training ask of the family, whose forward is not needed for it.
+    # What `loading` asks of the family, whose forward is not needed for it.
 
     @staticmethod
     @abstractmethod
     def linears(model: nn.Module) -> Iterator[tuple[nn.Module, ...]]:
         """The linears of the layers, those that multiply one input together. Their weights need not be there."""
-
-    @staticmethod
-    @abstractmethod
-    def labelled(
-        model: nn.Module, input_ids: torch.Tensor | None, chosen: torch.Tensor, embeds: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, nn.Module]:
-        """Hidden states [N, d] at ``chosen`` [B, L] bool by the modules of a `model_class`, and its head. The input is
-        ``input_ids`` [B, L], or ``embeds`` [B, L, d] in their place."""
-
-    @staticmethod
-    @abstractmethod
-    def new(width, heads, kv_heads, layers, ffn, positions, tie, **tokens):
-        """A model of these sizes to be trained; ``tokens``: ``vocab_size`` and ids, as a config names them."""
 
     # What the forward is made of: x and delta are [B, T, d], ``x + delta`` is the residual stream.
 
@@ -114,7 +102,9 @@ class Layered(Family):
     ):  # fmt: skip
         impl = self.impl
         slots = input_ids.shape[1] if cache is None else cache[0][0].shape[1]
-        seen = {w: ops.visible(input_ids, slots, start, end, slot, w, packed, impl=impl) for w in set(self.windows)}
+        ranges = slots, start, end
+        blocks = {"impl": impl, "block": self.block}
+        seen = {w: ops.visible(input_ids, *ranges, slot, w, packed, **blocks) for w in set(self.windows)}
         to_row = None if packed is None else packed.row
         position = first_position(start, slot, packed, padding_counts)
         written = cache if own is None else own
@@ -140,7 +130,7 @@ class Layered(Family):
                 q = take(q, rows)
                 x = take(x, rows)
                 first_slot = rows[:, 0] + (0 if slot is None else slot)
-                seen[window] = ops.visible(q, slots, start, end, first_slot, window, impl=impl)
+                seen[window] = ops.visible(q, *ranges, first_slot, window, **blocks)
                 rows = None
             attended = ops.attention(q, k, v, seen[window], beside, impl=impl).flatten(2)
             if last:
@@ -157,8 +147,28 @@ class Layered(Family):
         linears, buffers = self._qkv(block), rope[4:6]
         if buffers and impl == "triton" and (q := self.matmuls(y, *linears, impl=impl, rope=rope)) is not None:
             return q, *buffers
-        parts: Any = self.matmuls(y, *linears, impl=impl)
+        return ops.rope(*self._projected(block, y, impl), *rope, outside=outside, impl=impl)
+
+    def _projected(self, block: nn.Module, y: torch.Tensor, impl: str) -> Iterator[torch.Tensor]:
+        """q [B, T, H, D], k and v [B, T, G, D] before the rotation."""
+        parts: Any = self.matmuls(y, *self._qkv(block), impl=impl)
         if len(parts) == 1:
             parts = parts[0].split([n * self.head_dim for n in (self.heads, self.kv_heads, self.kv_heads)], -1)
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
-        return ops.rope(q, k, v, *rope, outside=outside, impl=impl)
+        return (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
+
+
+class Trained(Layered):
+    """A family whose models are trained here."""
+
+    @staticmethod
+    @abstractmethod
+    def labelled(
+        model: nn.Module, input_ids: torch.Tensor | None, chosen: torch.Tensor, embeds: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, nn.Module]:
+        """Hidden states [N, d] at ``chosen`` [B, L] bool by the modules of a `model_class`, and its head. The input is
+        ``input_ids`` [B, L], or ``embeds`` [B, L, d] in their place."""
+
+    @staticmethod
+    @abstractmethod
+    def new(width, heads, kv_heads, layers, ffn, positions, tie, **tokens):
+        """A model of these sizes to be trained; ``tokens``: ``vocab_size`` and ids, as a config names them."""

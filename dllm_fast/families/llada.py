@@ -10,14 +10,14 @@ from transformers.modeling_outputs import CausalLMOutputWithPast, MaskedLMOutput
 
 from dllm_fast import ops
 from dllm_fast.families.bypass import Calls
-from dllm_fast.families.layered import Layered
+from dllm_fast.families.layered import Trained
 from dllm_fast.families.native import LLaDAConfig, LLaDAModelLM, kv_heads
 from dllm_fast.families.remote import published_classes
 
 CALLED = frozenset(("wte", "q_proj", "k_proj", "v_proj", "attn_out", "ff_proj", "up_proj", "ff_out"))
 
 
-class LLaDA(Layered):
+class LLaDA(Trained):
     """RMSNorm, SwiGLU, every layer attends to all slots; keys may be grouped and embeddings tied."""
 
     model_class = LLaDAModelLM

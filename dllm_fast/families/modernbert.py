@@ -10,10 +10,10 @@ from transformers import ModernBertConfig, ModernBertForMaskedLM, PretrainedConf
 
 from dllm_fast import ops
 from dllm_fast.families.bypass import Calls
-from dllm_fast.families.layered import Layered
+from dllm_fast.families.layered import Trained
 
 
-class ModernBert(Layered):
+class ModernBert(Trained):
     """LayerNorm, GeGLU, most layers attend within a window; a head of its own before the tied decoder."""
 
     model_class = ModernBertForMaskedLM

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from dllm_fast import ops
 from dllm_fast.kernels.reference import rope_table
@@ -88,18 +89,44 @@ class Impl:
 
 
 class RopeTables:
-    """cos and sin [positions, D/2] fp32 for each theta, made now, and again when the model changes device."""
+    """cos and sin [positions, D/2] fp32 for each theta, made now, and again when the model changes device.
 
-    def __init__(self, positions: int, head_dim: int, thetas: Iterable[float], device: torch.device):
+    ``rotated``: how many of a head's D channels are rotated; the others by an angle of 0. `ordered` puts each where it
+    then has to lie.
+    """
+
+    def __init__(
+        self, positions: int, head_dim: int, thetas: Iterable[float], device: torch.device, rotated: int | None = None
+    ):
         self.positions = positions
         self.head_dim = head_dim
+        self.rotated = head_dim if rotated is None else rotated
         self._tables: dict[tuple[float, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._order: dict[torch.device, torch.Tensor] = {}
         for theta in set(thetas):
             self(theta, device)
+        self._order_on(device)
 
     def __call__(self, theta: float, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         if (theta, device) not in self._tables:
             self._tables = {key: table for key, table in self._tables.items() if key[1] == device}
             with torch.inference_mode(False):  # a later call may need gradients
-                self._tables[theta, device] = rope_table(self.positions, self.head_dim, theta, device)
+                cos, sin = rope_table(self.positions, self.rotated, theta, device)
+                still = (self.head_dim - self.rotated) // 2
+                self._tables[theta, device] = F.pad(cos, (0, still), value=1.0), F.pad(sin, (0, still))
         return self._tables[theta, device]
+
+    def ordered(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., D] of q or k for a rotation in pairs half a head apart, where the model rotates its first channels in
+        pairs half of them apart. Scores are the same in any order that q and k share."""
+        return x if self.rotated == self.head_dim else x[..., self._order_on(x.device)]
+
+    def _order_on(self, device: torch.device) -> torch.Tensor:
+        """Which channel lies at each place, [D] int64."""
+        if device not in self._order:
+            first, second, rest = self.rotated // 2, self.rotated, (self.head_dim - self.rotated) // 2
+            with torch.inference_mode(False):
+                at = torch.arange(self.head_dim, device=device)
+                order = torch.cat((at[:first], at[second : second + rest], at[first:second], at[second + rest :]))
+            self._order = {device: order}
+        return self._order[device]

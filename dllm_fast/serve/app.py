@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -31,7 +32,8 @@ def make_app(served: Served, limits: Limits, gate: Gate | None = None) -> FastAP
         async with gate if own else contextlib.nullcontext():
             yield
 
-    errors = {code: {"description": "OpenAI's error object"} for code in (400, 401, 404, 413, 429, 503, 504)}
+    codes = 400, 401, 404, 413, 429, 503, 504
+    errors: dict[int | str, dict[str, Any]] = {code: {"description": "OpenAI's error object"} for code in codes}
     app = FastAPI(title="dllm_fast", lifespan=lifespan, responses=errors, docs_url=None, redoc_url=None)
     app.add_middleware(Guard, gate=gate)
 

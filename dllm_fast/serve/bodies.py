@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from dllm_fast.decoding.options import CACHE_DTYPES, CACHES, OPTIONS, Options
+from dllm_fast.decoding.options import BLOCK, CACHE_DTYPES, CACHES, OPTIONS, Options
 from dllm_fast.decoding.spelling import SPELLED, policy_of
 from dllm_fast.decoding.values import require
 from dllm_fast.kernels.checks import CONFIDENCES
@@ -91,7 +91,7 @@ class Body(BaseModel):
                 given[name] = policy_of(name, value) if name in SPELLED else value
         steps = getattr(given["schedule"], "steps", 0)
         require(steps <= STEPS, f"schedule: steps={steps} is more than {STEPS}")
-        block = given["block_length"]
+        block = BLOCK if given["block_length"] is None else given["block_length"]
         require(isinstance(block, int) and block > 0, f"block_length={block!r} is not a positive whole number")
         given["gen_length"] = -(-(self.length or served.gen_length) // block) * block
         return Options.of_call("completions", given)

@@ -1,5 +1,7 @@
 """What ``/metrics`` tells Prometheus."""
 
+from typing import Any
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from dllm_fast.serve.worker import Worker
@@ -13,7 +15,7 @@ class Metrics:
 
     def __init__(self, worker: Worker):
         self.registry = CollectorRegistry()
-        own = {"registry": self.registry}
+        own: dict[str, Any] = {"registry": self.registry}
         self.requests = Counter("dllm_fast_requests", "answered HTTP requests", ["path", "status"], **own)
         self.gone = Counter("dllm_fast_requests_abandoned", "requests whose client left before the end", **own)
         self.prompt_tokens = Counter("dllm_fast_prompt_tokens", "tokens of prompts", **own)

@@ -26,7 +26,7 @@ class Reply(Response):
     """Serves ``request`` when it is called, as ASGI applications are."""
 
     def __init__(self, gate: Gate, body: Completion | Chat, request: Request, length: int):
-        self.gate, self.body, self.request = gate, body, request
+        self.gate, self.asked, self.request = gate, body, request
         self.chat = isinstance(body, Chat)
         self.created, self.began = int(time.time()), time.perf_counter()
         self.id = f"{'chatcmpl' if self.chat else 'cmpl'}-{gate.mark}-{request.number}"
@@ -39,7 +39,7 @@ class Reply(Response):
     async def __call__(self, scope, receive, send) -> None:
         gate, number, rows = self.gate, self.request.number, len(self.request.prompts)
         try:
-            gate.check(self.body, rows)  # others may have come while the prompt was read
+            gate.check(self.asked, rows)  # others may have come while the prompt was read
         except Refusal as refusal:
             await refusal.response(scope, receive, send)
             return
@@ -80,12 +80,12 @@ class Reply(Response):
 
     async def _tell(self, events: asyncio.Queue, send) -> None:
         """Send the answers of all choices. Raises Refusal."""
-        stream = bool(self.body.stream)
+        stream = bool(self.asked.stream)
         unfinished = set(range(len(self.answers)))
         while unfinished:
             event = await events.get()
             if isinstance(event, Refused):
-                raise of_value_error(event.error, list(type(self.body).model_fields))
+                raise of_value_error(event.error, list(type(self.asked).model_fields))
             if isinstance(event, Failed):
                 raise Refusal(503 if self.gate.worker.restarts else 500, event.error)
             if isinstance(event, Accepted):
@@ -104,7 +104,7 @@ class Reply(Response):
             content = self._content(choices) | {"usage": self.usage}
             await json_response(content)({"type": "http"}, None, send)  # type: ignore[arg-type]
             return
-        if self.body.stream_options is not None and self.body.stream_options.include_usage:
+        if self.asked.stream_options is not None and self.asked.stream_options.include_usage:
             await self._line(send, json.dumps(self._content([]) | {"usage": self.usage}))
         await self._end(send)
 
@@ -125,14 +125,14 @@ class Reply(Response):
         common = {"index": index, "finish_reason": finish, "logprobs": None}
         if not self.chat:
             return common | {"text": text}
-        return common | {"delta" if self.body.stream else "message": {"role": "assistant", "content": text}}
+        return common | {"delta" if self.asked.stream else "message": {"role": "assistant", "content": text}}
 
     def _content(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         kind = "text_completion"
         if self.chat:
-            kind = "chat.completion.chunk" if self.body.stream else "chat.completion"
+            kind = "chat.completion.chunk" if self.asked.stream else "chat.completion"
         return {
-            "id": self.id, "object": kind, "created": self.created, "model": self.body.model, "choices": choices
+            "id": self.id, "object": kind, "created": self.created, "model": self.asked.model, "choices": choices
         }  # fmt: skip
 
     @property

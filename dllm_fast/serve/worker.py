@@ -19,7 +19,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from dllm_fast.decoding.memory import require_memory
-from dllm_fast.decoding.options import Options
+from dllm_fast.decoding.options import BLOCK, Options
 from dllm_fast.errors import USERS, one_line
 from dllm_fast.loading import end_of_text, from_pretrained, load_tokenizer
 from dllm_fast.patch import bound_family
@@ -79,7 +79,9 @@ def load(connection: Connection, served: Served) -> tuple[Loop, Ready]:
     if mask_id is None:
         raise ValueError("--mask-id: neither the model's config nor its tokenizer names one")
     positions = min(family.positions, served.length or family.positions)
-    require_memory(family, served.options, served.seats, positions, served.options.block_length)
+    require_memory(
+        family, served.options, served.seats, positions, family.block or served.options.block_length or BLOCK
+    )
     loop = Loop(model, served.seats, connection.send)
     return loop, Ready(str(family.head()[0].device), positions, mask_id, tuple(end_of_text(model, tokenizer)))
 

@@ -21,7 +21,7 @@ from transformers import TrainingArguments
 
 from dllm_fast import ops
 from dllm_fast.decoding.schedules import Schedule
-from dllm_fast.families import FAMILIES
+from dllm_fast.families import TRAINED
 from dllm_fast.families.linears import plain
 from dllm_fast.kernels import reference
 from dllm_fast.train import losses
@@ -162,7 +162,7 @@ class DistillTrainer(DiffusionTrainer):
         """Make ``model(input_ids=…, prompt_length=…, order_noise=…)`` return each row's loss [B]."""
         base: Any = losses.base_model(model)
         head = base.get_output_embeddings()
-        if base.config.model_type not in FAMILIES or not (isinstance(head, nn.Embedding) or plain(head)):
+        if base.config.model_type not in TRAINED or not (isinstance(head, nn.Embedding) or plain(head)):
             raise ValueError(f"model: a {type(base).__name__} is no LLaDA or ModernBERT with a head of its own")
 
         def loss(base, input_ids, prompt_length, order_noise):

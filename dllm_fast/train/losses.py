@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import BertForMaskedLM, PreTrainedModel, RobertaForMaskedLM
 
-from dllm_fast.families import FAMILIES
+from dllm_fast.families import TRAINED
 from dllm_fast.families.gpt import BidirectionalGPT2LMHeadModel
 from dllm_fast.families.linears import plain
 from dllm_fast.train.head_loss import head_nll
@@ -134,7 +134,7 @@ def head_inputs(
     embeds: torch.Tensor | None = None,  # [B, L, d], in place of input_ids
 ) -> tuple[torch.Tensor, nn.Module] | None:
     """The chosen positions' hidden states [N, d] and the matrix that makes logits of them; None of another model."""
-    family = FAMILIES.get(getattr(model.config, "model_type", ""))
+    family = TRAINED.get(getattr(model.config, "model_type", ""))
     if family is not None and isinstance(model, family.model_class):
         return family.labelled(model, input_ids, chosen, embeds)
     if isinstance(model, BertForMaskedLM):

@@ -7,13 +7,13 @@ import torch
 from accelerate import PartialState
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from dllm_fast.families import FAMILIES, gpt
+from dllm_fast.families import TRAINED, gpt
 from dllm_fast.loading import from_pretrained, model_path
 from dllm_fast.patch import unpatch
 from dllm_fast.plain import is_plain, load_plain
 from dllm_fast.train.data import save_tokenizer, train_characters, train_tokenizer
 
-NEW = (*FAMILIES, "gpt")  # what `--family` may name
+NEW = (*TRAINED, "gpt")  # what `--family` may name
 
 
 def build_model(args: argparse.Namespace, tokenizer) -> PreTrainedModel:
@@ -24,7 +24,7 @@ def build_model(args: argparse.Namespace, tokenizer) -> PreTrainedModel:
         if args.kv_heads not in (None, args.heads):
             raise ValueError(f"--kv-heads: {args.kv_heads}: a GPT-2 has as many as --heads, {args.heads}")
         return gpt.new(args.width, args.heads, args.layers, args.ffn, args.positions, args.tie, **ids)
-    return FAMILIES[args.family].new(
+    return TRAINED[args.family].new(
         args.width, args.heads, args.kv_heads, args.layers, args.ffn, args.positions, args.tie, **ids
     )
 

@@ -3,7 +3,7 @@
 import triton
 from resources import BIG, SHARED_LIMIT, SMALL, Case
 
-from dllm_fast.kernels import attention, attention_kernel, glu, linear, linear_int4, norm, rope
+from dllm_fast.kernels import attention, attention_kernel, glu, grouped, linear, linear_int4, norm, rope
 
 TYPES = {2: "*bf16", 4: "*fp32"}
 E4M3 = "*fp8e4nv"
@@ -24,6 +24,7 @@ def attention_case(
     split=False,
     packed=False,
     states=False,
+    blocks=False,
     archs=tuple(SHARED_LIMIT),
     kept=None,
 ) -> Case:
@@ -34,8 +35,9 @@ def attention_case(
     signature |= dict.fromkeys(("start_ptr", "end_ptr", "slot_ptr"), "*i64")
     signature |= {"lse_ptr": "*fp32"} if split else {}
     signature |= _strides(q="bth", k="bsg", v="bsg", own="bsg")
-    signature |= dict.fromkeys(("queries", "slots", "kv_heads", "splits", "rows", "window", "length"), "i32")
-    constexprs = {"D": dim, "GROUP": group, "WINDOW": window, "MASKED": masked, "SPLIT": split}
+    signature |= dict.fromkeys(("queries", "slots", "kv_heads", "splits", "rows", "window", "length", "block"), "i32")
+    constexprs = {"D": dim, "GROUP": group, "WINDOW": window, "BLOCK": blocks, "SPLIT": split}
+    constexprs["MASKED"] = masked
     constexprs |= {} if split else {"lse_ptr": None}
     packed = packed or states
     constexprs |= {"PACKED": packed, "STATES": states}
@@ -43,9 +45,8 @@ def attention_case(
     for pointers, there in optional:
         signature |= pointers if there else {}
         constexprs |= {} if there else dict.fromkeys(pointers)
-    ways = (
-        " window" * window + " split" * split + (" states" if states else " packed" * packed) + " e4m3" * (kept == E4M3)
-    )
+    ways = " window" * window + " blocks" * blocks + " split" * split
+    ways += (" states" if states else " packed" * packed) + " e4m3" * (kept == E4M3)
     return Case(
         f"attention {kind[1:]} D={dim} {bm}x{bn}{ways} group={group}",
         attention_kernel._attention_kernel,
@@ -75,6 +76,9 @@ def _attention():
         yield attention_case(attention.for_states(few), 2, 64, window=True, states=True, archs=archs)
         yield attention_case(few, 2, 96, window=True, archs=archs)
         yield attention_case(many, 2, 128, archs=archs)
+        for config in map(attention.for_blocks, (few, many)):
+            yield attention_case(config, 2, 128, group=4, blocks=True, archs=archs)
+            yield attention_case(config, 2, 128, blocks=True, split=True, packed=True, archs=archs)
         yield attention_case(many, 2, 128, packed=True, archs=archs)
         yield attention_case(many, 2, 96, split=True, archs=archs)
         yield attention_case(attention.CONFIGS[2, 256, big][0], 2, 256, window=True, archs=archs)
@@ -185,4 +189,15 @@ def _linear_int4():
     yield Case("widen int4", linear_int4._widen_int4_kernel, signature, constexprs, linear_int4.WIDEN["num_warps"])
 
 
-CASES = [*_linear(), *_linear_int4(), *_attention(), *_rope(), *_norm(), *_glu()]
+def _grouped():
+    for size, configs in grouped.CONFIGS.items():
+        signature = dict.fromkeys(("x_ptr", "weight_ptr", "out_ptr"), TYPES[size]) | {"ends_ptr": "*i64"}
+        signature |= dict.fromkeys(("x_stride", "group_stride", "N", "K"), "i32:16")
+        signature |= dict.fromkeys(("rows", "groups"), "i32")
+        for bm, bn, bk, warps, stages in dict.fromkeys(configs):
+            tiles = {"BM": bm, "BN": bn, "BK": bk, "BE": 256}
+            name = f"grouped {TYPES[size][1:]} {bm}x{bn}x{bk}"
+            yield Case(name, grouped._grouped_kernel, signature, tiles, warps, stages, matrix=size == 2)
+
+
+CASES = [*_grouped(), *_linear(), *_linear_int4(), *_attention(), *_rope(), *_norm(), *_glu()]

@@ -65,7 +65,7 @@ def _combine(confidence):
 
 def _commit(rule, positions, comparisons, warps):
     signature = {"chosen_ptr": "*i1", "sequence_ptr": "*i64", "token_ptr": "*i64", "confidence_ptr": "*fp32"}
-    signature |= {"candidate_ptr": "*i1", "slot_ptr": "*i64", "limit": "fp32"}
+    signature |= {"candidate_ptr": "*i1", "slot_ptr": "*i64", "limit": "fp32", "least": "i32"}
     signature |= {"T": "i32:16", "S": "i32", "sequence_stride": "i32"}
     constexprs = {"RULE": rule, "BT": positions, "BJ": comparisons, "num_warps": warps}
     if rule == "count":

@@ -39,6 +39,7 @@ def rules(batch, positions, device):
     count = torch.arange(batch, device=device) * 3 % (positions + 2)
     yield from ({"count": count}, {"count": count.int() + 2}, {"count": count - 2}, {"count": count + (1 << 40)})
     yield from ({"threshold": x} for x in (-1.0, 0.5, 11 / 12, 2.0))
+    yield from ({"threshold": x, "least": n} for x in (0.5, 11 / 12) for n in (2, 5, positions + 1))
     yield from ({"factor": x} for x in (0.3, 1.0, 1.5, 100.0))
     yield from ({"bound": x} for x in (-1.0, 0.0, 2.25, 1000.0))
 
@@ -169,8 +170,8 @@ def test_bad_arguments(device):
 def test_custom_op(device):
     sequence, *arguments = problem(3, 11, device)
     for rule in (("threshold", 0.5), ("factor", 1.1), ("bound", 2.0)):
-        torch.library.opcheck(kernel._commit, (sequence, *arguments, None, *rule))
-    torch.library.opcheck(kernel._commit, (sequence, *arguments, arguments[-1], "count", 0.0))
+        torch.library.opcheck(kernel._commit, (sequence, *arguments, None, *rule, 2))
+    torch.library.opcheck(kernel._commit, (sequence, *arguments, arguments[-1], "count", 0.0, 1))
 
     def step(sequence, *arguments):
         chosen = commit(sequence, *arguments, factor=1.5)
