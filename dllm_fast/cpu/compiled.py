@@ -329,8 +329,7 @@ def _predict(
         arguments = _Predict(
             *map(_pointer, (hidden, uncond, weight, bias, candidate, step, row, position)),
             *map(ctypes.addressof, ranges), *map(_pointer, (token, score, lse)), None, None, None,
-            *(rows, width, weight.shape[0]),
-            *(hidden.stride(0), 0 if uncond is None else uncond.stride(0), weight.stride(0)),
+            *(rows, width, len(weight), hidden.stride(0), 0 if uncond is None else uncond.stride(0), weight.stride(0)),
             *(len(banned) // 2, len(deferred) // 2, mask_id, CONFIDENCES.index(confidence), 0),
             *(0 if seed is None else int(seed) % (1 << 64), temperature, guidance, softcap),
         )  # fmt: skip
@@ -339,9 +338,8 @@ def _predict(
 
 
 def _fake_predict(hidden, *rest):
-    rows = hidden.shape[0]
-    score = hidden.new_empty(rows, dtype=torch.float32)
-    return hidden.new_empty(rows, dtype=torch.int64), score, torch.empty_like(score)
+    score = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
+    return torch.empty_like(score, dtype=torch.int64), score, torch.empty_like(score)
 
 
 _predict_op = _define(
