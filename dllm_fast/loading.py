@@ -2,13 +2,24 @@
 
 import json
 import struct
+import warnings
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from dllm_fast.families import FAMILIES, kind_of
+from dllm_fast.families import FAMILIES, gpt, kind_of
+from dllm_fast.families.generic import Generic
 from dllm_fast.families.shards import load_rounded
 from dllm_fast.generation_config import DiffusionGenerationConfig
 from dllm_fast.patch import bound_family, patch, require_known, require_rounds
@@ -36,7 +47,10 @@ def from_pretrained(
     head: str | None = None,
     **kwargs,
 ) -> PreTrainedModel:
-    """Load a LLaDA, a ModernBERT, an SDAR, a LLaDA-MoE or a LLaDA2, in eval mode, and `patch` it.
+    """Load a model, in eval mode, and `patch` it.
+
+    A LLaDA, a ModernBERT, an SDAR, a LLaDA-MoE or a LLaDA2; or of transformers 5 any other masked language model, or a
+    decoder whose config says ``is_causal: false``, see `families.generic`.
 
     Args:
         name: a local folder, a hub name, or one of `shipped`.
@@ -72,10 +86,10 @@ def from_pretrained(
     kind = kind_of(fields)
     auto_map = fields.get("auto_map") or {}
     family = FAMILIES.get(kind or "")
+    require_rounds(family or Generic, weights)
     if family is None:
-        raise ValueError(f"{name}: model_type {kind!r} is not supported; supported are {', '.join(FAMILIES)}")
-    require_rounds(family, weights)
-    if trust_remote_code and family.remote_code is not None and "AutoModel" in auto_map:
+        cls, config = other_model(name, kind, **kwargs)
+    elif trust_remote_code and family.remote_code is not None and "AutoModel" in auto_map:
         config, cls = family.remote_code(auto_map, name, **kwargs)
     else:
         cls = family.model_class
@@ -93,15 +107,35 @@ def from_pretrained(
     if missing:
         raise ValueError(f"{name}: the weights lack {len(missing)} parameters, the first of them {missing[0]}")
     if unexpected := sorted(report["unexpected_keys"]):
-        raise ValueError(
+        reason = (
             f"{name}: the weights hold {len(unexpected)} tensors that do not belong to config.json's model, the "
             f"first of them {unexpected[0]}"
         )
+        if family is not None:
+            raise ValueError(reason)
+        warnings.warn(reason, stacklevel=2)  # such as the pooler of a published BERT
     patch(model.eval() if device is None else model.eval().to(device), impl, weights, head)
     if not cls.can_generate():  # transformers has not read the file
         with suppress(OSError):  # there is no such file
             model.generation_config = DiffusionGenerationConfig.from_pretrained(name, **kwargs)
     return model
+
+
+def other_model(name: str, kind: str | None, **kwargs) -> tuple[Any, PretrainedConfig]:
+    """Transformers' class with a language model's head for a ``model_type`` that is no family's, and its config."""
+    gpt.register()
+    try:
+        config = AutoConfig.from_pretrained(name, **kwargs)
+    except ValueError:  # transformers does not know it
+        config = None
+    for mapping in (MODEL_FOR_MASKED_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING):
+        cls: Any = mapping.get(type(config), None)
+        if cls is not None:
+            return cls, config
+    raise ValueError(
+        f"{name}: model_type {kind!r} is not supported; supported are {', '.join(FAMILIES)}, and what transformers has "
+        "as a masked language model or a decoder"
+    )
 
 
 def require_device(device: str | torch.device | None) -> None:

@@ -102,6 +102,26 @@ def test_triton_gives_the_tokens_of_pytorch(name):
     assert torch.equal(found.sequences, expected.sequences)
 
 
+@pytest.mark.parametrize("name", ["bert", "qwen3", "gpt2-shifted"])
+def test_a_folder_is_loaded_and_patched(name, tmp_path, ids):
+    """With the config's word that a decoder's causal mask is off, and that its logits are shifted."""
+    model = make(name)
+    model.save_pretrained(tmp_path)
+    options = {"gen_length": 8, "block_length": 4, "schedule": Threshold(0.3), "mask_id": MASK}
+    expected = dllm_fast.generate(dllm_fast.patch(model), ids, **options).sequences
+    loaded = dllm_fast.from_pretrained(tmp_path)
+    assert type(loaded) is type(model)
+    assert torch.equal(dllm_fast.generate(loaded, ids, **options).sequences, expected)
+    with pytest.raises(ValueError, match="weights='fp8': the model runs its own forward"):
+        dllm_fast.from_pretrained(tmp_path, weights="fp8")
+
+
+def test_a_folder_of_a_causal_model_is_refused(tmp_path):
+    make("llama", bidirectional=False).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="it attends causally"):
+        dllm_fast.from_pretrained(tmp_path)
+
+
 def refused(model, message: str) -> None:
     """`patch` refuses the model, and leaves it alone."""
     before, attention = set(model.__dict__), model.config._attn_implementation
@@ -160,7 +180,7 @@ def test_options_that_do_not_fit_are_refused(ids):
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
             dllm_fast.generate(model, ids, **options, **given)
-    with pytest.raises(ValueError, match="weights='int4': a Qwen2ForCausalLM runs its own forward"):
+    with pytest.raises(ValueError, match="weights='int4': the model runs its own forward"):
         dllm_fast.patch(model, weights="int4")
     model.train()
     with pytest.raises(ValueError, match=re.escape("model: it is in training mode, with dropout; call model.eval()")):

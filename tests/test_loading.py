@@ -121,8 +121,8 @@ def spoil_a_weight(folder):
 
 def unknown_type(folder):
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "model_type": "bert"}))
-    return "model_type 'bert' is not supported; supported are llada, modernbert"
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "t5"}))
+    return "model_type 't5' is not supported; supported are llada, modernbert"
 
 
 FAULTS = [
