@@ -306,7 +306,7 @@ def test_its_bytes_are_counted(dtype, options, ids, engines):
 
 def test_more_rows_fit(llada, monkeypatch):
     family = bound_family(dllm_fast.patch(llada))
-    options = [Options(cache_dtype=kept) for kept in (None, "e4m3")]
+    options = [Options(cache_dtype=kept, block_length=32) for kept in (None, "e4m3")]
     monkeypatch.setattr(memory, "available", lambda device: 64 * 2**20)
     plain, narrow = (memory.most_rows(family, asked, 256, 500, 0) for asked in options)
     assert narrow > plain > 1

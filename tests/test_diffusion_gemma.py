@@ -309,7 +309,7 @@ def test_refusals():
     for given, message in (
         ({"impl": "triton"}, "impl='triton': the denoising step of a DiffusionGemmaForBlockDiffusion is written in"),
         ({"head": "fp8"}, "head='fp8': a DiffusionGemmaForBlockDiffusion has the head that it embeds with"),
-        ({"weights": "int4"}, "weights='int4': a DiffusionGemmaForBlockDiffusion runs its own forward"),
+        ({"weights": "int4"}, "weights='int4': the model runs its own forward"),
     ):
         if given.get("impl") == "triton" and not torch.cuda.is_available():
             message = "impl='triton'"

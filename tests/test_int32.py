@@ -95,6 +95,10 @@ class Calls:
         x = lazy(*batch_of(self.positions, self.ffn))
         glu.geglu(x, x)
 
+    def grouped_linear(self, grouped):
+        x = lazy(*batch_of(self.width))
+        grouped.grouped_linear(x, lazy(2, self.ffn, self.width), torch.tensor([1, len(x)]))
+
     def round_rows(self, round_rows):
         round_rows.round_rows(lazy(*batch_of(self.ffn)))
 
@@ -177,7 +181,7 @@ class Calls:
 FILES = {  # of an op whose file has another name
     "rms_norm": "norm", "layer_norm": "norm", "swiglu": "glu", "geglu": "glu",
     "linear_e4m3": "linear", "widen_int4": "linear_int4", "linear_int4_rope": "linear_rope", "uniform": "gumbel",
-    "select": "predict",
+    "select": "predict", "grouped_linear": "grouped",
 }  # fmt: skip
 OPS = [name for name in vars(Calls) if not name.startswith("_")]
 

@@ -321,6 +321,8 @@ def test_every_function_on_any_device(monkeypatch):
         reference.swiglu(on(2, 8), on(2, 8)),
         reference.geglu(on(2, 8), on(2, 8)),
         reference.linear(on(2, 8), on(4, 8), on(4), gated=True),
+        reference.grouped_linear(on(4, 8), on(2, 3, 8), rows),
+        reference.experts(on(4, 8), on(2, 6, 8), on(2, 8, 3), on(4, 1, dtype=torch.int64), on(4, 1)),
         *reference_rounded.round_rows(on(2, 8)),
         cos,
         sin,

@@ -16,7 +16,7 @@ from dllm_fast.calibration import calibrate
 from dllm_fast.cli.view import watching
 from dllm_fast.config import show_config
 from dllm_fast.decoding.drafts import FILE, folder_of, key_of, write
-from dllm_fast.decoding.options import CACHE_DTYPES, CACHES, CONFIDENCES, OPTIONS, Options
+from dllm_fast.decoding.options import BLOCK, CACHE_DTYPES, CACHES, CONFIDENCES, OPTIONS, Options
 from dllm_fast.decoding.request import before_end
 from dllm_fast.decoding.spelling import SCHEDULES, refresh_of, remask_of, schedule_of
 from dllm_fast.decoding.text import encode as text_ids
@@ -184,7 +184,7 @@ def run_calibrate(args: argparse.Namespace) -> int:
     texts = [line.replace(r"\n", "\n") for line in lines if line.strip()]
     if not texts:
         raise ValueError(f"--prompts: {args.prompts} has no line with a prompt")
-    key = key_of(args.schedule, args.gen_length, args.block_length)
+    key = key_of(args.schedule, args.gen_length, args.block_length or BLOCK)
     if key is None:
         raise ValueError(f"--schedule: with gen_length={args.gen_length} {args.schedule} is not one to keep drafts for")
     model, tokenizer = load(args)

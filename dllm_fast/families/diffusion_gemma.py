@@ -39,6 +39,7 @@ class DiffusionGemma(Family):
     runs_own = True
     layerwise = False
     generates = False  # model.generate stays transformers'
+    keeps_weights = "the model runs its own forward, with its own weights"
 
     def __init__(
         self, model: nn.Module, impl: str, matmuls: Matmuls = matmuls, rounded_head: RoundedHead | None = None

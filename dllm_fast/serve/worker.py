@@ -12,7 +12,7 @@ import multiprocessing
 import signal
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 
 import torch
@@ -79,9 +79,8 @@ def load(connection: Connection, served: Served) -> tuple[Loop, Ready]:
     if mask_id is None:
         raise ValueError("--mask-id: neither the model's config nor its tokenizer names one")
     positions = min(family.positions, served.length or family.positions)
-    require_memory(
-        family, served.options, served.seats, positions, family.block or served.options.block_length or BLOCK
-    )
+    block = family.block or served.options.block_length or BLOCK
+    require_memory(family, replace(served.options, block_length=block), served.seats, positions, block)
     loop = Loop(model, served.seats, connection.send)
     return loop, Ready(str(family.head()[0].device), positions, mask_id, tuple(end_of_text(model, tokenizer)))
 

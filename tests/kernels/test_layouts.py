@@ -11,6 +11,7 @@ from dllm_fast.kernels import reference, reference_rounded
 from dllm_fast.kernels.attention import attention
 from dllm_fast.kernels.commit import commit
 from dllm_fast.kernels.glu import geglu, swiglu
+from dllm_fast.kernels.grouped import grouped_linear
 from dllm_fast.kernels.gumbel import gumbel, uniform
 from dllm_fast.kernels.linear import linear
 from dllm_fast.kernels.linear_int4 import linear_int4, widen_int4
@@ -102,6 +103,9 @@ CASES = {
         "hidden": _normal(5, 48), "weight": _normal(200, 48), "bias": _normal(200), "target": torch.arange(5) * 30,
         "loss_weight": _normal(5, dtype=FP32),
     }, ()),
+    "grouped_linear": (grouped_linear, lambda: {
+        "x": _normal(6, 48), "weight": _normal(2, 40, 48), "ends": torch.tensor([2, 6]),
+    }, ("x",)),
     "gumbel": (gumbel, lambda: {"seed": 3, "step": 1, "row": _rows(4), "position": _rows(4) + 1,
                                 "columns": torch.arange(50)}, ()),
     "uniform": (uniform, lambda: {"seed": 3, "step": 1, "row": _rows(4), "position": _rows(4) + 1}, ()),

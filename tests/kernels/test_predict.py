@@ -360,6 +360,7 @@ def test_custom_op(device):
             "margin",
             0.5,
             2.0,
+            0.0,
             path,
         )
         torch.library.opcheck(kernel._predict, arguments)
