@@ -266,6 +266,23 @@ def test_folders_load_without_remote_code(name, tmp_path):
             dllm_fast.patch(model, weights="int4")
 
 
+def test_likelihoods_and_training_are_not_for_block_causal_models(tmp_path):
+    from transformers import AutoTokenizer
+
+    from dllm_fast.evaluate.likelihood import log_likelihoods
+
+    pytest.importorskip("accelerate", reason="training needs it")
+    from dllm_fast.train.models import pretrained
+
+    model = make("sdar")
+    with pytest.raises(ValueError, match="model: it is block-causal"):
+        list(log_likelihoods(dllm_fast.patch(model), [([1, 2], [3])]))
+    dllm_fast.unpatch(model).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(dllm_fast.model_path("llada-steps")).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is block-causal, and only bidirectional models are trained here"):
+        pretrained(str(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("config", "fields", "message"),
     [

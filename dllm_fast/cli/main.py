@@ -25,6 +25,7 @@ from dllm_fast.errors import exit_code, require_utf8
 from dllm_fast.families.rounded import KINDS
 from dllm_fast.generate import Output, generate
 from dllm_fast.loading import end_of_text, from_pretrained, load_tokenizer, model_path, shipped
+from dllm_fast.patch import bound_family
 from dllm_fast.plain import generate_plain, is_plain, load_plain
 
 CACHED = (
@@ -184,10 +185,10 @@ def run_calibrate(args: argparse.Namespace) -> int:
     texts = [line.replace(r"\n", "\n") for line in lines if line.strip()]
     if not texts:
         raise ValueError(f"--prompts: {args.prompts} has no line with a prompt")
-    key = key_of(args.schedule, args.gen_length, args.block_length or BLOCK)
+    model, tokenizer = load(args)
+    key = key_of(args.schedule, args.gen_length, args.block_length or bound_family(model).block or BLOCK)
     if key is None:
         raise ValueError(f"--schedule: with gen_length={args.gen_length} {args.schedule} is not one to keep drafts for")
-    model, tokenizer = load(args)
     mask_id = mask_of(args, model, tokenizer)
     options = options_of(args, tokenizer) | {"mask_id": mask_id, "eos_id": end_of_text(model, tokenizer)}
     prompts = [encode(tokenizer, text, mask_id, args.chat)[0] for text in texts]

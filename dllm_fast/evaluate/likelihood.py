@@ -236,6 +236,9 @@ class _Scorer:
 
     def __init__(self, model, pairs: Iterable[tuple[Ids, Ids]], batch_size: int, cfg_scale: float):
         self.family = bound_family(model)
+        require(
+            self.family.block is None, "model: it is block-causal, and likelihoods are those of bidirectional models"
+        )
         self.lock = bound_pool(model).lock
         mask_id = getattr(self.family.model.config, "mask_token_id", None)
         if mask_id is None:

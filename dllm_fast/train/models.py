@@ -64,6 +64,8 @@ def pretrained(name: str, shifted: bool = False) -> tuple[PreTrainedModel, PreTr
             model = unpatch(from_pretrained(name, torch.float32, impl="torch"))
     except (OSError, ValueError) as error:  # transformers' message has several lines
         raise ValueError(f"--model: {name}: {str(error).strip().splitlines()[0]}") from error
+    if getattr(model.config, "block_causal", None) is not None:
+        raise ValueError(f"--model: {name} is block-causal, and only bidirectional models are trained here")
     if shifted and not getattr(model.config, "shifted", False):
         raise ValueError(f"--shifted: {name} is no autoregressive GPT-2")
     if tokenizer.eos_token is None:
