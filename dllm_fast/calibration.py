@@ -64,12 +64,9 @@ def record(model, prompts, batch_size, options: dict) -> list[list[Taken]]:
     recorder = Recorder()
     # One draft: all of the block. Only a block's last step reaches it, and it has every position's token.
     whole_block = DraftGraph(((1, tuple(range(options.get("block_length") or bound_family(model).block or BLOCK))),))
-    Engine.watchers.append(recorder.watch)
-    try:
+    with Engine.watched(recorder.watch):
         for _ in generate_many(model, prompts, batch_size, **{**options, "speculate": whole_block}):
             pass
-    finally:
-        Engine.watchers.remove(recorder.watch)
     return list(recorder.blocks.values())
 
 

@@ -49,11 +49,8 @@ def counting() -> Iterator[Whole]:
             found.own += int(own.sum())
             found.computed += engine.packed(step, own).packed or engine.rows * step.length
 
-    Engine.watchers.append(watch)
-    try:
+    with Engine.watched(watch):
         yield found
-    finally:
-        Engine.watchers.remove(watch)
 
 
 def prompts(config, extra: int, limit: int | None) -> list[torch.Tensor]:

@@ -93,12 +93,9 @@ def used_engine(model, ids: torch.Tensor, gen_length: int, block: int) -> Engine
         return contextlib.nullcontext()
 
     schedule = dllm_fast.Uniform(2 * gen_length // block)
-    Engine.watchers.append(watch)
-    try:
+    with Engine.watched(watch):
         for _ in range(2):
             dllm_fast.generate(model, ids, gen_length=gen_length, block_length=block, schedule=schedule)
-    finally:
-        Engine.watchers.remove(watch)
     return engines[-1]
 
 

@@ -47,11 +47,8 @@ def watching(look: bool = False) -> Iterator[list[Step]]:
         kind = "mixed" if step is None else step.kind
         steps.append(Step(kind, _positions(engine) - before, masked, seen, begin, _now(engine.device)))
 
-    Engine.watchers.append(watch)
-    try:
+    with Engine.watched(watch):
         yield steps
-    finally:
-        Engine.watchers.remove(watch)
 
 
 def _positions(engine: Engine) -> float:

@@ -68,11 +68,8 @@ def counting():
         states = 1 if step is None else step.states
         count.update((steps, states) for steps in (engine.taken - before).tolist() if steps)
 
-    Engine.watchers.append(watch)
-    try:
+    with Engine.watched(watch):
         yield count
-    finally:
-        Engine.watchers.remove(watch)
 
 
 def settings(about, block: int, cache: str, schedule: str) -> dict:

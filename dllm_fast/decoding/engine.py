@@ -17,7 +17,7 @@ its block is filled or nothing of it is committed, the forward computes it along
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import ClassVar
 
 import torch
@@ -39,8 +39,17 @@ PADDING = 1 / 32  # the share of a recorded full forward up to which rows of dif
 class Engine(Speculation):
     """Buffers for a batch of ``rows`` sequences of up to ``slots`` positions, and the steps over them."""
 
-    # Called with the engine and the step, None where rows differ; each step of any engine is taken in what they return.
     watchers: ClassVar[list[Callable[["Engine", Step | None], contextlib.AbstractContextManager]]] = []
+
+    @classmethod
+    @contextlib.contextmanager
+    def watched(cls, watch: Callable[["Engine", Step | None], contextlib.AbstractContextManager]) -> Iterator[None]:
+        """Within it, each step of any engine is taken in ``watch(engine, step)``; None as step: rows differ."""
+        cls.watchers.append(watch)
+        try:
+            yield
+        finally:
+            cls.watchers.remove(watch)
 
     def __init__(self, family, options: Options, rows: int, slots: int, spare: int, padded: bool):
         super().__init__(family, options, rows, slots, spare, padded)

@@ -156,9 +156,8 @@ class Server:
         idle = Row(-1, 0, ids, torch.zeros_like(ids, dtype=torch.bool), [], self.options.mask_id, len(ids))
         self.seated = [idle if row is None else row for row in rows]
         # 3. Their engine.
-        old = self.engine
-        if old is None or not self._serves(self.key[1], self._plan(self.going + self.waiting, len(stayed))):
-            plan = self._plan(self.going + self.waiting, len(stayed))
+        old, plan = self.engine, self._plan(self.going + self.waiting, len(stayed))
+        if old is None or not self._serves(self.key[1], plan):
             key = self._key(plan)
             self.engine = self.pool.take(key) or Engine(self.family, self.options, *plan)
             if old is not None:

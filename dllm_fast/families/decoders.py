@@ -66,11 +66,6 @@ class Decoders(Layered):
     def _embed(self, input_ids):
         return self.model.get_input_embeddings()(input_ids)
 
-    def _norm(self, x, delta, norm):
-        if delta is None:
-            return ops.rms_norm(x, norm.weight, self.eps, impl=self.impl)
-        return ops.rms_norm(delta, norm.weight, self.eps, residual=x, impl=self.impl)
-
     @staticmethod
     def _qkv(block):
         return block.attention_part.linears

@@ -79,9 +79,11 @@ class Layered(Family):
     def _embed(self, input_ids):
         """What enters the first layer, [B, T, d]."""
 
-    @abstractmethod
     def _norm(self, x, delta, norm):
-        """``norm(x + delta)`` and the sum; ``delta`` None: of x alone."""
+        """``norm(x + delta)`` and the sum; ``delta`` None: of x alone. An RMSNorm, unless a family has another."""
+        if delta is None:
+            return ops.rms_norm(x, norm.weight, self.eps, impl=self.impl)
+        return ops.rms_norm(delta, norm.weight, self.eps, residual=x, impl=self.impl)
 
     @staticmethod
     @abstractmethod

@@ -8,7 +8,6 @@ from torch import nn
 from transformers import PretrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast, MaskedLMOutput, ModelOutput
 
-from dllm_fast import ops
 from dllm_fast.families.bypass import Calls
 from dllm_fast.families.layered import Trained
 from dllm_fast.families.native import LLaDAConfig, LLaDAModelLM, kv_heads
@@ -91,11 +90,6 @@ class LLaDA(Trained):
 
     def _embed(self, input_ids):
         return self.transformer.wte(input_ids)
-
-    def _norm(self, x, delta, norm):
-        if delta is None:
-            return ops.rms_norm(x, norm.weight, self.eps, impl=self.impl)
-        return ops.rms_norm(delta, norm.weight, self.eps, residual=x, impl=self.impl)
 
     @staticmethod
     def _qkv(block):

@@ -180,6 +180,21 @@ class LLaDABlock(nn.Module):
         return F.dropout(x, self.config.residual_dropout, self.training)
 
 
+def through_layers(model: Any, layers: nn.ModuleList, norm: nn.Module, x, cos, sin, mask, states) -> torch.Tensor:
+    """x after the ``layers`` and the last ``norm``; ``states`` collects the input of each layer, and the result."""
+    for layer in layers:
+        if states is not None:
+            states.append(x)
+        if model.gradient_checkpointing and model.training:
+            x = model._gradient_checkpointing_func(layer.__call__, x, cos, sin, mask)
+        else:
+            x = layer(x, cos, sin, mask)
+    x = norm(x)
+    if states is not None:
+        states.append(x)
+    return x
+
+
 class LLaDAModel(nn.Module):
     _gradient_checkpointing_func: Callable  # set with `gradient_checkpointing` by `gradient_checkpointing_enable`
 
@@ -213,16 +228,7 @@ class LLaDAModel(nn.Module):
         x = F.dropout(x, config.embedding_dropout, self.training)
         cos, sin = rope_table(x.shape[1], config.d_model // config.n_heads, config.rope_theta, x.device)
         mask = None if attention_mask is None else attention_mask.bool()[:, None, None]
-        for block in transformer.blocks:
-            if states is not None:
-                states.append(x)
-            if self.gradient_checkpointing and self.training:
-                x = self._gradient_checkpointing_func(block.__call__, x, cos, sin, mask)
-            else:
-                x = block(x, cos, sin, mask)
-        x = transformer.ln_f(x)
-        if states is not None:
-            states.append(x)
+        x = through_layers(self, transformer.blocks, transformer.ln_f, x, cos, sin, mask, states)
         return self.logits(x) if head else x
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

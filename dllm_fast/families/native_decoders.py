@@ -15,7 +15,7 @@ from transformers.modeling_outputs import MaskedLMOutput
 
 from dllm_fast.families.decoder_layers import DecoderLayer, LLaDA2Layer, LLaDAMoELayer, RMSNorm
 from dllm_fast.families.mixin import DiffusionGenerationMixin, generation_config_of
-from dllm_fast.families.native import TRANSFORMERS_5
+from dllm_fast.families.native import TRANSFORMERS_5, through_layers
 from dllm_fast.kernels.reference import rope_table, visible_slots
 
 
@@ -229,17 +229,7 @@ class Decoder(nn.Module):
         x = self.get_submodule(self.name)(input_ids) if inputs_embeds is None else inputs_embeds
         cos, sin = rope_table(x.shape[1], config.rotated, config.rope_theta, x.device)
         mask = visible(x.shape[:2], attention_mask, config.block_causal, x.device)
-        for layer in self.layers:
-            if states is not None:
-                states.append(x)
-            if self.gradient_checkpointing and self.training:
-                x = self._gradient_checkpointing_func(layer.__call__, x, cos, sin, mask)
-            else:
-                x = layer(x, cos, sin, mask)
-        x = self.norm(x)
-        if states is not None:
-            states.append(x)
-        return x
+        return through_layers(self, self.layers, self.norm, x, cos, sin, mask, states)
 
 
 def visible(shape, attention_mask: torch.Tensor | None, block: int | None, device) -> torch.Tensor | None:

@@ -3,9 +3,9 @@
 import blocks
 import pytest
 import torch
+from test_attention import split_over
 from truth import assert_as_exact
 
-import dllm_fast.kernels.attention as module
 from dllm_fast.kernels import reference
 from dllm_fast.kernels.attention import attention
 
@@ -17,8 +17,7 @@ BF16, FP32 = torch.bfloat16, torch.float32
 @pytest.mark.parametrize("name", blocks.SHAPES)
 def test_reference(name, dtype, splits, device, monkeypatch):
     if splits:
-        plan = module._plan
-        monkeypatch.setattr(module, "_plan", lambda *shape: (*plan(*shape)[:2], splits))
+        split_over(splits, monkeypatch)
     poisoned, clean, block = blocks.inputs(name, dtype, device)
     size = clean[2].abs().max().item() if dtype == FP32 else None
     truth = reference.attention(*(x.double() for x in clean[:3]), *clean[3:], block=block)

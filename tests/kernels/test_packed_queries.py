@@ -3,9 +3,9 @@
 import packs
 import pytest
 import torch
+from test_attention import split_over
 from truth import assert_as_exact, average_ulps
 
-import dllm_fast.kernels.attention as module
 from dllm_fast.kernels import reference, reference_states
 from dllm_fast.kernels.attention import attention
 from dllm_fast.kernels.linear import linear
@@ -20,8 +20,7 @@ BF16, FP32 = torch.bfloat16, torch.float32
 @pytest.mark.parametrize("name", packs.SHAPES)
 def test_attention(name, dtype, splits, device, monkeypatch):
     if splits:
-        plan = module._plan
-        monkeypatch.setattr(module, "_plan", lambda *shape: (*plan(*shape)[:2], splits))
+        split_over(splits, monkeypatch)
     poisoned, clean, first, most, total = packs.inputs(packs.SHAPES[name], dtype, device)
     wide = [x.double() for x in clean[:3]]
     truth, eager = (reference.attention(*x, *clean[3:], first=first)[:total] for x in (wide, clean[:3]))
@@ -38,8 +37,7 @@ def test_attention(name, dtype, splits, device, monkeypatch):
 @pytest.mark.parametrize("name", packs.STATES)
 def test_states(name, dtype, splits, device, monkeypatch):
     if splits:
-        plan = module._plan
-        monkeypatch.setattr(module, "_plan", lambda *shape: (*plan(*shape)[:2], splits))
+        split_over(splits, monkeypatch)
     poisoned, clean, queries = packs.states_inputs(packs.STATES[name], dtype, device)
     wide = [x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in clean]
     truth, eager = (reference_states.attention(*x) for x in (wide, clean))
