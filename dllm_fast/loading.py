@@ -16,6 +16,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    Qwen2ForCausalLM,
 )
 
 from dllm_fast.families import FAMILIES, gpt, kind_of
@@ -25,6 +26,11 @@ from dllm_fast.generation_config import DiffusionGenerationConfig
 from dllm_fast.patch import bound_family, patch, require_known, require_rounds
 
 MODELS = Path(__file__).with_name("models")
+# Models that transformers does not have, by model_type: the class that has their modules and parameter names, and what
+# its config lacks.
+SAME_MODULES: dict[str | None, tuple[Any, dict[str, Any]]] = {
+    "Dream": (Qwen2ForCausalLM, {"is_causal": False, "shifted": True}),
+}
 
 
 def shipped() -> list[str]:
@@ -49,8 +55,8 @@ def from_pretrained(
 ) -> PreTrainedModel:
     """Load a model, in eval mode, and `patch` it.
 
-    A LLaDA, a ModernBERT, an SDAR, a LLaDA-MoE or a LLaDA2; or of transformers 5 any other masked language model, or a
-    decoder whose config says ``is_causal: false``, see `families.generic`.
+    A LLaDA, a ModernBERT, an SDAR, a LLaDA-MoE or a LLaDA2; or of transformers 5 a Dream, any other masked language
+    model, or a decoder whose config says ``is_causal: false``, see `families.generic`.
 
     Args:
         name: a local folder, a hub name, or one of `shipped`.
@@ -60,17 +66,15 @@ def from_pretrained(
         trust_remote_code: load LLaDA's published class instead of the native one, which needs no remote code. Three
             things in it that transformers 5 no longer accepts are fixed on the loaded class and config.
         weights: None; or ``"fp8"`` or ``"int4"`` to round the layers' weights as `patch` does. Each weight is rounded
-        on
-            ``device`` as it is read, and freed: the layers are never in memory in ``dtype``. Logits are those of a
+            on ``device`` as it is read, and freed: the layers are never in memory in ``dtype``. Logits are those of a
             model that was patched with ``weights``. To unpatch, train or save such a model raises a ValueError.
         head: see `patch`. The head is loaded in ``dtype`` as well.
         kwargs: for transformers' ``from_pretrained`` (revision, token, local_files_only, ...).
 
     Raises:
         ValueError: the model type is unknown; a local folder does not exist, or a file in it is missing or truncated;
-        the
-            weights lack a parameter, or have one that the config does not know; ``device``, ``weights`` or ``head`` is
-            not valid, before anything is read; or `patch` refuses the model or ``impl``.
+            the weights lack a parameter, or have one that the config does not know; ``device``, ``weights`` or ``head``
+            is not valid, before anything is read; or `patch` refuses the model or ``impl``.
     """
     require_known(weights=weights, head=head)
     require_device(device)
@@ -124,6 +128,11 @@ def from_pretrained(
 def other_model(name: str, kind: str | None, **kwargs) -> tuple[Any, PretrainedConfig]:
     """Transformers' class with a language model's head for a ``model_type`` that is no family's, and its config."""
     gpt.register()
+    if kind in SAME_MODULES:
+        cls, changes = SAME_MODULES[kind]
+        fields, _ = PretrainedConfig.get_config_dict(name, **kwargs)
+        kept = {key: value for key, value in fields.items() if key not in ("model_type", "architectures", "auto_map")}
+        return cls, cls.config_class(**{**kept, **changes})
     try:
         config = AutoConfig.from_pretrained(name, **kwargs)
     except ValueError:  # transformers does not know it
@@ -133,9 +142,18 @@ def other_model(name: str, kind: str | None, **kwargs) -> tuple[Any, PretrainedC
         if cls is not None:
             return cls, config
     raise ValueError(
-        f"{name}: model_type {kind!r} is not supported; supported are {', '.join(FAMILIES)}, and what transformers has "
+        f"{name}: model_type {kind!r} is not supported; supported are {', '.join((*FAMILIES, *SAME_MODULES))}, and what transformers has "
         "as a masked language model or a decoder"
     )
+
+
+def is_other(name: str) -> bool:
+    """Whether a local folder holds a model of no family. Raises ValueError if it is incomplete."""
+    if name in shipped() or not Path(name).is_dir():
+        return False
+    check_folder(Path(name))
+    kind = kind_of(PretrainedConfig.get_config_dict(name)[0])
+    return kind is not None and kind not in FAMILIES
 
 
 def require_device(device: str | torch.device | None) -> None:

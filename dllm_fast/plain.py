@@ -1,8 +1,8 @@
-"""Masked language models that `patch` does not take, sampled by a plain loop over their own forward.
+"""Masked language models sampled by a plain loop over their own forward, also those that `patch` does not take.
 
-BERT, RoBERTa, a GPT whose causal mask is off: whatever returns ``logits`` [B, L, V], of which ``logits[:, i]`` predict
-token i. Every step is a forward of the whole sequence, one row at a time, and `kernels/reference.py` chooses. Tokens
-are those of `generate(cache="none")`, for a model that both take.
+It takes whatever returns ``logits`` [B, L, V], of which ``logits[:, i]`` predict token i: a BERT, a GPT whose causal
+mask is off, a model whose attention takes no backend. Every step is a forward of the whole sequence, one row at a time,
+and `kernels/reference.py` chooses. Tokens are those of `generate(cache="none")`, for a model that both take.
 """
 
 import functools
@@ -19,11 +19,10 @@ from dllm_fast.decoding.schedules import Schedule, Threshold
 from dllm_fast.decoding.server import PLAN_STEP, Stream
 from dllm_fast.decoding.steps import Counts
 from dllm_fast.decoding.values import require
-from dllm_fast.families import FAMILIES
 from dllm_fast.families import gpt as gpts
 from dllm_fast.generate import Output
 from dllm_fast.kernels import reference
-from dllm_fast.loading import check_folder, require_device, shipped
+from dllm_fast.loading import check_folder, require_device
 
 
 class Limits:
@@ -160,15 +159,6 @@ def _logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     """Logits [L, V] of ids [L], on the host, in fp32 or better."""
     logits = model(input_ids=ids[None].to(next(model.parameters()).device)).logits[0].cpu()
     return logits if logits.dtype == torch.float64 else logits.float()
-
-
-def is_plain(name: str) -> bool:
-    """Whether a local folder holds a model that `patch` does not take."""
-    if name in shipped() or not Path(name).is_dir():
-        return False
-    check_folder(Path(name))
-    kind = PretrainedConfig.get_config_dict(name)[0].get("model_type")
-    return kind is not None and kind not in FAMILIES
 
 
 def load_plain(

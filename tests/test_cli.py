@@ -80,9 +80,6 @@ def test_options_of_the_cache_are_generates(monkeypatch, capsys):
         with pytest.raises(SystemExit):
             cli.main([*arguments, *flags])
     assert [options["cache_dtype"] for options in asked] == [None, "e4m3"]
-    args = cli.parser().parse_args([*arguments, "--cache-dtype", "e4m3"])
-    with pytest.raises(ValueError, match="--cache-dtype: llada-gsm8k is sampled by a plain loop"):
-        cli.load(args, plain=True)
     with pytest.raises(SystemExit):
         cli.parser().parse_args([*arguments, "--cache-dtype", "fp8"])
     assert "invalid choice: 'fp8'" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import copy
 import functools
 import inspect
+import json
 import re
 
 import pytest
@@ -113,6 +114,28 @@ def test_a_folder_is_loaded_and_patched(name, tmp_path, ids):
     assert type(loaded) is type(model)
     assert torch.equal(dllm_fast.generate(loaded, ids, **options).sequences, expected)
     with pytest.raises(ValueError, match="weights='fp8': the model runs its own forward"):
+        dllm_fast.from_pretrained(tmp_path, weights="fp8")
+
+
+def test_a_dream_is_loaded_without_its_code(tmp_path, ids):
+    """Its published config.json names a class that transformers does not have, and no position is to the left of the
+    first, whose own output predicts it."""
+    model = make("qwen2-shifted")
+    model.save_pretrained(tmp_path)
+    sizes = {name: getattr(model.config, name) for name in GROUPED}
+    published = {"model_type": "Dream", "architectures": ["DreamModel"], "auto_map": {"AutoModel": "no.DreamModel"}}
+    published |= {"attention_dropout": 0.0, "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_scaling": None}
+    published |= {"rope_theta": 10000.0, "sliding_window": None, "use_sliding_window": False, "max_window_layers": 3}
+    published |= {"tie_word_embeddings": False, "mask_token_id": MASK, "use_mrope": False}
+    (tmp_path / "config.json").write_text(json.dumps({**sizes, **published}))
+    loaded = dllm_fast.from_pretrained(tmp_path)
+    options = {"gen_length": 8, "block_length": 4, "schedule": Threshold(0.3), "cache": "none"}
+    expected = dllm_fast.generate(dllm_fast.patch(model), ids, **options).sequences
+    assert torch.equal(dllm_fast.generate(loaded, ids, **options).sequences, expected)
+    loaded.save_pretrained(tmp_path / "again")
+    again = dllm_fast.from_pretrained(tmp_path / "again")
+    assert torch.equal(dllm_fast.generate(again, ids, **options).sequences, expected)
+    with pytest.raises(ValueError, match=r"weights='fp8': the model runs its own forward"):
         dllm_fast.from_pretrained(tmp_path, weights="fp8")
 
 

@@ -24,9 +24,10 @@ from dllm_fast.decoding.text import token_ids
 from dllm_fast.errors import exit_code, require_utf8
 from dllm_fast.families.rounded import KINDS
 from dllm_fast.generate import Output, generate
-from dllm_fast.loading import end_of_text, from_pretrained, load_tokenizer, model_path, shipped
-from dllm_fast.patch import bound_family
-from dllm_fast.plain import generate_plain, is_plain, load_plain
+from dllm_fast.families.forward import patch_of
+from dllm_fast.loading import end_of_text, from_pretrained, is_other, load_tokenizer, model_path, shipped
+from dllm_fast.patch import bound_family, patch
+from dllm_fast.plain import generate_plain, load_plain
 
 CACHED = (
     "cache", "refresh", "remask", "suffix_length", "suffix_sample", "skip_committed", "speculate", "cache_dtype",
@@ -82,23 +83,45 @@ def dtype_of(args: argparse.Namespace) -> str:
     return args.dtype or "auto"
 
 
-def load(args: argparse.Namespace, plain: bool = False):
-    """The model of ``--model`` and its tokenizer; a ``plain`` one is not patched."""
+def load(args: argparse.Namespace):
+    """The model of ``--model``, patched, and its tokenizer."""
+    return _load(args), load_tokenizer(args.model, args.trust_remote_code)
+
+
+def load_or_plain(args: argparse.Namespace):
+    """As `load`. Of a model of no family that `patch` does not take, standard error says why, and it is not patched."""
+    try:
+        return load(args)
+    except ValueError as error:
+        if not is_other(args.model):
+            raise
+        refused = error
+    tokenizer = load_tokenizer(args.model, args.trust_remote_code)
+    try:
+        model = load_plain(args.model, _dtype(args), args.device)
+    except ValueError:
+        raise refused from None
+    try:
+        return patch(model, args.impl, args.weights), tokenizer  # a GPT-2 whose causal mask has been taken off
+    except ValueError as error:
+        refused = error
+    given = (
+        args.weights, args.remask, args.impl != "auto", args.skip_committed, args.suffix_length is not None,
+        args.suffix_sample, args.speculate is not None, args.cache_dtype,
+    )  # fmt: skip
+    if any(given):  # the plain loop has no such option
+        raise refused
+    print(f"a plain loop samples it, each step a forward of the whole sequence: {refused}", file=sys.stderr)
+    return model, tokenizer
+
+
+def _load(args: argparse.Namespace):
+    return from_pretrained(args.model, _dtype(args), args.device, args.impl, args.trust_remote_code, args.weights)
+
+
+def _dtype(args: argparse.Namespace) -> torch.dtype | str:
     dtype = dtype_of(args)
-    dtype = dtype if dtype == "auto" else getattr(torch, dtype)
-    if plain:
-        given = {
-            "--weights": args.weights, "--remask": args.remask, "--impl": args.impl.replace("auto", ""),
-            "--skip-committed": args.skip_committed, "--suffix-length": args.suffix_length is not None,
-            "--suffix-sample": args.suffix_sample, "--speculate": args.speculate is not None,
-            "--cache-dtype": args.cache_dtype,
-        }  # fmt: skip
-        if wrong := [name for name, value in given.items() if value]:
-            raise ValueError(f"{', '.join(wrong)}: {args.model} is sampled by a plain loop, which has no such option")
-        model = load_plain(args.model, dtype, args.device)
-    else:
-        model = from_pretrained(args.model, dtype, args.device, args.impl, args.trust_remote_code, args.weights)
-    return model, load_tokenizer(args.model, args.trust_remote_code)
+    return dtype if dtype == "auto" else getattr(torch, dtype)
 
 
 def encode(tokenizer, text: str, mask_id: int, chat: bool, first: int | None = None) -> torch.Tensor:
@@ -142,8 +165,8 @@ def number_or_auto(text: str) -> int | str:
 
 def run_generate(args: argparse.Namespace) -> int:
     prompts = [require_utf8("--prompt", prompt) for prompt in args.prompt or ()] or [standard_input()]
-    plain = is_plain(args.model)
-    model, tokenizer = load(args, plain)
+    model, tokenizer = load_or_plain(args)
+    plain = patch_of(model) is None
     mask_id = mask_of(args, model, tokenizer)
     if plain:
         eos_ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -153,9 +176,9 @@ def run_generate(args: argparse.Namespace) -> int:
     if plain:
         options = {name: value for name, value in options.items() if name not in CACHED}
     run = generate_plain if plain else generate
+    first = tokenizer.cls_token_id if is_other(args.model) else None  # a BERT was trained on texts that begin with it
     for prompt in prompts:
-        # A BERT was trained on texts that begin with [CLS].
-        ids = encode(tokenizer, prompt, mask_id, args.chat, tokenizer.cls_token_id if plain else None).to(args.device)
+        ids = encode(tokenizer, prompt, mask_id, args.chat, first).to(args.device)
         watch = nullcontext() if args.quiet else watching(tokenizer, mask_id, args.plain, eos_ids=eos_ids)
         began = time.perf_counter()
         with watch as streamer:

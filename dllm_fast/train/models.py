@@ -8,9 +8,9 @@ from accelerate import PartialState
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from dllm_fast.families import TRAINED, gpt
-from dllm_fast.loading import from_pretrained, model_path
+from dllm_fast.loading import from_pretrained, is_other, model_path
 from dllm_fast.patch import unpatch
-from dllm_fast.plain import is_plain, load_plain
+from dllm_fast.plain import load_plain
 from dllm_fast.train.data import save_tokenizer, train_characters, train_tokenizer
 
 NEW = (*TRAINED, "gpt")  # what `--family` may name
@@ -57,8 +57,7 @@ def pretrained(name: str, shifted: bool = False) -> tuple[PreTrainedModel, PreTr
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_path(name))
-        plain = is_plain(name)
-        if plain:
+        if is_other(name):
             model = load_plain(name, torch.float32, shifted=shifted)
         else:
             model = unpatch(from_pretrained(name, torch.float32, impl="torch"))
