@@ -11,6 +11,7 @@ from tiny import EOS, MAKERS, MASK
 
 import dllm_fast
 from dllm_fast import DraftGraph, Threshold, Uniform, ops
+from dllm_fast.decoding.speculation import Speculation
 
 
 def drawn(name: str, seed: int, **limits) -> tuple[Request, int]:
@@ -144,6 +145,34 @@ def test_the_forwards_of_a_plain_chain(steps, drafts):
     assert torch.equal(out.sequences, torch.stack([found for found, _, _ in expected]))
     assert out.row_nfe == [forwards for _, forwards, _ in expected]
     assert out.steps == steps and out.states == (out.nfe - 1) * (drafts + 1) + 1
+
+
+@pytest.mark.parametrize("schedule", [Uniform(24), Uniform(7), Threshold(0.5)])
+def test_the_host_reads_no_more_often_than_a_block_could_be_done(schedule, monkeypatch):
+    """A block's first forward takes a step, and others at most one and one for each draft."""
+    reads: list[tuple[int, list[int]]] = []
+
+    def watched(engine, going, read=Speculation.read_steps):
+        forwards = len(engine.unread)
+        live, steps = read(engine, going)
+        reads.append((forwards, steps.tolist()))
+        return live, steps
+
+    monkeypatch.setattr(Speculation, "read_steps", watched)
+    model = dllm_fast.patch(MAKERS["llada"]().double(), impl="torch")
+    ids = torch.randint(0, EOS, (2, 9), generator=torch.Generator().manual_seed(0))
+    out = dllm_fast.generate(model, ids, gen_length=24, block_length=24, schedule=schedule, speculate=3)
+    assert sum(forwards for forwards, _ in reads) == out.nfe
+    if schedule.rule:  # how many steps there will be is not known
+        assert [forwards for forwards, _ in reads] == [1] * out.nfe
+        return
+    before = None
+    for forwards, steps in reads:
+        left = [schedule.steps - (1 if before is None else taken) for taken in before or [1, 1]]
+        soonest = min(-(-n // 4) for n in left if n)
+        assert forwards == soonest + (before is None)
+        before = steps
+    assert before == [schedule.steps] * 2 and len(reads) < out.nfe
 
 
 def test_the_shipped_model_takes_fewer_forwards_to_the_same_answers():

@@ -5,7 +5,7 @@ slots, predicts a token for each masked position of the current block, and commi
 
 A step depends on no value that the host would have to read, so it can be recorded in a CUDA graph. Between steps the
 host reads one flag a row, or none if the schedule knows its counts; then it runs ahead of the device, over as many
-blocks as its caller likes. What it writes for a block goes through `device.upload`, which does not wait.
+blocks as its caller likes. With drafts it runs ahead over the forwards that rows take even if every draft is right. What it writes for a block goes through `device.upload`, which does not wait.
 
 The flag is read when its step has ended, not one step later. Reading it later would add a cached step to every block,
 which takes a hundred times as long as the device waits for a flag and a launch.
@@ -117,15 +117,17 @@ class Engine(Speculation):
         self.tally.zero_()
         steps = self.prepare(slot, number)
         self.drafting = self.options.drafts > 0 and self.states(steps.block) > 1
+        going = ~self.idle  # [B]
+        sure = 1  # forwards that rows take whatever the device would say
         if self.drafting:  # how far a forward gets is read from the device
             self.plan_steps(planned)
             planned = None
+            sure += self.least_forwards(going)
         if planned is not None:
             plan = upload(torch.stack([count for _, count in planned]), self.device)  # [steps, B]
             numbers: Iterable[int] = [step for step, _ in planned]
         else:
             numbers = range(self.block_size + self.options.more_steps)
-        going = ~self.idle  # [B]
         begun = torch.zeros_like(full_rows)
         live = left = torch.zeros_like(slot) if planned is None else torch.stack([n for _, n in planned]).sum(0)
         for n, step_number in enumerate(numbers):
@@ -152,16 +154,16 @@ class Engine(Speculation):
             self.tally[:, 4] += going * states
             if draft is not None:
                 draft()
-            # 4. Which rows go on, and how much of them: planned beforehand, or read from the device, once a step.
+            # 4. Which rows go on, and how much of them: planned beforehand, or read from the device.
             if planned is None or (self.options.skip_committed and self.options.remask):
-                live = self.live
                 if self.drafting:
-                    before = self.tally[:, 3] - going.double()
-                    live, self.tally[:, 3] = download(torch.stack((live, self.taken)))
-                    if self.pace is not None and states > 1:
-                        self.pace.took(states, float((self.tally[:, 3] - before)[going].mean()))
+                    self.unread.append(states)
+                    if len(self.unread) < sure:
+                        continue
+                    live, self.tally[:, 3] = self.read_steps(going)
+                    sure = max(1, self.least_forwards(live > 0))
                 else:
-                    live = download(live)
+                    live = download(self.live)
             else:
                 quota = planned[n][1]
                 live = torch.where(going, left, live)  # what the step committed is evaluated once more
@@ -215,11 +217,9 @@ class Engine(Speculation):
     def _common_step(self, steps: Steps, begins: torch.Tensor, full_rows: torch.Tensor) -> Step | None:
         """The step that all rows take, or None where they differ: those of ``begins`` [B] begin a block, of which
         ``full_rows`` do so by a full forward and others by the refresh's window."""
-        if self.cache is None:
-            return steps.full if bool(begins.any()) else steps.block
         if not bool(begins.any()):
             return steps.block
-        if bool((begins & full_rows | self.idle).all()):
+        if self.cache is None or bool((begins & full_rows | self.idle).all()):
             return steps.full
         alike = bool((begins & ~full_rows | self.idle).all()) and not self.options.refresh.layerwise
         return steps.window if alike else None

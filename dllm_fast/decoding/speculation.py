@@ -14,7 +14,7 @@ import functools
 import torch
 
 from dllm_fast import ops
-from dllm_fast.decoding.device import upload
+from dllm_fast.decoding.device import download, upload
 from dllm_fast.decoding.drafts import AutoGraph, DraftGraph
 from dllm_fast.decoding.forwards import Forwards
 from dllm_fast.decoding.pace import Pace
@@ -59,6 +59,10 @@ class Speculation(Forwards):
             member[n, [rank for rank in own or () if rank < self.block_size]] = True
         self.member = member.to(self.device)
         self.counted = numbers([own is None for _, own in graph]).bool()[:, None]
+        # The states of forwards since the host last read; of each row, its steps by then, and all that are planned.
+        self.unread: list[int] = []
+        self.steps_read = torch.zeros(rows, dtype=torch.int64, device="cpu")
+        self.steps_planned: torch.Tensor | None = None
         # Of each row's steps in this block: how many it has taken, and of each the number and what it commits.
         self.taken = torch.zeros_like(self.slot)
         self.plan = torch.zeros((2, rows, self.block_size + 1), dtype=torch.int64, device=self.device)
@@ -72,14 +76,38 @@ class Speculation(Forwards):
     def plan_steps(self, planned: list[tuple[int, torch.Tensor]] | None) -> None:
         """Begin a block, whose steps are `Schedule.counts` of it. A row's steps are those that commit any."""
         self.taken.zero_()
+        self.unread.clear()
+        self.steps_read, self.steps_planned = torch.zeros(self.rows, dtype=torch.int64, device="cpu"), None
         if planned is None:
             return
         number = torch.tensor([step for step, _ in planned], dtype=torch.int64, device="cpu")
         count = torch.stack([count for _, count in planned], 1)  # [B, steps]
+        self.steps_planned = (count > 0).sum(1)
         order = (count == 0).sort(stable=True).indices[:, : self.block_size]  # those that commit any come first
         plan = torch.zeros(self.plan.shape, dtype=torch.int64, device="cpu")
         plan[0, :, : order.shape[1]], plan[1, :, : order.shape[1]] = number[order], count.gather(1, order)
         self.plan.copy_(upload(plan, self.device))
+
+    def least_forwards(self, going: torch.Tensor) -> int:
+        """How many forwards with drafts are left to each of the rows ``going`` [B], if all drafts are right; 0 if the
+        schedule does not know, or none is left. A block's first forward, which has no drafts, is not among them."""
+        if self.steps_planned is None or not bool(going.any()):
+            return 0
+        left = (self.steps_planned - self.steps_read.clamp(min=1))[going]
+        return int((left + self.options.speculate.depth).min()) // (self.options.speculate.depth + 1)
+
+    def read_steps(self, going: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Read the device: what can still change of each row's block, and the steps that it has taken, [B] each. All of
+        the rows ``going`` [B] took part in each forward since the last time."""
+        live, steps = download(torch.stack((self.live, self.taken)))
+        drafted = [states for states in self.unread if states > 1]
+        if self.pace is not None and drafted:
+            gained = float((steps - self.steps_read)[going].double().mean()) - self.unread.count(1)
+            for states in drafted:
+                self.pace.took(states, gained / len(drafted))
+        self.unread.clear()
+        self.steps_read = steps
+        return live, steps
 
     def take_states(self, step: Step) -> None:
         """A forward of the state that each row has reached, and of its drafts; then the schedule's steps."""
