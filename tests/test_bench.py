@@ -16,10 +16,11 @@ sys.path.insert(0, str(ROOT))  # `bench` is a folder of the checkout, not a pack
 
 pytest.importorskip("triton", reason="the benches of kernels need Triton", exc_type=ImportError)
 from bench import floors, gpu
-from bench.generation import modernbert
+from bench.generation import modernbert, own
 from bench.ops import noise, sanitize, timing, tune
 from bench.ops.cases import attention, case, loss, predict, small
 from bench.report.tables import row
+from dllm_fast.decoding.options import CACHES
 from dllm_fast.kernels import gumbel as gumbel_kernel
 from dllm_fast.kernels import reference
 
@@ -64,6 +65,16 @@ def test_modernbert_beside_transformers(capsys):
         "ours, prefix",
         "ours, dual",
     ]
+
+
+def test_forwards_of_the_families_beside_the_models_own(capsys):
+    """In fp64 no near tie changes a token."""
+    assert own.main(["--size", "quick", "--dtype", "float64", "--rounds", "2", "--force"]) == 0
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert [(row["model"], row["cache"]) for row in rows] == [
+        (model, cache) for model in ("llada", "modernbert") for cache in CACHES
+    ]
+    assert all(row["same"] == 1.0 and row["nfe"] in (16, 32) and len(row["times"]) == 2 for row in rows)
 
 
 def chosen() -> list[case.Case]:
