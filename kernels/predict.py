@@ -72,7 +72,8 @@ BYTE_GUIDED = {  # for 64 rows Triton 3.7 compiles an empty kernel on sm_100, an
     32: {"BN": 32, "BV": 128, "BK": 128, "num_warps": 8, "num_stages": 3},
 }
 PLAIN_ROWS = 64  # with noise, margin or entropy a larger group spills on sm_100
-FLOAT32 = {16: {"BN": 16, "BV": 64, "BK": 32, "num_warps": 4, "num_stages": 3}}
+# With three stages it spills on sm_120 under a softcap.
+FLOAT32 = {16: {"BN": 16, "BV": 64, "BK": 32, "num_warps": 4, "num_stages": 2}}
 
 
 @triton.jit
