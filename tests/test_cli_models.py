@@ -16,7 +16,7 @@ def folder(kind: str, path):
     """A folder with a small random model and a word tokenizer."""
     folder_of("bert", path)
     torch.manual_seed(SEED)
-    sizes = {"vocab_size": len(WORDS), "bos_token_id": 3, "eos_token_id": 3, "pad_token_id": 0}
+    sizes = {"vocab_size": len(WORDS), "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
     if kind == "deberta":
         config = DebertaV2Config(
             hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, **sizes

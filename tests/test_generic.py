@@ -93,7 +93,9 @@ def shifted(forward, model, *args, **kwargs):
 
 @needs_triton
 @pytest.mark.usefixtures("strict_interpreter")
-@pytest.mark.parametrize("name", ["bert", "qwen3", "gpt2-shifted"])
+@pytest.mark.parametrize(
+    "name", ["gpt2-shifted", *(pytest.param(name, marks=pytest.mark.long) for name in ("bert", "qwen3"))]
+)
 def test_triton_gives_the_tokens_of_pytorch(name):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ids = torch.randint(0, EOS, (2, 7), generator=torch.Generator().manual_seed(0)).to(device)

@@ -143,7 +143,12 @@ WIDE = {
 
 
 @pytest.mark.parametrize(
-    ("name", "weights", "rows"), [("llada", "fp8", 1), ("llada-gqa", "int4", 3), ("modernbert", "fp8", 2)]
+    ("name", "weights", "rows"),
+    [
+        ("llada", "fp8", 1),
+        pytest.param("llada-gqa", "int4", 3, marks=pytest.mark.long),
+        pytest.param("modernbert", "fp8", 2, marks=pytest.mark.long),
+    ],
 )
 def test_rotation_in_the_matmul(name, weights, rows, device, monkeypatch):
     """The tokens of PyTorch, and those of a matmul and a rotation by themselves."""

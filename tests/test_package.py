@@ -78,7 +78,7 @@ except ValueError as error:
 @pytest.mark.parametrize(
     ("level", "printed"),
     [
-        ("plain", "plain\n[[3.0, 3.0]]"),
+        pytest.param("plain", "plain\n[[3.0, 3.0]]", marks=pytest.mark.long),
         ("", " ".join(compiled.levels()) + "\n[[3.0, 3.0]]" if not compiled.missing() else ""),
         ("sse", "DLLM_FAST_LEVEL='sse' in the environment; expected one of plain, avx2, avx512, avx512bf16"),
     ],

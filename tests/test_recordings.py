@@ -104,8 +104,10 @@ PROBLEMS = 1319
 GSM8K = {"gen_length": 256, "block_length": 32, "schedule": Uniform(16), "seed": 0}
 
 
-@pytest.mark.parametrize("options", [{}, {"cache": "none"}, {"refresh": Window(32, 0)}], ids=str)
-@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize(
+    "options", [pytest.param({}, marks=pytest.mark.long), {"cache": "none"}, {"refresh": Window(32, 0)}], ids=str
+)
+@pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.long), 8])
 def test_at_most_a_dozen_recordings_over_gsm8k(recorded, monkeypatch, batch, options):
     """1,319 prompts of every length, in random order; answers cost nothing here."""
     monkeypatch.setattr(Engine, "run_step", lambda self, step: None)

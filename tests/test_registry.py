@@ -52,6 +52,7 @@ def assert_pinned(found: dict[str, str]) -> None:
     assert {name: found[name].partition("+")[0] for name in wanted} == wanted
 
 
+@pytest.mark.long
 @pytest.mark.skipif(FIRST is None, reason=f"there is none of Python {', '.join(VERSIONS)}")
 def test_the_pins_belong_together(tmp_path):
     assert_pinned(resolve(tmp_path, FIRST, *PINS))

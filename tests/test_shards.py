@@ -156,7 +156,7 @@ def live_bytes():
 
 def test_layers_are_never_held_as_they_were(tmp_path, kind, monkeypatch):
     """At most one unrounded weight, besides rounded ones and unrounded parameters."""
-    saved_llada(tmp_path, n_layers=8, d_model=128, mlp_hidden_size=384)
+    saved_llada(tmp_path, n_layers=5, d_model=128, mlp_hidden_size=384)
     write, peak, before = shards._write, [0], live_bytes()
 
     def watched(name, path, linear, weight):

@@ -87,7 +87,7 @@ SHORT = {"rows": (2,), "blocks": (4,), "most_blocks": 1, "longest": 4}
 
 @needs_triton
 @pytest.mark.usefixtures("strict_interpreter")
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_the_same_tokens_in_tritons_kernels(seed):
     same_tokens_on_kernels("triton", ["llada-gqa", "modernbert"][seed % 2], seed, **SHORT)
 

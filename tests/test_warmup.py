@@ -98,7 +98,13 @@ def test_prompts_that_fill_their_slots_have_recordings_of_their_own(monkeypatch,
 @needs_watched
 @on_the_stand_in
 @pytest.mark.parametrize(
-    "options", [{}, {"refresh": Window(4, 0), "temperature": 0.5}, {"skip_committed": True}], ids=str
+    "options",
+    [
+        pytest.param({}, marks=pytest.mark.long),
+        {"refresh": Window(4, 0), "temperature": 0.5},
+        pytest.param({"skip_committed": True}, marks=pytest.mark.long),
+    ],
+    ids=str,
 )
 def test_a_call_after_it_compiles_nothing(monkeypatch, recorder, options):
     """On the kernels, watching what they would compile."""

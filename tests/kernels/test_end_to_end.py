@@ -21,7 +21,7 @@ def test_kernels_give_the_logits_of_pytorch(name, device):
     torch.testing.assert_close(ours[mask.bool()], own[mask.bool()], atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["llada-gqa", "modernbert"])
+@pytest.mark.parametrize("name", ["llada-gqa", pytest.param("modernbert", marks=pytest.mark.long)])
 def test_kernels_give_the_tokens_of_pytorch(name, device):
     model = MAKERS[name]().to(device)
     ids = torch.randint(0, 99, (2, 8), generator=torch.Generator().manual_seed(1)).to(device)
