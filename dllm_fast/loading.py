@@ -142,8 +142,9 @@ def other_model(name: str, kind: str | None, **kwargs) -> tuple[Any, PretrainedC
         if cls is not None:
             return cls, config
     raise ValueError(
-        f"{name}: model_type {kind!r} is not supported; supported are {', '.join((*FAMILIES, *SAME_MODULES))}, and what transformers has "
-        "as a masked language model or a decoder"
+        f"{name}: model_type {kind!r} is not supported; supported are "
+        f"{', '.join(map(str, (*FAMILIES, *SAME_MODULES)))}, and what transformers has as a masked language model or a "
+        "decoder"
     )
 
 

@@ -13,7 +13,7 @@ from dllm_fast import attentions, launchers
 from dllm_fast.cpu import compiled, elementwise, matmuls
 from dllm_fast.kernels import reference, reference_rounded
 from dllm_fast.kernels.reference_rounded import as_bytes, rounded
-from dllm_fast.visibility import visible  # noqa: F401 - what `attention` takes
+from dllm_fast.visibility import Both, visible  # noqa: F401 - what `attention` takes
 
 IMPLS = ("auto", "triton", "cpp", "torch")
 # Which implementations have each op, and where they serve it if not everywhere. PyTorch serves everything else: layer
@@ -269,6 +269,13 @@ def attention(q, keys, values, seen, beside=None, impl="torch"):
 
     With ``impl="triton"``, `attentions` says from how many queries on PyTorch's serves whole sequences.
     """
+    if isinstance(seen, Both):
+        parts = (
+            (q[: seen.queries], [x[:, : seen.own] for x in beside]),
+            (q[seen.queries :], [x[:, seen.own :] for x in beside]),
+        )
+        pairs = zip(parts, (seen.states, seen.also), strict=True)
+        return torch.cat([attention(mine, keys, values, its, own, impl) for (mine, own), its in pairs])
     if beside is not None:
         if impl == "triton":
             return launchers.triton().attention(q, keys, values, *seen[:-1], *beside)

@@ -1,8 +1,19 @@
 """Which slots queries see, found once in a forward for all layers with one window."""
 
+from typing import NamedTuple
+
 import torch
 
 from dllm_fast.kernels import reference, reference_states
+
+
+class Both(NamedTuple):
+    """What the queries of states see, and behind them those of one further state of each row."""
+
+    states: tuple
+    also: tuple
+    queries: int  # of states
+    own: int  # slots of a row's states; those of the further one lie behind them
 
 
 def visible(like, slots, start=None, end=None, slot=None, window=None, packed=None, impl="torch", block=None) -> tuple:
@@ -13,6 +24,7 @@ def visible(like, slots, start=None, end=None, slot=None, window=None, packed=No
     ``like`` is [N, 1, ...] and ``slot`` [N].
 
     With `rows.States` the packed queries are those of several states; attention is then given their keys and values.
+    With one further state behind them, see `rows.Packed`, what is returned is `Both`.
 
     For Triton the last item says whether the queries are all slots and see all slots: PyTorch's attention may then
     serve. For PyTorch it is (near, mask, blind, places). near [B, W] are the slots that a window can reach, so that a
@@ -22,6 +34,8 @@ def visible(like, slots, start=None, end=None, slot=None, window=None, packed=No
     ranges = () if packed is None else (None, packed.first, packed.most)
     if block is not None:
         ranges = (*(ranges or (None, None, 0)), None, 0, None, None, block)
+    if packed is not None and packed.also is not None:
+        return _both(slots, start, end, slot, window, packed, impl)
     if packed is not None and packed.states is not None:
         return _visible_to_states(slots, start, end, slot, window, packed, impl)
     if impl == "cpp":
@@ -71,6 +85,21 @@ def _visible_to_states(slots, start, end, slot, window, packed, impl) -> tuple:
     places = places_of(packed)
     seen = reference_states.visible(slots, states * length, start, end, slot[places[0]], window, hole, length)
     return None, seen, ~seen.any(-1), places
+
+
+def _both(slots, start, end, slot, window, packed, impl) -> Both:
+    """`visible` for the queries of states, and of one further state."""
+    also, own = packed.also, packed.states.length * packed.states.number
+    first = also.length * torch.arange(len(packed.first), device=slot.device)
+    queries = len(packed.row) - also.length * (len(first) - 1)
+    parts = (
+        (slot[:queries], packed._replace(row=packed.row[:queries], also=None)),
+        (
+            slot[queries:] - own,
+            packed._replace(row=packed.row[queries:], first=first, most=also.length, states=also, also=None),
+        ),
+    )
+    return Both(*(_visible_to_states(slots, start, end, at, window, part, impl) for at, part in parts), queries, own)
 
 
 def places_of(packed) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -9,7 +9,7 @@ import torch
 
 from dllm_fast.decoding.compiling import kernels, side_by_side
 from dllm_fast.decoding.device import on_host
-from dllm_fast.decoding.engine import Engine
+from dllm_fast.decoding.engine import RESUME, Engine
 from dllm_fast.decoding.graphs import records
 from dllm_fast.decoding.options import Options
 from dllm_fast.decoding.request import Row, plan_row
@@ -172,6 +172,8 @@ def _take(engine: Engine, row: Row, kind: str, number: int) -> None:
             engine.drafting = drafting
             for step in engine.recorded(getattr(steps, kind)):
                 engine.take(step)
+        if kind == "block" and engine.looks_ahead:
+            engine.graphs.run(RESUME, engine.resume)
         return
     one = nobody.clone()
     one[0] = True

@@ -26,6 +26,7 @@ from dllm_fast import (
     Window,
 )
 from dllm_fast.decoding.noise import NOISES
+from dllm_fast.decoding.options import Options
 from dllm_fast.decoding.request import plan_blocks
 
 BLOCKS = (4, 8, 16)
@@ -101,6 +102,11 @@ def _planned(prompts: list[torch.Tensor], gen_length: int, block: int, rng: rand
     if steps <= fit:
         found.append(Uniform(steps * rng.randint(1, fit // steps)))
     return found
+
+
+def looks_ahead(request: Request) -> bool:
+    """Whether drafts may look at the next block. They do for a row that is alone, which takes fewer forwards then."""
+    return Options.of_call("generate", request.options, None).looks_ahead
 
 
 def alone(model, request: Request) -> list[Result]:

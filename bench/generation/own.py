@@ -1,10 +1,9 @@
 """Forwards written here beside the models' own: ``python -m bench.generation.own``
 
-What the families LLaDA and ModernBERT gain over `Generic`, which runs a model's own forward on this package's attention.
-The same weights, random ones, patched both ways: ModernBERT's as it is; LLaDA's natively, and as the Llama without a
-causal mask that it is. Each fills the same prompt with every cache, in interleaved rounds; ratios are taken round by
-round. ``same`` is the share of tokens on which both agree, in any dtype but fp64 up to near ties. Ends with one JSON
-line.
+What the families LLaDA and ModernBERT gain over `Generic`, which runs a model's own forward on our attention. The same
+weights, random ones, patched both ways: ModernBERT's as it is; LLaDA's natively, and as the Llama without a causal mask
+that it is. Each fills the same prompt with every cache, in interleaved rounds; ratios are taken round by round.
+``same`` is the share of tokens on which both agree, in any dtype but fp64 up to near ties. Ends with one JSON line.
 """
 
 import argparse

@@ -1,10 +1,11 @@
 """How many forwards drafts save: ``python -m bench.quality.speculated``
 
 `llada-steps` and `llada-sentences` answer held-out problems without drafts, with chains of 1, 3 and 7, and with the
-first 3 and 7 drafts of the models' own graphs, in blocks with the dual cache and in one block without a cache. Forwards
-and states are the means of a problem's; at depth d is the share of forwards that took the schedule's next d steps and
-one more; answers that differ from those without drafts are counted, in fp32, and of 200 problems in bf16. Ends with
-one JSON line.
+first 3 and 7 drafts of the models' own graphs: in blocks with the dual cache, in one block without a cache, and in
+blocks that begin with a window over the block before, in batches and alone, where drafts look ahead to the next block.
+Forwards and states are the means of a problem's; at depth d is the share of forwards that took the schedule's next d
+steps and one more; answers that differ from those without drafts are counted, in fp32, and of 200 problems in bf16.
+Ends with one JSON line.
 
 ``--calibrate 300`` finds these graphs instead, by so many problems of the training's, and writes them.
 """
@@ -30,6 +31,9 @@ from dllm_fast.decoding.engine import Engine
 
 SCHEDULES = ("uniform 1", "uniform 2", "uniform 3", "uniform 4", "threshold=0.9", "factor=1")  # uniform: tokens a step
 FEW = ("uniform 1", "uniform 2")  # in bf16
+CACHES = ("dual", "none")
+WINDOWS = ("window", "window, alone")
+PLANNED = SCHEDULES[:4]
 DRAFTS = {
     "none": None,
     **{f"chain {n}": dllm_fast.DraftGraph.chain(n) for n in (1, 3, 7)},
@@ -65,7 +69,7 @@ def counting():
             return
         before = engine.taken.clone()
         yield
-        states = 1 if step is None else step.states
+        states = 1 if step is None else step.states + (step.ahead > 0)
         count.update((steps, states) for steps in (engine.taken - before).tolist() if steps)
 
     with Engine.watched(watch):
@@ -74,23 +78,28 @@ def counting():
 
 def settings(about, block: int, cache: str, schedule: str) -> dict:
     """`dllm_fast.generate`'s arguments, but for the drafts."""
-    given = options_of("all", schedule, "block", about.tokens, block if cache == "dual" else about.tokens)
-    return {name: given[name] for name in ("gen_length", "block_length", "schedule")} | {"cache": cache}
+    given = options_of("all", schedule, "block", about.tokens, about.tokens if cache == "none" else block)
+    kept = {name: given[name] for name in ("gen_length", "block_length", "schedule")}
+    if cache in WINDOWS:
+        return {**kept, "cache": "dual", "refresh": dllm_fast.Window(block, 0)}
+    return {**kept, "cache": cache}
 
 
 def run(
-    name: str, count: int, batch: int, schedules=SCHEDULES, drafts=tuple(DRAFTS), dtype=torch.float32, seed: int = 7
-) -> list[Row]:
+    name: str, count: int, batch: int, schedules=SCHEDULES, drafts=tuple(DRAFTS), dtype=torch.float32, caches=CACHES,
+    seed: int = 7,
+) -> list[Row]:  # fmt: skip
     about, block = MODELS[name]
     model, tokenizer = task.load(name)
     model.to(dtype)
     kept = str(dtype).removeprefix("torch.")
     found, rows = about.problems(count, seed, held_out=True), []
-    for cache, schedule in itertools.product(("dual", "none"), schedules):
+    for cache, schedule in itertools.product(caches, schedules):
         given, plain = settings(about, block, cache, schedule), None
         for kind in drafts:
             with counting() as taken:
-                score = task.score(model, tokenizer, found, batch, speculate=DRAFTS[kind], **given)
+                rows_at_once = 1 if cache == "window, alone" else batch
+                score = task.score(model, tokenizer, found, rows_at_once, speculate=DRAFTS[kind], **given)
             plain = score.tokens if plain is None else plain
             differ = int((score.tokens != plain).any(1).sum())
             forwards = fmean(score.nfe)
@@ -145,6 +154,7 @@ def main() -> None:
     for name, (about, block) in MODELS.items():
         for count, given in (
             (options.count, {}),
+            (options.count // 2, {"schedules": PLANNED, "drafts": ("none", "graph 3", "graph 7"), "caches": WINDOWS}),
             (2 * options.count, {"schedules": FEW, "drafts": ("none", "graph 7"), "dtype": torch.bfloat16}),
         ):
             mine = run(name, count, options.batch, **given)

@@ -22,9 +22,9 @@ from dllm_fast.decoding.spelling import SCHEDULES, refresh_of, remask_of, schedu
 from dllm_fast.decoding.text import encode as text_ids
 from dllm_fast.decoding.text import token_ids
 from dllm_fast.errors import exit_code, require_utf8
+from dllm_fast.families.forward import patch_of
 from dllm_fast.families.rounded import KINDS
 from dllm_fast.generate import Output, generate
-from dllm_fast.families.forward import patch_of
 from dllm_fast.loading import end_of_text, from_pretrained, is_other, load_tokenizer, model_path, shipped
 from dllm_fast.patch import bound_family, patch
 from dllm_fast.plain import generate_plain, load_plain

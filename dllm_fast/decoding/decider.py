@@ -143,7 +143,25 @@ class Decider:
         live: Live | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Token and confidence [B, T] and log-sum-exp [B*T] of the positions ``wanted`` [B, T], with the noise of
-        their ``keys``."""
+        their ``keys``. Logits that are NaN or infinite are noted."""
+        token, score, lse = self._predicted(heads, wanted, keys, live)
+        self._note(lse, self.step)
+        return token, score, lse
+
+    def _note(self, lse: torch.Tensor, step: torch.Tensor) -> None:
+        """Keep the step [B] at which a row's logits were NaN or infinite first."""
+        # lse - lse is 0, or NaN where lse is NaN or infinite; a position that is no candidate has lse 0.
+        fine = (lse - lse == 0).view(self.rows, -1).all(1)
+        self.bad.copy_(torch.minimum(self.bad, torch.where(fine, GOOD, (self.number << 32) + step)))
+
+    def _predicted(
+        self,
+        heads: tuple[torch.Tensor, torch.Tensor | None],
+        wanted: torch.Tensor,
+        keys: tuple[torch.Tensor, ...],
+        live: Live | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`_predict`, of which nothing is noted."""
         o, (hidden, uncond), shape = self.options, heads, wanted.shape
         if live is not None:
             wanted = live.gather(wanted, False)
@@ -171,10 +189,6 @@ class Decider:
             token = live.spread(token, token.new_full(shape, o.mask_id))
             score = live.spread(score, score.new_full(shape, float("-inf")))
             lse = live.spread(lse, lse.new_zeros(shape)).flatten()
-        # lse - lse is 0, or NaN where lse is NaN or infinite; a position that is no candidate has lse 0. The step is
-        # kept at which that was first.
-        fine = (lse - lse == 0).view(self.rows, -1).all(1)
-        self.bad.copy_(torch.minimum(self.bad, torch.where(fine, GOOD, (self.number << 32) + self.step)))
         return token.view(shape), o.schedule.ranked_by(score.view(shape), self.offsets), lse
 
     def _commit(self, token, score, candidate: torch.Tensor, quota: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,8 @@ slots, predicts a token for each masked position of the current block, and commi
 
 A step depends on no value that the host would have to read, so it can be recorded in a CUDA graph. Between steps the
 host reads one flag a row, or none if the schedule knows its counts; then it runs ahead of the device, over as many
-blocks as its caller likes. With drafts it runs ahead over the forwards that rows take even if every draft is right. What it writes for a block goes through `device.upload`, which does not wait.
+blocks as its caller likes. With drafts it runs ahead over the forwards that rows take even if every draft is right.
+What it writes for a block goes through `device.upload`, which does not wait.
 
 The flag is read when its step has ended, not one step later. Reading it later would add a cached step to every block,
 which takes a hundred times as long as the device waits for a flag and a launch.
@@ -33,6 +34,7 @@ from dllm_fast.decoding.steps import Counts, Step, Steps
 
 WHOLE = 64  # a recorded full forward ends at a multiple of it
 TIMES = 5  # a forward is timed; the first compiles, the second is recorded
+RESUME = ("resume", True, False)  # the graph of `Speculation.resume`
 PADDING = 1 / 32  # the share of a recorded full forward up to which rows of different lengths take it, padded
 
 
@@ -88,6 +90,7 @@ class Engine(Speculation):
                     draws[b, row.pad(self.slots) :] = row.draws
             self.draws.copy_(upload(draws, self.device))
         self.bad.fill_(GOOD)
+        self.prepared = None
         if self.pace is not None:
             self.pace.begin()
 
@@ -111,6 +114,7 @@ class Engine(Speculation):
         planned: list[tuple[int, torch.Tensor]] | None,  # `Schedule.counts` of it
         full_rows: torch.Tensor,  # [B] bool: rows whose first step is a full forward
         draft=None,  # called after each step
+        then: torch.Tensor | None = None,  # [B]: the first slot of the block after it, if drafts may look ahead to that
     ) -> None:
         """Fill one block of every row."""
         # 1. The block's buffers, counts and steps.
@@ -119,16 +123,20 @@ class Engine(Speculation):
         self.drafting = self.options.drafts > 0 and self.states(steps.block) > 1
         going = ~self.idle  # [B]
         sure = 1  # forwards that rows take whatever the device would say
+        begun = torch.zeros_like(full_rows)
         if self.drafting:  # how far a forward gets is read from the device
-            self.plan_steps(planned)
-            planned = None
-            sure += self.least_forwards(going)
+            resumes = self.resumes(slot, planned, going, full_rows)
+            self.plan_steps(planned, then)
+            planned, sure = None, self.least_forwards(going) + (not resumes)
+            if resumes:
+                self.graphs.run(RESUME, self.resume)
+                self.tally[:, 3] += going
+                begun |= going
         if planned is not None:
             plan = upload(torch.stack([count for _, count in planned]), self.device)  # [steps, B]
             numbers: Iterable[int] = [step for step, _ in planned]
         else:
             numbers = range(self.block_size + self.options.more_steps)
-        begun = torch.zeros_like(full_rows)
         live = left = torch.zeros_like(slot) if planned is None else torch.stack([n for _, n in planned]).sum(0)
         for n, step_number in enumerate(numbers):
             # 2. Which rows go at this step, and which of them begin the block with it.
@@ -141,7 +149,8 @@ class Engine(Speculation):
             # 3. The step.
             step = self._common_step(steps, begins, full_rows)
             if step is not None and step.states > 1:
-                step = dataclasses.replace(step, states=self.states(step))
+                last = self.then is not None and len(self.unread) + 1 >= sure  # it may be
+                step = dataclasses.replace(step, states=self.states(step), ahead=self.window.length * last)
             with contextlib.ExitStack() as stack:
                 for watch in self.watchers:
                     stack.enter_context(watch(self, step))
@@ -149,7 +158,7 @@ class Engine(Speculation):
                     self.take_mixed_step(steps, going, begins, full_rows, live)
                 else:
                     self.take_step(step, going, live)
-            states = 1 if step is None else step.states
+            states = 1 if step is None else step.states + (step.ahead > 0)
             self.tally[:, 3] += going
             self.tally[:, 4] += going * states
             if draft is not None:
@@ -184,6 +193,8 @@ class Engine(Speculation):
         multiple = WHOLE if self.graphs.enabled else 1
         steps = Steps.of(self.options, self.slots, int(slot.min()), int(slot.max()), multiple, self.family.shifted)
         self.alone = self._positions(steps, slot)
+        if self.looks_ahead:
+            self.alone["ahead"] = self._positions(steps, slot + self.block_size)["window"]
         return steps
 
     @property
@@ -269,7 +280,8 @@ class Engine(Speculation):
         drafts for each number of states that they may have."""
         if step.states > 1:
             choices = [1] if not self.drafting else [step.states] if self.pace is None else self.pace.choices
-            return [dataclasses.replace(step, states=states) for states in choices]
+            ahead = (0, self.window.length) if self.looks_ahead and self.drafting else (0,)
+            return [dataclasses.replace(step, states=states, ahead=more) for states in choices for more in ahead]
         if not self._packs(step):
             return [step]
         if step.whole:
@@ -295,7 +307,8 @@ class Engine(Speculation):
         """Add a step through a ``share`` of the layers to the counts of the rows ``going``. Returns how many positions
         each would have computed alone, [B]."""
         packed = self.options.skip_committed and not step.refreshes
-        own = torch.where(going, self.alone["live"] + live if packed else self.alone[step.kind], 0) * step.states
+        own = (self.alone["live"] + live if packed else self.alone[step.kind]) * step.states
+        own = torch.where(going, own + (self.alone["ahead"] if step.ahead else 0), 0)
         self.tally[:, 0 if step.whole else 1] += self.passes * going
         self.tally[:, 2] += self.passes * share * own
         return own
@@ -352,10 +365,10 @@ class Engine(Speculation):
         if bool((window := begins & ~full_rows).any()):
             step, own = self._group(steps.window, window, self._tally(steps.window, window, live))
             drifts = self.options.refresh.layerwise
-            old = self._window_values(step) if drifts else None
+            old = self.window_values(step) if drifts else None
             hidden = self._of(window, self.packed_hidden(step, own), hidden)
             if drifts:
-                from_layer[window] = self._drifted(step, old)[window]
+                from_layer[window] = self.drifted(step, old)[window]
         # 3. Full forwards, from the first layer on or from the first that drifted.
         for layer in from_layer[from_layer < layers].unique().tolist():
             group = from_layer == layer
@@ -378,22 +391,3 @@ class Engine(Speculation):
 
     def _doubled(self, rows: torch.Tensor) -> torch.Tensor:
         return torch.cat((rows, rows + self.rows)) if self.passes == 2 else rows
-
-    def _window_values(self, step: Step) -> list[torch.Tensor]:
-        """Of each layer, the values at the ``step``'s window of every row, [B*passes, W, G*D] fp32."""
-        at = self.begin(step)[:, None] + torch.arange(step.length, device=self.device)
-        return [self.cache.values(layer, at.repeat(self.passes, 1)) for layer in range(self.family.layers)]
-
-    def _drifted(self, step: Step, old: list[torch.Tensor]) -> torch.Tensor:
-        """Of each row, the first layer whose value vectors changed by more than tau from the ``old`` ones of
-        `_window_values`, or the number of layers; [B] on the host."""
-        at = self.begin(step)[:, None] + torch.arange(step.length, device=self.device)  # [B, W]
-        # What a block sees for the first time has no old values.
-        seen = ((at < self.seen[:, None]) & (at >= self.pad[:, None])).repeat(self.passes, 1)
-        layers = []
-        for was, new in zip(old, self._window_values(step), strict=True):
-            drift = (new - was).norm(dim=2) / was.norm(dim=2).clamp(min=1e-12)
-            layers.append((drift * seen).sum(1) / seen.sum(1).clamp(min=1))
-        drift = torch.stack(layers).unflatten(1, (self.passes, -1)).amax(1)  # [L, B]
-        past = torch.cat((drift > self.options.refresh.tau, torch.ones_like(drift[:1], dtype=torch.bool)))
-        return past.int().argmax(0).cpu()

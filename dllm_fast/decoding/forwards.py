@@ -69,14 +69,15 @@ class Forwards(Decider):
         self.place[:, : self.slots] = at
         self.place.scatter_(1, near + torch.arange(found.shape[1], device=self.device), found)
 
-    def begin(self, step: Step) -> torch.Tensor:
-        """The first slot that a step computes, [B]."""
+    def begin(self, step: Step, slot: torch.Tensor | None = None) -> torch.Tensor:
+        """The first slot that a step computes for the block at ``slot``, by default the live one, [B]."""
+        slot = self.slot if slot is None else slot
         if step.whole:
-            return torch.zeros_like(self.slot)
+            return torch.zeros_like(slot)
         if not step.refreshes:
-            return self.slot if not step.before else (self.slot - step.before).clamp(min=0)
+            return slot if not step.before else (slot - step.before).clamp(min=0)
         # Where a row begins, not where its padding does: a window that would reach beyond is moved to the right.
-        begin = torch.maximum(self.slot - step.before, self.pad)
+        begin = torch.maximum(slot - step.before, self.pad)
         return begin if self.options.runs_suffix else begin.clamp(max=self.slots - step.length)
 
     def hidden(self, step: Step) -> torch.Tensor:
@@ -148,3 +149,22 @@ class Forwards(Decider):
                 ids[:, None], start, end, self.cache, live.slot, block, from_layer, packed=packed
             )[:, 0]
         return hidden if block is None else hidden.unflatten(0, (-1, self.block_size))
+
+    def window_values(self, step: Step) -> list[torch.Tensor]:
+        """Of each layer, the values at the ``step``'s window of every row, [B*passes, W, G*D] fp32."""
+        at = self.begin(step)[:, None] + torch.arange(step.length, device=self.device)
+        return [self.cache.values(layer, at.repeat(self.passes, 1)) for layer in range(self.family.layers)]
+
+    def drifted(self, step: Step, old: list[torch.Tensor]) -> torch.Tensor:
+        """Of each row, the first layer whose value vectors changed by more than tau from the ``old`` ones of
+        `window_values`, or the number of layers; [B] on the host."""
+        at = self.begin(step)[:, None] + torch.arange(step.length, device=self.device)  # [B, W]
+        # What a block sees for the first time has no old values.
+        seen = ((at < self.seen[:, None]) & (at >= self.pad[:, None])).repeat(self.passes, 1)
+        layers = []
+        for was, new in zip(old, self.window_values(step), strict=True):
+            drift = (new - was).norm(dim=2) / was.norm(dim=2).clamp(min=1e-12)
+            layers.append((drift * seen).sum(1) / seen.sum(1).clamp(min=1))
+        drift = torch.stack(layers).unflatten(1, (self.passes, -1)).amax(1)  # [L, B]
+        past = torch.cat((drift > self.options.refresh.tau, torch.ones_like(drift[:1], dtype=torch.bool)))
+        return past.int().argmax(0).cpu()

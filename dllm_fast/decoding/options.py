@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from dllm_fast.decoding.drafts import AUTO, DraftGraph, as_drafts, graph_for, key_of, pays
+from dllm_fast.decoding.drafts import AUTO, AutoGraph, DraftGraph, as_drafts, graph_for, key_of, pays
 from dllm_fast.decoding.refresh import Every, Exact, Refresh
 from dllm_fast.decoding.remask import Edit, Remask
 from dllm_fast.decoding.schedules import Schedule, Threshold
@@ -177,6 +177,15 @@ class Options(Checked):
         if isinstance(self.speculate, DraftGraph):
             return len(self.speculate.drafts)
         return AUTO if isinstance(self.speculate, str) else self.speculate or 0
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether a forward with drafts may evaluate the next block's first step too, see `speculation`. That step is
+        one with a window, as cheap as another, which reaches back over the whole block before."""
+        window = self.cache == "dual" and not self.refresh.full(1) and not self.refresh.layerwise
+        known = not self.schedule.rule and self.remask is None and self.suffix_length is None
+        reaches = window and self.refresh.span(self.block_length)[0] >= self.block_length
+        return bool(self.drafts) and not isinstance(self.speculate, AutoGraph) and known and reaches
 
     @property
     def draws(self) -> bool:

@@ -216,7 +216,7 @@ class Server:
             self.stream.flush()
         watched = [seat for seat, row in enumerate(self.seated) if row.draft is not None and not row.done]
         draft = functools.partial(self._draft, watched, slot + engine.block_size) if watched else None
-        engine.block(slot, number, plan, full_rows, draft)
+        engine.block(slot, number, plan, full_rows, draft, self._then(rows, slot))
         for row, counts in zip(self.seated, engine.counts, strict=True):
             if not row.done:
                 row.counts.add(counts)
@@ -224,6 +224,14 @@ class Server:
         may_end = any(row.done or row.eos_ids for row in self.going)
         if may_end or self.stream is not None or self.is_open:
             self._take_in()
+
+    def _then(self, rows: list[Row], slot: torch.Tensor) -> torch.Tensor | None:
+        """The slots [B] of the blocks after those at ``slot`` [B], if the engine may look ahead to their first step."""
+        last = any(row.next + 1 == len(row.blocks) or self.options.refresh.full(row.next + 1) for row in rows)
+        if last or not self.engine.looks_ahead:
+            return None
+        then = on_host([row.slot(self.engine.slots, row.next + 1) for row in rows])
+        return then if torch.equal(then, slot + self.engine.block_size) else None
 
     def _begins_full(self, row: Row) -> bool:
         """Whether a row's next block begins with a full forward. So does a block of a block-causal model that does not

@@ -7,6 +7,10 @@ on. What a step gives is a function of its state, so the tokens are the schedule
 arXiv:2510.00294; Spiffy, arXiv:2509.18085).
 
 `drafts` says which states are drafted.
+
+A block ends with the tokens that were predicted for what was masked last, mostly. So where each block begins with a
+window, a forward that may be a block's last evaluates that window too, the block before it filled with these tokens.
+If the block ends so, the next one's first step has been evaluated, and its keys and values are kept.
 """
 
 import functools
@@ -19,7 +23,7 @@ from dllm_fast.decoding.drafts import AutoGraph, DraftGraph
 from dllm_fast.decoding.forwards import Forwards
 from dllm_fast.decoding.pace import Pace
 from dllm_fast.decoding.remask import ranks
-from dllm_fast.decoding.steps import Step
+from dllm_fast.decoding.steps import Step, Steps
 from dllm_fast.families.cache import BlockCache
 from dllm_fast.families.rows import Packed, States
 
@@ -41,6 +45,11 @@ class Speculation(Forwards):
     def __init__(self, family, options, rows: int, slots: int, spare: int, padded: bool):
         super().__init__(family, options, rows, slots, spare, padded)
         self.pace = Pace(options.drafts + 1) if isinstance(options.speculate, AutoGraph) else None
+        self.window = Steps.of(options, slots, 0, 0).window
+        # Of a batch only some rows' blocks end as was guessed, and what a row is evaluated for is its own.
+        self.looks_ahead = options.looks_ahead and family.block is None and rows == 1
+        self.then: torch.Tensor | None = None  # on the host: `next_slot`, if the next block is looked at
+        self.prepared: torch.Tensor | None = None  # on the host: of each row, the slot of its block that is prepared
         if not options.drafts:
             return
         graph = options.speculate.drafts
@@ -70,11 +79,26 @@ class Speculation(Forwards):
         if self.cache is not None:  # the keys and values of states; those of a row follow one another
             length = slots if options.runs_suffix else self.block_size
             width = self.weight.shape[1] if options.refresh.layerwise else 0
-            shape = (family.layers, rows * self.passes, (options.drafts + 1) * length, family.kv_heads, family.head_dim)
+            kept = (options.drafts + 1) * length + self.window.length * self.looks_ahead
+            shape = (family.layers, rows * self.passes, kept, family.kv_heads, family.head_dim)
             self.own = BlockCache(*shape, self.weight.dtype, self.device, width, options.cache_dtype is not None)
 
-    def plan_steps(self, planned: list[tuple[int, torch.Tensor]] | None) -> None:
-        """Begin a block, whose steps are `Schedule.counts` of it. A row's steps are those that commit any."""
+        if self.looks_ahead:
+            # The next block, what this one may end as, and what the next one's first step then gives: whether that is
+            # known, and its predictions.
+            self.next_slot, self.guess = torch.zeros_like(self.slot), torch.zeros_like(self.rank)
+            self.next_ready = torch.zeros(rows, dtype=torch.bool, device=self.device)
+            self.next_token = torch.zeros_like(self.rank)
+            real = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+            self.next_score, self.next_lse = torch.zeros((2, rows, self.block_size), dtype=real, device=self.device)
+
+    def plan_steps(self, planned: list[tuple[int, torch.Tensor]] | None, then: torch.Tensor | None = None) -> None:
+        """Begin a block, whose steps are `Schedule.counts` of it. A row's steps are those that commit any. The block
+        after it is at ``then`` [B], if it may be looked at."""
+        self.then = then
+        if then is not None:
+            self.next_slot.copy_(upload(then, self.device))
+            self.next_ready.zero_()
         self.taken.zero_()
         self.unread.clear()
         self.steps_read, self.steps_planned = torch.zeros(self.rows, dtype=torch.int64, device="cpu"), None
@@ -99,7 +123,10 @@ class Speculation(Forwards):
     def read_steps(self, going: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Read the device: what can still change of each row's block, and the steps that it has taken, [B] each. All of
         the rows ``going`` [B] took part in each forward since the last time."""
-        live, steps = download(torch.stack((self.live, self.taken)))
+        found = [self.live, self.taken] if self.then is None else [self.live, self.taken, self.next_ready.long()]
+        live, steps, *ready = download(torch.stack(found))
+        if self.then is not None:
+            self.prepared = torch.where(ready[0] > 0, self.then, -1)
         drafted = [states for states in self.unread if states > 1]
         if self.pace is not None and drafted:
             gained = float((steps - self.steps_read)[going].double().mean()) - self.unread.count(1)
@@ -111,9 +138,30 @@ class Speculation(Forwards):
 
     def take_states(self, step: Step) -> None:
         """A forward of the state that each row has reached, and of its drafts; then the schedule's steps."""
-        last, went = self.decide_states(self._states_hidden(step))
+        hidden, ahead = self._states_hidden(step)
+        guess = self.guess.clone() if step.ahead else None
+        last, went = self.decide_states(hidden)
         if self.cache is not None:
             self._keep(step, last, went)
+        if step.ahead:
+            self._prepare(step, ahead, guess, went)
+
+    def resumes(self, slot, planned, going, full_rows) -> bool:
+        """Whether the first of the ``planned`` steps of the blocks at ``slot`` [B] has been evaluated for all the rows
+        ``going`` [B], none of which is among ``full_rows`` [B]; all on the host. Asked once a block."""
+        prepared, self.prepared = self.prepared, None
+        if prepared is None or not bool(((prepared == slot) & ~full_rows)[going].all()):
+            return False
+        counts = torch.stack([count for _, count in planned]) > 0  # [steps, B]
+        return planned[0][0] == 0 and bool((counts[0] & (counts.sum(0) > 1))[going].all())
+
+    def resume(self) -> None:
+        """Take a block's first step, which has been evaluated."""
+        self._note(self.next_lse, torch.zeros_like(self.step))
+        at = self.slot[:, None] + self.offsets
+        blocks = self.canvas.gather(1, at)[:, None]
+        candidate = (blocks == self.options.mask_id) & self.open.gather(1, at)[:, None]
+        self._take_steps(blocks, candidate, self.next_token[:, None], self.next_score[:, None], None)
 
     def decide_states(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Take the schedule's steps, one after the other for as long as the state reached is one that was evaluated:
@@ -125,8 +173,7 @@ class Speculation(Forwards):
         block = self.canvas.gather(1, at)
         blocks = torch.cat((block[:, None], self.drafts[:, : states - 1]), 1)  # [B, states, T]
         candidate = (blocks == o.mask_id) & ours
-        masked = candidate[:, 0]
-        # 1. Predict all states' candidates, each with the noise of its step.
+        # Predict all states' candidates, each with the noise of its step.
         step = self.taken[:, None] + self.depths[:states]  # [B, states]
         if self.is_planned:
             step = self._planned(0, step)
@@ -139,7 +186,21 @@ class Speculation(Forwards):
         if o.remask is not None:
             current = torch.where(candidate, token, blocks)
             probability = self._probability(heads, current.flatten(), lse).view_as(blocks)
-        # 2. Step by step, each from the state that the one before has reached.
+        return self._take_steps(blocks, candidate, token, score, probability)
+
+    def _take_steps(
+        self,
+        blocks: torch.Tensor,  # [B, states, T]: the row's state, then its drafts
+        candidate: torch.Tensor,  # [B, states, T] bool: of these, what is masked
+        token: torch.Tensor,  # [B, states, T]
+        score: torch.Tensor,  # [B, states, T]
+        probability: torch.Tensor | None,  # [B, states, T]: of the current tokens, with a remask
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `decide_states` does with what was predicted."""
+        states = blocks.shape[1]
+        at = self.slot[:, None] + self.offsets
+        ours, block, masked = self.open.gather(1, at), blocks[:, 0], candidate[:, 0]
+        # 1. Step by step, each from the state that the one before has reached.
         going = alive = self.live > 0
         count, state = torch.zeros_like(self.slot), torch.zeros_like(self.slot)
         for ahead in [None, *self.ahead[states]] if states > 1 else [None]:
@@ -154,9 +215,9 @@ class Speculation(Forwards):
             count = torch.where(alive, chosen.sum(1), count)
             self.taken += alive
             block = self.canvas.gather(1, at)
-            masked = (block == o.mask_id) & ours[:, 0]
+            masked = (block == self.options.mask_id) & ours
         self.live.copy_(masked.sum(1) * going)
-        # 3. The drafts that follow from the last predictions.
+        # 2. The drafts that follow from the last predictions.
         self._draft(block, masked, _of_state(token, state), _of_state(score, state), count)
         return state, going
 
@@ -172,14 +233,17 @@ class Speculation(Forwards):
         first = counts.cumsum(1)[:, self.depths[1:] - 1]  # [B, drafts]
         chosen = torch.where(self.counted, rank[:, None] < first[..., None], self.member[:, rank].transpose(0, 1))
         self.drafts.copy_(torch.where(chosen & masked[:, None], token[:, None], block[:, None]))
+        if self.looks_ahead:
+            self.guess.copy_(torch.where(masked, token, block))
 
     def _planned(self, which: int, index: torch.Tensor) -> torch.Tensor:
         """Of the steps ``index`` [B, n] that the schedule has planned for a row's block, the numbers (0) or counts (1),
         [B, n]."""
         return self.plan[which].gather(1, index.clamp(max=self.plan.shape[2] - 1))
 
-    def _states_hidden(self, step: Step) -> torch.Tensor:
-        """What the LM head multiplies for the states, [B*passes, states, T, d]."""
+    def _states_hidden(self, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the LM head multiplies for the states, [B*passes, states, T, d], and the next block, [B*passes, T, d],
+        or nothing."""
         states, length, rows = step.states, step.length, self.rows * self.passes
         at = self.slot[:, None] + self.offsets
         blocks = torch.cat((self.canvas.gather(1, at)[:, None], self.drafts[:, : states - 1]), 1)
@@ -205,7 +269,7 @@ class Speculation(Forwards):
                     for x in (start, end, block.repeat(self.passes, 1))
                 )
                 hidden = self.family.hidden(ids.flatten(0, 1), start, end, rows=block)
-                return hidden.unflatten(0, (rows, states))
+                return hidden.unflatten(0, (rows, states)), hidden[:0]
             each = torch.arange(rows * states * length, device=self.device)
             inside = each % (states * length)
             position = (source - self.pad[:, None])[:, None].expand(-1, states, -1).repeat(self.passes, 1, 1)
@@ -214,17 +278,66 @@ class Speculation(Forwards):
                 each // (states * length), first, states * length, position.flatten(),
                 States(self.slot.repeat(self.passes), length, states),
             )  # fmt: skip
-            block = None
+            ids, block = ids.flatten(), None
             if length > self.block_size:
                 block = each.view(-1, length)[:, : self.block_size].flatten()
+            if step.ahead:
+                ids, inside, packed, block = self._beside(step, ids, inside, packed)
             hidden = self.family.hidden(
-                ids.flatten()[:, None], start, end, self.cache, inside, block, packed=packed, own=self._own(step)
+                ids[:, None], start, end, self.cache, inside, block, packed=packed, own=self._own(step)
             )[:, 0]
-        return hidden.unflatten(0, (rows, states, self.block_size))
+        hidden, ahead = hidden.split([n := rows * states * self.block_size, len(hidden) - n])
+        return hidden.unflatten(0, (rows, states, -1)), ahead.unflatten(0, (-1, self.block_size))
+
+    def _next_window(self) -> torch.Tensor:
+        """The slots that a window step evaluates for the next block, [B, W]."""
+        begin = self.begin(self.window, self.next_slot)
+        return begin[:, None] + torch.arange(self.window.length, device=self.device)
+
+    def _beside(self, step: Step, ids: torch.Tensor, inside: torch.Tensor, packed: Packed) -> tuple:
+        """The ids [N] of states with the next block's window behind them: ids, where their keys and values go, the
+        positions, and which of all the LM head multiplies."""
+        at, rows, length = self._next_window(), self.rows * self.passes, step.ahead
+        offset = at - self.slot[:, None]  # in the block
+        filled = self.guess.gather(1, offset.clamp(0, self.block_size - 1))
+        more = torch.where((offset >= 0) & (offset < self.block_size), filled, self.canvas.gather(1, at))
+        if self.passes == 2:
+            more = torch.cat((more, more.masked_fill(~self.open.gather(1, at), self.options.mask_id)))
+        each = torch.arange(rows * length, device=self.device)
+        position = (at - self.pad[:, None]).repeat(self.passes, 1).flatten()
+        block = (self.next_slot - at[:, 0]).repeat(self.passes)[:, None] + self.offsets
+        block = len(ids) + (block + length * torch.arange(rows, device=self.device)[:, None]).flatten()
+        packed = packed._replace(
+            row=torch.cat((packed.row, each // length)), position=torch.cat((packed.position, position)),
+            also=States(at[:, 0].repeat(self.passes), length, 1),
+        )  # fmt: skip
+        return (
+            torch.cat((ids, more.flatten())), torch.cat((inside, step.states * step.length + each % length)), packed,
+            torch.cat((torch.arange(len(ids), device=self.device), block)),
+        )  # fmt: skip
+
+    def _prepare(self, step: Step, hidden: torch.Tensor, guess: torch.Tensor, went: torch.Tensor) -> None:
+        """Keep what a forward gave for the next block, hidden [B*passes, T, d], of the rows that ``went`` on [B] and
+        whose block has now ended as the ``guess`` [B, T] was."""
+        at, mask_id = self.slot[:, None] + self.offsets, self.options.mask_id
+        block, ours = self.canvas.gather(1, at), self.open.gather(1, at)
+        right = went & (block == guess).all(1) & ~((block == mask_id) & ours).any(1)
+        at = self.next_slot[:, None] + self.offsets
+        candidate = (self.canvas.gather(1, at) == mask_id) & self.open.gather(1, at)
+        first, *second = (half.flatten(0, 1) for half in hidden.chunk(self.passes))
+        keys = self._keys(at, torch.zeros_like(at))
+        token, score, lse = self._predicted((first, second[0] if second else None), candidate, keys)
+        kept = (self.next_token, token), (self.next_score, score), (self.next_lse, lse.view_as(score))
+        for mine, its in kept:
+            mine.copy_(torch.where(right[:, None], its, mine))
+        self.next_ready.logical_or_(right)
+        source = step.states * step.length + torch.arange(step.ahead, device=self.device)
+        to = self._next_window().repeat(self.passes, 1)
+        self.cache.take_slots(to, self._own(step), source.expand_as(to), right.repeat(self.passes))
 
     def _own(self, step: Step) -> BlockCache:
         """The part of the states' buffers that ``step`` uses."""
-        return self.own.first(step.states * step.length)
+        return self.own.first(step.states * step.length + step.ahead)
 
     def _keep(self, step: Step, last: torch.Tensor, went: torch.Tensor) -> None:
         """Write to the cache the keys and values of the ``last`` state [B] that a step was taken from, of rows that

@@ -19,6 +19,7 @@ class Step:
     packed: if above 0, only so many positions in all, of the rows that go: without padding, or only what can change.
     most: of these, one row's at most.
     states: settings of the block's tokens that are evaluated, see `speculation`.
+    ahead: slots of the next block's window, evaluated beside them.
     """
 
     length: int
@@ -28,6 +29,7 @@ class Step:
     packed: int = 0
     most: int = 0
     states: int = 1
+    ahead: int = 0
 
     @property
     def kind(self) -> str:

@@ -30,6 +30,7 @@ class Packed(NamedTuple):
     most: int  # of one row at most
     position: torch.Tensor | None = None  # [N] int64: in its sequence; None: what its slot is of the row's range
     states: States | None = None
+    also: States | None = None  # one further state of each row: its positions lie behind those of all others
 
 
 def first_position(
