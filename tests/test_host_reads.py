@@ -7,7 +7,20 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 import dllm_fast
-from dllm_fast import D2F, Ancestral, Drift, Every, Factor, FirstHitting, MultiBlock, Pyramid, ReMDM, Threshold, Uniform, Window
+from dllm_fast import (
+    D2F,
+    Ancestral,
+    Drift,
+    Every,
+    Factor,
+    FirstHitting,
+    MultiBlock,
+    Pyramid,
+    ReMDM,
+    Threshold,
+    Uniform,
+    Window,
+)
 from dllm_fast.decoding.device import upload
 from dllm_fast.decoding.engine import Engine
 from dllm_fast.decoding.pipelined import Pipelined

@@ -39,7 +39,7 @@ class Pipelined(Engine):
         self.blocks = self.block_size // self.length  # K, in a window
         zeros = torch.zeros_like(self.slot)
         self.front = zeros.clone()  # the slot of each row's front
-        self.ahead = zeros.clone()  # how many blocks are live, from the front on
+        self.live_blocks = zeros.clone()  # how many blocks are live, from the front on
         self.left = zeros.clone()  # how many the row has from the front on
         self.filled = zeros.clone()  # how many blocks at the front the last step has filled
         self.begins = zeros.clone()  # the first slot that the step evaluates
@@ -74,7 +74,7 @@ class Pipelined(Engine):
             if draft is not None:
                 draft()
             # 3. What it has filled and added: all that the host reads of a step.
-            ahead, filled = download(torch.stack((self.ahead, self.filled)))
+            ahead, filled = download(torch.stack((self.live_blocks, self.filled)))
             if bool((filled * going).any()):
                 return list(zip((filled * going).tolist(), ahead.tolist(), strict=True))
             if self.cache is not None:
@@ -110,7 +110,7 @@ class Pipelined(Engine):
         slot = front.clamp(max=self.slots - self.block_size)
         state = torch.stack((front, ahead, left, taken, number, begins, whole.long(), slot, (~self.idle).long()))
         buffers = (
-            self.front, self.ahead, self.left, self.step, self.number, self.begins, self.wholly, self.slot, self.live,
+            self.front, self.live_blocks, self.left, self.step, self.number, self.begins, self.wholly, self.slot, self.live,
         )  # fmt: skip
         for buffer, value in zip(buffers, upload(state, self.device), strict=True):
             buffer.copy_(value)
@@ -157,7 +157,7 @@ class Pipelined(Engine):
 
     def find(self, step: Step, going: torch.Tensor | None) -> Live:
         at = torch.arange(self.slots, device=self.device).expand(self.rows, -1)
-        stop = self.front + self.ahead * self.length
+        stop = self.front + self.live_blocks * self.length
         if self.family.block is None:
             stop = torch.where(self.wholly, self.slots, stop)
         wanted = (at >= self.begins[:, None]) & (at < stop[:, None])
@@ -174,7 +174,7 @@ class Pipelined(Engine):
         window, ours = self.canvas.gather(1, at), self.open.gather(1, at)
         number = self.offsets[:: self.length] // self.length  # [K]
         first = ((self.front - self.slot) // self.length)[:, None]  # [B, 1]
-        is_live = (number >= first) & (number < first + self.ahead[:, None])  # [B, K]
+        is_live = (number >= first) & (number < first + self.live_blocks[:, None])  # [B, K]
         candidate = (window == self.options.mask_id) & ours & is_live.repeat_interleave(self.length, 1)
         # 1. Predict the masked positions of the live blocks.
         step = self.step[:, None].expand_as(at)
@@ -186,15 +186,15 @@ class Pipelined(Engine):
         # 3. Which blocks are filled now, and whether the next one is added.
         open_ = self._of_blocks(ours)
         masked = self._of_blocks((window == self.options.mask_id) & ours)  # [B, K]
-        after = first + self.ahead[:, None]
+        after = first + self.live_blocks[:, None]
         unfilled = torch.where(is_live & (masked > 0), number, after)
         done = unfilled.amin(1) - first[:, 0]
         last = (after - 1).clamp(max=self.blocks - 1)
         reached = (open_ - masked).gather(1, last).double() / open_.gather(1, last).clamp(min=1).double()
-        grown = self.ahead - done + (reached[:, 0] >= self.pipeline.add)
+        grown = self.live_blocks - done + (reached[:, 0] >= self.pipeline.add)
         most = torch.minimum(self.left - done, torch.full_like(done, self.blocks))
         self.filled.copy_(done)
-        self.ahead.copy_(torch.minimum(grown, most))
+        self.live_blocks.copy_(torch.minimum(grown, most))
 
     def _of_blocks(self, x: torch.Tensor) -> torch.Tensor:
         """How many of each block's x [B, K T] bool are True, [B, K]."""
@@ -224,6 +224,6 @@ class Pipelined(Engine):
             must = must | F.pad(filled[:, :-1] >= activate, (1, 0))
         # Of the other blocks only what reaches the threshold may be chosen, so that nothing is where none does.
         choice = candidate & (must.repeat_interleave(self.length, 1) | (score >= threshold))
-        each = (x.reshape(-1, self.length) for x in (token, score, choice))
         blocks = window.view(-1, self.length)  # the same memory
-        ops.commit(blocks, *each, self.none, threshold=threshold, impl=impl)
+        token, score, choice = (x.reshape(blocks.shape) for x in (token, score, choice))
+        ops.commit(blocks, token, score, choice, self.none, threshold=threshold, impl=impl)
