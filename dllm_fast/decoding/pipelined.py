@@ -110,7 +110,8 @@ class Pipelined(Engine):
         slot = front.clamp(max=self.slots - self.block_size)
         state = torch.stack((front, ahead, left, taken, number, begins, whole.long(), slot, (~self.idle).long()))
         buffers = (
-            self.front, self.live_blocks, self.left, self.step, self.number, self.begins, self.wholly, self.slot, self.live,
+            self.front, self.live_blocks, self.left, self.step, self.number, self.begins, self.wholly, self.slot,
+            self.live,
         )  # fmt: skip
         for buffer, value in zip(buffers, upload(state, self.device), strict=True):
             buffer.copy_(value)
