@@ -12,6 +12,7 @@ from dllm_fast import backend
 from dllm_fast.calibration import calibrate
 from dllm_fast.config import show_config
 from dllm_fast.decoding.drafts import DraftGraph
+from dllm_fast.decoding.pipeline import D2F, MultiBlock
 from dllm_fast.decoding.refresh import Drift, Every, Window
 from dllm_fast.decoding.remask import P2, Edit, ReMDM, Verify
 from dllm_fast.decoding.schedules import (
@@ -49,6 +50,7 @@ backend.register()
 __version__ = "0.1.0"
 
 __all__ = [
+    "D2F",
     "P2",
     "Ancestral",
     "Completion",
@@ -68,6 +70,7 @@ __all__ = [
     "LLaDAMoEConfig",
     "LLaDAMoEModelLM",
     "LLaDAModelLM",
+    "MultiBlock",
     "Output",
     "Pyramid",
     "ReMDM",

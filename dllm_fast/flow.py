@@ -140,7 +140,8 @@ def generate_flow(
     require(int(bad) == steps, f"model: its logits at step {int(bad)} are NaN or infinite")
     sequences = torch.cat((input_ids, tokens.view(batch, gen_length)), 1)
     positions = steps * int((prompt - begin + gen_length).sum())
-    return Output(sequences, steps, steps, 0, positions, [steps] * batch, steps, steps)
+    nfe, written = [steps] * batch, [gen_length] * batch
+    return Output(sequences, steps, steps, 0, positions, nfe, steps, steps, written)
 
 
 def _check_start(start_ids: torch.Tensor, shape: tuple[int, int], runner) -> None:

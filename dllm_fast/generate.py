@@ -8,6 +8,7 @@ import torch
 
 from dllm_fast.decoding.drafts import DraftGraph
 from dllm_fast.decoding.options import OPTIONS, Options
+from dllm_fast.decoding.pipeline import Pipeline
 from dllm_fast.decoding.refresh import Refresh
 from dllm_fast.decoding.remask import Remask
 from dllm_fast.decoding.request import check_batch, check_suffix, check_token_types, plan_row
@@ -30,6 +31,7 @@ class Output:
     row_nfe: the forwards of each row, [B]: those that it takes alone.
     steps: the schedule's steps of the row that takes most forwards.
     states: settings of a block's tokens that these forwards evaluated: one a step, and more with ``speculate``.
+    row_tokens: the tokens that each row was given, [B]: up to the end of its text, and that included.
     """
 
     sequences: torch.Tensor
@@ -40,6 +42,13 @@ class Output:
     row_nfe: list[int]
     steps: int
     states: int
+    row_tokens: list[int]
+
+    @property
+    def tokens_per_forward(self) -> float:
+        """The tokens that all rows were given over the forwards that they take, each row's as if it were alone: the
+        sum of ``row_tokens`` over that of ``row_nfe``."""
+        return sum(self.row_tokens) / max(1, sum(self.row_nfe))
 
 
 @torch.no_grad()
@@ -61,6 +70,7 @@ def generate(
     skip_committed: bool = False,
     speculate: int | str | DraftGraph | None = None,
     cache_dtype: str | None = None,
+    pipeline: Pipeline | None = None,
     mask_id: int | None = None,
     eos_id: int | list[int] | tuple[int, ...] | None = None,
     seed: int | None = None,
@@ -107,6 +117,11 @@ def generate(
         cache_dtype: what the cache keeps keys and values in. None: the model's dtype. ``"e4m3"``: 8 bits, rounded to
             nearest, without a scale, saturated at +-448; every forward attends to the rounded ones. A cache then has
             half the bytes of bf16's. Triton's kernels need a GPU of compute capability 8.9.
+        pipeline: decode several blocks of the answer at once, the next ones while the first ends: `D2F`, `MultiBlock`;
+            None: one after the other. Needs `Threshold`, prompts without [MASK]s, and cache ``"none"`` or ``"dual"``;
+            with the latter a row's step is a forward of its whole sequence whenever it has filled its first live block.
+            Not with ``refresh``, ``remask``, ``suffix_length``, ``skip_committed`` and ``speculate``, nor for a model
+            whose head predicts the next position.
         mask_id: default ``model.config.mask_token_id``.
         eos_id: an id, or several: when a finished block holds one of them, the row is done, and every position
             to be filled after the first becomes ``pad_id``. None: every position is generated, as LLaDA's
@@ -158,7 +173,7 @@ def fill(model, family, pool, input_ids, attention_mask, options: Options, strea
     positions = round(sum(row.counts.positions for row in rows))
     return Output(
         sequences.to(input_ids.device), longest.nfe, longest.full, longest.block, positions,
-        [row.counts.nfe for row in rows], longest.steps, longest.states,
+        [row.counts.nfe for row in rows], longest.steps, longest.states, [row.tokens for row in rows],
     )  # fmt: skip
 
 
@@ -169,6 +184,7 @@ class Completion:
     index: its number among the prompts, in the order they were handed in.
     sequence: prompt and answer, [L] int64 on the host.
     nfe, steps, states: those that `generate` takes for it alone, see `Output`.
+    tokens: that it was given, up to the end of its text and that included.
     """
 
     index: int
@@ -176,6 +192,12 @@ class Completion:
     nfe: int
     steps: int
     states: int
+    tokens: int
+
+    @property
+    def tokens_per_forward(self) -> float:
+        """``tokens`` over ``nfe``; 0 where there was nothing to fill."""
+        return self.tokens / max(1, self.nfe)
 
 
 def generate_many(
@@ -235,7 +257,8 @@ def _completions(server, total: int, ordered: bool, progress) -> Iterator[Comple
             if progress:
                 progress(done, total)
             ids = row.ids[: row.length]
-            kept[row.index] = Completion(row.index, ids, row.counts.nfe, row.counts.steps, row.counts.states)
+            counts = row.counts
+            kept[row.index] = Completion(row.index, ids, counts.nfe, counts.steps, counts.states, row.tokens)
             while ordered and expected in kept:
                 yield kept.pop(expected)
                 expected += 1

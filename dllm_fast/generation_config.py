@@ -38,9 +38,9 @@ class DiffusionGenerationConfig(GenerationConfig):
 
     Args:
         block_length, schedule, confidence, cfg_scale, cache, refresh, remask, suffix_length, suffix_sample,
-            skip_committed, speculate, cache_dtype, mask_id, seed, defer_tokens: as `dllm_fast.generate`; None is its
-            default. ``schedule``, ``refresh`` and ``remask`` may be text, as on the command line: ``"threshold=0.9"``;
-            so they stand in ``generation_config.json``.
+            skip_committed, speculate, cache_dtype, pipeline, mask_id, seed, defer_tokens: as `dllm_fast.generate`; None
+            is its default. ``schedule``, ``refresh``, ``remask`` and ``pipeline`` may be text, as on the command line:
+            ``"threshold=0.9"``; so they stand in ``generation_config.json``.
         max_new_tokens: tokens to write, 128 by default, in blocks of ``block_length``; the last may be shorter.
         max_length: those of the prompt and of the answer.
         do_sample, temperature: a temperature alone asks for sampling; ``do_sample`` alone is temperature 1, and False
@@ -53,7 +53,7 @@ class DiffusionGenerationConfig(GenerationConfig):
         kwargs: transformers' other fields. They are kept, and refused by `generate` if they ask for anything.
 
     Raises:
-        ValueError: a schedule, refresh, remask, cache or confidence that there is not, by name.
+        ValueError: a schedule, refresh, remask, pipeline, cache or confidence that there is not, by name.
     """
 
     def __init__(self, **kwargs):

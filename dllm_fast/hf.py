@@ -10,8 +10,7 @@ import torch
 from transformers import EosTokenCriteria, GenerationConfig, MaxLengthCriteria, TemperatureLogitsWarper
 from transformers.utils import ModelOutput
 
-from dllm_fast.decoding.options import Options
-from dllm_fast.decoding.request import before_end, check_token_types
+from dllm_fast.decoding.request import check_token_types
 from dllm_fast.decoding.values import require, whole
 from dllm_fast.families.bypass import unwrapped
 from dllm_fast.generate import fill, generate
@@ -72,9 +71,9 @@ def diffusion_generate(
     out = fill(model, family, pool, input_ids, attention_mask, options, streamer)
     if not fields.get("return_dict_in_generate", return_dict):
         return out.sequences
-    filled = _filled(out.sequences, input_ids, attention_mask, options)
     nfe = torch.tensor(out.row_nfe, dtype=torch.int64, device=out.sequences.device)
-    return DiffusionOutput(out.sequences, nfe, filled.to(nfe.device) / nfe.clamp(min=1))
+    tokens = torch.tensor(out.row_tokens, dtype=torch.float32, device=nfe.device)
+    return DiffusionOutput(out.sequences, nfe, tokens / nfe.clamp(min=1))
 
 
 def custom_generate(model, input_ids: torch.Tensor | None = None, **kwargs) -> torch.Tensor | DiffusionOutput:
@@ -146,22 +145,6 @@ def _one_of(inputs, input_ids) -> torch.Tensor:
     require(ids is not None, "input_ids: None is an empty prompt")
     require(isinstance(ids, torch.Tensor) and ids.dim() == 2, f"input_ids: {ids!r} is not a tensor [B, P]")
     return ids
-
-
-def _filled(
-    sequences: torch.Tensor,  # [B, P + new]
-    input_ids: torch.Tensor,  # [B, P]
-    attention_mask: torch.Tensor | None,  # [B, P]
-    options: Options,
-) -> torch.Tensor:
-    """Tokens that were filled in each row, [B] fp32: up to the first that ends the text, and that included."""
-    open_ = torch.ones(sequences.shape, dtype=torch.bool, device="cpu")
-    masked = input_ids == options.mask_id
-    masked = masked if attention_mask is None else masked & attention_mask.bool()
-    open_[:, : input_ids.shape[1]] = masked.cpu()
-    texts = [row[mine].tolist() for row, mine in zip(sequences.cpu(), open_)]
-    counts = [min(len(before_end(text, options.eos_id)) + 1, len(text)) for text in texts]
-    return torch.tensor(counts, dtype=torch.float32, device="cpu")
 
 
 def _split(kwargs: dict, input_ids: torch.Tensor) -> tuple[torch.Tensor | None, dict]:

@@ -97,7 +97,8 @@ def generate_plain(
     nfe = [row.counts.nfe for row in rows]
     positions = round(sum(row.counts.positions for row in rows))
     steps = max(row.counts.steps for row in rows)
-    return Output(sequences.to(input_ids.device), max(nfe), max(nfe), 0, positions, nfe, steps, steps)
+    tokens = [row.tokens for row in rows]
+    return Output(sequences.to(input_ids.device), max(nfe), max(nfe), 0, positions, nfe, steps, steps, tokens)
 
 
 def _fill(model: nn.Module, options: Options, row: Row, stream: Stream | None) -> None:

@@ -119,7 +119,8 @@ def _plan(options: Options, rows: list[Row], shifted: bool = False) -> Plan:
             found.setdefault(steps.window, ("window", number))
         found.setdefault(steps.block, ("block", number))  # without a cache or drafts it is the full one
     plan = list(found.values())
-    if options.has_cache and (len(rows) > 1 or refresh.layerwise):
+    mixes = len(rows) > 1 and options.pipeline is None
+    if options.has_cache and (mixes or refresh.layerwise):
         plan.append((MIXED, len(row.blocks) - 1))
     return plan
 

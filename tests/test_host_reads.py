@@ -7,9 +7,23 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 import dllm_fast
-from dllm_fast import Ancestral, Drift, Every, Factor, FirstHitting, Pyramid, ReMDM, Threshold, Uniform, Window
+from dllm_fast import (
+    D2F,
+    Ancestral,
+    Drift,
+    Every,
+    Factor,
+    FirstHitting,
+    MultiBlock,
+    Pyramid,
+    ReMDM,
+    Threshold,
+    Uniform,
+    Window,
+)
 from dllm_fast.decoding.device import upload
 from dllm_fast.decoding.engine import Engine
+from dllm_fast.decoding.pipelined import Pipelined
 from dllm_fast.kernels import reference
 
 READS = ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__", "nonzero", "unique")
@@ -58,27 +72,34 @@ def log(monkeypatch):
     """A run's events in order: "block" when a block begins, "step" for each step, and reads of the device."""
     # On a CPU, PyTorch's predict selects candidates by a mask, which it does not do on a GPU.
     monkeypatch.setattr("dllm_fast.ops.predict", lambda *args, impl, **rest: reference.predict(*args, **rest))
-    device, init, block, decide = Device(), Engine.__init__, Engine.block, Engine._decide
+    device, block = Device(), Engine.block
 
-    def made(self, *args):
-        init(self, *args)
-        for name, x in vars(self).items():
-            if isinstance(x, torch.Tensor) and name not in ON_HOST:
-                device.put(x)
-        if self.cache is not None:
-            device.put(self.cache.buffers)
+    def making(init):
+        def made(self, *args):
+            init(self, *args)
+            for name, x in vars(self).items():
+                if isinstance(x, torch.Tensor) and name not in ON_HOST:
+                    device.put(x)
+            if self.cache is not None:
+                device.put(self.cache.buffers)
+
+        return made
 
     def begun(self, *args):
         device.log.append("block")
         block(self, *args)
 
-    def decided(self, *args, **rest):
-        device.log.append("step")
-        decide(self, *args, **rest)
+    def deciding(decide):
+        def decided(self, *args, **rest):
+            device.log.append("step")
+            decide(self, *args, **rest)
 
-    monkeypatch.setattr(Engine, "__init__", made)
+        return decided
+
+    for kind in (Engine, Pipelined):
+        monkeypatch.setattr(kind, "__init__", making(kind.__init__))
+        monkeypatch.setattr(kind, "_decide", deciding(kind._decide))
     monkeypatch.setattr(Engine, "block", begun)
-    monkeypatch.setattr(Engine, "_decide", decided)
     with device:
         yield device.log
 
@@ -150,6 +171,17 @@ def test_an_end_of_text_and_a_streamer_are_read_for_after_each_block(log, ids):
 def test_a_rule_reads_once_a_step(log, ids, schedule):
     run(ids, schedule=schedule)
     assert log.count("to") == log.count("step") + 1, "and the sequences, once"
+
+
+@pytest.mark.parametrize("pipeline", [D2F(0.2, 0.5), MultiBlock(0.2, 2)], ids=str)
+def test_a_pipeline_reads_once_a_step(log, ids, padded, pipeline):
+    run(ids[:1], schedule=Threshold(0.05), pipeline=pipeline)
+    assert log.count("to") == log.count("step") + 1, "and the sequence, once"
+    assert set(log) == {"step", "to"}
+    log.clear()
+    run(ids, padded, schedule=Threshold(0.05), pipeline=pipeline)
+    ends = log.count("to") - log.count("step")
+    assert set(log) == {"step", "to"} and 1 <= ends <= len(ids), "and the sequences, when any of them is done"
 
 
 def test_the_device_is_a_good_stand_in(log, ids):

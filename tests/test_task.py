@@ -131,7 +131,8 @@ def test_the_score_counts_whole_answers(shipped):
     def generate(model, ids, mask, seed, gen_length):
         asked.append((mask.sum(1).tolist(), seed, gen_length))
         answers = tokenizer(next(replies), return_tensors="pt", padding="max_length", max_length=gen_length)
-        return dllm_fast.Output(torch.cat((ids, answers["input_ids"]), 1), 9, 9, 0, 50, [9, 6][: len(ids)], 9, 9)
+        sequences, forwards = torch.cat((ids, answers["input_ids"]), 1), [9, 6][: len(ids)]
+        return dllm_fast.Output(sequences, 9, 9, 0, 50, forwards, 9, 9, [gen_length] * len(ids))
 
     got = task.score(model, tokenizer, found, 2, generate, itertools.count(5, 2), gen_length=6)
     assert asked == [([2, 1], 5, 6), ([1], 7, 6)]

@@ -18,7 +18,7 @@ from dllm_fast.config import show_config
 from dllm_fast.decoding.drafts import FILE, folder_of, key_of, write
 from dllm_fast.decoding.options import BLOCK, CACHE_DTYPES, CACHES, CONFIDENCES, OPTIONS, Options
 from dllm_fast.decoding.request import before_end
-from dllm_fast.decoding.spelling import SCHEDULES, refresh_of, remask_of, schedule_of
+from dllm_fast.decoding.spelling import SCHEDULES, pipeline_of, refresh_of, remask_of, schedule_of
 from dllm_fast.decoding.text import encode as text_ids
 from dllm_fast.decoding.text import token_ids
 from dllm_fast.errors import exit_code, require_utf8
@@ -31,6 +31,7 @@ from dllm_fast.plain import generate_plain, load_plain
 
 CACHED = (
     "cache", "refresh", "remask", "suffix_length", "suffix_sample", "skip_committed", "speculate", "cache_dtype",
+    "pipeline",
 )  # fmt: skip
 
 
@@ -64,6 +65,7 @@ def add_decoding_options(add) -> None:
     add("--cache", choices=CACHES)
     add("--refresh", type=refresh_of, help="block, every=BLOCKS, window=BEFORE,AFTER or drift=TAU")
     add("--remask", type=remask_of, help="remdm=ETA, verify=THRESHOLD or p2=ETA")
+    add("--pipeline", type=pipeline_of, help="several blocks at once: d2f=ADD,ACTIVATE or multi-block=ADD")
     add("--suffix-length", type=int, metavar="N", help="evaluate and see only N positions after the live block")
     add("--suffix-sample", type=int, default=0, metavar="N", help="and N positions further on, drawn from the seed")
     add("--cache-dtype", choices=CACHE_DTYPES[1:], help="keep keys and values in 8 bits; default: the model's dtype")
@@ -107,7 +109,7 @@ def load_or_plain(args: argparse.Namespace):
         refused = error
     given = (
         args.weights, args.remask, args.impl != "auto", args.skip_committed, args.suffix_length is not None,
-        args.suffix_sample, args.speculate is not None, args.cache_dtype,
+        args.suffix_sample, args.speculate is not None, args.cache_dtype, args.pipeline,
     )  # fmt: skip
     if any(given):  # the plain loop has no such option
         raise refused

@@ -19,7 +19,7 @@ class Decider:
         self.family, self.options, self.rows, self.slots = family, options, rows, slots
         self.weight = family.head()[0]
         device = self.device = self.weight.device
-        self.block_size = min(options.block_length, slots)
+        self.block_size = options.live_positions(slots)
         self.passes = options.passes
         self.is_planned = not options.schedule.rule  # the schedule says beforehand how many a step commits
         self.drafting = options.drafts > 0  # in the live block
@@ -52,13 +52,7 @@ class Decider:
         positions ``live``, [N, d].
         """
         mask_id, remask = self.options.mask_id, self.options.remask
-        if live is None:
-            first, *second = (half.flatten(0, 1) for half in hidden.chunk(self.passes))
-        elif self.passes == 2:
-            live, first, *second = live.halves(hidden)
-        else:
-            first, second = hidden, []
-        heads = first, second[0] if second else None
+        live, heads = self._heads(hidden, live)
         at = self.slot[:, None] + self.offsets  # [B, T]
         block, ours = self.canvas.gather(1, at), self.open.gather(1, at)
         candidate = (block == mask_id) & ours
@@ -83,6 +77,19 @@ class Decider:
             self.fresh.copy_(chosen)
             live_count = (masked | chosen).sum(1) * masked.any(1)
         self.live.copy_(live_count)
+
+    def _heads(
+        self, hidden: torch.Tensor, live: Live | None
+    ) -> tuple[Live | None, tuple[torch.Tensor, torch.Tensor | None]]:
+        """``live`` without guidance's rows, and of ``hidden``, as in `_decide`, what the LM head multiplies: the rows'
+        own, and guidance's or None, [N, d] each."""
+        if live is None:
+            first, *second = (half.flatten(0, 1) for half in hidden.chunk(self.passes))
+        elif self.passes == 2:
+            live, first, *second = live.halves(hidden)
+        else:
+            first, second = hidden, []
+        return live, (first, second[0] if second else None)
 
     def _edit(self, token, score, block: torch.Tensor, committed: torch.Tensor) -> torch.Tensor:
         """Replace tokens of the ``block`` [B, T] that are ``committed`` [B, T] where the step is sure of another one.

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import torch
 
 from dllm_fast.decoding.drafts import AUTO, AutoGraph, DraftGraph, as_drafts, graph_for, key_of, pays
+from dllm_fast.decoding.pipeline import Pipeline
 from dllm_fast.decoding.refresh import Every, Exact, Refresh
 from dllm_fast.decoding.remask import Edit, Remask
 from dllm_fast.decoding.schedules import Schedule, Threshold
@@ -52,6 +53,7 @@ class Options(Checked):
     skip_committed: bool = checked(one_kind, bool, "True or False", default=False)
     speculate: int | str | DraftGraph | None = checked(as_drafts, default=None)
     cache_dtype: str | None = checked(one_of, CACHE_DTYPES, default=None)
+    pipeline: Pipeline | None = checked(one_kind, Pipeline | None, "one of D2F, MultiBlock", default=None)
     mask_id: int | None = None
     eos_id: Ids = field(default=None, compare=False)
     seed: int | None = field(default=None, compare=False)
@@ -87,6 +89,20 @@ class Options(Checked):
             require(not self.skip_committed, unfit)
         useless = f"cache_dtype={self.cache_dtype!r}: with cache='none' there are no keys and values to keep"
         require(self.has_cache or self.cache_dtype is None, useless)
+        if self.pipeline is not None:
+            self._check_pipeline()
+
+    def _check_pipeline(self) -> None:
+        """Raise ValueError for what has no meaning yet where several blocks are live."""
+        unfit = f"pipeline={self.pipeline}: is not to be had with"
+        require(type(self.schedule) is Threshold, f"{unfit} schedule={self.schedule}, which is no Threshold")
+        require(self.cache != "prefix", f"{unfit} cache='prefix'")
+        require(self.refresh in (Every(1), Exact()), f"{unfit} refresh={self.refresh}")
+        require(self.remask is None, f"{unfit} remask={self.remask}")
+        require(not self.drafts, f"{unfit} speculate={self.speculate}")
+        require(not self.skip_committed, f"{unfit} skip_committed=True")
+        bounded = self.suffix_length is not None and self.refresh != Exact()
+        require(not bounded, f"{unfit} suffix_length={self.suffix_length}")
 
     @classmethod
     def of_call(cls, function: str, given: dict, own_block: int | None = None) -> "Options":
@@ -126,6 +142,8 @@ class Options(Checked):
         require(not self.suffix_sample or not any(family.windows), unfit)
         unfit = f"refresh={self.refresh}: the model runs its own forward, which begins at its first layer"
         require(family.layerwise or not self.refresh.layerwise, unfit)
+        unfit = f"pipeline={self.pipeline}: the model's head predicts the next position"
+        require(self.pipeline is None or not family.shifted, unfit)
         if family.shifted:  # a position is predicted by its left neighbour, which is evaluated beside it
             unfit = "skip_committed=True: the model predicts a token from the position before it, which is committed"
             require(not self.skip_committed, unfit)
@@ -161,6 +179,13 @@ class Options(Checked):
         require(not self.suffix_length, f"suffix_length={self.suffix_length}: {unseen}")
         require(not self.suffix_sample, f"suffix_sample={self.suffix_sample}: {unseen}")
         return replace(self, block_length=block, refresh=Exact(), suffix_length=0)
+
+    def live_positions(self, slots: int) -> int:
+        """How many positions, next to each other, may be decoded at once, in a sequence of up to ``slots``."""
+        if self.pipeline is None:
+            return min(self.block_length, slots)
+        blocks = slots // self.block_length
+        return self.block_length * min(blocks, self.pipeline.blocks or blocks)
 
     @property
     def has_cache(self) -> bool:

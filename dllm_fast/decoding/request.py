@@ -34,10 +34,26 @@ class Row:
     pad_id: int | None = None  # what stands after the end; None: the id that ended it
     draft: Callable[[torch.Tensor, int], None] | None = None  # takes its ids [L] after each step, and its block's end
     error: str | None = None  # why it was stopped, if its logits are to blame
+    # With a `pipeline`: how many blocks are live, from the next one on; how many before it the last step has filled.
+    ahead: int = 0
+    behind: int = 0
 
     def left(self) -> torch.Tensor:
         """Positions that are still to be filled, [L] bool."""
         return self.open & (self.ids == self.mask_id)
+
+    @property
+    def settled(self) -> int:
+        """How many of its first positions are filled, and in blocks that are."""
+        left = self.left().nonzero()[:, 0]
+        end = int(left[0]) if len(left) else len(self.ids)
+        return end if self.done or not self.ahead else min(end, self.blocks[self.next][0])
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens it was given: up to the end of its text, and that included."""
+        text = self.ids[: self.length][self.open[: self.length]].tolist()
+        return min(len(before_end(text, self.eos_ids)) + 1, len(text))
 
     def take(self, ids: torch.Tensor, eos_ids: tuple[int, ...], pad_id: int | None = None) -> None:
         """Take in the sequence ``ids`` [L] as far as it is filled, and stop at the end of the text.
@@ -48,7 +64,7 @@ class Row:
         if not eos_ids:
             return
         eos = torch.tensor(eos_ids, dtype=torch.int64, device="cpu")
-        ends = (torch.isin(self.ids, eos) & self.open).nonzero()[:, 0]
+        ends = (torch.isin(self.ids, eos) & self.open)[: self.settled].nonzero()[:, 0]
         if len(ends):
             end = int(ends[0])
             after = torch.arange(len(self.ids), device="cpu") > end
@@ -59,6 +75,7 @@ class Row:
         """As it was before its first block."""
         self.ids = self.ids.masked_fill(self.open, self.mask_id)
         self.next, self.counts = 0, Counts()
+        self.ahead, self.behind = min(self.ahead, 1), 0
 
     def stop(self, error: str | None = None) -> None:
         """Fill no more of its blocks. Its seat is free at the next one."""
@@ -96,6 +113,11 @@ def plan_row(
     length = len(ids) + options.gen_length
     slots = length if family.block is None else -(-length // family.block) * family.block
     require(slots <= family.positions, f"{name}: {asked} exceed the model's {family.positions} positions")
+    cut = f"gen_length={options.gen_length} is not a multiple of block_length={options.block_length}"
+    fits = family.block is not None or options.gen_length % options.block_length == 0
+    require(options.pipeline is None or fits, f"{cut}, as pipeline={options.pipeline} needs")
+    inside = f"{name}: a [MASK] inside a prompt, which pipeline={options.pipeline} does not fill"
+    require(options.pipeline is None or not bool((ids == options.mask_id).any()), inside)
     ids = torch.cat((ids, ids.new_full((slots - len(ids),), options.mask_id)))
     open_ = ids == options.mask_id
     blocks = plan_blocks(open_, options.block_length, family.block is not None)
@@ -107,7 +129,8 @@ def plan_row(
         at = torch.arange(len(ids), device="cpu")
         draws = reference.uniform(options.seed, SAMPLE_STEP, torch.full_like(at, noise), at)
     return Row(
-        index, noise, ids, open_, blocks, options.mask_id, length, draws, eos_ids=options.eos_id, pad_id=options.pad_id
+        index, noise, ids, open_, blocks, options.mask_id, length, draws, eos_ids=options.eos_id, pad_id=options.pad_id,
+        ahead=int(options.pipeline is not None),
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ waits for the host.
 import contextlib
 import functools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -20,6 +20,7 @@ from dllm_fast.decoding.engine import Engine
 from dllm_fast.decoding.graphs import records
 from dllm_fast.decoding.memory import fits, most_rows, require_memory
 from dllm_fast.decoding.options import Options
+from dllm_fast.decoding.pipelined import Pipelined
 from dllm_fast.decoding.pool import Pool
 from dllm_fast.decoding.request import PLAN_STEP, Row
 from dllm_fast.decoding.values import require
@@ -159,7 +160,8 @@ class Server:
         old, plan = self.engine, self._plan(self.going + self.waiting, len(stayed))
         if old is None or not self._serves(self.key[1], plan):
             key = self._key(plan)
-            self.engine = self.pool.take(key) or Engine(self.family, self.options, *plan)
+            kind = Engine if self.options.pipeline is None else Pipelined
+            self.engine = self.pool.take(key) or kind(self.family, self.options, *plan)
             if old is not None:
                 self.engine.take_over(old, [0 if seat is None else seat for seat in stayed])
                 self.pool.give(self.key, old)
@@ -202,8 +204,31 @@ class Server:
         return [*kept, *[None] * (number - len(kept))]
 
     def _block(self) -> None:
-        """Fill each seated row's next block."""
+        """Fill each seated row's next block; with a `pipeline`, until one of them has filled it."""
         engine = self.engine
+        if self.stream is not None:
+            self.stream.flush()
+        if isinstance(engine, Pipelined):
+            self._stage(engine)
+        else:
+            self._next_blocks(engine)
+        may_end = any(row.done or row.eos_ids for row in self.going)
+        if may_end or self.stream is not None or self.is_open:
+            self._take_in()
+
+    def _stage(self, engine: Pipelined) -> None:
+        """Take steps until some seated row has filled the first of its live blocks."""
+        last = engine.slots - engine.block_size  # where a window begins at the latest
+        slot = on_host([last if row.done else min(row.slot(engine.slots, row.next), last) for row in self.seated])
+        stage = engine.stage(self.seated, self._drafting(slot))
+        for row, counts, (filled, ahead) in zip(self.seated, engine.counts, stage, strict=True):
+            if not row.done:
+                row.counts.add(counts)
+                row.next += filled
+                row.ahead, row.behind = ahead, filled
+
+    def _next_blocks(self, engine: Engine) -> None:
+        """Fill each seated row's next block."""
         rows = [self.going[0] if row.done else row for row in self.seated]
         slot = on_host([row.slot(engine.slots, row.next) for row in rows])
         masked = on_host([0 if row.done else row.blocks[row.next][1] for row in self.seated])
@@ -212,18 +237,16 @@ class Server:
         plan = self.options.schedule.counts(masked, blocks, draw)
         number = on_host([row.next for row in rows])
         full_rows = on_host([self._begins_full(row) for row in rows], torch.bool)
-        if self.stream is not None:
-            self.stream.flush()
-        watched = [seat for seat, row in enumerate(self.seated) if row.draft is not None and not row.done]
-        draft = functools.partial(self._draft, watched, slot + engine.block_size) if watched else None
-        engine.block(slot, number, plan, full_rows, draft, self._then(rows, slot))
+        engine.block(slot, number, plan, full_rows, self._drafting(slot), self._then(rows, slot))
         for row, counts in zip(self.seated, engine.counts, strict=True):
             if not row.done:
                 row.counts.add(counts)
                 row.next += 1
-        may_end = any(row.done or row.eos_ids for row in self.going)
-        if may_end or self.stream is not None or self.is_open:
-            self._take_in()
+
+    def _drafting(self, slot: torch.Tensor) -> Callable[[], None] | None:
+        """What to call after each step of what is live from ``slot`` [B] on, if any row is watched."""
+        watched = [seat for seat, row in enumerate(self.seated) if row.draft is not None and not row.done]
+        return functools.partial(self._draft, watched, slot + self.engine.block_size) if watched else None
 
     def _then(self, rows: list[Row], slot: torch.Tensor) -> torch.Tensor | None:
         """The slots [B] of the blocks after those at ``slot`` [B], if the engine may look ahead to their first step."""
@@ -287,8 +310,7 @@ class Stream:
             row.draft = self.draft
 
     def flush(self) -> None:
-        left = self.row.left().nonzero()[:, 0]
-        end = min(int(left[0]) if len(left) else self.row.length, self.row.length)
+        end = min(self.row.settled, self.row.length)
         if end > self.shown:
             self.streamer.put(self.row.ids[self.shown : end].clone())
             self.shown = end

@@ -1,9 +1,10 @@
-"""Schedules, refreshes and remasks as text, ``name=value,value``: read by the command line and by evaluations, and
-written to ``generation_config.json``."""
+"""Schedules, refreshes, remasks and pipelines as text, ``name=value,value``: read by the command line and by
+evaluations, and written to ``generation_config.json``."""
 
 import argparse
 from dataclasses import astuple
 
+from dllm_fast.decoding.pipeline import D2F, MultiBlock, Pipeline
 from dllm_fast.decoding.refresh import Drift, Every, Refresh, Window
 from dllm_fast.decoding.remask import P2, Edit, Remask, ReMDM, Verify
 from dllm_fast.decoding.schedules import (
@@ -33,6 +34,7 @@ SCHEDULES = {
     "first-hitting": (FirstHitting,),
 }
 REFRESHES = {"every": (Every, int), "window": (Window, int, int), "drift": (Drift, float)}
+PIPELINES = {"d2f": (D2F, float, float, int), "multi-block": (MultiBlock, float, int)}
 REMASKS = {"remdm": (ReMDM, float), "verify": (Verify, float), "p2": (P2, float), "edit": (Edit, float, int)}
 
 
@@ -77,7 +79,13 @@ def remask_of(text: str) -> Remask:
     return spelled(REMASKS, text)
 
 
-SPELLED = {"schedule": schedule_of, "refresh": refresh_of, "remask": remask_of}  # `generate`'s arguments
+def pipeline_of(text: str) -> Pipeline:
+    """``d2f=0.1,0.95``, ``d2f=0.1,0.95,4`` or ``multi-block=0.1``."""
+    return spelled(PIPELINES, text)
+
+
+# `generate`'s arguments
+SPELLED = {"schedule": schedule_of, "refresh": refresh_of, "remask": remask_of, "pipeline": pipeline_of}
 
 
 def policy_of(name: str, text: str):
@@ -88,10 +96,10 @@ def policy_of(name: str, text: str):
         raise ValueError(f"{name}: {error}") from error
 
 
-def spell(policy: Schedule | Refresh | Remask) -> str:
-    """The text that `schedule_of`, `refresh_of` or `remask_of` reads as ``policy``."""
-    for name, (cls, *_) in {**SCHEDULES, **REFRESHES, **REMASKS}.items():
+def spell(policy: Schedule | Refresh | Remask | Pipeline) -> str:
+    """The text that `schedule_of`, `refresh_of`, `remask_of` or `pipeline_of` reads as ``policy``."""
+    for name, (cls, *_) in {**SCHEDULES, **REFRESHES, **REMASKS, **PIPELINES}.items():
         if type(policy) is cls:
-            values = ",".join(map(str, astuple(policy)))
+            values = ",".join(str(value) for value in astuple(policy) if value is not None)
             return f"{name}={values}" if values else name
-    raise ValueError(f"{policy!r} is no schedule, refresh or remask of dllm_fast")
+    raise ValueError(f"{policy!r} is no schedule, refresh, remask or pipeline of dllm_fast")

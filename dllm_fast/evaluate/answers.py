@@ -12,7 +12,7 @@ LIMITS = (
 
 
 def spelled_options(**texts: str | None) -> dict:
-    """Parse `generate`'s ``schedule``, ``refresh`` and ``remask``, spelled as on the command line; None is left out."""
+    """Parse `generate`'s policies, ``schedule`` for example, spelled as on the command line; None is left out."""
     return {name: policy_of(name, str(text)) for name, text in texts.items() if text is not None}
 
 

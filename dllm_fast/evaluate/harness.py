@@ -39,7 +39,7 @@ class MaskedDiffusionLM(TemplateLM):
         block_length, confidence, temperature, cfg_scale, cache, suffix_length, suffix_sample,
             skip_committed, speculate, cache_dtype: as `dllm_fast.generate`. A task's own ``temperature`` or
             ``do_sample: false`` comes first.
-        schedule, refresh, remask: spelled as on the command line: ``uniform=64``, ``threshold=0.9``, ...
+        schedule, refresh, remask, pipeline: spelled as on the command line: ``uniform=64``, ``threshold=0.9``, ...
         mc_num: samples of the likelihood bound, see `evaluate.likelihood.log_likelihoods`.
         seed: for answers and likelihoods. Sampled answers depend on the number of processes; greedy answers and
             likelihoods do not.
@@ -62,6 +62,7 @@ class MaskedDiffusionLM(TemplateLM):
         schedule: str = "threshold=0.9",
         refresh: str = "block",
         remask: str | None = None,
+        pipeline: str | None = None,
         confidence: str = "probability",
         temperature: float = 0.0,
         cfg_scale: float = 0.0,
@@ -104,7 +105,7 @@ class MaskedDiffusionLM(TemplateLM):
             "suffix_length": suffix_length, "suffix_sample": suffix_sample, "skip_committed": skip_committed,
             "speculate": speculate, "cache_dtype": cache_dtype,
             "eos_id": end_of_text(self.model, self.tokenizer),
-            **spelled_options(schedule=schedule, refresh=refresh, remask=remask),
+            **spelled_options(schedule=schedule, refresh=refresh, remask=remask, pipeline=pipeline),
             **held_back(self.tokenizer, suppress_tokens, defer_tokens, logits_eos_inf, confidence_eos_eot_inf),
         }  # fmt: skip
 

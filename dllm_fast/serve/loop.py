@@ -40,8 +40,7 @@ class Job:
         """What the last block brought, if the request wants to know it."""
         if not (self.row.done or self.request.blocks):
             return None
-        left = self.row.left().nonzero()[:, 0]
-        end = int(left[0]) if len(left) and not self.row.done else len(self.row.ids)
+        end = len(self.row.ids) if self.row.done else self.row.settled
         begin, self.told = self.told, max(self.told, end - self.prompt)
         ids = self.row.ids[self.prompt + begin : self.prompt + self.told].tolist()
         return Block(self.request.number, self.choice, begin, ids, self.row.counts.nfe, self.row.done)

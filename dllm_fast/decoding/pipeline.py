@@ -1,0 +1,53 @@
+"""How many blocks of an answer are decoded at once, and what each of them commits.
+
+Blocks are *live* from the step at which they are added until they are filled. At first one is. Before each step the
+next block of the answer is added if the last live one has enough of its tokens; so at most one a step. A step's
+candidates are the masked positions of all live blocks, and every one whose confidence reaches the schedule's threshold
+is committed. The two published rules differ in what is committed below the threshold, so that every answer ends.
+
+dParallel (arXiv:2509.26488) decodes one block at a time, by the threshold on the entropy that `Threshold` has with
+``confidence="entropy"``.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from dllm_fast.decoding.values import Checked, checked, positive_or_none, real
+
+
+def _share(default: float) -> Any:
+    return checked(real, "a number above 0 and up to 1", lambda number: 0 < number <= 1, default=default)
+
+
+@dataclass(frozen=True)
+class D2F(Checked):
+    """Pipelined decoding of Discrete Diffusion Forcing (D2F, arXiv:2508.09192).
+
+    A block is added when the last one has at least the share ``add`` of its tokens. The first live block, and each
+    whose predecessor has at least the share ``activate``, commits its most confident position at a step at which none
+    of its positions reaches the threshold. At most ``blocks`` are live at a time; None: as many as the rule adds, as
+    published. The paper's tau_add, tau_act and tau_conf are ``add``, ``activate`` and the schedule's threshold.
+    """
+
+    add: float = _share(0.1)
+    activate: float = _share(0.95)
+    blocks: int | None = checked(positive_or_none, default=None)
+
+
+@dataclass(frozen=True)
+class MultiBlock(Checked):
+    """Multi-block decoding of d3LLM (arXiv:2601.07568).
+
+    A block is added when the last one has at least the share ``add`` of its tokens. Each step commits the most
+    confident position of all live blocks, and that of the first one if none of its own is committed. At most ``blocks``
+    are live at a time; None: as many as the rule adds, as published. d3LLM's confidence is the entropy: its
+    ``threshold=0.5`` is ``Threshold(-0.5)`` with ``confidence="entropy"``. Its ``decoded_token_threshold`` changes no
+    token there, and is left out.
+    """
+
+    add: float = _share(0.1)
+    blocks: int | None = checked(positive_or_none, default=None)
+    activate: ClassVar[None] = None
+
+
+Pipeline = D2F | MultiBlock
