@@ -8,9 +8,10 @@ import torch
 
 from dllm_fast.decoding.drafts import DraftGraph
 from dllm_fast.decoding.options import OPTIONS, Options
+from dllm_fast.decoding.record import GIVEN, order_of
 from dllm_fast.decoding.refresh import Refresh
 from dllm_fast.decoding.remask import Remask
-from dllm_fast.decoding.request import check_batch, check_suffix, check_token_types, plan_row
+from dllm_fast.decoding.request import Row, check_batch, check_suffix, check_token_types, plan_row
 from dllm_fast.decoding.schedules import Schedule, Threshold
 from dllm_fast.decoding.server import Server
 from dllm_fast.decoding.values import require, whole
@@ -30,6 +31,10 @@ class Output:
     row_nfe: the forwards of each row, [B]: those that it takes alone.
     steps: the schedule's steps of the row that takes most forwards.
     states: settings of a block's tokens that these forwards evaluated: one a step, and more with ``speculate``.
+    logprobs: with ``logprobs=True``, of each token of ``sequences`` its log-probability at the step that committed it,
+        [B, P + gen_length] fp32; 0 where a token was given, or stands after the end of the text.
+    order: with ``logprobs=True``, which step that was, [B, P + gen_length] int64: steps of a row whose tokens are in
+        ``sequences`` are counted from 0, block after block; -1 where ``logprobs`` is 0 for want of a step.
     """
 
     sequences: torch.Tensor
@@ -40,6 +45,8 @@ class Output:
     row_nfe: list[int]
     steps: int
     states: int
+    logprobs: torch.Tensor | None = None
+    order: torch.Tensor | None = None
 
 
 @torch.no_grad()
@@ -61,6 +68,7 @@ def generate(
     skip_committed: bool = False,
     speculate: int | str | DraftGraph | None = None,
     cache_dtype: str | None = None,
+    logprobs: bool = False,
     mask_id: int | None = None,
     eos_id: int | list[int] | tuple[int, ...] | None = None,
     seed: int | None = None,
@@ -107,6 +115,10 @@ def generate(
         cache_dtype: what the cache keeps keys and values in. None: the model's dtype. ``"e4m3"``: 8 bits, rounded to
             nearest, without a scale, saturated at +-448; every forward attends to the rounded ones. A cache then has
             half the bytes of bf16's. Triton's kernels need a GPU of compute capability 8.9.
+        logprobs: also return each token's log-probability when it was committed, and the order in which tokens were; of
+            one that was masked again, when it was committed last. It is that of the softmax that the confidence comes
+            from: of the logits without noise, so at temperature 1 whatever the ``temperature``; with guidance; over all
+            tokens, [MASK] included, but ``suppress_tokens``. ``defer_tokens`` count.
         mask_id: default ``model.config.mask_token_id``.
         eos_id: an id, or several: when a finished block holds one of them, the row is done, and every position
             to be filled after the first becomes ``pad_id``. None: every position is generated, as LLaDA's
@@ -150,15 +162,23 @@ def fill(model, family, pool, input_ids, attention_mask, options: Options, strea
         check_suffix(options, rows)
     require(any(row.blocks for row in rows), "gen_length=0 and no [MASK] in input_ids: there is nothing to fill")
     sequences = torch.cat((host, host.new_zeros(batch, options.gen_length)), 1)
+    logprobs = order = None
+    if options.logprobs:
+        logprobs, order = torch.zeros_like(sequences, dtype=torch.float32), torch.full_like(sequences, GIVEN)
     for row in Server(model, family, pool, options, rows, batch, streamer).serve():
         length = end[row.index] - start[row.index]
-        sequences[row.index, start[row.index] : end[row.index]] = row.ids[:length]
-        sequences[row.index, prompt:] = row.ids[length : row.length]
+        found = [(sequences, row.ids)]
+        if options.logprobs:
+            found += [(logprobs, row.logprobs), (order, order_of(row.steps))]
+        for whole_batch, own in found:
+            whole_batch[row.index, start[row.index] : end[row.index]] = own[:length]
+            whole_batch[row.index, prompt:] = own[length : row.length]
     longest = max((row.counts for row in rows), key=lambda counts: counts.nfe)
     positions = round(sum(row.counts.positions for row in rows))
+    sequences, logprobs, order = (None if x is None else x.to(input_ids.device) for x in (sequences, logprobs, order))
     return Output(
-        sequences.to(input_ids.device), longest.nfe, longest.full, longest.block, positions,
-        [row.counts.nfe for row in rows], longest.steps, longest.states,
+        sequences, longest.nfe, longest.full, longest.block, positions, [row.counts.nfe for row in rows],
+        longest.steps, longest.states, logprobs, order,
     )  # fmt: skip
 
 
@@ -169,6 +189,7 @@ class Completion:
     index: its number among the prompts, in the order they were handed in.
     sequence: prompt and answer, [L] int64 on the host.
     nfe, steps, states: those that `generate` takes for it alone, see `Output`.
+    logprobs, order: with ``logprobs=True``, of ``sequence``, as `Output`'s are: [L] fp32 and [L] int64 on the host.
     """
 
     index: int
@@ -176,6 +197,8 @@ class Completion:
     nfe: int
     steps: int
     states: int
+    logprobs: torch.Tensor | None = None
+    order: torch.Tensor | None = None
 
 
 def generate_many(
@@ -223,6 +246,14 @@ def generate_many(
     return _completions(server, len(rows), ordered, progress)
 
 
+def _completion(row: Row) -> Completion:
+    logprobs = order = None
+    if row.steps is not None:
+        logprobs, order = row.logprobs[: row.length], order_of(row.steps)[: row.length]
+    counts = row.counts
+    return Completion(row.index, row.ids[: row.length], counts.nfe, counts.steps, counts.states, logprobs, order)
+
+
 def _completions(server, total: int, ordered: bool, progress) -> Iterator[Completion]:
     with contextlib.ExitStack() as stack:
         if progress is True:
@@ -234,8 +265,7 @@ def _completions(server, total: int, ordered: bool, progress) -> Iterator[Comple
         for done, row in enumerate(server.serve(), 1):
             if progress:
                 progress(done, total)
-            ids = row.ids[: row.length]
-            kept[row.index] = Completion(row.index, ids, row.counts.nfe, row.counts.steps, row.counts.states)
+            kept[row.index] = _completion(row)
             while ordered and expected in kept:
                 yield kept.pop(expected)
                 expected += 1

@@ -52,6 +52,7 @@ class Options(Checked):
     skip_committed: bool = checked(one_kind, bool, "True or False", default=False)
     speculate: int | str | DraftGraph | None = checked(as_drafts, default=None)
     cache_dtype: str | None = checked(one_of, CACHE_DTYPES, default=None)
+    logprobs: bool = checked(one_kind, bool, "True or False", default=False)
     mask_id: int | None = None
     eos_id: Ids = field(default=None, compare=False)
     seed: int | None = field(default=None, compare=False)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 
 from dllm_fast.decoding.options import Options
+from dllm_fast.decoding.record import GIVEN
 from dllm_fast.decoding.steps import Counts
 from dllm_fast.decoding.values import require
 from dllm_fast.families.rows import valid_spans
@@ -34,6 +35,8 @@ class Row:
     pad_id: int | None = None  # what stands after the end; None: the id that ended it
     draft: Callable[[torch.Tensor, int], None] | None = None  # takes its ids [L] after each step, and its block's end
     error: str | None = None  # why it was stopped, if its logits are to blame
+    logprobs: torch.Tensor | None = None  # [L] fp32, where they are asked for
+    steps: torch.Tensor | None = None  # [L] int64, as `Record` numbers them
 
     def left(self) -> torch.Tensor:
         """Positions that are still to be filled, [L] bool."""
@@ -53,12 +56,17 @@ class Row:
             end = int(ends[0])
             after = torch.arange(len(self.ids), device="cpu") > end
             self.ids[after & self.open] = int(self.ids[end]) if pad_id is None else pad_id
+            if self.steps is not None:
+                self.logprobs[after], self.steps[after] = 0.0, GIVEN
             self.stop(self.error)
 
     def restart(self) -> None:
         """As it was before its first block."""
         self.ids = self.ids.masked_fill(self.open, self.mask_id)
         self.next, self.counts = 0, Counts()
+        if self.steps is not None:
+            self.logprobs.zero_()
+            self.steps.fill_(GIVEN)
 
     def stop(self, error: str | None = None) -> None:
         """Fill no more of its blocks. Its seat is free at the next one."""
@@ -106,9 +114,13 @@ def plan_row(
     if options.suffix_sample:
         at = torch.arange(len(ids), device="cpu")
         draws = reference.uniform(options.seed, SAMPLE_STEP, torch.full_like(at, noise), at)
-    return Row(
+    row = Row(
         index, noise, ids, open_, blocks, options.mask_id, length, draws, eos_ids=options.eos_id, pad_id=options.pad_id
-    )  # fmt: skip
+    )
+    if options.logprobs:
+        row.logprobs = torch.zeros(len(ids), dtype=torch.float32, device="cpu")
+        row.steps = torch.full((len(ids),), GIVEN, dtype=torch.int64, device="cpu")
+    return row
 
 
 def as_prompt(name: str, given: torch.Tensor | list[int]) -> torch.Tensor:

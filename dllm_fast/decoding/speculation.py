@@ -110,7 +110,8 @@ class Speculation(Forwards):
         probability = None
         if o.remask is not None:
             current = torch.where(candidate, token, blocks)
-            probability = self._probability(heads, current.flatten(), lse).view_as(blocks)
+            probability = self._logprob(heads, current.flatten(), lse).exp().view_as(blocks)
+        logprob = None if self.record is None else self._logprob(heads, token.flatten(), lse).view_as(blocks)
         # 2. Step by step, each from the state that the one before has reached.
         going = alive = self.live > 0
         count, state = torch.zeros_like(self.slot), torch.zeros_like(self.slot)
@@ -123,6 +124,8 @@ class Speculation(Forwards):
             own = None if probability is None else _of_state(probability, state)
             masked = _of_state(candidate, state) & alive[:, None]
             chosen = self._advance(_of_state(token, state), _of_state(score, state), own, masked, quota, alive)
+            if logprob is not None:
+                self._note(chosen, _of_state(logprob, state), step.gather(1, state[:, None])[:, 0])
             count = torch.where(alive, chosen.sum(1), count)
             self.taken += alive
             block = self.canvas.gather(1, at)
