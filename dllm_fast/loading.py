@@ -74,13 +74,7 @@ def from_pretrained(
     """
     require_known(weights=weights, head=head)
     require_device(device)
-    name = model_path(str(name))
-    if Path(name).is_dir():
-        check_folder(Path(name))
-    elif Path(name).exists():
-        raise ValueError(f"{name} is a file, not the folder of a model")
-    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ValueError(f"{name}: no such folder")
+    name = require_model(name)
     # The classes are the families', not transformers' registry's: the published code takes over the name llada there.
     fields, _ = PretrainedConfig.get_config_dict(name, **kwargs)
     kind = kind_of(fields)
@@ -136,6 +130,18 @@ def other_model(name: str, kind: str | None, **kwargs) -> tuple[Any, PretrainedC
         f"{name}: model_type {kind!r} is not supported; supported are {', '.join(FAMILIES)}, and what transformers has "
         "as a masked language model or a decoder"
     )
+
+
+def require_model(name: str) -> str:
+    """`model_path` of a name. Raises ValueError if it is neither a complete folder nor a hub name."""
+    name = model_path(str(name))
+    if Path(name).is_dir():
+        check_folder(Path(name))
+    elif Path(name).exists():
+        raise ValueError(f"{name} is a file, not the folder of a model")
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ValueError(f"{name}: no such folder")
+    return name
 
 
 def require_device(device: str | torch.device | None) -> None:
