@@ -130,7 +130,7 @@ class Server:
 
     def _key(self, plan: tuple[int, int, int, bool]) -> tuple:
         """Of an engine in the pool. Weights that are written in place leave it as it is: graphs hold addresses."""
-        return self.options, plan, self.family.recorded(self.model) if self.recorded else ()
+        return self.options, plan, self.family.recorded(self.model)
 
     def _require_memory(self, plan: tuple[int, int, int, bool]) -> None:
         """Raise MemoryError if a new engine would not fit even without those that the pool keeps."""
