@@ -39,7 +39,9 @@ def test_those_of_the_plain_loop(name, seed):
     resolved = Options(**options).resolved(model, family)
     expected = [plain_loop.run(family, ids, resolved, row) for row, ids in enumerate(request.prompts)]
     for seats in (1, 2, 3):
-        for plain, done in zip(expected, dllm_fast.generate_many(model, request.prompts, seats, **options), strict=True):
+        for plain, done in zip(
+            expected, dllm_fast.generate_many(model, request.prompts, seats, **options), strict=True
+        ):
             check(plain, done)
 
 

@@ -35,7 +35,7 @@ def source(tmp_path):
     folder.mkdir()
     rows = [{"prompt": WORDS[n % len(WORDS)], "id": n, "more": {"é": [n]}} for n in range(11)]
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-    (folder / "a.jsonl").write_text("\n".join(lines[:4] + [""] + lines[4:7]), encoding="utf-8")
+    (folder / "a.jsonl").write_text("\n".join([*lines[:4], "", *lines[4:7]]), encoding="utf-8")
     (folder / "b.jsonl").write_text("\n".join(lines[7:]) + "\n", encoding="utf-8")
     return folder
 
@@ -88,7 +88,12 @@ def test_answers_are_those_of_each_prompts_number(cluster, source, tmp_path, exp
 def test_one_two_or_four_actors(cluster, source, tmp_path, expected, kind):
     if kind == "parquet":
         pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-        rows = [json.loads(line) for file in sorted(source.iterdir()) for line in file.read_text("utf-8").split("\n") if line]
+        rows = [
+            json.loads(line)
+            for file in sorted(source.iterdir())
+            for line in file.read_text("utf-8").split("\n")
+            if line
+        ]
         parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=2)
         source = tmp_path / "a.parquet"
     found = []
@@ -227,7 +232,9 @@ def test_answers_made_with_other_arguments_are_left_alone(source, tmp_path, monk
     seed = json.loads((tmp_path / "out" / module.MANIFEST).read_text())["seed"]
     dllm_fast.ray.generate(MODEL, source, tmp_path / "out", **drawn, seed=seed)
     for changes in ({"seed": seed + 1}, {"part_size": 4}, {"gen_length": 24}, {"dtype": "bfloat16"}, {"chat": True}):
-        with pytest.raises(ValueError, match=f"target='.*out': its answers were made with {next(iter(changes))}|options="):
+        with pytest.raises(
+            ValueError, match=f"target='.*out': its answers were made with {next(iter(changes))}|options="
+        ):
             dllm_fast.ray.generate(MODEL, source, tmp_path / "out", **{**drawn, **changes})
     (source / "b.jsonl").write_text('{"prompt": "A bird"}\n')
     with pytest.raises(ValueError, match="its answers were made with source="):

@@ -12,7 +12,9 @@ class Record:
 
     def __init__(self, rows: int, slots: int, device: torch.device):
         self.logprob = torch.zeros((rows, slots), dtype=torch.float32, device=device)
-        self.step = torch.full((rows, slots), GIVEN, dtype=torch.int64, device=device)  # number of the block << 32 | step
+        self.step = torch.full(
+            (rows, slots), GIVEN, dtype=torch.int64, device=device
+        )  # number of the block << 32 | step
 
     def write(
         self,

@@ -1,9 +1,10 @@
 """`generate`: prompts in files, answered by a model an actor on a Ray cluster, written beside them.
 
 The prompts are numbered in the order of the files, and cut into parts of consecutive ones. An actor reads a part, runs
-`generate_many` over it, and writes a file with its answers. The file gets its name when it is complete. So what a killed
-run has finished is there, and the next one does the rest. The noise of a prompt is a function of its number, and a part
-is a batch of its own, whoever does it: the tokens depend neither on how many actors there are nor on which of them die.
+`generate_many` over it, and writes a file with its answers. The file gets its name when it is complete. So what a
+killed run has finished is there, and the next one does the rest. The noise of a prompt is a function of its number, and
+a part is a batch of its own, whoever does it: the tokens depend neither on how many actors there are nor on which of
+them die.
 """
 
 import contextlib
@@ -100,8 +101,8 @@ def generate(
             If a run with the same arguments was stopped there, this one does what it has left.
         column: the prompts' column: texts; lists of ids; or chats, lists of ``{"role": ..., "content": ...}``, which go
             through the tokenizer's chat template. A text that spells [MASK] is text; ids may hold the mask id.
-        answer: the new column, with the text up to its end. ``<answer>_ids`` has all generated ids, ``<answer>_nfe`` the
-            forwards. With ``logprobs=True`` there are ``<answer>_logprobs`` and ``<answer>_order`` too, see `Output`.
+        answer: the new column, with the text up to its end. ``<answer>_ids`` has all generated ids, ``<answer>_nfe``
+            the forwards. With ``logprobs=True`` there are ``<answer>_logprobs`` and ``<answer>_order``, see `Output`.
         workers: actors, each with the whole model.
         batch_size: rows that an actor evaluates together, as `generate_many`'s.
         part_size: prompts of a part, and so of an output file. A run that is killed loses the parts that were begun.
@@ -188,7 +189,9 @@ def _run(plan: Plan, parts: list[Part], workers: int, gpus: float | None, cpus: 
         ray.init()
     if gpus is None:
         gpus = 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
-    items = ray.data.from_items([{"part": json.dumps(dataclasses.asdict(part))} for part in parts], override_num_blocks=len(parts))
+    items = ray.data.from_items(
+        [{"part": json.dumps(dataclasses.asdict(part))} for part in parts], override_num_blocks=len(parts)
+    )
     done = items.map_batches(
         Worker,
         batch_size=1,
