@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import os
 
 import pytest
 import torch
@@ -133,15 +132,17 @@ def test_any_written_number_shows_in_its_rows_sum(dtype, width):
 
 # Recorded steps
 
+small = functools.partial(make_llada, n_layers=2, d_model=32, n_heads=2, mlp_hidden_size=32)
+
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's own recordings are tried there")
 @needs_triton
 @pytest.mark.parametrize("how", [{}, {"weights": "fp8"}, {"head": "fp8"}], ids=str)
-@pytest.mark.parametrize("change", [load, copy_data])
+@pytest.mark.parametrize("change", [pytest.param(load, marks=pytest.mark.long), copy_data])
 def test_recordings_stay_and_replay_with_new_weights(monkeypatch, how, change, ids):
     recorder = Recorder(monkeypatch)
     launchers_of_pytorch(monkeypatch, recorder)
-    model, new = dllm_fast.patch(make_llada(), "triton", **how), make_llada(seed=9)
+    model, new = dllm_fast.patch(small(), "triton", **how), small(seed=9)
     tokens(model, ids)
     recorded = recorder.recorded
     assert recorded > 0
@@ -179,11 +180,11 @@ def trained(adapter):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's own recordings are tried there")
 @needs_triton
-@pytest.mark.parametrize("change", [scaled, switched_off, trained])
+@pytest.mark.parametrize("change", [pytest.param(scaled, marks=pytest.mark.long), switched_off, trained])
 def test_a_recorded_step_follows_an_adapters_settings(monkeypatch, change, ids):
     recorder = Recorder(monkeypatch)
     launchers_of_pytorch(monkeypatch, recorder)
-    model = make_llada()
+    model = small()
     block = model.model.transformer.blocks[1]
     block.up_proj = Adapter(block.up_proj)
     other = copy.deepcopy(model)
@@ -193,4 +194,4 @@ def test_a_recorded_step_follows_an_adapters_settings(monkeypatch, change, ids):
     change(other.model.transformer.blocks[1].up_proj)
     found, expected = tokens(model, ids), tokens(dllm_fast.patch(other, "triton"), ids)
     assert torch.equal(found.logprobs, expected.logprobs) and not torch.equal(found.logprobs, before.logprobs)
-    assert recorder.recorded > 0 and os.environ.get("TRITON_INTERPRET") == "1"
+    assert recorder.recorded > 0

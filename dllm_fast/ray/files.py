@@ -141,7 +141,8 @@ def read(fs, part: Part, kind: str, column: str) -> tuple[Any, list]:
 
         with fs.open_input_file(part.file) as stream:
             file = pyarrow.parquet.ParquetFile(stream)
-            groups, before, skipped = [], 0, 0
+            groups: list[Any] = []
+            before = skipped = 0
             for number in range(file.num_row_groups):
                 after = before + file.metadata.row_group(number).num_rows
                 if after > part.row and before < part.row + part.rows:
