@@ -2,6 +2,8 @@
 
 import functools
 import random
+import re
+from pathlib import Path
 
 import plain_loop
 import pytest
@@ -184,3 +186,10 @@ def test_refused(llada, ids):
         llada.generate(ids, max_new_tokens=8, logprobs=True)
     out = dllm_fast.generate(llada, ids, gen_length=8, block_length=8)
     assert out.logprobs is None and out.order is None
+
+
+def test_the_loop_of_the_page_runs():
+    page = (Path(__file__).parents[1] / "docs" / "rollouts.md").read_text(encoding="utf-8")
+    names = {}
+    exec(compile(re.findall(r"```python\n(.*?)```", page, re.S)[0], "rollouts.md", "exec"), names)
+    assert names["ratio"].isfinite().all() and (names["out"].order.amax(1) == 7).all()

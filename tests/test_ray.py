@@ -43,6 +43,8 @@ def source(tmp_path):
 @pytest.fixture(scope="module")
 def cluster():
     ray = pytest.importorskip("ray")
+    # Ray's workers give way to all other processes, on a busy machine for minutes.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     ray.init(num_cpus=4, include_dashboard=False, object_store_memory=100 << 20, log_to_driver=False)
     yield ray
     ray.shutdown()
