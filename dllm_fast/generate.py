@@ -8,10 +8,10 @@ import torch
 
 from dllm_fast.decoding.drafts import DraftGraph
 from dllm_fast.decoding.options import OPTIONS, Options
-from dllm_fast.decoding.record import GIVEN, order_of
+from dllm_fast.decoding.record import GIVEN
 from dllm_fast.decoding.refresh import Refresh
 from dllm_fast.decoding.remask import Remask
-from dllm_fast.decoding.request import Row, check_batch, check_suffix, check_token_types, plan_row
+from dllm_fast.decoding.request import check_batch, check_suffix, check_token_types, plan_row
 from dllm_fast.decoding.schedules import Schedule, Threshold
 from dllm_fast.decoding.server import Server
 from dllm_fast.decoding.values import require, whole
@@ -162,23 +162,20 @@ def fill(model, family, pool, input_ids, attention_mask, options: Options, strea
         check_suffix(options, rows)
     require(any(row.blocks for row in rows), "gen_length=0 and no [MASK] in input_ids: there is nothing to fill")
     sequences = torch.cat((host, host.new_zeros(batch, options.gen_length)), 1)
-    logprobs = order = None
+    results = [sequences]
     if options.logprobs:
-        logprobs, order = torch.zeros_like(sequences, dtype=torch.float32), torch.full_like(sequences, GIVEN)
+        results += [torch.zeros_like(sequences, dtype=torch.float32), torch.full_like(sequences, GIVEN)]
     for row in Server(model, family, pool, options, rows, batch, streamer).serve():
         length = end[row.index] - start[row.index]
-        found = [(sequences, row.ids)]
-        if options.logprobs:
-            found += [(logprobs, row.logprobs), (order, order_of(row.steps))]
-        for whole_batch, own in found:
-            whole_batch[row.index, start[row.index] : end[row.index]] = own[:length]
-            whole_batch[row.index, prompt:] = own[length : row.length]
+        for result, own in zip(results, row.results(), strict=True):
+            result[row.index, start[row.index] : end[row.index]] = own[:length]
+            result[row.index, prompt:] = own[length : row.length]
     longest = max((row.counts for row in rows), key=lambda counts: counts.nfe)
     positions = round(sum(row.counts.positions for row in rows))
-    sequences, logprobs, order = (None if x is None else x.to(input_ids.device) for x in (sequences, logprobs, order))
+    sequences, *more = (result.to(input_ids.device) for result in results)
     return Output(
         sequences, longest.nfe, longest.full, longest.block, positions, [row.counts.nfe for row in rows],
-        longest.steps, longest.states, logprobs, order,
+        longest.steps, longest.states, *more,
     )  # fmt: skip
 
 
@@ -246,14 +243,6 @@ def generate_many(
     return _completions(server, len(rows), ordered, progress)
 
 
-def _completion(row: Row) -> Completion:
-    logprobs = order = None
-    if row.steps is not None:
-        logprobs, order = row.logprobs[: row.length], order_of(row.steps)[: row.length]
-    counts = row.counts
-    return Completion(row.index, row.ids[: row.length], counts.nfe, counts.steps, counts.states, logprobs, order)
-
-
 def _completions(server, total: int, ordered: bool, progress) -> Iterator[Completion]:
     with contextlib.ExitStack() as stack:
         if progress is True:
@@ -265,7 +254,8 @@ def _completions(server, total: int, ordered: bool, progress) -> Iterator[Comple
         for done, row in enumerate(server.serve(), 1):
             if progress:
                 progress(done, total)
-            kept[row.index] = _completion(row)
+            ids, *more = (own[: row.length] for own in row.results())
+            kept[row.index] = Completion(row.index, ids, row.counts.nfe, row.counts.steps, row.counts.states, *more)
             while ordered and expected in kept:
                 yield kept.pop(expected)
                 expected += 1

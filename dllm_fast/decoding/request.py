@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 
 from dllm_fast.decoding.options import Options
-from dllm_fast.decoding.record import GIVEN
+from dllm_fast.decoding.record import GIVEN, order_of
 from dllm_fast.decoding.steps import Counts
 from dllm_fast.decoding.values import require
 from dllm_fast.families.rows import valid_spans
@@ -59,6 +59,10 @@ class Row:
             if self.steps is not None:
                 self.logprobs[after], self.steps[after] = 0.0, GIVEN
             self.stop(self.error)
+
+    def results(self) -> list[torch.Tensor]:
+        """Its ids, and where they are asked for its log-probabilities and the order of its steps, [L] each."""
+        return [self.ids] if self.steps is None else [self.ids, self.logprobs, order_of(self.steps)]
 
     def restart(self) -> None:
         """As it was before its first block."""

@@ -229,7 +229,7 @@ class Worker:
         self.mask_id = next((i for i in known if i is not None), None)
         eos_ids = plan.options.get("eos_id")
         eos_ids = end_of_text(self.model, self.tokenizer) if eos_ids is None else eos_ids
-        self.eos_ids = [eos_ids] if is_whole(eos_ids) else eos_ids
+        self.eos_ids: Any = [eos_ids] if is_whole(eos_ids) else eos_ids
         self.options = {**plan.options, "mask_id": self.mask_id, "eos_id": self.eos_ids}
 
     def __call__(self, batch: dict) -> dict[str, list[int]]:
