@@ -203,16 +203,9 @@ def _run(plan: Plan, parts: list[Part], workers: int, gpus: float | None, cpus: 
         max_restarts=-1,
         max_task_retries=TRIES - 1,
     )
-    try:
-        for row in done.iter_rows():
-            yield int(row["rows"])
-    except Exception as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, ValueError):
-            cause = getattr(cause, "cause", None) or cause.__cause__
-        if cause is None:
-            raise
-        raise ValueError(str(cause)) from error
+    for row in done.iter_rows():
+        require(not row["error"], row["error"])
+        yield int(row["rows"])
 
 
 class Worker:
@@ -232,13 +225,17 @@ class Worker:
         self.eos_ids: Any = [eos_ids] if is_whole(eos_ids) else eos_ids
         self.options = {**plan.options, "mask_id": self.mask_id, "eos_id": self.eos_ids}
 
-    def __call__(self, batch: dict) -> dict[str, list[int]]:
-        """Do the part that is the batch, unless it is done: a file may outlive the news of it."""
+    def __call__(self, batch: dict) -> dict[str, list]:
+        """Do the part that is the batch, unless it is done: a file may outlive the news of it. A ValueError is handed
+        back as text, because Ray raises another in its place."""
         part = Part(**json.loads(batch["part"][0]))
-        if not self.plan.target.get_file_info(self.plan.file(part)).is_file:
-            rows, prompts = read(self.plan.source, part, self.plan.kind, self.plan.column)
-            write(self.plan.target, self.plan.file(part), self.plan.kind, rows, self.answers(part, prompts))
-        return {"rows": [part.rows]}
+        try:
+            if not self.plan.target.get_file_info(self.plan.file(part)).is_file:
+                rows, prompts = read(self.plan.source, part, self.plan.kind, self.plan.column)
+                write(self.plan.target, self.plan.file(part), self.plan.kind, rows, self.answers(part, prompts))
+        except ValueError as error:
+            return {"rows": [0], "error": [str(error)]}
+        return {"rows": [part.rows], "error": [""]}
 
     def answers(self, part: Part, prompts: list) -> list[dict[str, Any]]:
         """The new columns of a part's rows."""
