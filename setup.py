@@ -11,7 +11,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-ROOMS = ("cli", "cpu", "decoding", "evaluate", "families", "serve", "train")
+ROOMS = ("cli", "cpu", "decoding", "evaluate", "families", "ray", "serve", "train")
 DATA = ["py.typed", "serve/page.html", "train/fsdp2.yaml", "models/*/*", "hub/custom_generate/*"]
 SOURCES = "csrc/cpu"
 OPTIONS = ["-std=c++17", "-O3", "-g0", "-pthread", "-fvisibility=hidden", "-ffp-contract=fast"]

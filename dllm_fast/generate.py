@@ -9,6 +9,7 @@ import torch
 from dllm_fast.decoding.drafts import DraftGraph
 from dllm_fast.decoding.options import OPTIONS, Options
 from dllm_fast.decoding.pipeline import Pipeline
+from dllm_fast.decoding.record import GIVEN
 from dllm_fast.decoding.refresh import Refresh
 from dllm_fast.decoding.remask import Remask
 from dllm_fast.decoding.request import check_batch, check_suffix, check_token_types, plan_row
@@ -32,6 +33,10 @@ class Output:
     steps: the schedule's steps of the row that takes most forwards.
     states: settings of a block's tokens that these forwards evaluated: one a step, and more with ``speculate``.
     row_tokens: the tokens that each row was given, [B]: up to the end of its text, and that included.
+    logprobs: with ``logprobs=True``, of each token of ``sequences`` its log-probability at the step that committed it,
+        [B, P + gen_length] fp32; 0 where a token was given, or stands after the end of the text.
+    order: with ``logprobs=True``, which step that was, [B, P + gen_length] int64: steps of a row whose tokens are in
+        ``sequences`` are counted from 0, block after block; -1 where ``logprobs`` is 0 for want of a step.
     """
 
     sequences: torch.Tensor
@@ -43,6 +48,8 @@ class Output:
     steps: int
     states: int
     row_tokens: list[int]
+    logprobs: torch.Tensor | None = None
+    order: torch.Tensor | None = None
 
     @property
     def tokens_per_forward(self) -> float:
@@ -71,6 +78,7 @@ def generate(
     speculate: int | str | DraftGraph | None = None,
     cache_dtype: str | None = None,
     pipeline: Pipeline | None = None,
+    logprobs: bool = False,
     mask_id: int | None = None,
     eos_id: int | list[int] | tuple[int, ...] | None = None,
     seed: int | None = None,
@@ -122,6 +130,10 @@ def generate(
             with the latter a row's step is a forward of its whole sequence whenever it has filled its first live block.
             Not with ``refresh``, ``remask``, ``suffix_length``, ``skip_committed`` and ``speculate``, nor for a model
             whose head predicts the next position.
+        logprobs: also return each token's log-probability when it was committed, and the order in which tokens were; of
+            one that was masked again, when it was committed last. It is that of the softmax that the confidence comes
+            from: of the logits without noise, so at temperature 1 whatever the ``temperature``; with guidance; over all
+            tokens, [MASK] included, but ``suppress_tokens``. ``defer_tokens`` count.
         mask_id: default ``model.config.mask_token_id``.
         eos_id: an id, or several: when a finished block holds one of them, the row is done, and every position
             to be filled after the first becomes ``pad_id``. None: every position is generated, as LLaDA's
@@ -165,15 +177,20 @@ def fill(model, family, pool, input_ids, attention_mask, options: Options, strea
         check_suffix(options, rows)
     require(any(row.blocks for row in rows), "gen_length=0 and no [MASK] in input_ids: there is nothing to fill")
     sequences = torch.cat((host, host.new_zeros(batch, options.gen_length)), 1)
+    results = [sequences]
+    if options.logprobs:
+        results += [torch.zeros_like(sequences, dtype=torch.float32), torch.full_like(sequences, GIVEN)]
     for row in Server(model, family, pool, options, rows, batch, streamer).serve():
         length = end[row.index] - start[row.index]
-        sequences[row.index, start[row.index] : end[row.index]] = row.ids[:length]
-        sequences[row.index, prompt:] = row.ids[length : row.length]
+        for result, own in zip(results, row.results(), strict=True):
+            result[row.index, start[row.index] : end[row.index]] = own[:length]
+            result[row.index, prompt:] = own[length : row.length]
     longest = max((row.counts for row in rows), key=lambda counts: counts.nfe)
     positions = round(sum(row.counts.positions for row in rows))
+    sequences, *more = (result.to(input_ids.device) for result in results)
     return Output(
-        sequences.to(input_ids.device), longest.nfe, longest.full, longest.block, positions,
-        [row.counts.nfe for row in rows], longest.steps, longest.states, [row.tokens for row in rows],
+        sequences, longest.nfe, longest.full, longest.block, positions, [row.counts.nfe for row in rows],
+        longest.steps, longest.states, [row.tokens for row in rows], *more,
     )  # fmt: skip
 
 
@@ -185,6 +202,7 @@ class Completion:
     sequence: prompt and answer, [L] int64 on the host.
     nfe, steps, states: those that `generate` takes for it alone, see `Output`.
     tokens: that it was given, up to the end of its text and that included.
+    logprobs, order: with ``logprobs=True``, of ``sequence``, as `Output`'s are: [L] fp32 and [L] int64 on the host.
     """
 
     index: int
@@ -193,6 +211,8 @@ class Completion:
     steps: int
     states: int
     tokens: int
+    logprobs: torch.Tensor | None = None
+    order: torch.Tensor | None = None
 
     @property
     def tokens_per_forward(self) -> float:
@@ -256,9 +276,9 @@ def _completions(server, total: int, ordered: bool, progress) -> Iterator[Comple
         for done, row in enumerate(server.serve(), 1):
             if progress:
                 progress(done, total)
-            ids = row.ids[: row.length]
+            ids, *more = (own[: row.length] for own in row.results())
             counts = row.counts
-            kept[row.index] = Completion(row.index, ids, counts.nfe, counts.steps, counts.states, row.tokens)
+            kept[row.index] = Completion(row.index, ids, counts.nfe, counts.steps, counts.states, row.tokens, *more)
             while ordered and expected in kept:
                 yield kept.pop(expected)
                 expected += 1

@@ -14,7 +14,7 @@ from dllm_fast.decoding.values import is_whole, require
 
 ALIASES = {"gen_length": "max_new_tokens", "eos_id": "eos_token_id", "pad_id": "pad_token_id"}  # `generate`'s names
 # Options that transformers has no field for.
-DIFFUSION = tuple(name for name in OPTIONS if name not in (*ALIASES, "temperature", "suppress_tokens"))
+DIFFUSION = tuple(name for name in OPTIONS if name not in (*ALIASES, "temperature", "suppress_tokens", "logprobs"))
 HONOURED = (
     "max_new_tokens", "max_length", "do_sample", "temperature", "eos_token_id", "pad_token_id", "suppress_tokens",
     "use_cache", "num_return_sequences", "return_dict_in_generate", *DIFFUSION,

@@ -19,7 +19,7 @@ from dllm_fast.patch import family_and_pool
 
 NONE_COUNTS = ("eos_token_id", "pad_token_id", "eos_id", "pad_id")  # given as None, they take back what a config says
 # Arguments of transformers' own generate that may stand there with a value that asks for nothing.
-HARMLESS = {"synced_gpus": (False,), "use_model_defaults": (True,)}
+HARMLESS = {"synced_gpus": (False,), "use_model_defaults": (True,), "logprobs": (False,)}
 
 
 @dataclass

@@ -78,13 +78,7 @@ def from_pretrained(
     """
     require_known(weights=weights, head=head)
     require_device(device)
-    name = model_path(str(name))
-    if Path(name).is_dir():
-        check_folder(Path(name))
-    elif Path(name).exists():
-        raise ValueError(f"{name} is a file, not the folder of a model")
-    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ValueError(f"{name}: no such folder")
+    name = require_model(name)
     # The classes are the families', not transformers' registry's: the published code takes over the name llada there.
     fields, _ = PretrainedConfig.get_config_dict(name, **kwargs)
     kind = kind_of(fields)
@@ -155,6 +149,18 @@ def is_other(name: str) -> bool:
     check_folder(Path(name))
     kind = kind_of(PretrainedConfig.get_config_dict(name)[0])
     return kind is not None and kind not in FAMILIES
+
+
+def require_model(name: str) -> str:
+    """`model_path` of a name. Raises ValueError if it is neither a complete folder nor a hub name."""
+    name = model_path(str(name))
+    if Path(name).is_dir():
+        check_folder(Path(name))
+    elif Path(name).exists():
+        raise ValueError(f"{name} is a file, not the folder of a model")
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ValueError(f"{name}: no such folder")
+    return name
 
 
 def require_device(device: str | torch.device | None) -> None:

@@ -356,28 +356,34 @@ def predict(
     return tuple(default.index_copy(0, rows, x) for x, default in zip((token, confidence, lse), full))
 
 
-def token_probability(
-    hidden, weight, bias=None, scale=None, *, token, lse, uncond=None, cfg_scale=0.0, deferred=(), softcap=None
-):
-    """Probability [N] fp32 of ``token`` [N] given hidden [N, d], from the log-sum-exp [N] of `predict`.
+def token_logprob(
+    hidden, weight, bias=None, scale=None, *, token, lse, uncond=None, cfg_scale=0.0, deferred=(), softcap=None,
+    impl="torch",
+):  # fmt: skip
+    """Log-probability [N] fp32 of ``token`` [N] given hidden [N, d], from the log-sum-exp [N] of `predict`.
 
     `predict` leaves the ``deferred`` ids out of it. Here they count, because the token may be one of them.
     """
+    # Where PyTorch multiplies by the head, the log-sum-exp is of logits in the model's dtype: a token of probability 1
+    # would not get 0 from a logit that is not rounded like them.
+    rounds = impl == "torch" or (impl == "cpp" and scale is not None)
 
     def logit_of(ids):  # [N], or one for all -> [N]
-        added = 0.0 if bias is None else bias[ids]
         if scale is None:
             row = weight[ids].float()  # [N, d], or [d]
         else:
             row = as_bytes(weight)[ids].view(weight.dtype).float() * scale[ids, None]
-        passes = [(x.float() * row).sum(-1) for x in (hidden, uncond) if x is not None]
-        if softcap is not None:
-            passes, added = [reference.capped(z + added, softcap) for z in passes], 0.0
-        return (passes[0] if uncond is None else reference.guided(passes[0], passes[1], cfg_scale)) + added
+            row = row.to(hidden.dtype).float() if rounds else row
+        added = 0.0 if bias is None else bias[ids].float()
+        passes = [(x.float() * row).sum(-1) + added for x in (hidden, uncond) if x is not None]
+        if rounds:
+            passes = [z.to(hidden.dtype).float() for z in passes]
+        passes = [reference.capped(z, softcap) for z in passes]
+        return passes[0] if uncond is None else reference.guided(passes[0], passes[1], cfg_scale)
 
     for i in deferred:
         lse = torch.logaddexp(lse, logit_of(i))
-    return torch.exp(logit_of(token) - lse)
+    return logit_of(token) - lse
 
 
 def commit(sequence, token, confidence, candidate, slot, *, impl="torch", **rule):

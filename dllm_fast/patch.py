@@ -280,7 +280,7 @@ def patched(model: M, impl: str = "auto", weights: str | None = None, head: str 
 
 
 def bound_family(model: nn.Module) -> Family:
-    """The family object of a patched model, its weights fused.
+    """The family object of a patched model, its weights fused and rounded copies those of its weights as they are now.
 
     Raises ValueError for a model that is not patched, or with something attached that would be bypassed (`bypass`).
     """
@@ -288,10 +288,15 @@ def bound_family(model: nn.Module) -> Family:
     model = unwrapped(model)
     state = _state(model)
     state.family.require_whole()
-    if state.weights is None:  # rounded copies notice by themselves when weights change
-        with state.pool.lock:
+    family = state.family
+    with state.pool.lock:
+        if isinstance(family.matmuls, Copies):
+            family.matmuls.update(family.groups())
+        else:
             _fuse(state)
-    return state.family
+        if family.rounded_head is not None:
+            family.rounded_head.update(family.head()[0])
+    return family
 
 
 def bound_pool(model: nn.Module) -> Pool:

@@ -7,7 +7,7 @@ computed, rounded to ``cache_dtype``.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -68,6 +68,8 @@ class Found:
     ids: torch.Tensor
     nfe: int = 0
     positions: int = 0
+    logprobs: dict[int, float] = field(default_factory=dict)  # of each token, when it was committed last
+    steps: dict[int, tuple[int, int]] = field(default_factory=dict)  # by which block and step
 
 
 @torch.no_grad()
@@ -136,6 +138,9 @@ def run(family: Family, prompt: torch.Tensor, options: Options, row: int = 0, me
                     count = {"count": torch.tensor([len(again)])}
                     chosen += _commit(found.ids, [candidates[n] for n in rest], token[rest], score[rest], count)
                 when |= {i: now[i] for i in chosen}
+            for i in chosen:
+                found.logprobs[i] = float(z[i].log_softmax(-1)[found.ids[i]])
+                found.steps[i] = number, step
             fresh, step = chosen, step + 1
     return found
 

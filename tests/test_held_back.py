@@ -189,7 +189,7 @@ def test_a_kept_tokens_probability_counts_deferred_ids():
     token = torch.tensor([5, 6, 7, 8, 9, 5, 6, 7, 8])
     for guided in ({}, {"uncond": uncond, "cfg_scale": 1.5}):
         lse = ops.predict(hidden, weight, bias, mask_id=0, banned=(3,), deferred=(5, 6), **guided)[2]
-        got = ops.token_probability(hidden, weight, bias, token=token, lse=lse, deferred=(5, 6), **guided)
+        got = ops.token_logprob(hidden, weight, bias, token=token, lse=lse, deferred=(5, 6), **guided)
         logits = hidden.double() @ weight.double().T
         if guided:
             base = uncond.double() @ weight.double().T
@@ -197,7 +197,7 @@ def test_a_kept_tokens_probability_counts_deferred_ids():
         logits = logits + bias
         logits[:, 3] = -torch.inf
         expected = torch.softmax(logits, -1).gather(1, token[:, None])[:, 0]
-        torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(got.exp().double(), expected, rtol=1e-4, atol=1e-7)
 
 
 def test_bad_ids_are_named(llada, ids):

@@ -72,6 +72,8 @@ OPTIONS = [
     *[{"remask": remask, "confidence": "margin"} for remask in (ReMDM(1.0), Verify(0.3), P2(1.0))],
     {"remask": ReMDM(0.7), "schedule": Threshold(0.1), "confidence": "random", "cfg_scale": 0.5},
     {"confidence": "entropy", "suppress_tokens": [3, 4], "temperature": 0.7},
+    {"logprobs": True, "remask": ReMDM(0.7), "temperature": 0.7},
+    {"logprobs": True, "schedule": Threshold(0.1), "speculate": 2},
 ]  # fmt: skip
 
 
@@ -83,7 +85,7 @@ def test_each_kind_of_option(monkeypatch, recorder, ids, padded, name, options, 
 
     def run(model):
         out = dllm_fast.generate(model, ids[-rows:], padded[-rows:], **options)
-        return out.sequences.tolist(), out.nfe
+        return out.sequences.tolist(), out.nfe, None if out.logprobs is None else out.logprobs.tolist()
 
     compare(monkeypatch, recorder, name, run)
     assert recorder.recorded >= 1

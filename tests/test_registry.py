@@ -14,7 +14,7 @@ from environments import PINS, find_python, registry_answers
 ROOT = Path(__file__).parent.parent
 VERSIONS = ("3.12", "3.13", "3.11", "3.10")
 FIRST = next((version for version in VERSIONS if find_python(version)), None)
-EXTRAS = ("cli", "train", "bench", "eval", "dev", "docs", "lora", "serve")
+EXTRAS = ("cli", "train", "bench", "eval", "dev", "docs", "lora", "serve", "ray")
 # Requirements of the registry's torch on Linux, as in docs/install.md.
 TRITON = {"2.8": "3.4.0", "2.9": "3.5", "2.10": "3.6.0", "2.11": "3.6.0", "2.12": "3.7", "2.13": "3.7.1", "2.14": "3.8"}
 

@@ -18,7 +18,7 @@ ROOMS = [
     {"generation_config", "loading", "config"},
     {"generate"},
     {"hf", "warmup", "flow", "plain", "calibration"},
-    {"train", "evaluate", "serve", "errors"},
+    {"train", "evaluate", "serve", "ray", "errors"},
     {"cli"},
 ]
 RANK = {room: rank for rank, rooms in enumerate(ROOMS) for room in rooms} | {"errors": 0}

@@ -123,8 +123,8 @@ def test_probabilities_of_given_tokens():
     options = asked("guided", shape, FP32)
     token, confidence, lse = reference.predict(hidden, weight, bias, **options)
     guided = {name: options[name] for name in ("uncond", "cfg_scale", "softcap")}
-    found = ops.token_probability(hidden, weight, bias, token=token, lse=lse, **guided)
-    torch.testing.assert_close(found, confidence, rtol=1e-5, atol=1e-7)
+    found = ops.token_logprob(hidden, weight, bias, token=token, lse=lse, **guided)
+    torch.testing.assert_close(found.exp(), confidence, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("softcap", [0.0, -1.0, float("inf"), float("nan")])

@@ -31,7 +31,7 @@ from dllm_fast.plain import generate_plain, load_plain
 
 CACHED = (
     "cache", "refresh", "remask", "suffix_length", "suffix_sample", "skip_committed", "speculate", "cache_dtype",
-    "pipeline",
+    "pipeline", "logprobs",
 )  # fmt: skip
 
 

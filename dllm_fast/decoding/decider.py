@@ -7,6 +7,7 @@ import torch
 from dllm_fast import ops
 from dllm_fast.decoding.live import Live
 from dllm_fast.decoding.options import Options
+from dllm_fast.decoding.record import Record
 from dllm_fast.decoding.remask import STAYS, Committed, ranks
 
 GOOD = 1 << 62  # in `Decider.bad`: no step of any block
@@ -38,6 +39,7 @@ class Decider:
         self.committed_probability = torch.zeros((rows, self.block_size), dtype=torch.float32, device=device)
         self.probability = torch.zeros_like(self.committed_probability)
         self.offsets = torch.arange(self.block_size, device=device)
+        self.record = Record(rows, slots, device) if options.logprobs else None
 
     def _going(self) -> torch.Tensor | None:
         """The rows that take part in the step, [B] bool; None: there is one row, which takes part in every step."""
@@ -63,13 +65,16 @@ class Decider:
         if remask is not None and not self.options.edits:
             current = torch.where(candidate, token, block)
             probability = self._evaluated_probability(heads, current, lse, live, evaluated)
+        logprob = None if self.record is None else self._logprobs(heads, token, lse, live)
         # 2. Commit, and mask again.
         chosen = self._advance(token, score, probability, candidate, self.quota, self._going())
+        self._note(chosen, logprob, self.step)
         # 3. What the next step has to evaluate: what is masked, and what this step committed. The host reads how much.
         masked = (self.canvas.gather(1, at) == mask_id) & ours
         live_count = masked.sum(1)
         if self.options.edits:
             edited = self._edit(token, score, block, ours & ~candidate)
+            self._note(edited, logprob, self.step)
             live_count = self._goes_on(live_count, candidate, edited)
         if self.options.skip_committed:
             if (going := self._going()) is not None:
@@ -136,6 +141,18 @@ class Decider:
         self.committed_probability.copy_(torch.where(chosen, probability, self.committed_probability))
         return chosen
 
+    def _note(self, chosen: torch.Tensor, logprob: torch.Tensor | None, step: torch.Tensor) -> None:
+        """Keep what is asked for of the positions ``chosen`` [B, T] bool, committed by each row's ``step`` [B]."""
+        if self.record is not None:
+            self.record.write(self.slot[:, None] + self.offsets, chosen, logprob, self.number, step)
+
+    def _logprobs(self, heads: tuple, token: torch.Tensor, lse: torch.Tensor, live: Live | None) -> torch.Tensor:
+        """The log-probabilities [B, T] of ``token`` [B, T]; of a position that is not evaluated, any number."""
+        if live is not None:
+            token, lse = live.gather(token, 0), live.gather(lse, 0.0)
+        found = self._logprob(heads, token.flatten(), lse.flatten())
+        return found.view(self.fresh.shape) if live is None else live.spread(found, torch.zeros_like(self.probability))
+
     def _keys(self, at: torch.Tensor, step: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """What the noise of each position is a function of, beside the seed: row, position and step, [B, ..., T] each;
         of slots ``at`` and steps ``step`` of that shape."""
@@ -152,10 +169,10 @@ class Decider:
         """Token and confidence [B, T] and log-sum-exp [B*T] of the positions ``wanted`` [B, T], with the noise of
         their ``keys``. Logits that are NaN or infinite are noted."""
         token, score, lse = self._predicted(heads, wanted, keys, live)
-        self._note(lse, self.step)
+        self._check(lse, self.step)
         return token, score, lse
 
-    def _note(self, lse: torch.Tensor, step: torch.Tensor) -> None:
+    def _check(self, lse: torch.Tensor, step: torch.Tensor) -> None:
         """Keep the step [B] at which a row's logits were NaN or infinite first."""
         # lse - lse is 0, or NaN where lse is NaN or infinite; a position that is no candidate has lse 0.
         fine = (lse - lse == 0).view(self.rows, -1).all(1)
@@ -203,12 +220,13 @@ class Decider:
         rule = {"count": quota} if self.is_planned else self.options.schedule.rule
         return ops.commit(self.canvas, token, score, candidate, self.slot, **rule, impl=self.family.impl)
 
-    def _probability(self, heads: tuple, token: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
-        """The probabilities [N] that the model gives to ``token`` [N]."""
+    def _logprob(self, heads: tuple, token: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+        """The log-probabilities [N] fp32 that the model gives to ``token`` [N]."""
         o, (hidden, uncond) = self.options, heads
-        return ops.token_probability(
+        return ops.token_logprob(
             hidden, *self.family.head_operands(), token=token, lse=lse, uncond=uncond, cfg_scale=o.cfg_scale,
             deferred=[i for i in o.defer_tokens if i not in o.suppress_tokens], softcap=self.family.softcap,
+            impl=self.family.impl,
         ).float()  # fmt: skip
 
     def _evaluated_probability(
@@ -217,7 +235,7 @@ class Decider:
         """The probabilities that the model gave to ``token`` [B, T] when they were last evaluated."""
         if live is not None:
             token, lse = live.gather(token, 0), live.gather(lse, 0.0)
-        now = self._probability(heads, token.flatten(), lse.flatten())
+        now = self._logprob(heads, token.flatten(), lse.flatten()).exp()
         if live is not None:
             now = live.spread(now, self.probability)
         now = now.view_as(self.probability)

@@ -54,6 +54,7 @@ class Options(Checked):
     speculate: int | str | DraftGraph | None = checked(as_drafts, default=None)
     cache_dtype: str | None = checked(one_of, CACHE_DTYPES, default=None)
     pipeline: Pipeline | None = checked(one_kind, Pipeline | None, "one of D2F, MultiBlock", default=None)
+    logprobs: bool = checked(one_kind, bool, "True or False", default=False)
     mask_id: int | None = None
     eos_id: Ids = field(default=None, compare=False)
     seed: int | None = field(default=None, compare=False)
@@ -208,7 +209,7 @@ class Options(Checked):
         """Whether a forward with drafts may evaluate the next block's first step too, see `speculation`. That step is
         one with a window, as cheap as another, which reaches back over the whole block before."""
         window = self.cache == "dual" and not self.refresh.full(1) and not self.refresh.layerwise
-        known = not self.schedule.rule and self.remask is None and self.suffix_length is None
+        known = not self.schedule.rule and self.remask is None and self.suffix_length is None and not self.logprobs
         reaches = window and self.refresh.span(self.block_length)[0] >= self.block_length
         return bool(self.drafts) and not isinstance(self.speculate, AutoGraph) and known and reaches
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 
 from dllm_fast.decoding.options import Options
+from dllm_fast.decoding.record import GIVEN, order_of
 from dllm_fast.decoding.steps import Counts
 from dllm_fast.decoding.values import require
 from dllm_fast.families.rows import valid_spans
@@ -37,6 +38,8 @@ class Row:
     # With a `pipeline`: how many blocks are live, from the next one on; how many before it the last step has filled.
     ahead: int = 0
     behind: int = 0
+    logprobs: torch.Tensor | None = None  # [L] fp32, where they are asked for
+    steps: torch.Tensor | None = None  # [L] int64, as `Record` numbers them
 
     def left(self) -> torch.Tensor:
         """Positions that are still to be filled, [L] bool."""
@@ -69,13 +72,22 @@ class Row:
             end = int(ends[0])
             after = torch.arange(len(self.ids), device="cpu") > end
             self.ids[after & self.open] = int(self.ids[end]) if pad_id is None else pad_id
+            if self.steps is not None:
+                self.logprobs[after], self.steps[after] = 0.0, GIVEN
             self.stop(self.error)
+
+    def results(self) -> list[torch.Tensor]:
+        """Its ids, and where they are asked for its log-probabilities and the order of its steps, [L] each."""
+        return [self.ids] if self.steps is None else [self.ids, self.logprobs, order_of(self.steps)]
 
     def restart(self) -> None:
         """As it was before its first block."""
         self.ids = self.ids.masked_fill(self.open, self.mask_id)
         self.next, self.counts = 0, Counts()
         self.ahead, self.behind = min(self.ahead, 1), 0
+        if self.steps is not None:
+            self.logprobs.zero_()
+            self.steps.fill_(GIVEN)
 
     def stop(self, error: str | None = None) -> None:
         """Fill no more of its blocks. Its seat is free at the next one."""
@@ -128,10 +140,14 @@ def plan_row(
     if options.suffix_sample:
         at = torch.arange(len(ids), device="cpu")
         draws = reference.uniform(options.seed, SAMPLE_STEP, torch.full_like(at, noise), at)
-    return Row(
+    row = Row(
         index, noise, ids, open_, blocks, options.mask_id, length, draws, eos_ids=options.eos_id, pad_id=options.pad_id,
         ahead=int(options.pipeline is not None),
     )  # fmt: skip
+    if options.logprobs:
+        row.logprobs = torch.zeros(len(ids), dtype=torch.float32, device="cpu")
+        row.steps = torch.full((len(ids),), GIVEN, dtype=torch.int64, device="cpu")
+    return row
 
 
 def as_prompt(name: str, given: torch.Tensor | list[int]) -> torch.Tensor:

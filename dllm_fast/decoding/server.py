@@ -24,7 +24,6 @@ from dllm_fast.decoding.pipelined import Pipelined
 from dllm_fast.decoding.pool import Pool
 from dllm_fast.decoding.request import PLAN_STEP, Row
 from dllm_fast.decoding.values import require
-from dllm_fast.families.linears import stamp
 from dllm_fast.kernels import reference
 
 STEP = 64  # slots are a multiple of it where steps are recorded, so that prompts of many lengths share a recording
@@ -45,7 +44,7 @@ class Server:
     ):  # fmt: skip
         """``seats`` None: as many as fit into memory, and half as many each time that this turns out to be too many.
         ``is_open``: rows may be added later (`add`), up to ``seats`` at a time; too many are halved there too."""
-        self.family, self.pool, self.parameters = family, pool, list(model.parameters())
+        self.model, self.family, self.pool = model, family, pool
         self.device, self.options = family.head()[0].device, options
         self.finished = [row for row in rows if row.done]  # nothing to fill
         self.waiting = sorted((row for row in rows if not row.done), key=lambda row: -len(row.ids))
@@ -131,8 +130,8 @@ class Server:
         return seats, slots, spare, any(len(row.ids) < slots for row in rows)
 
     def _key(self, plan: tuple[int, int, int, bool]) -> tuple:
-        """Of an engine in the pool. Graphs hold addresses: of weights, and of what was made from them."""
-        return self.options, plan, tuple(map(stamp, self.parameters))
+        """Of an engine in the pool. Weights that are written in place leave it as it is: graphs hold addresses."""
+        return self.options, plan, self.family.recorded(self.model)
 
     def _require_memory(self, plan: tuple[int, int, int, bool]) -> None:
         """Raise MemoryError if a new engine would not fit even without those that the pool keeps."""
@@ -168,6 +167,8 @@ class Server:
             self.key = key
             self.engine.seed.fill_(self.options.seed)
         self.engine.load(self.seated)
+        if self.engine.record is not None:
+            self.engine.record.load(self.seated)
 
     def _serves(self, plan: tuple[int, int, int, bool], wanted: tuple[int, int, int, bool]) -> bool:
         """Whether an engine of ``plan`` seats the rows of which one of the plan ``wanted`` would be made."""
@@ -289,6 +290,9 @@ class Server:
         """Read the seated rows' tokens from the device."""
         engine = self.engine
         canvas, bad = engine.read()
+        if engine.record is not None:
+            for row, *own in zip(self.seated, *engine.record.read(), strict=True):
+                row.logprobs, row.steps = (x[row.pad(engine.slots) :].clone() for x in own)
         for row, ids, when in zip(self.seated, canvas, bad, strict=True):
             if when is not None:
                 block, step = when

@@ -157,7 +157,7 @@ class Speculation(Forwards):
 
     def resume(self) -> None:
         """Take a block's first step, which has been evaluated."""
-        self._note(self.next_lse, torch.zeros_like(self.step))
+        self._check(self.next_lse, torch.zeros_like(self.step))
         at = self.slot[:, None] + self.offsets
         blocks = self.canvas.gather(1, at)[:, None]
         candidate = (blocks == self.options.mask_id) & self.open.gather(1, at)[:, None]
@@ -185,8 +185,11 @@ class Speculation(Forwards):
         probability = None
         if o.remask is not None:
             current = torch.where(candidate, token, blocks)
-            probability = self._probability(heads, current.flatten(), lse).view_as(blocks)
-        return self._take_steps(blocks, candidate, token, score, probability)
+            probability = self._logprob(heads, current.flatten(), lse).exp().view_as(blocks)
+        asked = None
+        if self.record is not None:
+            asked = self._logprob(heads, token.flatten(), lse).view_as(blocks), step
+        return self._take_steps(blocks, candidate, token, score, probability, asked)
 
     def _take_steps(
         self,
@@ -195,6 +198,8 @@ class Speculation(Forwards):
         token: torch.Tensor,  # [B, states, T]
         score: torch.Tensor,  # [B, states, T]
         probability: torch.Tensor | None,  # [B, states, T]: of the current tokens, with a remask
+        asked: tuple[torch.Tensor, torch.Tensor]
+        | None = None,  # the tokens' log-probabilities [B, states, T] and steps
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What `decide_states` does with what was predicted."""
         states = blocks.shape[1]
@@ -212,6 +217,8 @@ class Speculation(Forwards):
             own = None if probability is None else _of_state(probability, state)
             masked = _of_state(candidate, state) & alive[:, None]
             chosen = self._advance(_of_state(token, state), _of_state(score, state), own, masked, quota, alive)
+            if asked is not None:
+                self._note(chosen, _of_state(asked[0], state), asked[1].gather(1, state[:, None])[:, 0])
             count = torch.where(alive, chosen.sum(1), count)
             self.taken += alive
             block = self.canvas.gather(1, at)

@@ -185,3 +185,28 @@ def require_one_device(model: nn.Module) -> None:
                 f"model: its weights are on several devices, {first[0]} on {first[1]} and {name} on "
                 f"{parameter.device}; move them to one, or do not patch"
             )
+
+
+def settings(model: nn.Module) -> tuple:
+    """What modules that are not the model's own hold beside tensors and modules, such as an adapter's scale and whether
+    it is active or merged: a forward goes by it, and so did a step that was recorded."""
+    found = []
+    for number, module in enumerate(model.modules()):
+        file = type(module).__module__
+        if file == type(model).__module__ or file.startswith(("torch.nn.", "transformers.", "dllm_fast.")):
+            continue
+        own = {name: value for name, value in vars(module).items() if name not in _OF_ANY}
+        found += [(number, name, repr(value)) for name, value in own.items() if _is_setting(value)]
+    return tuple(found)
+
+
+_OF_ANY = frozenset(vars(nn.Module())) - {"training"}
+
+
+def _is_setting(value: object) -> bool:
+    """Whether a value is a number, text or None, or a collection of such."""
+    if isinstance(value, dict):
+        value = [*value.keys(), *value.values()]
+    if isinstance(value, list | tuple | set | frozenset):
+        return all(map(_is_setting, value))
+    return value is None or isinstance(value, bool | int | float | str)

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import MaskedLMOutput, ModelOutput
 
-from dllm_fast.families.bypass import Departure
+from dllm_fast.families.bypass import Departure, settings
 from dllm_fast.families.cache import BlockCache
-from dllm_fast.families.linears import Matmuls, matmuls
-from dllm_fast.families.rounded import RoundedHead
+from dllm_fast.families.linears import Matmuls, matmuls, place
+from dllm_fast.families.rounded import Copies, RoundedHead
 from dllm_fast.families.rows import Impl, Packed
 
 
@@ -129,6 +129,14 @@ class Family(ABC):
     def head_operands(self) -> tuple[torch.Tensor | None, ...]:
         """The head for `ops.predict` and `ops.logits`: `head`, or its weight in e4m3, the bias and a scale [V]."""
         return self.head() if self.rounded_head is None else self.rounded_head(*self.head())
+
+    def recorded(self, model: nn.Module) -> tuple:
+        """What a recorded step of ``model`` goes by: where weights and what was made from them lie, and the settings of
+        modules that it calls. The weights' values it reads anew."""
+        made = () if not isinstance(self.matmuls, Copies) else self.matmuls.places(self.groups())
+        head = () if self.rounded_head is None else self.rounded_head.places()
+        tensors = (*model.parameters(), *model.buffers())
+        return tuple(map(place, tensors)), made, head, settings(model)
 
     @property
     def vocab_size(self) -> int:

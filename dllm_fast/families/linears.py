@@ -156,10 +156,15 @@ def require_weights(modules: Iterable[tuple[str, nn.Module]]) -> None:
             )
 
 
-def stamp(weight: torch.Tensor) -> tuple[int, int]:
-    """A weight's address, and how often it was written to; a quantised tensor has no one address, so its id."""
-    place = weight.data_ptr() if type(weight) is nn.Parameter else id(weight)
-    return place, 0 if weight.is_inference() else weight._version
+def place(weight: torch.Tensor) -> tuple:
+    """Where a weight lies, and as what; a quantised tensor has no one address, so its id."""
+    address = weight.data_ptr() if type(weight) in (torch.Tensor, nn.Parameter) else id(weight)
+    return address, weight.shape, weight.dtype
+
+
+def stamp(weight: torch.Tensor) -> tuple:
+    """`place`, and how often a weight was written to: not through ``.data``, and not by a collective's kernel."""
+    return *place(weight), 0 if weight.is_inference() else weight._version
 
 
 def wants_grad(weights: Iterable[torch.Tensor]) -> bool:

@@ -16,10 +16,10 @@ from dllm_fast import ops
 from dllm_fast.families.bypass import class_name
 from dllm_fast.families.fp8 import Fp8
 from dllm_fast.families.int4 import Int4
-from dllm_fast.families.linears import plain, stamp, wants_grad
+from dllm_fast.families.linears import place, plain, stamp, wants_grad
 
 KINDS: dict[str, type[Fp8] | type[Int4]] = {"fp8": Fp8, "int4": Int4}  # by what `patch` calls them
-BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def check(kind: str, model: nn.Module, groups: Iterable[tuple[nn.Module, ...]], device: torch.device) -> None:
@@ -120,14 +120,16 @@ class _Copy:
     sources: list[torch.Tensor]  # kept alive, so that no other weight can get the same address
     stamps: list[tuple]  # of the sources, see `Copies._stamps`
     matrix: Fp8 | Int4  # their rows, one weight below the other
+    sums: torch.Tensor  # of each row, see `row_sums`
 
 
 class Copies:
     """`linears.matmuls` with rounded copies of the weights, which are rounded again when the weights change.
 
-    A change is noticed by the parameter's version, which optimizers and ``load_state_dict`` increase, or by its
-    address. Writes through ``parameter.data`` are not noticed: patch again. Under ``torch.compile`` no change is
-    noticed.
+    A call of the model's forward notices a change by the parameter's version, which optimizers and ``load_state_dict``
+    increase, or by its address. A collective and a write through ``parameter.data``, as PEFT merges an adapter, change
+    neither: `update` notices these too, by the values, and generation begins with it. Under ``torch.compile`` no change
+    is noticed.
     """
 
     def __init__(self, kind: str):
@@ -139,6 +141,29 @@ class Copies:
         for linears in groups:
             if not isinstance(linears[0], RoundedLinear):
                 self.copies[linears[0]] = self._copied(linears)
+
+    def update(self, groups: Iterable[tuple[nn.Module, ...]]) -> None:
+        """Round those groups again whose weights changed in any way. Reads every weight once."""
+        stale: list[tuple[nn.Module, ...]] = []
+        alike: list[tuple[nn.Module, ...]] = []
+        for linears in groups:
+            if not isinstance(linears[0], RoundedLinear):
+                copy = self.copies.get(linears[0])
+                known = copy is not None and copy.stamps == self._stamps(linears)
+                (alike if known else stale).append(linears)
+        if alike:
+            copies = [self.copies[linears[0]] for linears in alike]
+            now = torch.cat([row_sums(copy.sources) for copy in copies])
+            before = torch.cat([copy.sums for copy in copies])
+            changed = (now != before).cpu().split([len(copy.sums) for copy in copies])  # one wait for the device
+            stale += [linears for linears, rows in zip(alike, changed, strict=True) if bool(rows.any())]
+        self.refresh(stale)
+
+    def places(self, groups: Iterable[tuple[nn.Module, ...]]) -> tuple:
+        """Where the rounded weights lie, which a recorded step reads."""
+        first = (linears[0] for linears in groups)
+        held = (x.held.matrix if isinstance(x, RoundedLinear) else self.copies[x].matrix for x in first)
+        return tuple(place(x) for matrix in held for x in vars(matrix).values() if isinstance(x, torch.Tensor))
 
     def __call__(
         self, x: torch.Tensor, *linears: nn.Module, gated: bool = False, impl: str = "torch", rope: tuple = ()
@@ -176,8 +201,7 @@ class Copies:
         for linear in linears:
             if not plain(linear):
                 raise ValueError(f"weights={self.kind!r}: a linear of the layers {_not_plain(linear)}")
-            weight = linear._parameters["weight"]
-            stamps.append(_stamp(weight))
+            stamps.append(stamp(linear._parameters["weight"]))
         return stamps
 
     def _copied(self, linears: tuple[nn.Module, ...]) -> _Copy:
@@ -195,20 +219,40 @@ class RoundedHead:
 
     def refresh(self, weight: torch.Tensor) -> None:
         """Round the head's weight [V, d] again."""
-        self.copy = _copied("fp8", [weight], [_stamp(weight)], self.copy)
+        self.copy = _copied("fp8", [weight], [stamp(weight)], self.copy)
+
+    def update(self, weight: torch.Tensor) -> None:
+        """Round it again if it changed in any way."""
+        if self._stale(weight) or not torch.equal(row_sums([weight]), self.copy.sums):
+            self.refresh(weight)
+
+    def places(self) -> tuple:
+        """Where the rounded weight lies, which a recorded step reads."""
+        return place(self.copy.matrix.matrix), place(self.copy.matrix.scale)
+
+    def _stale(self, weight: torch.Tensor) -> bool:
+        return self.copy is None or self.copy.stamps != [stamp(weight)]
 
     def __call__(
         self, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """The weight in e4m3 [V, d], the bias as it is, and the scale [V]."""
-        if not torch.compiler.is_compiling() and (self.copy is None or self.copy.stamps != [_stamp(weight)]):
+        if not torch.compiler.is_compiling() and self._stale(weight):
             self.refresh(weight)
         rounded = self.copy.matrix
         return rounded.matrix, bias, rounded.scale[:, 0]
 
 
-def _stamp(weight: torch.Tensor) -> tuple:
-    return *stamp(weight), weight.dtype
+@torch.no_grad()
+def row_sums(weights: Iterable[torch.Tensor]) -> torch.Tensor:
+    """For each row of weights [n, K], the sum of its bits as integers, [sum of n] int64: another one once the row was
+    written, unless the changes in it cancel out to the last bit."""
+    sums = []
+    for weight in weights:
+        rows = weight.contiguous()
+        size = 8 if rows.shape[1] * rows.element_size() % 8 == 0 else rows.element_size()
+        sums.append(rows.view(BITS[size]).sum(1, dtype=torch.int64))
+    return torch.cat(sums)
 
 
 def _copied(kind: str, weights: list[torch.Tensor], stamps: list[tuple], old: _Copy | None) -> _Copy:
@@ -224,4 +268,5 @@ def _copied(kind: str, weights: list[torch.Tensor], stamps: list[tuple], old: _C
         for weight in weights:
             matrix.write(first, weight)
             first += len(weight)
-    return _Copy(weights, stamps, matrix)
+        sums = row_sums(weights)
+    return _Copy(weights, stamps, matrix, sums)
