@@ -165,6 +165,7 @@ class Decider:
             banned=o.suppress_tokens,
             deferred=o.defer_tokens,
             softcap=self.family.softcap,
+            ranks=self.family.ranks,
             impl=self.family.impl,
         )
         if live is not None:
@@ -188,6 +189,7 @@ class Decider:
         return ops.token_probability(
             hidden, *self.family.head_operands(), token=token, lse=lse, uncond=uncond, cfg_scale=o.cfg_scale,
             deferred=[i for i in o.defer_tokens if i not in o.suppress_tokens], softcap=self.family.softcap,
+            ranks=self.family.ranks,
         ).float()  # fmt: skip
 
     def _evaluated_probability(
