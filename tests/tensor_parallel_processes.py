@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from tiny import EOS, MASK, make_llada
+from tiny import EOS, make_llada
 from torch.distributed.device_mesh import init_device_mesh
 
 import dllm_fast
@@ -121,9 +121,7 @@ def count_bytes(mesh) -> dict:
     """What a block of 8 in four steps sends, of one row."""
     model = dllm_fast.patch(dllm_fast.parallelize(make("plain"), mesh))
     with Sent() as sent:
-        out = dllm_fast.generate(
-            model, prompts()[0][:1], gen_length=8, block_length=8, schedule=Uniform(4), suppress_tokens=[MASK]
-        )
+        out = dllm_fast.generate(model, prompts()[0][:1], gen_length=8, block_length=8, schedule=Uniform(4))
     return {"calls": sent.calls, "bytes": sent.bytes, "positions": out.positions, "nfe": out.nfe}
 
 

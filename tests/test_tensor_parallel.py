@@ -1,6 +1,7 @@
 """A model that two processes share gives the tokens and logits of a whole one, and sends no more than it must."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -118,8 +119,6 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_shared_is_refused(quick, name):
-    import re
-
     for one in quick:
         assert re.search(REFUSED[name], one["refusals"][name]), one["refusals"][name]
     assert quick[0]["refusals"].keys() == REFUSED.keys()
