@@ -101,7 +101,7 @@ class SharedEmbedding(nn.Embedding):
     """An embedding of whose ids each rank has a share: ids [...] to [..., d], the same on each."""
 
     def __init__(self, weight: torch.Tensor, ranks: Ranks):
-        super().__init__(*weight.shape, device="meta")
+        super().__init__(weight.shape[0], weight.shape[1], device="meta")
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.ranks = ranks
 

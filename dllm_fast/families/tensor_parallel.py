@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from dllm_fast.families.bypass import class_name
 from dllm_fast.families.forward import patch_of
@@ -106,10 +106,11 @@ def share(model: Any, device_mesh: DeviceMesh) -> Any:
                 setattr(block, name, SummedLinear(weight, ranks))
             else:
                 linear.weight, linear.out_features = nn.Parameter(weight, requires_grad=False), len(weight)
-    tied = transformer.ff_out is transformer.wte
-    head = None if tied else nn.Parameter(_own(transformer.ff_out.weight, 0, ranks), requires_grad=False)
-    transformer["wte"] = SharedEmbedding(_own(transformer.wte.weight, 0, ranks), ranks)
-    transformer["ff_out"] = SharedHead(transformer.wte.weight if tied else head, ranks)
+    embedding = SharedEmbedding(_own(transformer.wte.weight, 0, ranks), ranks)
+    head = embedding.weight
+    if transformer.ff_out is not transformer.wte:
+        head = nn.Parameter(_own(transformer.ff_out.weight, 0, ranks), requires_grad=False)
+    transformer["wte"], transformer["ff_out"] = embedding, SharedHead(head, ranks)
     return model.requires_grad_(False).eval()
 
 
@@ -126,8 +127,8 @@ def _linears(model: Any) -> Iterator[tuple[str, Any]]:
 
 
 def load_shared(
-    name: str, config: PretrainedConfig, dtype: torch.dtype | str, device: torch.device, mesh: DeviceMesh, **kwargs
-) -> tuple[LLaDAModelLM, dict]:
+    name: str, config: Any, dtype: torch.dtype | str, device: torch.device, mesh: DeviceMesh, **kwargs
+) -> tuple[PreTrainedModel, dict]:
     """A native LLaDA of which this process has its share, in ``dtype`` on ``device``; and a report on the keys, as
     transformers'. Of each tensor in the safetensors files only that share is read.
 
