@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from needs import missing
 from tiny import EOS, make_llada
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -181,6 +182,15 @@ def loaded(mesh, folder: Path, rank: int) -> dict[str, bool]:
     return found
 
 
+def in_triton(mesh) -> list[torch.Tensor]:
+    """Tokens of a whole and of a shared model in Triton, the latter's predictions in `predict_share`."""
+    sizes = {"vocab_size": 128, "n_layers": 1}
+    options = {"gen_length": 4, "block_length": 4, "schedule": Uniform(2), "temperature": 0.5, "seed": 5}
+    models = make_llada(**sizes), dllm_fast.parallelize(make_llada(**sizes), mesh)
+    ids = prompts()[0][:, :3]
+    return [dllm_fast.generate(dllm_fast.patch(model, "triton"), ids, **options).sequences for model in models]
+
+
 def main(out: Path, rank: int, ranks: int, name: str) -> None:
     torch.set_num_threads(1)
     store = f"file://{out / name}-store"
@@ -208,6 +218,8 @@ def main(out: Path, rank: int, ranks: int, name: str) -> None:
         found["drawn"] = drawn.sequences
         many = dllm_fast.generate_many(half, [[1, 2, 3], [4], [5, 6]], batch_size=2, **LENGTHS)
         found["many"] = [completion.sequence for completion in many]
+    elif missing("triton") is None:
+        found["triton"] = in_triton(mesh)
     torch.save(found, out / f"{name}-{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()

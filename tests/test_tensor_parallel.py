@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from needs import needs_triton
 from tensor_parallel_processes import LONG, MODELS, QUICK
 from tiny import make_llada
 
@@ -56,6 +57,14 @@ def test_tokens_are_a_whole_models(quick, case):
 @pytest.mark.parametrize("case", LONG)
 def test_all_schedules_and_caches(long, case):
     same(long, case)
+
+
+@pytest.mark.long
+@needs_triton
+def test_tokens_in_triton_are_a_whole_models(long):
+    for one in long:
+        whole, shared = one["triton"]
+        assert torch.equal(whole, shared)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -107,7 +107,7 @@ def share(model: Any, device_mesh: DeviceMesh) -> Any:
             else:
                 linear.weight, linear.out_features = nn.Parameter(weight, requires_grad=False), len(weight)
     embedding = SharedEmbedding(_own(transformer.wte.weight, 0, ranks), ranks)
-    head = embedding.weight
+    head: Any = embedding.weight
     if transformer.ff_out is not transformer.wte:
         head = nn.Parameter(_own(transformer.ff_out.weight, 0, ranks), requires_grad=False)
     transformer["wte"], transformer["ff_out"] = embedding, SharedHead(head, ranks)
