@@ -36,6 +36,7 @@ from dllm_fast.families.native_decoders import (
     SDARConfig,
     SDARForCausalLM,
 )
+from dllm_fast.families.tensor_parallel import parallelize
 from dllm_fast.flow import generate_flow
 from dllm_fast.generate import Completion, Output, generate, generate_many
 from dllm_fast.generation_config import DiffusionGenerationConfig
@@ -91,6 +92,7 @@ __all__ = [
     "generate_plain",
     "load_plain",
     "model_path",
+    "parallelize",
     "patch",
     "patched",
     "shipped",

@@ -24,6 +24,7 @@ class _Fused:
 
     def __init__(self, model: torch.nn.Module):
         self.family = bound_family(model)
+        require(self.family.ranks is None, "model: processes share it, and generate_flow is for a whole one")
         self.lock = bound_pool(model).lock
         self.device = self.family.head()[0].device
         self.vocab_size, self.positions = self.family.vocab_size, self.family.positions

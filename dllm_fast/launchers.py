@@ -24,6 +24,7 @@ KERNELS = {
     "norm": ("rms_norm", "layer_norm"),
     "glu": ("swiglu", "geglu"),
     "predict": ("predict",),
+    "predict_share": ("predict_share", "fits_share"),
     "commit": ("commit",),
     "masked_loss": ("masked_loss",),
 }

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
@@ -21,7 +22,9 @@ from transformers import (
 
 from dllm_fast.families import FAMILIES, gpt, kind_of
 from dllm_fast.families.generic import Generic
+from dllm_fast.families.llada import LLaDA
 from dllm_fast.families.shards import load_rounded
+from dllm_fast.families.tensor_parallel import check_mesh, load_shared
 from dllm_fast.generation_config import DiffusionGenerationConfig
 from dllm_fast.patch import bound_family, patch, require_known, require_rounds
 
@@ -51,6 +54,7 @@ def from_pretrained(
     trust_remote_code: bool = False,
     weights: str | None = None,
     head: str | None = None,
+    device_mesh: DeviceMesh | None = None,
     **kwargs,
 ) -> PreTrainedModel:
     """Load a model, in eval mode, and `patch` it.
@@ -69,6 +73,8 @@ def from_pretrained(
             on ``device`` as it is read, and freed: the layers are never in memory in ``dtype``. Logits are those of a
             model that was patched with ``weights``. To unpatch, train or save such a model raises a ValueError.
         head: see `patch`. The head is loaded in ``dtype`` as well.
+        device_mesh: the processes that share the model, each of which calls this and reads its share of the weights
+            alone, see `parallelize`. Of a LLaDA, with its own weights.
         kwargs: for transformers' ``from_pretrained`` (revision, token, local_files_only, ...).
 
     Raises:
@@ -78,6 +84,12 @@ def from_pretrained(
     """
     require_known(weights=weights, head=head)
     require_device(device)
+    place = torch.device("cpu" if device is None else device)
+    if device_mesh is not None:
+        check_mesh(device_mesh, place)
+        unshared = {"weights": weights, "head": head, "trust_remote_code": trust_remote_code or None}
+        if given := [f"{option}={value!r}" for option, value in unshared.items() if value is not None]:
+            raise ValueError(f"device_mesh: cannot be combined with {', '.join(given)}")
     name = require_model(name)
     # The classes are the families', not transformers' registry's: the published code takes over the name llada there.
     fields, _ = PretrainedConfig.get_config_dict(name, **kwargs)
@@ -85,6 +97,8 @@ def from_pretrained(
     auto_map = fields.get("auto_map") or {}
     family = FAMILIES.get(kind or "")
     require_rounds(family or Generic, weights)
+    if device_mesh is not None and family is not LLaDA:
+        raise ValueError(f"device_mesh: processes can share a LLaDA, and {name} has model_type {kind!r}")
     if family is None:
         cls, config = other_model(name, kind, **kwargs)
     elif trust_remote_code and family.remote_code is not None and "AutoModel" in auto_map:
@@ -93,8 +107,9 @@ def from_pretrained(
         cls = family.model_class
         assert cls.config_class is not None
         config = cls.config_class.from_pretrained(name, **kwargs)
-    if weights is not None:
-        place = torch.device("cpu" if device is None else device)
+    if device_mesh is not None:
+        model, report = load_shared(name, config, dtype, place, device_mesh, **kwargs)
+    elif weights is not None:
         model, report = load_rounded(cls, name, config, dtype, place, weights, **kwargs)
     else:
         # Not on a default device that a script has set: transformers refuses "meta", and needs Accelerate for others.

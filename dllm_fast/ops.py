@@ -5,14 +5,16 @@ differentiable, so training can use the same forward.
 """
 
 import contextlib
+import functools
 
 import torch
 import torch.nn.functional as F
 
 from dllm_fast import attentions, launchers
 from dllm_fast.cpu import compiled, elementwise, matmuls
-from dllm_fast.kernels import reference, reference_rounded
+from dllm_fast.kernels import reference, reference_rounded, reference_shares
 from dllm_fast.kernels.reference_rounded import as_bytes, rounded
+from dllm_fast.logprobs import token_logprob  # noqa: F401 - one function an op
 from dllm_fast.visibility import Both, visible  # noqa: F401 - what `attention` takes
 
 IMPLS = ("auto", "triton", "cpp", "torch")
@@ -316,17 +318,21 @@ def attention(q, keys, values, seen, beside=None, impl="torch"):
 
 def predict(
     hidden, weight, bias=None, scale=None, *,
-    candidate=None, uncond=None, cfg_scale=0.0, softcap=None, impl="torch", **options,
+    candidate=None, uncond=None, cfg_scale=0.0, softcap=None, ranks=None, impl="torch", **options,
 ):  # fmt: skip
     """`reference.predict`: the head multiplies in the model's dtype, and the rest is in fp32.
 
     On a CPU only the rows of candidates are multiplied. Elsewhere all rows are: selecting them would need a host sync.
+    ``ranks``: the processes that share the head (`families.ranks`), of which each has the weight of its own ids.
     """
     guided = {"candidate": candidate, "uncond": uncond, "cfg_scale": cfg_scale, "softcap": softcap}
-    if impl == "triton":
+    if impl == "triton" and ranks is None:
         return launchers.triton().predict(hidden, weight, bias, scale, **guided, **options)
-    if impl == "cpp" and scale is None:
+    if impl == "triton" and bias is None and scale is None and launchers.triton().fits_share(ranks.ids):
+        return launchers.triton().predict_share(hidden, weight, ranks, **guided, **options)
+    if impl == "cpp" and scale is None and ranks is None:
         return compiled.predict(hidden, weight, bias, **guided, **options)
+    select = reference.select if ranks is None else functools.partial(reference_shares.select, ranks=ranks)
     rows = slice(None)
     if candidate is not None and not candidate.is_cuda:
         rows = candidate.nonzero()[:, 0]
@@ -342,7 +348,7 @@ def predict(
             # Combining the hidden states would save this matmul, but in bf16 it more than doubles the logits' error.
             base = reference.capped(logits(uncond[rows][part], weight, bias, scale, impl=impl).float(), softcap)
             z = reference.guided(z, base, cfg_scale)
-        parts.append(reference.select(z, **options, **{name: x[part] for name, x in per_row.items()}))
+        parts.append(select(z, **options, **{name: x[part] for name, x in per_row.items()}))
     token, confidence, lse = (torch.cat(columns) for columns in zip(*parts, strict=True))
     if candidate is None:
         return token, confidence, lse
@@ -354,36 +360,6 @@ def predict(
     if isinstance(rows, slice):
         return tuple(torch.where(candidate, x, default) for x, default in zip((token, confidence, lse), full))
     return tuple(default.index_copy(0, rows, x) for x, default in zip((token, confidence, lse), full))
-
-
-def token_logprob(
-    hidden, weight, bias=None, scale=None, *, token, lse, uncond=None, cfg_scale=0.0, deferred=(), softcap=None,
-    impl="torch",
-):  # fmt: skip
-    """Log-probability [N] fp32 of ``token`` [N] given hidden [N, d], from the log-sum-exp [N] of `predict`.
-
-    `predict` leaves the ``deferred`` ids out of it. Here they count, because the token may be one of them.
-    """
-    # Where PyTorch multiplies by the head, the log-sum-exp is of logits in the model's dtype: a token of probability 1
-    # would not get 0 from a logit that is not rounded like them.
-    rounds = impl == "torch" or (impl == "cpp" and scale is not None)
-
-    def logit_of(ids):  # [N], or one for all -> [N]
-        if scale is None:
-            row = weight[ids].float()  # [N, d], or [d]
-        else:
-            row = as_bytes(weight)[ids].view(weight.dtype).float() * scale[ids, None]
-            row = row.to(hidden.dtype).float() if rounds else row
-        added = 0.0 if bias is None else bias[ids].float()
-        passes = [(x.float() * row).sum(-1) + added for x in (hidden, uncond) if x is not None]
-        if rounds:
-            passes = [z.to(hidden.dtype).float() for z in passes]
-        passes = [reference.capped(z, softcap) for z in passes]
-        return passes[0] if uncond is None else reference.guided(passes[0], passes[1], cfg_scale)
-
-    for i in deferred:
-        lse = torch.logaddexp(lse, logit_of(i))
-    return logit_of(token) - lse
 
 
 def commit(sequence, token, confidence, candidate, slot, *, impl="torch", **rule):

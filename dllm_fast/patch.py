@@ -126,6 +126,8 @@ def _patch_model(model: nn.Module, impl: str, weights: str | None, head: str | N
     with state.pool.lock if state is not None else nullcontext():
         copies = matmuls if weights is None else Copies(weights)
         family = family_class(model, impl, copies, None if head is None else RoundedHead())
+        if family.ranks is not None and (weights is not None or head is not None):
+            raise ValueError(f"weights={weights!r}, head={head!r}: {family.ranks.size} processes share the model's own")
         if weights is not None:
             check_rounded(weights, model, family.groups(), parameter.device)
         if head is not None:

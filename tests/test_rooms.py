@@ -11,7 +11,7 @@ ROOMS = [
     {"kernels"},
     {"environment"},
     {"cpu"},
-    {"ops", "attentions", "launchers", "visibility"},
+    {"ops", "attentions", "launchers", "logprobs", "visibility"},
     {"families"},
     {"decoding"},
     {"patch", "backend"},

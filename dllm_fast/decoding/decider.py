@@ -207,6 +207,7 @@ class Decider:
             banned=o.suppress_tokens,
             deferred=o.defer_tokens,
             softcap=self.family.softcap,
+            ranks=self.family.ranks,
             impl=self.family.impl,
         )
         if live is not None:
@@ -226,7 +227,7 @@ class Decider:
         return ops.token_logprob(
             hidden, *self.family.head_operands(), token=token, lse=lse, uncond=uncond, cfg_scale=o.cfg_scale,
             deferred=[i for i in o.defer_tokens if i not in o.suppress_tokens], softcap=self.family.softcap,
-            impl=self.family.impl,
+            ranks=self.family.ranks, impl=self.family.impl,
         ).float()  # fmt: skip
 
     def _evaluated_probability(

@@ -49,15 +49,21 @@ def available(device: torch.device) -> int | None:
     return None
 
 
+def free(family) -> int | None:
+    """`available` on the device of a family's model; of one that processes share, what all of them have."""
+    there = available(family.head()[0].device)
+    return there if there is None or family.ranks is None else family.ranks.least(there)
+
+
 def fits(family, options: Options, rows: int, slots: int, spare: int, held: int) -> bool:
     """Whether a batch of this shape fits into what is free, less ``held`` bytes; True if that is unknown."""
-    there = available(family.head()[0].device)
+    there = free(family)
     return there is None or need(family, options, rows, slots, spare) <= there - held
 
 
 def most_rows(family, options: Options, rows: int, slots: int, spare: int) -> int:
     """How many rows, up to ``rows`` and `ROWS`, fit into `SHARE` of what is free; at least 1."""
-    there = available(family.head()[0].device)
+    there = free(family)
     rows = min(rows, ROWS)
     if there is None:
         return rows
@@ -68,7 +74,7 @@ def most_rows(family, options: Options, rows: int, slots: int, spare: int) -> in
 def require_memory(family, options: Options, rows: int, slots: int, spare: int) -> None:
     """Raise MemoryError, with the size needed and the size there is, if a batch of this shape does not fit."""
     device = family.head()[0].device
-    wanted, there = need(family, options, rows, slots, spare), available(device)
+    wanted, there = need(family, options, rows, slots, spare), free(family)
     if there is not None and wanted > there:
         fits = math.floor(rows * there / wanted)
         raise MemoryError(

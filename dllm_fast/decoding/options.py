@@ -149,6 +149,11 @@ class Options(Checked):
             unfit = "skip_committed=True: the model predicts a token from the position before it, which is committed"
             require(not self.skip_committed, unfit)
             require(not self.drafts, f"speculate={self.speculate}: the model's head predicts the next position")
+        if family.ranks is not None:
+            shared = f"{family.ranks.size} processes share the model"
+            unfit = f"refresh={self.refresh}: {shared}, and none has the values of all heads"
+            require(not self.refresh.layerwise, unfit)
+            require(self.speculate != "auto", f"speculate='auto': {shared}, which may measure different times")
         eos_ids = as_ids("eos_id", self.eos_id, vocabulary)
         require(mask_id not in eos_ids, f"eos_id={self.eos_id}: the mask id, {mask_id}, ends no text")
         pad_id = None if self.pad_id is None else as_id("pad_id", self.pad_id, vocabulary)
@@ -157,7 +162,10 @@ class Options(Checked):
         deferred = tuple(sorted(set(as_ids("defer_tokens", self.defer_tokens, vocabulary))))
         left = vocabulary - len({mask_id, *suppressed})
         require(left > 0, f"suppress_tokens: leaves no token of the vocabulary of {vocabulary} to choose")
-        seed = int(torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu")) if self.seed is None else self.seed
+        seed = self.seed
+        if seed is None:
+            seed = int(torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu"))
+            seed = seed if family.ranks is None else family.ranks.least(seed)
         speculate = self.speculate
         if speculate == "auto" and not pays(family.head()[0].device):
             speculate = None

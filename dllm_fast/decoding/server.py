@@ -44,6 +44,11 @@ class Server:
     ):  # fmt: skip
         """``seats`` None: as many as fit into memory, and half as many each time that this turns out to be too many.
         ``is_open``: rows may be added later (`add`), up to ``seats`` at a time; too many are halved there too."""
+        if family.ranks is not None:
+            apart = f"{family.ranks.size} processes share the model, and may run out of memory apart"
+            require(seats is not None and not is_open, f"batch_size='auto': {apart}")
+            given = [(row.ids.tolist(), row.open.tolist(), row.noise) for row in rows]
+            family.ranks.require_same(options, seats, given)
         self.model, self.family, self.pool = model, family, pool
         self.device, self.options = family.head()[0].device, options
         self.finished = [row for row in rows if row.done]  # nothing to fill
@@ -135,7 +140,8 @@ class Server:
 
     def _require_memory(self, plan: tuple[int, int, int, bool]) -> None:
         """Raise MemoryError if a new engine would not fit even without those that the pool keeps."""
-        if self._key(plan) in self.pool:
+        # Processes that share a model agree on what is free, each time: their pools may differ.
+        if self.family.ranks is None and self._key(plan) in self.pool:
             return
         if not fits(self.family, self.options, *plan[:3], self.pool.recorded):
             self.pool.clear()

@@ -239,6 +239,7 @@ class _Scorer:
         require(
             self.family.block is None, "model: it is block-causal, and likelihoods are those of bidirectional models"
         )
+        require(self.family.ranks is None, "model: processes share it, and likelihoods are those of a whole one")
         self.lock = bound_pool(model).lock
         mask_id = getattr(self.family.model.config, "mask_token_id", None)
         if mask_id is None:

@@ -8,9 +8,11 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import MaskedLMOutput, ModelOutput
 
+from dllm_fast import ops
 from dllm_fast.families.bypass import Departure, settings
 from dllm_fast.families.cache import BlockCache
 from dllm_fast.families.linears import Matmuls, matmuls, place
+from dllm_fast.families.ranks import Ranks
 from dllm_fast.families.rounded import Copies, RoundedHead
 from dllm_fast.families.rows import Impl, Packed
 
@@ -31,6 +33,7 @@ class Family(ABC):
     layerwise = True  # whether `hidden` can begin at any layer
     softcap: float | None = None  # of the head's logits, see `reference.capped`
     shifted = False  # the head's output at position i predicts token i + 1
+    ranks: Ranks | None = None  # the processes that share the model
     block: int | None = (
         None  # of a block-causal model, the length of its blocks, counted from a sequence's first position
     )
@@ -98,7 +101,7 @@ class Family(ABC):
 
     @abstractmethod
     def head(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """LM head weight [V, d] and bias [V]."""
+        """LM head weight [V, d] and bias [V]; of a shared model, those of the rank's own ids."""
 
     @abstractmethod
     def hidden(
@@ -138,7 +141,12 @@ class Family(ABC):
         tensors = (*model.parameters(), *model.buffers())
         return tuple(map(place, tensors)), made, head, settings(model)
 
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The head's logits [..., V] of hidden states [..., d], before any softcap."""
+        own = ops.logits(hidden, *self.head_operands(), impl=self.impl)
+        return own if self.ranks is None else self.ranks.joined(own)
+
     @property
     def vocab_size(self) -> int:
         """The number of tokens that have a logit; `resize_token_embeddings` changes it."""
-        return self.head()[0].shape[0]
+        return self.head()[0].shape[0] * (1 if self.ranks is None else self.ranks.size)

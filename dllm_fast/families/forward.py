@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import ModelOutput
 
-from dllm_fast import ops
 from dllm_fast.families.rows import valid_spans
 
 STATE = "_dllm_fast"  # the attribute of a patched model that holds its `patch._Patch`
@@ -88,8 +87,8 @@ def _fast(self, input_ids=None, attention_mask=None, **kwargs):
         span = span_of(attention_mask) if fits else None
     if not plain or span is None:
         return state.forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
-    head = family.head_operands()
+    device = family.weight.device
     # Triton launches on the current GPU, not on the one that holds the tensors.
-    with torch.cuda.device(head[0].device) if head[0].is_cuda else nullcontext():
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         hidden = family.hidden(input_ids, *span, padding_counts=True)
-        return family.output_type(self)(logits=ops.logits(hidden, *head, impl=family.impl))
+        return family.output_type(self)(logits=family.logits(hidden))

@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from dllm_fast import ops
 from dllm_fast.families.bypass import class_name
+from dllm_fast.families.ranks import SummedLinear
 
 Matmuls = Callable[..., tuple[torch.Tensor, ...] | torch.Tensor | None]  # `matmuls`, or `rounded.Copies`
 
@@ -41,13 +42,14 @@ def matmuls(
             return (ops.swiglu_linear(x, matrix, impl=impl),)
         if matrix is not None:
             return ops.linear(x, matrix, impl=impl).split_with_sizes([linear.out_features for linear in linears], -1)
-    parts = tuple(
-        ops.linear(x, linear._parameters["weight"], linear._parameters["bias"], impl=impl)
-        if plain(linear)
-        else linear(x)
-        for linear in linears
-    )
+    parts = tuple(_product(x, linear, impl) for linear in linears)
     return (ops.swiglu(*parts, impl=impl),) if gated else parts
+
+
+def _product(x: torch.Tensor, linear: nn.Module, impl: str) -> torch.Tensor:
+    if plain(linear):
+        return ops.linear(x, linear._parameters["weight"], linear._parameters["bias"], impl=impl)
+    return linear(x, impl=impl) if type(linear) is SummedLinear else linear(x)
 
 
 def fused(linears: Sequence[nn.Module]) -> torch.Tensor | None:

@@ -8,12 +8,14 @@ from torch import nn
 from transformers import PretrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast, MaskedLMOutput, ModelOutput
 
-from dllm_fast.families.bypass import Calls
+from dllm_fast.families.bypass import Calls, class_name
 from dllm_fast.families.layered import Trained
 from dllm_fast.families.native import LLaDAConfig, LLaDAModelLM, kv_heads
+from dllm_fast.families.ranks import SharedEmbedding, SharedHead, SummedLinear, ranks_of
 from dllm_fast.families.remote import published_classes
 
 CALLED = frozenset(("wte", "q_proj", "k_proj", "v_proj", "attn_out", "ff_proj", "up_proj", "ff_out"))
+SHARED = (nn.Linear, SummedLinear, SharedEmbedding, SharedHead)  # what they are in a model that processes share
 
 
 class LLaDA(Trained):
@@ -21,8 +23,8 @@ class LLaDA(Trained):
 
     model_class = LLaDAModelLM
     remote_code = staticmethod(published_classes)
-    # The head of a tied model is an embedding whose weight is read.
-    files = (LLaDAModelLM.__module__, nn.Embedding.__module__)
+    # The head of a tied model is an embedding whose weight is read. So is that of a shared head.
+    files = (LLaDAModelLM.__module__, nn.Embedding.__module__, SharedHead.__module__)
 
     @staticmethod
     def matches(model: nn.Module) -> bool:
@@ -56,15 +58,28 @@ class LLaDA(Trained):
             asked = getattr(config, name, supported)
             if asked is not None and asked != supported:
                 raise ValueError(f"model.config.{name}={asked!r} is not supported, only {supported!r}")
+        self.ranks = ranks_of(self.model)
+        ranks = 1 if self.ranks is None else self.ranks.size
         self.positions = config.max_sequence_length
-        self.heads = config.n_heads
-        self.kv_heads = kv_heads(config)
+        self.heads = config.n_heads // ranks
+        self.kv_heads = kv_heads(config) // ranks
         self.head_dim = config.d_model // config.n_heads
         self.layers = config.n_layers
-        self.ffn_width = config.mlp_hidden_size or config.mlp_ratio * config.d_model
+        self.ffn_width = (config.mlp_hidden_size or config.mlp_ratio * config.d_model) // ranks
         self.eps = config.rms_norm_eps
         self.windows = [None] * self.layers
         self.thetas = [config.rope_theta] * self.layers
+
+    def require_whole(self) -> None:
+        super().require_whole()
+        if self.ranks is None:
+            return
+        for path, module in self.transformer.named_modules():
+            if path.rpartition(".")[2] in CALLED and type(module) not in SHARED:
+                raise ValueError(
+                    f"model: {self.ranks.size} processes share it, and model.transformer.{path} is a "
+                    f"{class_name(module)}; adapters and other weights cannot be shared"
+                )
 
     def _read_modules(self) -> Iterator[tuple[str, nn.Module]]:
         for name, module in self.transformer.named_modules():

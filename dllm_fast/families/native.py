@@ -172,7 +172,7 @@ class LLaDABlock(nn.Module):
             k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
         dropout = self.config.attention_dropout if self.training else 0.0
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-        x = x + self._drop(self.attn_out(attended.transpose(1, 2).reshape(x.shape)))
+        x = x + self._drop(self.attn_out(attended.transpose(1, 2).flatten(2)))
         y = self.ff_norm(x)
         return x + self._drop(self.ff_out(F.silu(self.ff_proj(y)) * self.up_proj(y)))
 

@@ -44,7 +44,7 @@ def load_rounded(
             ``device`` cannot hold such weights.
     """
     require_kind(kind, device)
-    files = _files(name, **{key: value for key, value in kwargs.items() if key in PLACES})
+    files = files_of(name, "weights", **{key: value for key, value in kwargs.items() if key in PLACES})
     skeleton: Any = _skeleton(cls, FAMILIES[config.model_type], kind)
     with torch.device("cpu"):
         model, report = skeleton.from_pretrained(name, config=config, dtype=dtype, output_loading_info=True, **kwargs)
@@ -103,8 +103,9 @@ def _rounded(model: nn.Module) -> dict[str, RoundedLinear]:
     return {path: module for path, module in model.named_modules() if isinstance(module, RoundedLinear)}
 
 
-def _files(name: str, **places) -> list[str]:
-    """The safetensors files of a folder, or of a model on the hub, which are downloaded."""
+def files_of(name: str, argument: str, **places) -> list[str]:
+    """The safetensors files of a folder, or of a model on the hub, which are downloaded. Raises ValueError, naming the
+    ``argument`` that needs them, if there are none."""
     optional = {"_raise_exceptions_for_missing_entries": False}
     index = cached_file(name, INDEX, **places, **optional)
     if index is not None:
@@ -112,7 +113,7 @@ def _files(name: str, **places) -> list[str]:
         return [cached_file(name, shard, **places) for shard in shards]
     single = cached_file(name, SINGLE, **places, **optional)
     if single is None:
-        raise ValueError(f"{name}: weights= needs safetensors files, and there is neither {SINGLE} nor {INDEX}")
+        raise ValueError(f"{name}: {argument}= needs safetensors files, and there is neither {SINGLE} nor {INDEX}")
     return [single]
 
 

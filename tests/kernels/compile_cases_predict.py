@@ -2,7 +2,7 @@
 
 from resources import Case
 
-from dllm_fast.kernels import checks, commit, gumbel, masked_loss, predict, select
+from dllm_fast.kernels import checks, commit, gumbel, masked_loss, predict, predict_share, select
 
 KEYS = {"seed_ptr": "*i64", "step_ptr": "*i64", "row_ptr": "*i64", "position_ptr": "*i64"}
 NO_KEYS = {name: None for name in KEYS}
@@ -42,7 +42,7 @@ def _predict(dtype, config, confidence, noise, guided, gather, scaled=False, sof
     return _case(name, predict._predict_kernel, signature, constexprs, config, matrix=dtype != "fp32")
 
 
-def _select(confidence, noise, guided, softcap=0.0):
+def _select(confidence, noise, guided, softcap=0.0, config=select.SELECT):
     keys, none = _keys(noise)
     signature = {"logits_ptr": "*fp32", "bias_ptr": "*bf16", "candidate_ptr": "*i1", **PARTS, **keys, **SCALE}
     signature |= {"first": "i32", "N": "i32", "V": "i32:16", "C": "i32:16", "S": "i32"}
@@ -51,8 +51,8 @@ def _select(confidence, noise, guided, softcap=0.0):
     else:
         none = none | {"base_ptr": None}
     constexprs = {**IDS, "CONFIDENCE": confidence, "NOISE": noise, "GATHER": True, "GUIDED": guided, "SOFTCAP": softcap}
-    name = f"select-{confidence}" + "-noise" * noise + "-guided" * guided + "-softcap" * (softcap > 0)
-    return _case(name, select._select_kernel, signature, {**constexprs, "BIAS": True, **none}, select.SELECT)
+    name = f"select-{confidence}-{config['BV']}" + "-noise" * noise + "-guided" * guided + "-softcap" * (softcap > 0)
+    return _case(name, select._select_kernel, signature, {**constexprs, "BIAS": True, **none}, config)
 
 
 def _combine(confidence):
@@ -145,6 +145,8 @@ CASES = [
     ),
     *(_predict("fp32", predict.FLOAT32[16], "margin", True, guided, True, softcap=30.0) for guided in (False, True)),
     _select("margin", True, True, softcap=30.0),
+    # LLaDA-8B's ids, shared by two processes and by eight.
+    *(_select("entropy", True, True, config=predict_share.config(126464 // size)) for size in (2, 8)),
     _predict("fp16", predict.FUSED[32], "probability", True, False, True),
     *(_predict("fp32", predict.FLOAT32[16], "margin", True, guided, True) for guided in (False, True)),
     *(_commit(rule, *shape) for rule in commit.RULES for shape in ((32, 32, 4), (1024, 4, 8))),

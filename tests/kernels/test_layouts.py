@@ -3,6 +3,8 @@
 Every launcher has a case, and a test checks that the list is complete.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -19,6 +21,7 @@ from dllm_fast.kernels.linear_rope import linear_int4_rope, linear_rope
 from dllm_fast.kernels.masked_loss import masked_loss
 from dllm_fast.kernels.norm import layer_norm, rms_norm
 from dllm_fast.kernels.predict import predict
+from dllm_fast.kernels.predict_share import predict_share
 from dllm_fast.kernels.reference_rounded import round_rows as rounded
 from dllm_fast.kernels.rope import rope
 from dllm_fast.kernels.round_rows import round_rows
@@ -48,6 +51,12 @@ def _predict(vocabulary=200, rows=5, width=48):
         "candidate": torch.arange(rows) % 3 != 1, "uncond": _normal(rows, width, seed=3), "row": _rows(rows),
         "position": torch.arange(rows), "mask_id": 7, "cfg_scale": 0.5, "temperature": 0.7, "seed": 5, "step": 2,
     }  # fmt: skip
+
+
+def _predict_share():
+    """Of the only process that has a share."""
+    ranks = SimpleNamespace(size=1, rank=0, ids=192, first=0, exchange=lambda *share: share)
+    return {name: x for name, x in _predict(192).items() if name != "bias"} | {"ranks": ranks}
 
 
 def _scaled_linear():
@@ -94,6 +103,7 @@ CASES = {
     }, ("q", "keys", "values")),
     "predict fused": (predict, lambda: _predict() | {"_path": "fused"}, ()),
     "predict streamed": (predict, lambda: _predict() | {"_path": "streamed"}, ()),
+    "predict_share": (predict_share, _predict_share, ()),
     "commit": (commit, lambda: {
         "sequence": torch.arange(24).view(2, 12), "token": torch.arange(100, 110).view(2, 5),
         "confidence": _normal(2, 5, dtype=FP32), "candidate": torch.ones(2, 5, dtype=torch.bool),
@@ -112,7 +122,7 @@ CASES = {
 }  # fmt: skip
 
 # A library multiplies them, and may sum in another order at another alignment.
-LIBRARY = {"predict streamed": ("hidden", "weight", "uncond")}
+LIBRARY = dict.fromkeys(("predict streamed", "predict_share"), ("hidden", "weight", "uncond"))
 
 
 def shifted(x):
@@ -162,6 +172,6 @@ def test_each_argument_has_strides_of_its_own(name, device):
 
 def test_no_launcher_is_forgotten():
     """The launchers that models and the loop call."""
-    fitting = {"counters", "fits", "fits_int4", "fits_rope"}
+    fitting = {"counters", "fits", "fits_int4", "fits_rope", "fits_share"}
     called = {name for names in launchers.KERNELS.values() for name in names} - fitting
     assert called <= {name.split()[0] for name in CASES}
