@@ -137,6 +137,7 @@ def from_pretrained(
 def other_model(name: str, kind: str | None, **kwargs) -> tuple[Any, PretrainedConfig]:
     """Transformers' class with a language model's head for a ``model_type`` that is no family's, and its config."""
     gpt.register()
+    cls: Any
     if kind in SAME_MODULES:
         cls, changes = SAME_MODULES[kind]
         fields, _ = PretrainedConfig.get_config_dict(name, **kwargs)
@@ -147,7 +148,7 @@ def other_model(name: str, kind: str | None, **kwargs) -> tuple[Any, PretrainedC
     except ValueError:  # transformers does not know it
         config = None
     for mapping in (MODEL_FOR_MASKED_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING):
-        cls: Any = mapping.get(type(config), None)
+        cls = mapping.get(type(config), None)
         if cls is not None:
             return cls, config
     raise ValueError(

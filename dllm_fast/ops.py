@@ -272,12 +272,9 @@ def attention(q, keys, values, seen, beside=None, impl="torch"):
     With ``impl="triton"``, `attentions` says from how many queries on PyTorch's serves whole sequences.
     """
     if isinstance(seen, Both):
-        parts = (
-            (q[: seen.queries], [x[:, : seen.own] for x in beside]),
-            (q[seen.queries :], [x[:, seen.own :] for x in beside]),
-        )
-        pairs = zip(parts, (seen.states, seen.also), strict=True)
-        return torch.cat([attention(mine, keys, values, its, own, impl) for (mine, own), its in pairs])
+        n, own = seen.queries, seen.own
+        states = attention(q[:n], keys, values, seen.states, [x[:, :own] for x in beside], impl)
+        return torch.cat((states, attention(q[n:], keys, values, seen.also, [x[:, own:] for x in beside], impl)))
     if beside is not None:
         if impl == "triton":
             return launchers.triton().attention(q, keys, values, *seen[:-1], *beside)

@@ -92,14 +92,14 @@ def _both(slots, start, end, slot, window, packed, impl) -> Both:
     also, own = packed.also, packed.states.length * packed.states.number
     first = also.length * torch.arange(len(packed.first), device=slot.device)
     queries = len(packed.row) - also.length * (len(first) - 1)
-    parts = (
-        (slot[:queries], packed._replace(row=packed.row[:queries], also=None)),
-        (
-            slot[queries:] - own,
-            packed._replace(row=packed.row[queries:], first=first, most=also.length, states=also, also=None),
-        ),
+    states = packed._replace(row=packed.row[:queries], also=None)
+    further = packed._replace(row=packed.row[queries:], first=first, most=also.length, states=also, also=None)
+    return Both(
+        _visible_to_states(slots, start, end, slot[:queries], window, states, impl),
+        _visible_to_states(slots, start, end, slot[queries:] - own, window, further, impl),
+        queries,
+        own,
     )
-    return Both(*(_visible_to_states(slots, start, end, at, window, part, impl) for at, part in parts), queries, own)
 
 
 def places_of(packed) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
