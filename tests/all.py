@@ -45,6 +45,9 @@ CPU_TESTS = ("-m", "pytest", "-q", "-n", "2", "tests/test_compiled.py", "tests/t
 QUICK_BENCH = ("-m", "bench.generation.engine", "--quick")
 # 64-bit Arm, emulated; and each level's machine code.
 ARM_TESTS = ("-m", "pytest", "-q", "-rs", "-m", "long", "tests/test_arm.py", "tests/test_instructions.py")
+# Ray's actors, as many as four, and some of them killed; its own extra, because it is as large as all others together.
+RAY_TESTS = ("-m", "pytest", "-q", "-rs", "-m", "long or not long", "tests/test_ray.py")
+RAY = environments.Setting(packages=("ray[data]",))
 # As if it were not installed: imports fail, and a search finds nothing.
 WITHOUT_TRITON = "import sys\nsys.modules['triton'] = None\n"
 
@@ -74,6 +77,7 @@ def pieces() -> dict[str, Piece]:
     every.append(Piece("sdist-wheel", ("-m", "pytest", "-q", "-m", "long", distribution), 15))
     every.append(Piece("long", (*SUITE, "-m", "long", f"--ignore={distribution}"), 180))
     every.append(Piece("arm", ARM_TESTS, 10))
+    every.append(Piece("ray", RAY_TESTS, 10, apart=RAY))
     installed = importlib.util.find_spec("triton") is not None
     every.append(
         Piece("no-triton", SUITE, 45, {"PYTHONPATH": str(_blocked())}, None if installed else "there is no Triton here")
