@@ -102,8 +102,8 @@ def test_which_ops_an_implementation_has_of_its_own():
     for name, op in inspect.getmembers(ops, inspect.isfunction):
         if op.__module__ == ops.__name__ and "impl" in inspect.signature(op).parameters and not name.startswith("_"):
             found[name] = {impl for impl in ("triton", "cpp") if impl in op.__code__.co_consts}
-    # The choice itself; `linear` of the head; two `grouped_linear`; PyTorch's arithmetic, rounded as `predict`'s is.
-    for name in ("resolve", "logits", "experts", "token_logprob"):
+    # The choice itself; `linear` of the head; two `grouped_linear`.
+    for name in ("resolve", "logits", "experts"):
         del found[name]
     assert found == {name: set(impls) for name, impls in ops.SERVED.items()}
 

@@ -86,7 +86,9 @@ def test_a_recorded_step_gives_the_same_tokens(name, options, monkeypatch, devic
 
     On the definition of predict: PyTorch's path picks out the candidates' rows on a CPU, which is such a reading.
     """
-    monkeypatch.setattr("dllm_fast.ops.predict", lambda *args, impl, **rest: reference.predict(*args, **rest))
+    monkeypatch.setattr(
+        "dllm_fast.ops.predict", lambda *args, impl, ranks=None, **rest: reference.predict(*args, **rest)
+    )
     check_recorded(name, "torch", options | {"gen_length": 16, "block_length": 8}, monkeypatch, device)
 
 

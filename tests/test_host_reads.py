@@ -71,7 +71,9 @@ ON_HOST = ("lengths", "tally", "idle", "near", "ends", "reached")  # an engine's
 def log(monkeypatch):
     """A run's events in order: "block" when a block begins, "step" for each step, and reads of the device."""
     # On a CPU, PyTorch's predict selects candidates by a mask, which it does not do on a GPU.
-    monkeypatch.setattr("dllm_fast.ops.predict", lambda *args, impl, **rest: reference.predict(*args, **rest))
+    monkeypatch.setattr(
+        "dllm_fast.ops.predict", lambda *args, impl, ranks=None, **rest: reference.predict(*args, **rest)
+    )
     device, block = Device(), Engine.block
 
     def making(init):
