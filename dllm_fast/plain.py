@@ -28,7 +28,7 @@ from dllm_fast.loading import check_folder, require_device
 class Limits:
     """What a request is checked against: the size of the vocabulary, and how many positions the model has."""
 
-    layerwise, shifted, block = True, False, None
+    layerwise, shifted, block, ranks = True, False, None, None
 
     def __init__(self, model: nn.Module):
         config: PretrainedConfig = model.config  # type: ignore[assignment]
