@@ -31,6 +31,7 @@ from dllm_fast import (
     Window,
 )
 from dllm_fast.evaluate.likelihood import log_likelihoods
+from dllm_fast.families.ranks import GATHER
 
 VOCAB = 104  # 101 ids cannot be shared
 LENGTHS = {"gen_length": 16, "block_length": 8, "seed": 5}
@@ -101,12 +102,12 @@ class Sent:
 
     def __init__(self):
         self.calls, self.bytes = {}, {}
-        self.originals = dist.all_reduce, dist.all_gather_into_tensor
+        self.originals = dist.all_reduce, getattr(dist, GATHER)
 
     def __enter__(self):
         reduce, gather = self.originals
         dist.all_reduce = lambda x, *args, **options: (self.add("reduce", x), reduce(x, *args, **options))[1]
-        dist.all_gather_into_tensor = lambda y, x, **options: (self.add("gather", x), gather(y, x, **options))[1]
+        setattr(dist, GATHER, lambda y, x, **options: (self.add("gather", x), gather(y, x, **options))[1])
         return self
 
     def add(self, kind: str, x: torch.Tensor) -> None:
@@ -115,7 +116,8 @@ class Sent:
             self.bytes[kind] = self.bytes.get(kind, 0) + x.nbytes
 
     def __exit__(self, *error):
-        dist.all_reduce, dist.all_gather_into_tensor = self.originals
+        dist.all_reduce = self.originals[0]
+        setattr(dist, GATHER, self.originals[1])
 
 
 def count_bytes(mesh) -> dict:

@@ -16,6 +16,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from dllm_fast import ops
 
+# Newer PyTorch warns of the other name.
+GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+
 
 class Ranks:
     """This process among those of a one-dimensional ``mesh`` that share a model.
@@ -47,7 +50,7 @@ class Ranks:
         """x [n, ...] of every rank, [ranks, n, ...]; one all-gather."""
         everyone = x.new_empty(self.size * x.shape[0], *x.shape[1:])
         if x.numel():
-            dist.all_gather_into_tensor(everyone, x.contiguous(), group=self.group)
+            getattr(dist, GATHER)(everyone, x.contiguous(), group=self.group)
         return everyone.unflatten(0, (self.size, x.shape[0]))
 
     def exchange(self, part: torch.Tensor, best: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,7 +12,7 @@ ROWS, VOCAB, WIDTH = 5, 192, 24
 
 
 @pytest.mark.parametrize("confidence", CONFIDENCES)
-@pytest.mark.parametrize("size", [1, 3, 4])
+@pytest.mark.parametrize("size", [3, *(pytest.param(size, marks=pytest.mark.long) for size in (1, 4))])
 def test_it_is_the_definition(size, confidence, device, monkeypatch):
     monkeypatch.setattr(predict_share, "CHUNK_ELEMENTS", ROWS * 32)  # two tiles of 16 at a time, or one of 64
     hidden, weight, _ = problem(ROWS, VOCAB, WIDTH, torch.float32, device)
