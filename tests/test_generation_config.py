@@ -11,7 +11,7 @@ from tiny import EOS, MASK, VOCAB, make_llada
 from transformers import GenerationConfig, TextStreamer
 
 import dllm_fast
-from dllm_fast import DiffusionGenerationConfig, MultiBlock, ReMDM, Threshold, Uniform, Window
+from dllm_fast import D2F, DiffusionGenerationConfig, ReMDM, Uniform, Window
 from dllm_fast.generation_config import FIELDS, HONOURED, NEUTRAL, NO_PART
 
 FREE = {"eos_token_id": None}  # write every position
@@ -129,12 +129,11 @@ HONOURED_CASES = [  # fields, and the same as `dllm_fast.generate`'s arguments
     ({"use_cache": False, "block_length": 4}, {"cache": "none", "block_length": 4}),
     ({"cache": "prefix", "refresh": "window=4,0", "block_length": 4},
      {"cache": "prefix", "refresh": Window(4, 0), "block_length": 4}),
+    ({"pipeline": "d2f=0.5,0.5", "block_length": 4}, {"pipeline": D2F(0.5, 0.5), "block_length": 4}),
     ({"remask": "remdm=0.5", "schedule": Uniform(4)}, {"remask": ReMDM(0.5), "schedule": Uniform(4)}),
     ({"skip_committed": True, "schedule": Uniform(4)}, {"skip_committed": True, "schedule": Uniform(4)}),
     ({"suffix_length": 2, "block_length": 4}, {"suffix_length": 2, "block_length": 4}),
     ({"speculate": 2}, {"speculate": 2}),
-    ({"pipeline": "multi-block=0.2", "schedule": "threshold=0.5"},
-     {"pipeline": MultiBlock(0.2), "schedule": Threshold(0.5)}),
     *[(given, given) for given in [{"suffix_length": 0, "suffix_sample": 2, "block_length": 4}]],
     ({"cache_dtype": "e4m3", "schedule": Uniform(4)}, {"cache_dtype": "e4m3", "schedule": Uniform(4)}),
     ({"mask_id": 7, "suppress_tokens": [MASK]}, {"mask_id": 7, "suppress_tokens": [MASK]}),

@@ -137,11 +137,12 @@ def summary(rows: list[Row], best: float) -> list[list[str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0].split(":")[0])
     parser.add_argument("--models", nargs="+", default=MODELS, help="names or folders")
+    parser.add_argument("--caches", nargs="+", choices=CACHES, default=CACHES)
     parser.add_argument("--count", type=int, default=300, help="problems")
     parser.add_argument("--batch", type=int, default=50)
     options = parser.parse_args()
     print(f"{os.cpu_count()} CPU cores, {datetime.date.today()}, torch {torch.__version__}, commit {checkout.commit()}")
-    found = {name: run(name, options.count, options.batch) for name in options.models}
+    found = {name: run(name, options.count, options.batch, options.caches) for name in options.models}
     best = max(row.accuracy for rows in found.values() for row in rows)
     about = f"{options.count} problems of {task.STEPS.tokens} tokens in blocks of {BLOCK}"
     for name, rows in found.items():
