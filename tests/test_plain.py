@@ -182,5 +182,4 @@ def test_the_command_line_samples_a_bert(tmp_path, capsys):
     expected = dllm_fast.generate_plain(model, row, gen_length=0, block_length=4, schedule=Pyramid(100), mask_id=4)
     text = AutoTokenizer.from_pretrained(tmp_path).decode(expected.sequences[0], skip_special_tokens=True)
     assert printed.out.splitlines()[-1] == text and "5 NFE" in printed.err and "░" in printed.out
-    assert cli.main([*arguments, "--remask", "remdm=0.1"]) == 2
-    assert "--remask: " in capsys.readouterr().err
+    assert cli.main([*arguments, "--cache", "none", "--remask", "remdm=0.1"]) == 0  # it is patched
