@@ -22,7 +22,6 @@ from transformers import (
 
 from dllm_fast.families import FAMILIES, gpt, kind_of
 from dllm_fast.families.generic import Generic
-from dllm_fast.families.llada import LLaDA
 from dllm_fast.families.shards import load_rounded
 from dllm_fast.families.tensor_parallel import check_mesh, load_shared
 from dllm_fast.generation_config import DiffusionGenerationConfig
@@ -97,7 +96,7 @@ def from_pretrained(
     auto_map = fields.get("auto_map") or {}
     family = FAMILIES.get(kind or "")
     require_rounds(family or Generic, weights)
-    if device_mesh is not None and family is not LLaDA:
+    if device_mesh is not None and (family is None or not family.shared):
         raise ValueError(f"device_mesh: processes can share a LLaDA, and {name} has model_type {kind!r}")
     if family is None:
         cls, config = other_model(name, kind, **kwargs)

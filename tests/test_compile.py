@@ -104,6 +104,7 @@ def test_compiling_survives_patching_and_unpatching(ids):
     close(compiled(ids).logits, own)
 
 
+@pytest.mark.long
 @torch.no_grad()
 @pytest.mark.skipif(not has_compiler(), reason="Inductor needs a C++ compiler, and none answers")
 @pytest.mark.skipif(" " in torch.__file__, reason="Inductor does not quote the path of PyTorch, which has a space here")

@@ -193,7 +193,7 @@ class Normed(plain_loop.Memory):
         return q, k
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", [pytest.param(n, marks=() if n < 3 else pytest.mark.long) for n in range(6)])
 def test_bidirectional_experts_with_every_option(seed):
     """LLaDA-MoE's tokens by the plain loop: caches, refreshes, schedules, batches."""
     check_plain_loop("lladamoe", seed, functools.partial(make, "lladamoe"), Normed)

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.mark.parametrize("name", OTHERS)
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", [pytest.param(n, marks=() if n < 3 else pytest.mark.long) for n in range(6)])
 def test_tokens_of_the_plain_loop(name, seed):
     options = {"skip_committed": False} if name in SHIFTED else {}
     check_plain_loop(name, seed, functools.partial(make, name), OwnMemory, **options)

@@ -24,7 +24,7 @@ def model_of(name):
 
 
 @pytest.mark.parametrize("name", ["llada-gqa", "modernbert"])
-@pytest.mark.parametrize("seed", [pytest.param(n, marks=() if n < 6 else pytest.mark.long) for n in range(40)])
+@pytest.mark.parametrize("seed", [pytest.param(n, marks=() if n < 3 else pytest.mark.long) for n in range(40)])
 def test_those_of_the_plain_loop(name, seed):
     """Random requests: caches, refreshes, remasks, guidance, noise, drafts, one row at a time and seated together."""
     model, rng = model_of(name), random.Random(seed)

@@ -95,7 +95,7 @@ def draw(rng: random.Random, cache: str, longest: int = 14) -> Request:
 
 @pytest.mark.parametrize("cache", ["none", "dual"])
 @pytest.mark.parametrize("name", ["llada-gqa", "modernbert"])
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", [pytest.param(n, marks=() if n < 2 else pytest.mark.long) for n in range(5)])
 def test_tokens_forwards_and_positions_of_the_published_loops(name, cache, seed):
     """Of each row as if it were alone, in a padded batch, and with fewer seats than prompts."""
     request = draw(random.Random(100 * seed + (cache == "dual")), cache)

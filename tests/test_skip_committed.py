@@ -17,7 +17,7 @@ from dllm_fast.patch import bound_family
 
 
 @pytest.mark.parametrize("name", ["llada-gqa", "modernbert"])
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", [pytest.param(n, marks=() if n < 15 else pytest.mark.long) for n in range(30)])
 def test_tokens_of_the_plain_loop(name, seed):
     check_plain_loop(name, seed, skip_committed=True)
 

@@ -116,6 +116,7 @@ def test_a_loop_of_ones_own_goes_through_its_wrapper(pair, wrap):
         torch.testing.assert_close(first[name], values, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.long
 def test_accelerate_launches_it_on_two_processes(files, tmp_path):
     """The command that docs/training.md gives, on the CPU: one run of two processes, not two of one."""
     options = [*arguments("pretrain", files), *split(2, 1), "--steps", "2", "--save-every", "2", "--out", str(tmp_path)]

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import json
 from dataclasses import asdict, dataclass
+from unittest import mock
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -74,11 +75,9 @@ def as_llama(model: PreTrainedModel) -> LlamaForCausalLM:
 @contextlib.contextmanager
 def without(kind: str):
     """Within it, `patch` knows no family of this ``model_type``."""
-    family = FAMILIES.pop(kind)
-    try:
+    with mock.patch.dict(FAMILIES):
+        del FAMILIES[kind]
         yield
-    finally:
-        FAMILIES[kind] = family
 
 
 def both(kind: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[PreTrainedModel, PreTrainedModel]:

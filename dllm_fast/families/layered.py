@@ -28,6 +28,7 @@ class Layered(Family):
     eps: float
     thetas: list[float]  # a layer's rotary base
     rotated: int | None = None  # channels of a head that are rotated, the first ones; None: all
+    shared = False  # whether processes can share the model, see `tensor_parallel`
 
     def __init__(
         self, model: nn.Module, impl: str, matmuls: Matmuls = matmuls, rounded_head: RoundedHead | None = None

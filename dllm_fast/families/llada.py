@@ -22,6 +22,7 @@ class LLaDA(Trained):
     """RMSNorm, SwiGLU, every layer attends to all slots; keys may be grouped and embeddings tied."""
 
     model_class = LLaDAModelLM
+    shared = True
     remote_code = staticmethod(published_classes)
     # The head of a tied model is an embedding whose weight is read. So is that of a shared head.
     files = (LLaDAModelLM.__module__, nn.Embedding.__module__, SharedHead.__module__)

@@ -180,7 +180,7 @@ def test_opcheck(device):
     ("name", "more"),
     [
         ("llada-gqa", {"skip_committed": True, "schedule": Uniform(4), "gen_length": 8, "refresh": Window(4)}),
-        ("modernbert", {"cfg_scale": 1.0, "temperature": 0.7}),
+        pytest.param("modernbert", {"cfg_scale": 1.0, "temperature": 0.7}, marks=pytest.mark.long),
         ("llada-gqa", {"cache": "prefix", "refresh": Drift(0.1), "gen_length": 8}),
     ],
     ids=["packed", "guided", "drift"],
