@@ -69,7 +69,7 @@ PIECES = {
     "cold": (120, "-m bench.generation.cold --shape llada-8b"),
     "attention-llada": (300, f"{BENCH} 'attention and llada'"),
     "backend": (200, "-m bench.generation.backend --batch 16"),
-    "own": (300, "-m bench.generation.own --size large --rounds 3"),
+    "own": (300, "-m bench.generation.own --size large --rounds 3 --caches dual"),
     "modernbert-base": (300, "-m bench.generation.modernbert"),
     "modernbert-large": (400, "-m bench.generation.modernbert --size large"),
     "predict": (300, f"{BENCH} predict"),

@@ -2,8 +2,9 @@
 
 What the families LLaDA and ModernBERT gain over `Generic`, which runs a model's own forward on our attention. The same
 weights, random ones, patched both ways: ModernBERT's as it is; LLaDA's natively, and as the Llama without a causal mask
-that it is. Each fills the same prompt with every cache, in interleaved rounds; ratios are taken round by round.
-``same`` is the share of tokens on which both agree, in any dtype but fp64 up to near ties. Ends with one JSON line.
+that it is. Each fills the same prompt with each of ``--caches``, in interleaved rounds; ratios are taken round by
+round. ``same`` is the share of tokens on which both agree, in any dtype but fp64 up to near ties. Ends with one JSON
+line.
 """
 
 import argparse
@@ -68,7 +69,8 @@ def as_llama(model: PreTrainedModel) -> LlamaForCausalLM:
             name = name.replace(old, new)
         weights[name] = weight
     llama.load_state_dict(weights, assign=True)
-    llama.model.rotary_emb = type(llama.model.rotary_emb)(config, device=model.device)  # its table is in no checkpoint
+    with torch.device(model.device):
+        llama.model.rotary_emb = type(llama.model.rotary_emb)(config)  # its table is in no checkpoint
     return llama.to(model.dtype).eval()
 
 
@@ -92,7 +94,9 @@ def both(kind: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> t
     return dllm_fast.patch(ours), own
 
 
-def measure(kind: str, shape: Shape, rounds: int, dtype: torch.dtype, device: torch.device) -> list[Row]:
+def measure(
+    kind: str, shape: Shape, caches: list[str], rounds: int, dtype: torch.dtype, device: torch.device
+) -> list[Row]:
     ours, own = both(kind, shape, dtype, device)
     ids = torch.randint(
         *plain_ids(ours.config), (1, shape.prompt), generator=torch.Generator().manual_seed(0)
@@ -100,7 +104,7 @@ def measure(kind: str, shape: Shape, rounds: int, dtype: torch.dtype, device: to
     given = {"gen_length": shape.gen_length, "block_length": shape.block_length, "mask_id": own.config.mask_token_id}
     given["schedule"] = schedule_of(shape.schedule)
     rows = []
-    for cache in CACHES:
+    for cache in caches:
         runs = {
             name: functools.partial(dllm_fast.generate, model, ids, cache=cache, **given)
             for name, model in (("ours", ours), ("own", own))
@@ -119,6 +123,7 @@ def measure(kind: str, shape: Shape, rounds: int, dtype: torch.dtype, device: to
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0].split(":")[0])
     parser.add_argument("--models", nargs="+", choices=USUAL, default=list(USUAL))
+    parser.add_argument("--caches", nargs="+", choices=CACHES, default=list(CACHES))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float64"))
     parser.add_argument("--size", choices=("quick", "usual", "large"), default="usual")
@@ -129,7 +134,11 @@ def main(arguments: list[str] | None = None) -> int:
     print(machine(device, dtype))
     require_idle(options.force)
     shapes = {"quick": QUICK, "usual": USUAL, "large": LARGE}[options.size]
-    rows = [row for kind in options.models for row in measure(kind, shapes[kind], options.rounds, dtype, device)]
+    rows = [
+        row
+        for kind in options.models
+        for row in measure(kind, shapes[kind], options.caches, options.rounds, dtype, device)
+    ]
     head = ["model", "cache", "NFE", "s", "the model's own forward takes", "same tokens"]
     cells = [
         [row.model, row.cache, str(row.nfe), spread(row.seconds), f"{spread(row.times)} times", f"{row.same:.1%}"]
