@@ -111,6 +111,16 @@ def check_choice(
     return ranges_of(banned), ranges_of(deferred), noisy
 
 
+def as_keys(noisy: bool, seed, step, row, position, rows: int, device: torch.device) -> tuple:
+    """`predict`'s (seed, step, row, position) as kernels take them, or four None if nothing is ``noisy``. Raises as
+    `check_tensors`, `as_scalar` and `as_numbers` do."""
+    if not noisy:
+        return None, None, None, None
+    check_tensors(device, row=(row, [rows], INTEGERS), position=(position, [rows], INTEGERS))
+    step = as_numbers("step", step, rows, device).contiguous()
+    return as_scalar("seed", seed, device), step, row, position
+
+
 def as_softcap(softcap: float | None) -> float:
     """``softcap`` as kernels take it, 0 for none. Raises ValueError unless it is None, or positive and finite."""
     if softcap is not None and not 0 < softcap < float("inf"):

@@ -28,16 +28,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dllm_fast.kernels.checks import (
-    FLOATS,
-    INTEGERS,
-    as_numbers,
-    as_scalar,
-    as_softcap,
-    check_choice,
-    check_tensors,
-    one_device,
-)
+from dllm_fast.kernels.checks import FLOATS, as_keys, as_softcap, check_choice, check_tensors, one_device
 from dllm_fast.kernels.linear import _packed_dot
 from dllm_fast.kernels.select import FIELDS, SELECT, combine, reduce_tile, select, softcapped
 
@@ -358,11 +349,7 @@ def predict(
     banned_ranges, deferred_ranges, noisy = check_choice(
         mask_id, banned, deferred, vocabulary, confidence, temperature, row, position
     )
-    noise: tuple = (None, None, None, None)
-    if noisy:
-        check_tensors(device, row=(row, [rows], INTEGERS), position=(position, [rows], INTEGERS))
-        step = as_numbers("step", step, rows, device).contiguous()
-        noise = (as_scalar("seed", seed, device), step, row, position)
+    noise = as_keys(noisy, seed, step, row, position, rows, device)
     return _predict(
         hidden, weight, bias, candidate, uncond, scale, *noise, mask_id, banned_ranges, deferred_ranges,
         confidence, float(temperature), cfg_scale + 1.0, as_softcap(softcap), _path,

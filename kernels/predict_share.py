@@ -8,7 +8,7 @@ the device, so a CUDA graph can record it, the exchange included.
 
 import torch
 
-from dllm_fast.kernels.checks import FLOATS, INTEGERS, as_numbers, as_scalar, as_softcap, check_choice, check_tensors
+from dllm_fast.kernels.checks import FLOATS, as_keys, as_softcap, check_choice, check_tensors
 from dllm_fast.kernels.predict import CHUNK_ELEMENTS, _logits
 from dllm_fast.kernels.reference_shares import condense
 from dllm_fast.kernels.select import FIELDS, SELECT, combine, select
@@ -66,11 +66,7 @@ def predict_share(
     banned_ranges, deferred_ranges, noisy = check_choice(
         mask_id, banned, deferred, vocabulary, confidence, temperature, row, position
     )
-    keys: tuple = (None, None, None, None)
-    if noisy:
-        check_tensors(device, row=(row, [rows], INTEGERS), position=(position, [rows], INTEGERS))
-        step = as_numbers("step", step, rows, device).contiguous()
-        keys = (as_scalar("seed", seed, device), step, row, position)
+    keys = as_keys(noisy, seed, step, row, position, rows, device)
     # 2. The own tiles, at their places among those of the whole vocabulary.
     tile = tile_of(ranks.ids)
     before, own, splits = ranks.first // tile, ranks.ids // tile, vocabulary // tile

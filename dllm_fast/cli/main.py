@@ -87,7 +87,8 @@ def dtype_of(args: argparse.Namespace) -> str:
 
 def load(args: argparse.Namespace):
     """The model of ``--model``, patched, and its tokenizer."""
-    return _load(args), load_tokenizer(args.model, args.trust_remote_code)
+    model = from_pretrained(args.model, _dtype(args), args.device, args.impl, args.trust_remote_code, args.weights)
+    return model, load_tokenizer(args.model, args.trust_remote_code)
 
 
 def load_or_plain(args: argparse.Namespace):
@@ -115,10 +116,6 @@ def load_or_plain(args: argparse.Namespace):
         raise refused
     print(f"a plain loop samples it, each step a forward of the whole sequence: {refused}", file=sys.stderr)
     return model, tokenizer
-
-
-def _load(args: argparse.Namespace):
-    return from_pretrained(args.model, _dtype(args), args.device, args.impl, args.trust_remote_code, args.weights)
 
 
 def _dtype(args: argparse.Namespace) -> torch.dtype | str:

@@ -165,27 +165,10 @@ class Decider:
         wanted: torch.Tensor,
         keys: tuple[torch.Tensor, ...],
         live: Live | None = None,
+        checked: bool = True,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Token and confidence [B, T] and log-sum-exp [B*T] of the positions ``wanted`` [B, T], with the noise of
-        their ``keys``. Logits that are NaN or infinite are noted."""
-        token, score, lse = self._predicted(heads, wanted, keys, live)
-        self._check(lse, self.step)
-        return token, score, lse
-
-    def _check(self, lse: torch.Tensor, step: torch.Tensor) -> None:
-        """Keep the step [B] at which a row's logits were NaN or infinite first."""
-        # lse - lse is 0, or NaN where lse is NaN or infinite; a position that is no candidate has lse 0.
-        fine = (lse - lse == 0).view(self.rows, -1).all(1)
-        self.bad.copy_(torch.minimum(self.bad, torch.where(fine, GOOD, (self.number << 32) + step)))
-
-    def _predicted(
-        self,
-        heads: tuple[torch.Tensor, torch.Tensor | None],
-        wanted: torch.Tensor,
-        keys: tuple[torch.Tensor, ...],
-        live: Live | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """`_predict`, of which nothing is noted."""
+        their ``keys``; `_check` of the latter, if it is to be ``checked``."""
         o, (hidden, uncond), shape = self.options, heads, wanted.shape
         if live is not None:
             wanted = live.gather(wanted, False)
@@ -214,7 +197,15 @@ class Decider:
             token = live.spread(token, token.new_full(shape, o.mask_id))
             score = live.spread(score, score.new_full(shape, float("-inf")))
             lse = live.spread(lse, lse.new_zeros(shape)).flatten()
+        if checked:
+            self._check(lse, self.step)
         return token.view(shape), o.schedule.ranked_by(score.view(shape), self.offsets), lse
+
+    def _check(self, lse: torch.Tensor, step: torch.Tensor) -> None:
+        """Keep the step [B] at which a row's logits were NaN or infinite first."""
+        # lse - lse is 0, or NaN where lse is NaN or infinite; a position that is no candidate has lse 0.
+        fine = (lse - lse == 0).view(self.rows, -1).all(1)
+        self.bad.copy_(torch.minimum(self.bad, torch.where(fine, GOOD, (self.number << 32) + step)))
 
     def _commit(self, token, score, candidate: torch.Tensor, quota: torch.Tensor) -> torch.Tensor:
         """Write the candidates [B, T] that the schedule chooses, ``quota`` [B] of them if planned. Returns which."""

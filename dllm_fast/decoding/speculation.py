@@ -179,8 +179,7 @@ class Speculation(Forwards):
             step = self._planned(0, step)
         self.step.copy_(step[:, 0])
         keys = self._keys(at[:, None].expand_as(blocks), step[..., None].expand_as(blocks))
-        first, *second = (half.flatten(0, 2) for half in hidden.chunk(self.passes))
-        heads = first, second[0] if second else None
+        _, heads = self._heads(hidden.flatten(1, 2), None)
         token, score, lse = self._predict(heads, candidate if o.remask is None else ours.expand_as(blocks), keys)
         probability = None
         if o.remask is not None:
@@ -331,9 +330,9 @@ class Speculation(Forwards):
         right = went & (block == guess).all(1) & ~((block == mask_id) & ours).any(1)
         at = self.next_slot[:, None] + self.offsets
         candidate = (self.canvas.gather(1, at) == mask_id) & self.open.gather(1, at)
-        first, *second = (half.flatten(0, 1) for half in hidden.chunk(self.passes))
+        _, heads = self._heads(hidden, None)
         keys = self._keys(at, torch.zeros_like(at))
-        token, score, lse = self._predicted((first, second[0] if second else None), candidate, keys)
+        token, score, lse = self._predict(heads, candidate, keys, checked=False)
         kept = (self.next_token, token), (self.next_score, score), (self.next_lse, lse.view_as(score))
         for mine, its in kept:
             mine.copy_(torch.where(right[:, None], its, mine))
