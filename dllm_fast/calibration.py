@@ -2,18 +2,20 @@
 
 `DraftGraph.chain` drafts what comes next if no prediction changes. Often one does: a position waits, and another comes
 first. `calibrate` has the model answer prompts without drafts, and takes the drafts that would have saved the most
-forwards (as Spiffy does, arXiv:2509.18085). ``dllm-fast calibrate`` puts them into the model's folder, where
-``speculate=n`` finds them.
+forwards (as Spiffy does, arXiv:2509.18085). Then it fits how likely each is to be reached by the confidences of a step,
+by which the engine chooses among them. ``dllm-fast calibrate`` puts all that into the model's folder, where
+``speculate=n`` finds it.
 """
 
 import contextlib
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from torch.nn.functional import binary_cross_entropy_with_logits
 
-from dllm_fast.decoding.drafts import MOST, DraftGraph, Ranks
+from dllm_fast.decoding.drafts import MOST, DraftGraph, Ranks, features, log_odds
 from dllm_fast.decoding.engine import Engine
 from dllm_fast.decoding.options import BLOCK
 from dllm_fast.decoding.values import require, whole
@@ -22,19 +24,22 @@ from dllm_fast.patch import bound_family
 
 Draft = tuple[int, Ranks | None]
 Paths = list[list[list[set[Draft]]]]
+DRAFTS = 24  # in a graph, of which each step chooses
 TRIED = 24  # candidates for the next draft: those whose absence ends the most forwards
+ITERATIONS = 100  # of the fit
 
 
 @dataclass
 class Taken:
     """What a step left behind, each [T] but the last two.
 
-    block: tokens. masked: which are still [MASK]. rank: of these, by confidence. token: what was predicted for these.
-    count: how many positions the step committed. planned: whether the schedule knew that beforehand.
+    block: tokens. masked: which are still [MASK]. score: confidences of these. rank: by them. token: what was predicted
+    for these. count: how many positions the step committed. planned: whether the schedule knew that beforehand.
     """
 
     block: torch.Tensor
     masked: torch.Tensor
+    score: torch.Tensor
     rank: torch.Tensor
     token: torch.Tensor
     count: int
@@ -44,8 +49,8 @@ class Taken:
 def calibrate(
     model: torch.nn.Module, prompts: Iterable[torch.Tensor], drafts: int = 7, batch_size: int = 8, **options
 ) -> DraftGraph:
-    """The drafts with which ``prompts`` would have taken the fewest forwards, chosen one after the other: the first n
-    of them are the choice of n. There are fewer than ``drafts`` if no further one saves any.
+    """Drafts with which ``prompts`` would have taken few forwards, and how likely each is by a step's confidences. A
+    forward evaluates the ``drafts`` likeliest, or fewer if no further one saved any.
 
     ``prompts``, ``batch_size`` and ``options`` are as `generate_many`'s. The answers are written without drafts, but
     each forward evaluates two states.
@@ -56,7 +61,10 @@ def calibrate(
     drafts, batch_size = whole("drafts", drafts), whole("batch_size", batch_size)
     require(drafts <= MOST, f"drafts={drafts} is above {MOST}")
     require(options.get("speculate") is None, "speculate: calibrate takes the steps without drafts")
-    return choose(follow(record(model, prompts, batch_size, options)), drafts)
+    blocks = record(model, prompts, batch_size, options)
+    paths = follow(blocks)
+    graph = choose(paths, max(drafts, DRAFTS))
+    return replace(fit(blocks, paths, graph), evaluated=min(drafts, graph.number))
 
 
 def record(model, prompts, batch_size, options: dict) -> list[list[Taken]]:
@@ -82,11 +90,12 @@ class Recorder:
         yield
         block, masked = self._block(engine)
         count = (before & ~masked).sum(1)
-        rank, token = (x.to("cpu", copy=True) for x in (engine.rank, engine.drafts[:, 0]))
+        score, rank, token = (x.to("cpu", copy=True) for x in (engine.score, engine.rank, engine.drafts[:, 0]))
         keys = zip(engine.row.tolist(), engine.number.tolist(), strict=True)
         for b, (key, committed) in enumerate(zip(keys, count.tolist(), strict=True)):
             if committed:
-                taken = Taken(block[b].cpu(), masked[b].cpu(), rank[b], token[b], committed, engine.is_planned)
+                kept = (block[b].cpu(), masked[b].cpu(), score[b], rank[b], token[b])
+                taken = Taken(*kept, committed, engine.is_planned)
                 self.blocks.setdefault(key, []).append(taken)
 
     @staticmethod
@@ -136,7 +145,7 @@ def forwards(paths: Paths, graph: set[Draft]) -> tuple[int, Counter]:
 
 
 def choose(paths: Paths, drafts: int) -> DraftGraph:
-    """`calibrate`'s choice, of the drafts that ``paths`` hold."""
+    """The drafts of ``paths`` that save the most forwards, one after the other, up to ``drafts``."""
     chosen: list[Draft] = []
     for _ in range(drafts):
         now, wanted = forwards(paths, set(chosen))
@@ -147,3 +156,49 @@ def choose(paths: Paths, drafts: int) -> DraftGraph:
             break
         chosen.append(best)
     return DraftGraph(tuple(chosen))
+
+
+def fit(blocks: list[list[Taken]], paths: Paths, graph: DraftGraph) -> DraftGraph:
+    """``graph`` with the biases and weights under which the drafts that ``paths`` reached are likeliest: a logistic
+    regression over all steps and drafts."""
+    if not graph.drafts:
+        return graph
+    samples, reached = [], []
+    for steps, path in zip(blocks, paths, strict=True):
+        for n, step in enumerate(steps):
+            samples.append(features(step.score.double(), step.masked, _chosen(steps, n, graph)))
+            fitting = set().union(*path[n])
+            reached.append([draft in fitting for draft in graph.drafts])
+    found, hit = torch.stack(samples), torch.tensor(reached, device="cpu").double()  # [N, G, 2], [N, G]
+    fits = found[..., 1] > float("-inf")
+    mean, spread = found[fits].mean(0), found[fits].std(0).clamp(min=1e-6)
+    found = (found - mean) / spread
+    rate = (hit.sum(0) + 0.5) / (fits.sum(0) + 1)
+    biases, weights = rate.logit().requires_grad_(), torch.zeros_like(mean, requires_grad=True)
+    optimizer = torch.optim.LBFGS([biases, weights], max_iter=ITERATIONS, line_search_fn="strong_wolfe")
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        value = binary_cross_entropy_with_logits(log_odds(found, biases, weights)[fits], hit[fits])
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        optimizer.step(loss)
+    weights = weights.detach() / spread
+    biases = biases.detach() - (weights * mean).sum()
+    numbers = [[round(x, 3) for x in values.tolist()] for values in (biases, weights)]
+    return replace(graph, biases=tuple(numbers[0]), weights=tuple(numbers[1]))
+
+
+def _chosen(steps: list[Taken], n: int, graph: DraftGraph) -> torch.Tensor:
+    """What the drafts that follow step ``n`` of a block commit, [G, T] bool."""
+    base = steps[n]
+    rows = []
+    for ahead, own in graph.drafts:
+        if own is not None:
+            rows.append(torch.isin(base.rank, torch.tensor(own, device="cpu")))
+            continue
+        later = [step.count for step in steps[n + 1 : n + 1 + ahead]] if base.planned else [base.count] * ahead
+        rows.append(base.rank < sum(later))
+    return torch.stack(rows)

@@ -2,7 +2,9 @@
 
 import itertools
 import json
+import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -51,7 +53,81 @@ def test_the_forwards_that_it_foresees_are_those_that_are_taken(model, options):
     chain = DraftGraph.chain(3)
     assert calibration.forwards(paths, set(chain.drafts))[0] == taken(model, options, chain)
     assert graphs[2].drafts[:3] == graphs[1].drafts and graphs[1].drafts[:1] == graphs[0].drafts
-    assert graphs[2] == dllm_fast.calibrate(model, prompts(6), 7, 4, **options)
+    found = dllm_fast.calibrate(model, prompts(6), 3, 4, **options)
+    assert found.drafts == calibration.choose(paths, calibration.DRAFTS).drafts and found.evaluated == 3
+
+
+def pruned_forwards(blocks, paths, graph: DraftGraph) -> int:
+    """How many forwards the blocks take, each with the ``graph.evaluated`` drafts whose log-odds are the highest."""
+
+    def likeliest(steps, n: int) -> set:
+        base, odds = steps[n], {}
+        for index, (ahead, own) in enumerate(graph.drafts):
+            counts = [step.count for step in steps[n + 1 : n + 1 + ahead]] if base.planned else [base.count] * ahead
+            ranks = set(range(sum(counts)) if own is None else own)
+            scores = list(zip(base.score.tolist(), base.rank.tolist(), base.masked.tolist(), strict=True))
+            committed = [math.log(score) for score, rank, masked in scores if masked and rank in ranks]
+            left = [score for score, rank, masked in scores if masked and rank not in ranks]
+            odds[index] = -math.inf
+            if left:
+                best = math.log(max(left) / (1 - max(left)))
+                odds[index] = graph.biases[index] + graph.weights[0] * sum(committed) + graph.weights[1] * best
+        return {graph.drafts[n] for n in sorted(odds, key=lambda n: -odds[n])[: graph.evaluated]}
+
+    count = 0
+    for steps, path in zip(blocks, paths, strict=True):
+        taken = 0
+        while taken < len(steps):
+            count, taken = count + 1, taken + 1
+            drafted = likeliest(steps, taken - 2) if taken > 1 else set()
+            for fitting in path[taken - 2] if taken > 1 else ():
+                if not fitting & drafted:
+                    break
+                taken += 1
+    return count
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_each_step_takes_the_likeliest_drafts(model, options):
+    blocks = calibration.record(model, prompts(6), 3, options)
+    paths = calibration.follow(blocks)
+    graph = dllm_fast.calibrate(model, prompts(6), 3, 4, **options)
+    assert len(graph.drafts) > 3
+    doubtful = replace(graph, biases=tuple(n / 10 for n in range(len(graph.drafts))), weights=(0.7, -1.3))
+    counts = [taken(model, options, each) for each in (graph, doubtful, replace(graph, evaluated=1))]
+    assert counts == [pruned_forwards(blocks, paths, each) for each in (graph, doubtful, replace(graph, evaluated=1))]
+    assert len(set(counts)) > 1
+
+
+def test_the_fit_is_the_likeliest(model):
+    """No other bias or weight makes what was reached likelier."""
+    options = OPTIONS[0]
+    blocks = calibration.record(model, prompts(6), 3, options)
+    paths = calibration.follow(blocks)
+    graph = calibration.fit(blocks, paths, calibration.choose(paths, 5))
+
+    def likelihood(biases, weights) -> float:
+        total = 0.0
+        for steps, path in zip(blocks, paths, strict=True):
+            for n, step in enumerate(steps):
+                chosen = [
+                    torch.isin(step.rank, torch.tensor(own if own is not None else range(2 * ahead)))
+                    for ahead, own in graph.drafts
+                ]
+                found = drafts.features(step.score, step.masked, torch.stack(chosen))
+                odds = drafts.log_odds(found, torch.tensor(biases), torch.tensor(weights)).tolist()
+                for (ahead, own), value in zip(graph.drafts, odds, strict=True):
+                    hit = len(path[n]) >= ahead and (ahead, own) in path[n][ahead - 1]
+                    if value > -math.inf:
+                        total += math.log(1 / (1 + math.exp(-value if hit else value)))
+        return total
+
+    best = likelihood(graph.biases, graph.weights)
+    for n in range(len(graph.biases) + 2):
+        for change in (-0.1, 0.1):
+            moved = [*graph.biases, *graph.weights]
+            moved[n] += change
+            assert likelihood(moved[:-2], moved[-2:]) < best
 
 
 def test_each_choice_is_the_best_of_all_that_there_are(model):
@@ -69,7 +145,8 @@ def test_a_path_by_hand():
 
     def step(block, masked, rank, token, count):
         wide = [torch.tensor(x) for x in (block, [bool(m) for m in masked], rank, token)]
-        return calibration.Taken(*wide, count, planned=False)
+        score = torch.zeros(5, dtype=torch.float64)  # which is not looked at
+        return calibration.Taken(*wide[:2], score, *wide[2:], count, planned=False)
 
     first = step([7, 9, 9, 9, 8], [0, 1, 1, 1, 0], [3, 1, 0, 2, 4], [7, 5, 6, 4, 8], 1)
     second = step([7, 5, 9, 9, 8], [0, 0, 1, 1, 0], [2, 3, 0, 1, 4], [7, 5, 6, 4, 8], 1)
@@ -86,8 +163,9 @@ def test_a_path_by_hand():
 def test_a_model_finds_its_graphs(model, tmp_path):
     graph = DraftGraph(((1, (0, 2)), (1, None), (2, (0, 1, 2, 3)), (2, None)))
     path = drafts.write(tmp_path, "uniform 2", graph)
-    drafts.write(tmp_path, "threshold=0.04", DraftGraph.chain(1))
-    assert drafts.read(tmp_path) == {"uniform 2": graph, "threshold=0.04": DraftGraph.chain(1)}
+    other = DraftGraph(((1, None),), biases=(0.5,), weights=(1.0, -2.0))
+    drafts.write(tmp_path, "threshold=0.04", replace(other, evaluated=1))
+    assert drafts.read(tmp_path) == {"uniform 2": graph, "threshold=0.04": other}
     assert list(json.loads(path.read_text())) == ["threshold=0.04", "uniform 2"] and len(list(tmp_path.iterdir())) == 1
     options = {"gen_length": 24, "block_length": 12, "schedule": Uniform(12)}
     own = [taken(model, options, DraftGraph(graph.drafts[:n])) for n in (1, 3, 4)]
@@ -111,6 +189,8 @@ def test_a_model_finds_its_graphs(model, tmp_path):
 )
 def test_names(schedule, gen, block, key):
     assert drafts.key_of(schedule, gen, block) == key
+    other = key if key is None or isinstance(schedule, Ancestral) else f"{key}, entropy"
+    assert drafts.key_of(schedule, gen, block, "entropy") == other
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", '{"a": 3}', '{"a": [[2, null]]}', '{"a": [[1, ["a"]]]}'])
@@ -144,7 +224,7 @@ def test_the_command_line(tmp_path, capsys):
     assert main([*given, "--out", str(tmp_path)]) == 0
     graph = drafts.read(tmp_path)["uniform 2"]
     assert capsys.readouterr().out.startswith(f"{tmp_path / drafts.FILE}: uniform 2: {len(graph.drafts)} drafts, up to")
-    assert 1 <= len(graph.drafts) <= 3
+    assert 1 <= len(graph.drafts) <= calibration.DRAFTS and len(graph.biases) == len(graph.drafts)
     for extra, message in [
         (["--out", str(tmp_path / "none")], f"--out: {tmp_path / 'none'} is no folder to write drafts.json to"),
         (["--out", str(tmp_path), "--prompts", str(tmp_path)], "--prompts: "),

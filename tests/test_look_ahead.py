@@ -10,6 +10,7 @@ from tiny import EOS, MAKERS
 
 import dllm_fast
 from dllm_fast import Ancestral, Every, FirstHitting, Pyramid, Static, Threshold, Uniform, Window
+from dllm_fast.decoding.drafts import AutoGraph
 from dllm_fast.decoding.options import Options
 from dllm_fast.decoding.speculation import Speculation
 from dllm_fast.patch import bound_pool
@@ -37,7 +38,7 @@ def request_of(seed: int, name: str, **limits):
     request = draw_request(rng, **limits, windows=name == "modernbert")
     o = request.options
     o["gen_length"] = max(o["gen_length"], 2 * o["block_length"])
-    if o["schedule"].rule or isinstance(o["schedule"], Uniform | Ancestral):  # these fit the blocks as drawn
+    if isinstance(o["schedule"], Uniform | Ancestral):  # these fit the blocks as drawn
         o["schedule"] = rng.choice([Static(2), Pyramid(1), FirstHitting()])
     reach = o["block_length"] + rng.choice([0, 0, 3, 40])
     o |= {"cache": "dual", "refresh": rng.choice([Every(2), Every(3), Window(reach, rng.choice([0, 0, 5]))])}
@@ -111,7 +112,8 @@ def test_the_same_tokens_in_tritons_kernels(resumed, monkeypatch):
     check(dllm_fast.patch(model, impl="triton"), request, resumed, monkeypatch, level=True)
 
 
-def test_the_shipped_model_saves_a_forward_in_most_blocks(resumed, monkeypatch):
+@pytest.mark.parametrize(("schedule", "least"), [(Uniform(32), 2), (Threshold(0.9), 1)])
+def test_the_shipped_model_saves_forwards(schedule, least, resumed, monkeypatch):
     from bench import task
 
     model, tokenizer = task.load("llada-steps")
@@ -120,11 +122,11 @@ def test_the_shipped_model_saves_a_forward_in_most_blocks(resumed, monkeypatch):
     given = {"gen_length": 64, "block_length": 16, "refresh": Window(16, 0), "speculate": 3}
     with monkeypatch.context() as patch:
         patch.setattr(Options, "looks_ahead", False)
-        expected = dllm_fast.generate(model, ids, schedule=Uniform(32), **given)
+        expected = dllm_fast.generate(model, ids, schedule=schedule, **given)
     bound_pool(model).clear()
-    found = dllm_fast.generate(model, ids, schedule=Uniform(32), **given)
+    found = dllm_fast.generate(model, ids, schedule=schedule, **given)
     assert torch.equal(found.sequences, expected.sequences)
-    assert len(resumed) >= 2 and found.nfe == expected.nfe - len(resumed)
+    assert len(resumed) >= least and found.nfe == expected.nfe - len(resumed)
     assert found.states > found.nfe and found.positions > 0
 
 
@@ -132,7 +134,8 @@ def test_the_shipped_model_saves_a_forward_in_most_blocks(resumed, monkeypatch):
     "other",
     [
         {"refresh": "block"}, {"refresh": Window(7, 0)}, {"cache": "prefix"}, {"cache": "none", "refresh": "block"},
-        {"suffix_length": 8}, {"schedule": Threshold(0.5)}, {"remask": dllm_fast.ReMDM(0.5)}, {"speculate": None},
+        {"suffix_length": 8}, {"speculate": AutoGraph(((1, None),))}, {"speculate": None},
+        {"remask": dllm_fast.ReMDM(0.5)},
     ],
     ids=str,
 )  # fmt: skip

@@ -14,14 +14,22 @@ from dllm_fast import DraftGraph, Threshold, Uniform, ops
 from dllm_fast.decoding.speculation import Speculation
 
 
-def drawn(name: str, seed: int, **limits) -> tuple[Request, int]:
-    """A request without drafts, and a number of drafts for it."""
+def pruned(rng: random.Random, drafts: int) -> DraftGraph:
+    """A graph of which each step takes ``drafts``, whatever its weights say."""
+    held = (*DraftGraph.chain(6).drafts, (1, (1,)), (1, (0, 2)), (2, (0, 1, 3)), (2, (1, 2)), (3, (0, 1, 2, 4)))
+    biases = tuple(rng.uniform(-3, 1) for _ in held)
+    return DraftGraph(held, drafts, biases, (rng.uniform(-1, 2), rng.uniform(-2, 1)))
+
+
+def drawn(name: str, seed: int, **limits) -> tuple[Request, int | DraftGraph]:
+    """A request without drafts, and drafts for it."""
     rng = random.Random(seed)
     request = draw_request(
         rng, **{"rows": (1, 3), "most_blocks": 2, "longest": 12, **limits}, windows=name == "modernbert"
     )
     request.options |= {"skip_committed": False, "speculate": None}
-    return request, rng.choice([1, 2, 3, 7])
+    drafts = rng.choice([1, 2, 3, 7])
+    return request, pruned(rng, drafts) if rng.random() < 0.5 else drafts
 
 
 def same_tokens(name: str, seed: int) -> None:
@@ -218,19 +226,26 @@ def test_a_bad_value(value, message):
         dllm_fast.generate(model, torch.zeros(1, 5, dtype=torch.int64), gen_length=8, block_length=8, speculate=value)
 
 
+ONE = ((1, None),)
+
+
 @pytest.mark.parametrize(
-    ("drafts", "message"),
+    ("fields", "message"),
     [
-        (((2, None),), "speculate: draft 0, (2, None): no draft is 1 steps ahead"),
-        (((0, None),), "speculate: draft 0, (0, None), is not (steps ahead, ascending ranks)"),
-        (((1, (1, 0)),), "speculate: draft 0, (1, (1, 0)), is not (steps ahead, ascending ranks)"),
-        (((1, ()),), "speculate: draft 0, (1, ()), is not (steps ahead, ascending ranks)"),
-        (((1, None),) * 64, "speculate: 64 drafts are more than 63"),
+        ((((2, None),),), "speculate: draft 0, (2, None): no draft is 1 steps ahead"),
+        ((((0, None),),), "speculate: draft 0, (0, None), is not (steps ahead, ascending ranks)"),
+        ((((1, (1, 0)),),), "speculate: draft 0, (1, (1, 0)), is not (steps ahead, ascending ranks)"),
+        ((((1, ()),),), "speculate: draft 0, (1, ()), is not (steps ahead, ascending ranks)"),
+        ((ONE * 64,), "speculate: 64 drafts are more than 63"),
+        ((ONE, 2), "speculate: evaluated=2 is not a number from 0 to 1 or None"),
+        ((ONE, None, (0.5, 1.0)), "speculate: biases=(0.5, 1.0) are not 1 finite numbers, one for each draft"),
+        ((ONE, None, (float("nan"),)), "speculate: biases=(nan,) are not 1 finite numbers, one for each draft"),
+        ((ONE, None, (0.5,), (1.0,)), "speculate: weights=(1.0,) are not two finite numbers"),
     ],
 )
-def test_a_bad_graph(drafts, message):
+def test_a_bad_graph(fields, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        DraftGraph(drafts)
+        DraftGraph(*fields)
 
 
 def test_not_with_skip_committed():

@@ -208,7 +208,8 @@ def run_calibrate(args: argparse.Namespace) -> int:
     if not texts:
         raise ValueError(f"--prompts: {args.prompts} has no line with a prompt")
     model, tokenizer = load(args)
-    key = key_of(args.schedule, args.gen_length, args.block_length or bound_family(model).block or BLOCK)
+    block_length = args.block_length or bound_family(model).block or BLOCK
+    key = key_of(args.schedule, args.gen_length, block_length, args.confidence or "probability")
     if key is None:
         raise ValueError(f"--schedule: with gen_length={args.gen_length} {args.schedule} is not one to keep drafts for")
     mask_id = mask_of(args, model, tokenizer)

@@ -3,9 +3,19 @@
 What a step predicts orders the positions that stay masked after it by confidence: their ranks. A draft is a set of
 ranks, those that are thought to be committed after so many more steps, with the tokens that were predicted for them. A
 draft is of use only if each state on the way to it is a draft too, so drafts form a graph (Spiffy, arXiv:2509.18085).
+
+A graph may hold more drafts than a forward evaluates. Then each step prunes it, on the device: it keeps the drafts that
+are likeliest to be reached, by a logistic model of how confident the step was of what a draft commits and of what it
+leaves masked:
+
+    log-odds = bias of the draft + weights[0] * sum of log(confidence) of the positions that it commits
+                                 + weights[1] * logit(highest confidence of those that stay masked)
+
+Each draft that is reached saves one forward, so the likeliest ones save the most.
 """
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,18 +30,26 @@ from dllm_fast.decoding.values import is_whole, require
 MOST = 63  # drafts of a forward
 AUTO = 7  # drafts from which "auto" takes as many as pay
 FILE = "drafts.json"  # in a model's folder
+LEAST = 1e-6  # a confidence is taken to be at least so far from 0 and from 1
 Ranks = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class DraftGraph:
     """Drafts, each (steps ahead, its ranks in ascending order, or None: those that come first, as many as the schedule
-    will commit by then)."""
+    will commit by then).
+
+    A forward evaluates ``evaluated`` of them, or all (None). Without ``biases`` these are the first ones. With them,
+    one for each draft, they are the likeliest ones after each step, by the ``weights`` of the module's formula.
+    """
 
     drafts: tuple[tuple[int, Ranks | None], ...]
+    evaluated: int | None = None
+    biases: tuple[float, ...] | None = None
+    weights: tuple[float, float] = (0.0, 0.0)
 
     def __post_init__(self) -> None:
-        """Raises ValueError that names ``speculate`` and the draft."""
+        """Raises ValueError that names ``speculate`` and the draft or the field."""
         require(len(self.drafts) <= MOST, f"speculate: {len(self.drafts)} drafts are more than {MOST}")
         ahead = [depth for depth, _ in self.drafts]
         for number, (depth, ranks) in enumerate(self.drafts):
@@ -39,6 +57,13 @@ class DraftGraph:
             good = ranks is None or (bool(ranks) and all(map(is_whole, ranks)) and sorted(set(ranks)) == list(ranks))
             require(is_whole(depth) and depth > 0 and good, f"{what}, is not (steps ahead, ascending ranks)")
             require(depth == 1 or depth - 1 in ahead, f"{what}: no draft is {depth - 1} steps ahead")
+        some = self.evaluated is None or (is_whole(self.evaluated) and 0 <= self.evaluated <= len(self.drafts))
+        require(some, f"speculate: evaluated={self.evaluated!r} is not a number from 0 to {len(self.drafts)} or None")
+        given, wanted = self.biases, len(self.drafts)
+        fits = given is None or (len(given) == wanted and all(map(math.isfinite, given)))
+        require(fits, f"speculate: biases={given} are not {wanted} finite numbers, one for each draft")
+        finite = len(self.weights) == 2 and all(map(math.isfinite, self.weights))
+        require(finite, f"speculate: weights={self.weights} are not two finite numbers")
 
     @classmethod
     def chain(cls, length: int) -> "DraftGraph":
@@ -46,9 +71,14 @@ class DraftGraph:
         return cls(tuple((depth, None) for depth in range(1, length + 1)))
 
     @property
+    def number(self) -> int:
+        """How many drafts a forward evaluates."""
+        return len(self.drafts) if self.evaluated is None else self.evaluated
+
+    @property
     def depth(self) -> int:
-        """How many steps ahead the farthest draft is."""
-        return max((depth for depth, _ in self.drafts), default=0)
+        """How many steps ahead drafts of a forward can reach."""
+        return min(max((depth for depth, _ in self.drafts), default=0), self.number)
 
 
 @dataclass(frozen=True)
@@ -59,7 +89,7 @@ class AutoGraph(DraftGraph):
 def as_drafts(name: str, value: Any) -> int | str | DraftGraph | None:
     """A number of drafts, ``"auto"`` or a `DraftGraph`; None for none. Raises ValueError that names ``name``."""
     if isinstance(value, DraftGraph):
-        return value if value.drafts else None
+        return value if value.number else None
     if value == "auto":
         return value
     wanted = f"{name}={value!r} is not a number of drafts from 0 to {MOST}, 'auto' or a DraftGraph"
@@ -72,19 +102,47 @@ def pays(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+# How likely drafts are
+
+
+def features(
+    score: torch.Tensor,  # [..., T]: confidences
+    masked: torch.Tensor,  # [..., T] bool
+    chosen: torch.Tensor,  # [..., G, T] bool: what drafts commit
+) -> torch.Tensor:
+    """What the module's formula weighs, [..., G, 2]. -inf where a draft leaves nothing masked: it ends the block, and
+    there is nothing to evaluate it for."""
+    confidence = score.clamp(LEAST, 1 - LEAST)[..., None, :]
+    masked = masked[..., None, :]
+    committed = torch.where(masked & chosen, confidence.log(), 0.0).sum(-1)
+    best_left = torch.where(masked & ~chosen, confidence.logit(), float("-inf")).amax(-1)
+    return torch.stack((committed, best_left), -1)
+
+
+def log_odds(found: torch.Tensor, biases: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Of drafts with the `features` [..., G, 2] and ``biases`` [G], [..., G]; -inf where nothing is left masked."""
+    ends = found[..., 1] == float("-inf")
+    found = found.masked_fill(ends[..., None], 0.0)  # a weight of either sign
+    return ((found * weights).sum(-1) + biases).masked_fill(ends, float("-inf"))
+
+
 # Graphs beside a model
 
 
-def key_of(schedule: Schedule, gen_length: int, block_length: int) -> str | None:
+def key_of(schedule: Schedule, gen_length: int, block_length: int, confidence: str = "probability") -> str | None:
     """Under which name `FILE` has a graph for ``schedule``: ``"uniform 2"``, by tokens a step, or as on the command
-    line, ``"threshold=0.9"``. None if the schedule has no name."""
+    line, ``"threshold=0.9"``; with a ``confidence`` other than the probability, ``"uniform 2, entropy"``. None if the
+    schedule has no name."""
     if isinstance(schedule, Uniform):
         steps = schedule.steps * block_length // gen_length if gen_length else 0
-        return f"uniform {-(-block_length // steps)}" if steps else None
-    try:
-        return spell(schedule)
-    except ValueError:
-        return None
+        name = f"uniform {-(-block_length // steps)}" if steps else None
+    else:
+        try:
+            name = spell(schedule)
+        except ValueError:
+            return None
+    usual = schedule.confidence is not None or confidence == "probability"
+    return name if name is None or usual else f"{name}, {confidence}"
 
 
 def folder_of(name: str) -> Path | None:
@@ -105,18 +163,24 @@ def read(folder: str | Path) -> dict[str, DraftGraph]:
         return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        return {
-            key: DraftGraph(tuple((depth, None if own is None else tuple(own)) for depth, own in drafts))
-            for key, drafts in found.items()
-        }
+        return {key: _parsed(**graph) for key, graph in found.items()}
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} holds no draft graphs: {error}") from error
 
 
+def _parsed(drafts: list, biases: list | None, weights: list) -> DraftGraph:
+    kept = tuple((depth, None if own is None else tuple(own)) for depth, own in drafts)
+    return DraftGraph(kept, None, None if biases is None else tuple(biases), tuple(weights))
+
+
 def write(folder: str | Path, key: str, graph: DraftGraph) -> Path:
-    """Put ``graph`` under ``key`` into the model's ``folder``, beside those that are there. Returns the file."""
+    """Put ``graph`` under ``key`` into the model's ``folder``, beside those that are there, but for how many of its
+    drafts a forward evaluates. Returns the file."""
     graphs = {**read(folder), key: graph}
-    lines = [f"  {json.dumps(name)}: {json.dumps(graphs[name].drafts)}" for name in sorted(graphs)]
+    lines = []
+    for name in sorted(graphs):
+        kept = {field: getattr(graphs[name], field) for field in ("drafts", "biases", "weights")}
+        lines.append(f"  {json.dumps(name)}: {json.dumps(kept)}")
     path = Path(folder) / FILE
     fresh = path.with_name(f"{FILE}.new")
     fresh.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
@@ -125,10 +189,11 @@ def write(folder: str | Path, key: str, graph: DraftGraph) -> Path:
 
 
 def graph_for(model: torch.nn.Module, wanted: int | str, key: str | None) -> DraftGraph:
-    """So many drafts, or `AUTO`: the first of the model's own graph under ``key``, else a chain."""
+    """So many drafts, or `AUTO`, of the model's own graph under ``key``, else a chain."""
     number = AUTO if wanted == "auto" else int(wanted)
     name = getattr(model.config, "name_or_path", "")
     folder = folder_of(name) if name else None
     known = {} if folder is None else read(folder)
     graph = known[key] if key in known else DraftGraph.chain(number)
-    return (AutoGraph if wanted == "auto" else DraftGraph)(graph.drafts[:number])
+    kind = AutoGraph if wanted == "auto" else DraftGraph
+    return kind(graph.drafts, min(number, len(graph.drafts)), graph.biases, graph.weights)

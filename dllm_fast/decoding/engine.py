@@ -127,11 +127,17 @@ class Engine(Speculation):
         if self.drafting:  # how far a forward gets is read from the device
             resumes = self.resumes(slot, planned, going, full_rows)
             self.plan_steps(planned, then)
-            planned, sure = None, self.least_forwards(going) + (not resumes)
+            sure = self.least_forwards(going) + (not resumes)
             if resumes:
                 self.graphs.run(RESUME, self.resume)
                 self.tally[:, 3] += going
                 begun |= going
+            if resumes and planned is None:  # that may have been all
+                live, self.tally[:, 3] = self.read_steps(going)
+                going = live > 0
+                if not bool(going.any()):
+                    return
+            planned = None
         if planned is not None:
             plan = upload(torch.stack([count for _, count in planned]), self.device)  # [steps, B]
             numbers: Iterable[int] = [step for step, _ in planned]

@@ -170,7 +170,8 @@ class Options(Checked):
         if speculate == "auto" and not pays(family.head()[0].device):
             speculate = None
         if isinstance(speculate, int | str):
-            speculate = graph_for(model, speculate, key_of(self.schedule, self.gen_length, self.block_length))
+            key = key_of(self.schedule, self.gen_length, self.block_length, self.confidence)
+            speculate = graph_for(model, speculate, key)
         return replace(
             self, mask_id=mask_id, eos_id=eos_ids, pad_id=pad_id, seed=seed, suppress_tokens=suppressed,
             defer_tokens=deferred, speculate=speculate,
@@ -209,7 +210,7 @@ class Options(Checked):
     def drafts(self) -> int:
         """States that a forward evaluates beside the one that the schedule has reached."""
         if isinstance(self.speculate, DraftGraph):
-            return len(self.speculate.drafts)
+            return self.speculate.number
         return AUTO if isinstance(self.speculate, str) else self.speculate or 0
 
     @property
@@ -217,9 +218,9 @@ class Options(Checked):
         """Whether a forward with drafts may evaluate the next block's first step too, see `speculation`. That step is
         one with a window, as cheap as another, which reaches back over the whole block before."""
         window = self.cache == "dual" and not self.refresh.full(1) and not self.refresh.layerwise
-        known = not self.schedule.rule and self.remask is None and self.suffix_length is None and not self.logprobs
+        simple = self.remask is None and self.suffix_length is None and not self.logprobs
         reaches = window and self.refresh.span(self.block_length)[0] >= self.block_length
-        return bool(self.drafts) and not isinstance(self.speculate, AutoGraph) and known and reaches
+        return bool(self.drafts) and not isinstance(self.speculate, AutoGraph) and simple and reaches
 
     @property
     def draws(self) -> bool:

@@ -13,25 +13,17 @@ window, a forward that may be a block's last evaluates that window too, the bloc
 If the block ends so, the next one's first step has been evaluated, and its keys and values are kept.
 """
 
-import functools
-
 import torch
 
 from dllm_fast import ops
 from dllm_fast.decoding.device import download, upload
-from dllm_fast.decoding.drafts import AutoGraph, DraftGraph
+from dllm_fast.decoding.drafts import AutoGraph, features, log_odds
 from dllm_fast.decoding.forwards import Forwards
 from dllm_fast.decoding.pace import Pace
 from dllm_fast.decoding.remask import ranks
 from dllm_fast.decoding.steps import Step, Steps
 from dllm_fast.families.cache import BlockCache
 from dllm_fast.families.rows import Packed, States
-
-
-def at_depth(graph: DraftGraph, states: int) -> list[list[int]]:
-    """Of a row's first ``states`` states, those that are 1, 2, ... steps ahead."""
-    ahead = [depth for depth, _ in graph.drafts[: states - 1]]
-    return [[n for n, own in enumerate(ahead, 1) if own == depth] for depth in range(1, max(ahead, default=0) + 1)]
 
 
 def _of_state(x: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
@@ -52,22 +44,26 @@ class Speculation(Forwards):
         self.prepared: torch.Tensor | None = None  # on the host: of each row, the slot of its block that is prepared
         if not options.drafts:
             return
-        graph = options.speculate.drafts
-        self.drafts = torch.zeros((rows, len(graph), self.block_size), dtype=torch.int64, device=self.device)
-        self.rank = torch.zeros((rows, self.block_size), dtype=torch.int64, device=self.device)  # what drafts go by
-        numbers = functools.partial(torch.tensor, dtype=torch.int64, device=self.device)
-        self.depths = numbers([0, *(depth for depth, _ in graph)])  # of all states
-        # Of so many states, which are 1, 2, ... steps ahead.
-        self.ahead = {
-            states: [numbers(found) for found in at_depth(options.speculate, states)]
-            for states in ([options.drafts + 1] if self.pace is None else self.pace.choices)
-        }
-        # Of each draft, which ranks are in it; and whether the schedule's counts say that instead.
-        member = torch.zeros((len(graph), self.block_size), dtype=torch.bool, device="cpu")
-        for n, (_, own) in enumerate(graph):
+        graph = options.speculate
+        real = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+        # The drafts of the next forward: their tokens, and how many steps ahead each of a row's states is.
+        self.drafts = torch.zeros((rows, graph.number, self.block_size), dtype=torch.int64, device=self.device)
+        self.depth = torch.zeros((rows, graph.number + 1), dtype=torch.int64, device=self.device)
+        # What they go by: the confidences of what is masked, and their ranks.
+        self.score = torch.zeros((rows, self.block_size), dtype=real, device=self.device)
+        self.rank = torch.zeros((rows, self.block_size), dtype=torch.int64, device=self.device)
+        # The graph: how many steps ahead its drafts are, which ranks are in each, or whether the schedule's counts say
+        # that, and how likely each is.
+        self.depths = torch.tensor([depth for depth, _ in graph.drafts], dtype=torch.int64, device=self.device)
+        member = torch.zeros((len(graph.drafts), self.block_size), dtype=torch.bool, device="cpu")
+        for n, (_, own) in enumerate(graph.drafts):
             member[n, [rank for rank in own or () if rank < self.block_size]] = True
         self.member = member.to(self.device)
-        self.counted = numbers([own is None for _, own in graph]).bool()[:, None]
+        self.counted = torch.tensor([[own is None] for _, own in graph.drafts], dtype=torch.bool, device=self.device)
+        self.biases = None
+        if graph.biases is not None:
+            self.biases = torch.tensor(graph.biases, dtype=real, device=self.device)
+            self.feature_weights = torch.tensor(graph.weights, dtype=real, device=self.device)
         # The states of forwards since the host last read; of each row, its steps by then, and all that are planned.
         self.unread: list[int] = []
         self.steps_read = torch.zeros(rows, dtype=torch.int64, device="cpu")
@@ -89,7 +85,6 @@ class Speculation(Forwards):
             self.next_slot, self.guess = torch.zeros_like(self.slot), torch.zeros_like(self.rank)
             self.next_ready = torch.zeros(rows, dtype=torch.bool, device=self.device)
             self.next_token = torch.zeros_like(self.rank)
-            real = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
             self.next_score, self.next_lse = torch.zeros((2, rows, self.block_size), dtype=real, device=self.device)
 
     def plan_steps(self, planned: list[tuple[int, torch.Tensor]] | None, then: torch.Tensor | None = None) -> None:
@@ -147,11 +142,13 @@ class Speculation(Forwards):
             self._prepare(step, ahead, guess, went)
 
     def resumes(self, slot, planned, going, full_rows) -> bool:
-        """Whether the first of the ``planned`` steps of the blocks at ``slot`` [B] has been evaluated for all the rows
+        """Whether the first step of the blocks at ``slot`` [B], ``planned`` or not, has been evaluated for all the rows
         ``going`` [B], none of which is among ``full_rows`` [B]; all on the host. Asked once a block."""
         prepared, self.prepared = self.prepared, None
         if prepared is None or not bool(((prepared == slot) & ~full_rows)[going].all()):
             return False
+        if planned is None:
+            return True
         counts = torch.stack([count for _, count in planned]) > 0  # [steps, B]
         return planned[0][0] == 0 and bool((counts[0] & (counts.sum(0) > 1))[going].all())
 
@@ -174,7 +171,7 @@ class Speculation(Forwards):
         blocks = torch.cat((block[:, None], self.drafts[:, : states - 1]), 1)  # [B, states, T]
         candidate = (blocks == o.mask_id) & ours
         # Predict all states' candidates, each with the noise of its step.
-        step = self.taken[:, None] + self.depths[:states]  # [B, states]
+        step = self.taken[:, None] + self.depth[:, :states]
         if self.is_planned:
             step = self._planned(0, step)
         self.step.copy_(step[:, 0])
@@ -207,11 +204,11 @@ class Speculation(Forwards):
         # 1. Step by step, each from the state that the one before has reached.
         going = alive = self.live > 0
         count, state = torch.zeros_like(self.slot), torch.zeros_like(self.slot)
-        for ahead in [None, *self.ahead[states]] if states > 1 else [None]:
-            if ahead is not None:
-                same = (block[:, None] == blocks[:, ahead]).all(2)  # [B, drafts of this depth]
+        for ahead in range(min(self.options.speculate.depth, states - 1) + 1):
+            if ahead:
+                same = (block[:, None] == blocks).all(2) & (self.depth[:, :states] == ahead)
                 alive = alive & same.any(1) & masked.any(1)
-                state = torch.where(alive, ahead[same.int().argmax(1)], state)
+                state = torch.where(alive, same.int().argmax(1), state)
             quota = self._planned(1, self.taken[:, None])[:, 0] * alive if self.is_planned else None
             own = None if probability is None else _of_state(probability, state)
             masked = _of_state(candidate, state) & alive[:, None]
@@ -232,12 +229,21 @@ class Speculation(Forwards):
         and committed ``count`` [B] positions."""
         rank = ranks(score.masked_fill(~masked, float("-inf")))  # [B, T]
         self.rank.copy_(rank)
-        steps = torch.arange(self.options.speculate.depth, device=self.device)
+        self.score.copy_(score)
+        graph = self.options.speculate
+        steps = torch.arange(max(depth for depth, _ in graph.drafts), device=self.device)
         counts = count[:, None].expand(-1, len(steps))
         if self.is_planned:
             counts = self._planned(1, self.taken[:, None] + steps)
-        first = counts.cumsum(1)[:, self.depths[1:] - 1]  # [B, drafts]
+        first = counts.cumsum(1)[:, self.depths - 1]  # [B, drafts of the graph]
         chosen = torch.where(self.counted, rank[:, None] < first[..., None], self.member[:, rank].transpose(0, 1))
+        if self.biases is None:
+            pick = torch.arange(graph.number, device=self.device).expand(len(rank), -1)
+        else:
+            likely = log_odds(features(score, masked, chosen), self.biases, self.feature_weights)
+            pick = likely.sort(dim=1, descending=True, stable=True).indices[:, : graph.number]
+        chosen = chosen.gather(1, pick[..., None].expand(-1, -1, self.block_size))
+        self.depth[:, 1:] = self.depths[pick]
         self.drafts.copy_(torch.where(chosen & masked[:, None], token[:, None], block[:, None]))
         if self.looks_ahead:
             self.guess.copy_(torch.where(masked, token, block))
