@@ -68,6 +68,8 @@ def generate(
     schedule: Schedule = Threshold(0.9),
     confidence: str = "probability",
     temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
     cfg_scale: float = 0.0,
     cache: str = "dual",
     refresh: str | Refresh = "block",
@@ -101,6 +103,10 @@ def generate(
         confidence: which are committed first: ``"probability"``, ``"margin"``, ``"entropy"`` (negative), ``"random"``.
             The last three schedules have one of their own, and `Sequential` none.
         temperature: tokens are ``argmax(logits + temperature * Gumbel)``; 0 is greedy.
+        top_k: of so many of the most probable tokens alone (arXiv:1805.04833); None or 0: of all. Nothing changes at
+            temperature 0, nor do confidences at any. Not for a model that several processes share.
+        top_p: and of these the most probable alone whose probabilities at the temperature add up to ``top_p``, the one
+            that reaches it included (arXiv:1904.09751): above 0, up to 1, which is all. Otherwise as ``top_k``.
         cfg_scale: ``logits = uncond + (cfg_scale + 1) * (cond - uncond)``, uncond with its prompt masked.
         cache: ``"none"``: every step is a forward of the whole sequence. ``"dual"``: a block's first step is, and
             stores all keys and values; the others run the block against them. ``"prefix"``: the others run the block
