@@ -41,7 +41,7 @@ SERVED = {
 }
 WIDENED = 4096  # rows of an e4m3 LM head that are widened at once
 CHUNK = 256  # rows of logits in memory at once: 256 x 126,464 fp32 is 130 MB
-FILTERED = 32  # and where they are put in order, which takes up to 40 times their bytes
+FILTERED = 32  # and where `reference_nucleus` puts them in order, which takes up to 50 times their bytes
 
 
 def resolve(impl: str, device: torch.device, dtype: torch.dtype) -> str:
