@@ -336,7 +336,7 @@ def predict(
         return compiled.predict(hidden, weight, bias, **guided, **options)
     select = reference.select if ranks is None else functools.partial(reference_shares.select, ranks=ranks)
     rows = slice(None)
-    if candidate is not None and not candidate.is_cuda:
+    if candidate is not None and not candidate.is_cuda and impl != "triton":  # whose steps are recorded
         rows = candidate.nonzero()[:, 0]
     names = ["row", "position"]
     if isinstance(options.get("step"), torch.Tensor) and options["step"].numel() == len(hidden):

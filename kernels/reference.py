@@ -323,7 +323,7 @@ def without(logits: torch.Tensor, ids: tuple[int, ...]) -> torch.Tensor:
     ranges = ranges_of(ids)
     logits = logits.clone() if ranges else logits
     for low, high in zip(ranges[::2], ranges[1::2]):
-        logits[:, low:high] = float("-inf")
+        logits[:, low:high].fill_(float("-inf"))
     return logits
 
 
