@@ -244,13 +244,14 @@ def predict(
     """Token [N] int64, confidence [N] and log-sum-exp [N] (fp32, or fp64 for fp64 inputs) of each candidate.
 
     ``z = hidden W^T + b``, each row of W times its ``scale``, `capped` if there is a ``softcap``, and `guided` if there
-    is an ``uncond``: each of the two is capped before. The logits of
-    ``banned`` ids are -inf. The token is ``argmax(z + temperature * gumbel)`` over the vocabulary without ``mask_id``,
-    ties to the lowest id; above temperature 0 over what ``top_k`` and ``top_p`` keep of it (`reference_nucleus`). Then the logits of ``deferred`` ids are -inf as well (arXiv:2502.09992, appendix B.4), and
-    the log-sum-exp and the confidence come from the logits that are left, without the noise. With p = softmax(z) the
-    confidence is p[token] (``probability``); p1 - p2 of the two most probable tokens but ``mask_id`` (``margin``);
-    sum p ln p (``entropy``); or a uniform draw (``random``). It is -inf where the token is a deferred one. A position
-    that is no candidate gets token ``mask_id``, confidence -inf and log-sum-exp 0.
+    is an ``uncond``: each of the two is capped before. The logits of ``banned`` ids are -inf. The token is
+    ``argmax(z + temperature * gumbel)`` over the vocabulary without ``mask_id``, ties to the lowest id; above
+    temperature 0 over what ``top_k`` and ``top_p`` keep of it (`reference_nucleus`). Then the logits of ``deferred``
+    ids are -inf as well (arXiv:2502.09992, appendix B.4), and the log-sum-exp and the confidence come from the logits
+    that are left, without the noise. With p = softmax(z) the confidence is p[token] (``probability``); p1 - p2 of the
+    two most probable tokens but ``mask_id`` (``margin``); sum p ln p (``entropy``); or a uniform draw (``random``). It
+    is -inf where the token is a deferred one. A position that is no candidate gets token ``mask_id``, confidence -inf
+    and log-sum-exp 0.
     """
     wide = widened(weight) if scale is None else weight.to(scale.dtype) * scale[:, None]
     passes = [widened(x) @ wide.T for x in (hidden, uncond) if x is not None]

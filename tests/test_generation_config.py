@@ -195,7 +195,8 @@ def test_defaults_of_a_models_config_outside_its_vocabulary_are_no_hindrance(ids
 
 def test_the_config_goes_through_generation_config_json(either, ids, tmp_path):
     options = {"block_length": 8, "schedule": Uniform(4), "refresh": Window(8, 0), "max_new_tokens": 16}
-    options |= {"temperature": 0.5, "top_k": 50, "top_p": 0.9, "seed": 7, "eos_token_id": [3, 4], "defer_tokens": [3], "remask": ReMDM(0.3)}
+    options |= {"top_k": 50, "top_p": 0.9}
+    options |= {"temperature": 0.5, "seed": 7, "eos_token_id": [3, 4], "defer_tokens": [3], "remask": ReMDM(0.3)}
     dllm_fast.patch(either).generation_config = DiffusionGenerationConfig(**options)
     expected = either.generate(ids).sequences
     either.save_pretrained(tmp_path)

@@ -75,7 +75,7 @@ def test_tokens_are_the_transcriptions(temperature, top_k, top_p):
 @filters
 @pytest.mark.parametrize("impl", IMPLS)
 def test_every_implementation_has_the_same_tokens(impl, top_k, top_p, monkeypatch):
-    """Of logits that are exact in fp32, with guidance, candidates, a bias, and tokens that are forbidden or deferred."""
+    """Of logits that are exact in fp32: with guidance, candidates, a bias, forbidden tokens and deferred ones."""
     torch.manual_seed(1)
     hidden, uncond, weight, bias = (torch.randint(-2, 3, size).float() for size in ((37, 8), (37, 8), (60, 8), (60,)))
     exact = (hidden @ weight.T).double() + bias, (uncond @ weight.T).double() + bias
