@@ -68,8 +68,6 @@ def generate(
     schedule: Schedule = Threshold(0.9),
     confidence: str = "probability",
     temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float = 1.0,
     cfg_scale: float = 0.0,
     cache: str = "dual",
     refresh: str | Refresh = "block",
@@ -81,6 +79,8 @@ def generate(
     cache_dtype: str | None = None,
     pipeline: Pipeline | None = None,
     logprobs: bool = False,
+    top_k: int | None = None,
+    top_p: float = 1.0,
     mask_id: int | None = None,
     eos_id: int | list[int] | tuple[int, ...] | None = None,
     seed: int | None = None,
@@ -103,10 +103,6 @@ def generate(
         confidence: which are committed first: ``"probability"``, ``"margin"``, ``"entropy"`` (negative), ``"random"``.
             The last three schedules have one of their own, and `Sequential` none.
         temperature: tokens are ``argmax(logits + temperature * Gumbel)``; 0 is greedy.
-        top_k: of so many of the most probable tokens alone (arXiv:1805.04833); None or 0: of all. Nothing changes at
-            temperature 0, nor do confidences at any. Not for a model that several processes share.
-        top_p: and of these the most probable alone whose probabilities at the temperature add up to ``top_p``, the one
-            that reaches it included (arXiv:1904.09751): above 0, up to 1, which is all. Otherwise as ``top_k``.
         cfg_scale: ``logits = uncond + (cfg_scale + 1) * (cond - uncond)``, uncond with its prompt masked.
         cache: ``"none"``: every step is a forward of the whole sequence. ``"dual"``: a block's first step is, and
             stores all keys and values; the others run the block against them. ``"prefix"``: the others run the block
@@ -140,6 +136,10 @@ def generate(
             one that was masked again, when it was committed last. It is that of the softmax that the confidence comes
             from: of the logits without noise, so at temperature 1 whatever the ``temperature``; with guidance; over all
             tokens, [MASK] included, but ``suppress_tokens``. ``defer_tokens`` count.
+        top_k: draw a token from so many of the most probable ones (arXiv:1805.04833). None or 0: from all. It has no
+            effect at temperature 0, and none on confidences. Not for a model that several processes share.
+        top_p: draw it from the fewest of the most probable ones, or of those of ``top_k``, whose probabilities at the
+            temperature reach ``top_p`` (arXiv:1904.09751): above 0, and up to 1, which is all. Otherwise as ``top_k``.
         mask_id: default ``model.config.mask_token_id``.
         eos_id: an id, or several: when a finished block holds one of them, the row is done, and every position
             to be filled after the first becomes ``pad_id``. None: every position is generated, as LLaDA's

@@ -45,8 +45,6 @@ class Options(Checked):
     schedule: Schedule = checked(one_kind, Schedule, "a schedule of dllm_fast", default=Threshold(0.9))
     confidence: str = checked(one_of, CONFIDENCES, default="probability")
     temperature: float = checked(finite, default=0.0)
-    top_k: int | None = checked(whole_or_none, default=None)  # at least 1 once checked
-    top_p: float = checked(above_zero, default=1.0)
     cfg_scale: float = checked(finite, default=0.0)
     cache: str = checked(one_of, CACHES, default="dual")
     refresh: Refresh = checked(one_kind, Refresh, "one of 'block', Every, Window, Drift", default=Every(1))
@@ -58,6 +56,8 @@ class Options(Checked):
     cache_dtype: str | None = checked(one_of, CACHE_DTYPES, default=None)
     pipeline: Pipeline | None = checked(one_kind, Pipeline | None, "one of D2F, MultiBlock", default=None)
     logprobs: bool = checked(one_kind, bool, "True or False", default=False)
+    top_k: int | None = checked(whole_or_none, default=None)  # None for 0
+    top_p: float = checked(above_zero, default=1.0)
     mask_id: int | None = None
     eos_id: Ids = field(default=None, compare=False)
     seed: int | None = field(default=None, compare=False)
