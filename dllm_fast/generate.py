@@ -79,6 +79,8 @@ def generate(
     cache_dtype: str | None = None,
     pipeline: Pipeline | None = None,
     logprobs: bool = False,
+    top_k: int | None = None,
+    top_p: float = 1.0,
     mask_id: int | None = None,
     eos_id: int | list[int] | tuple[int, ...] | None = None,
     seed: int | None = None,
@@ -134,6 +136,10 @@ def generate(
             one that was masked again, when it was committed last. It is that of the softmax that the confidence comes
             from: of the logits without noise, so at temperature 1 whatever the ``temperature``; with guidance; over all
             tokens, [MASK] included, but ``suppress_tokens``. ``defer_tokens`` count.
+        top_k: draw a token from so many of the most probable ones (arXiv:1805.04833). None or 0: from all. It has no
+            effect at temperature 0, and none on confidences. Not for a model that several processes share.
+        top_p: draw it from the fewest of the most probable ones, or of those of ``top_k``, whose probabilities at the
+            temperature reach ``top_p`` (arXiv:1904.09751): above 0, and up to 1, which is all. Otherwise as ``top_k``.
         mask_id: default ``model.config.mask_token_id``.
         eos_id: an id, or several: when a finished block holds one of them, the row is done, and every position
             to be filled after the first becomes ``pad_id``. None: every position is generated, as LLaDA's

@@ -13,11 +13,12 @@ from dllm_fast.decoding.spelling import SPELLED, policy_of, spell
 from dllm_fast.decoding.values import is_whole, require
 
 ALIASES = {"gen_length": "max_new_tokens", "eos_id": "eos_token_id", "pad_id": "pad_token_id"}  # `generate`'s names
-# Options that transformers has no field for.
-DIFFUSION = tuple(name for name in OPTIONS if name not in (*ALIASES, "temperature", "suppress_tokens", "logprobs"))
+SHARED = ("top_k", "top_p", "suppress_tokens")  # options that transformers has fields for, under their names
+# Those that it has none for.
+DIFFUSION = tuple(name for name in OPTIONS if name not in (*ALIASES, *SHARED, "temperature", "logprobs"))
 HONOURED = (
-    "max_new_tokens", "max_length", "do_sample", "temperature", "eos_token_id", "pad_token_id", "suppress_tokens",
-    "use_cache", "num_return_sequences", "return_dict_in_generate", *DIFFUSION,
+    "max_new_tokens", "max_length", "do_sample", "temperature", "eos_token_id", "pad_token_id", "use_cache",
+    "num_return_sequences", "return_dict_in_generate", *SHARED, *DIFFUSION,
 )  # fmt: skip
 # For prompts that are missing, for encoder-decoders, and what changes neither tokens nor their probabilities here.
 NO_PART = ("bos_token_id", "decoder_start_token_id", "renormalize_logits", "disable_compile", "transformers_version")
@@ -45,6 +46,8 @@ class DiffusionGenerationConfig(GenerationConfig):
         max_length: those of the prompt and of the answer.
         do_sample, temperature: a temperature alone asks for sampling; ``do_sample`` alone is temperature 1, and False
             is greedy, whatever the temperature.
+        top_k, top_p: as `dllm_fast.generate`, where it samples. transformers' own default, a ``top_k`` of 50, is not
+            taken: nobody has asked for it.
         eos_token_id, pad_token_id: an id, or several; and what stands after the first of them.
         suppress_tokens: ids that are never chosen.
         num_return_sequences: answers to each prompt, next to each other.
@@ -87,7 +90,7 @@ class DiffusionGenerationConfig(GenerationConfig):
         for name in SPELLED:
             if isinstance(value := getattr(self, name), str):
                 setattr(self, name, policy_of(name, value))
-        Options(**{name: value for name in DIFFUSION if (value := getattr(self, name)) is not None})
+        Options(**{name: value for name in (*SHARED, *DIFFUSION) if (value := getattr(self, name)) is not None})
 
     def to_dict(self) -> dict[str, Any]:
         """All fields but diffusion's unset ones, policies as text."""
@@ -176,7 +179,7 @@ def new_tokens(fields: dict[str, Any], prompt: int) -> int:
 
 def options_of(model, family, fields: dict[str, Any], prompt: int) -> Options:
     """What `gather` found, as options. Raises ValueError that names the argument."""
-    found = {name: fields[name] for name in (*DIFFUSION, "suppress_tokens") if fields.get(name) is not None}
+    found = {name: fields[name] for name in (*SHARED, *DIFFUSION) if fields.get(name) is not None}
     found |= {name: policy_of(name, found[name]) for name in SPELLED if isinstance(found.get(name), str)}
     found["gen_length"] = new_tokens(fields, prompt)
     if family.block is None:

@@ -7,7 +7,14 @@ from dataclasses import InitVar, dataclass
 from typing import Any
 
 import torch
-from transformers import EosTokenCriteria, GenerationConfig, MaxLengthCriteria, TemperatureLogitsWarper
+from transformers import (
+    EosTokenCriteria,
+    GenerationConfig,
+    MaxLengthCriteria,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 from transformers.utils import ModelOutput
 
 from dllm_fast.decoding.request import check_token_types
@@ -105,7 +112,7 @@ custom_generate.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
 def _as_asked(model, config: GenerationConfig, input_ids: torch.Tensor, kwargs: dict) -> dict:
     """``kwargs`` of transformers' own generate, without what it has made for a loop from left to right: a cache,
     positions, its default of top_k where it cannot be told from a wish, and what honoured fields stand for."""
-    config = copy.copy(config)
+    made_of, config = config, copy.copy(config)
     if config.top_k == TOP_K and not isinstance(model.generation_config, DiffusionGenerationConfig):
         config.top_k = None
     made = {"use_cache", "cache_position", "logits_to_keep"}
@@ -118,8 +125,8 @@ def _as_asked(model, config: GenerationConfig, input_ids: torch.Tensor, kwargs: 
         if torch.equal(positions * mask, ((mask.cumsum(1) - 1) * mask).expand_as(positions)):
             made.add("position_ids")
     kwargs = {name: value for name, value in kwargs.items() if name not in made}
-    kwargs["logits_processor"] = [p for p in kwargs.get("logits_processor") or () if not _is_fields(p, config)]
-    kwargs["stopping_criteria"] = [c for c in kwargs.get("stopping_criteria") or () if not _is_fields(c, config)]
+    kwargs["logits_processor"] = [p for p in kwargs.get("logits_processor") or () if not _is_fields(p, made_of)]
+    kwargs["stopping_criteria"] = [c for c in kwargs.get("stopping_criteria") or () if not _is_fields(c, made_of)]
     return kwargs | {"generation_config": config}
 
 
@@ -129,7 +136,8 @@ def _is_fields(made: object, config: GenerationConfig) -> bool:
         return made.max_length == config.max_length
     if isinstance(made, EosTokenCriteria):
         return sorted(made.eos_token_id.flatten().tolist()) == sorted(config._eos_token_tensor.flatten().tolist())
-    return isinstance(made, TemperatureLogitsWarper) and made.temperature == config.temperature
+    warpers = ((TemperatureLogitsWarper, "temperature"), (TopKLogitsWarper, "top_k"), (TopPLogitsWarper, "top_p"))
+    return any(isinstance(made, kind) and getattr(made, name) == getattr(config, name) for kind, name in warpers)
 
 
 def is_ours(function) -> bool:

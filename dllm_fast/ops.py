@@ -41,6 +41,7 @@ SERVED = {
 }
 WIDENED = 4096  # rows of an e4m3 LM head that are widened at once
 CHUNK = 256  # rows of logits in memory at once: 256 x 126,464 fp32 is 130 MB
+FILTERED = 32  # and where `reference_nucleus` puts them in order, which takes up to 50 times their bytes
 
 
 def resolve(impl: str, device: torch.device, dtype: torch.dtype) -> str:
@@ -315,31 +316,36 @@ def attention(q, keys, values, seen, beside=None, impl="torch"):
 
 def predict(
     hidden, weight, bias=None, scale=None, *,
-    candidate=None, uncond=None, cfg_scale=0.0, softcap=None, ranks=None, impl="torch", **options,
+    candidate=None, uncond=None, cfg_scale=0.0, softcap=None, ranks=None, top_k=0, top_p=1.0, impl="torch", **options,
 ):  # fmt: skip
     """`reference.predict`: the head multiplies in the model's dtype, and the rest is in fp32.
 
     On a CPU only the rows of candidates are multiplied. Elsewhere all rows are: selecting them would need a host sync.
-    ``ranks``: the processes that share the head (`families.ranks`), of which each has the weight of its own ids.
+    ``ranks``: the processes that share the head (`families.ranks`), of which each has the weight of its own ids; not
+    with ``top_k`` and ``top_p``, which PyTorch serves whatever ``impl``, as no kernel puts logits in order.
     """
     guided = {"candidate": candidate, "uncond": uncond, "cfg_scale": cfg_scale, "softcap": softcap}
-    if impl == "triton" and ranks is None:
+    filtered = options.get("temperature", 0.0) > 0 and (top_k > 0 or top_p < 1)
+    if filtered:
+        options |= {"top_k": top_k, "top_p": top_p}
+    elif impl == "triton" and ranks is None:
         return launchers.triton().predict(hidden, weight, bias, scale, **guided, **options)
-    if impl == "triton" and bias is None and scale is None and launchers.triton().fits_share(ranks.ids):
+    elif impl == "triton" and bias is None and scale is None and launchers.triton().fits_share(ranks.ids):
         return launchers.triton().predict_share(hidden, weight, ranks, **guided, **options)
-    if impl == "cpp" and scale is None and ranks is None:
+    elif impl == "cpp" and scale is None and ranks is None:
         return compiled.predict(hidden, weight, bias, **guided, **options)
     select = reference.select if ranks is None else functools.partial(reference_shares.select, ranks=ranks)
     rows = slice(None)
-    if candidate is not None and not candidate.is_cuda:
+    if candidate is not None and not candidate.is_cuda and impl != "triton":  # whose steps are recorded
         rows = candidate.nonzero()[:, 0]
     names = ["row", "position"]
     if isinstance(options.get("step"), torch.Tensor) and options["step"].numel() == len(hidden):
         names.append("step")
     per_row = {name: options.pop(name)[rows] for name in names if options.get(name) is not None}
     parts = []
-    for i in range(0, max(1, hidden[rows].shape[0]), CHUNK):
-        part = slice(i, i + CHUNK)
+    chunk = FILTERED if filtered else CHUNK
+    for i in range(0, max(1, hidden[rows].shape[0]), chunk):
+        part = slice(i, i + chunk)
         z = reference.capped(logits(hidden[rows][part], weight, bias, scale, impl=impl).float(), softcap)
         if uncond is not None:
             # Combining the hidden states would save this matmul, but in bf16 it more than doubles the logits' error.

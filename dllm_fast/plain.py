@@ -54,6 +54,8 @@ def generate_plain(
     confidence: str = "probability",
     temperature: float = 0.0,
     cfg_scale: float = 0.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
     mask_id: int | None = None,
     eos_id: int | list[int] | tuple[int, ...] | None = None,
     seed: int | None = None,
@@ -147,7 +149,7 @@ def _step(model: nn.Module, options: Options, row: Row, block: torch.Tensor, ste
     token, score, lse = reference.select(
         logits, options.mask_id, candidate, options.schedule.confidence or options.confidence, options.temperature,
         options.seed or 0, step, torch.full_like(block, row.noise), block, options.suppress_tokens,
-        options.defer_tokens,
+        options.defer_tokens, options.top_k or 0, options.top_p,
     )  # fmt: skip
     if not bool(lse.isfinite().all()):
         where = f"step {step} of block {row.next} of row {row.index}"

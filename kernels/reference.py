@@ -10,7 +10,9 @@ d model width, V vocabulary, N gathered positions.
 
 import torch
 
+from dllm_fast.kernels.checks import ranges_of
 from dllm_fast.kernels.reference_noise import gumbel, philox, uniform  # noqa: F401
+from dllm_fast.kernels.reference_nucleus import kept, winner
 from dllm_fast.kernels.reference_rounded import as_bytes, rounded
 
 
@@ -236,17 +238,20 @@ def predict(
     banned: tuple[int, ...] = (),
     deferred: tuple[int, ...] = (),
     softcap: float | None = None,
+    top_k: int = 0,
+    top_p: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Token [N] int64, confidence [N] and log-sum-exp [N] (fp32, or fp64 for fp64 inputs) of each candidate.
 
     ``z = hidden W^T + b``, each row of W times its ``scale``, `capped` if there is a ``softcap``, and `guided` if there
-    is an ``uncond``: each of the two is capped before. The logits of
-    ``banned`` ids are -inf. The token is ``argmax(z + temperature * gumbel)`` over the vocabulary without ``mask_id``,
-    ties to the lowest id. Then the logits of ``deferred`` ids are -inf as well (arXiv:2502.09992, appendix B.4), and
-    the log-sum-exp and the confidence come from the logits that are left, without the noise. With p = softmax(z) the
-    confidence is p[token] (``probability``); p1 - p2 of the two most probable tokens but ``mask_id`` (``margin``);
-    sum p ln p (``entropy``); or a uniform draw (``random``). It is -inf where the token is a deferred one. A position
-    that is no candidate gets token ``mask_id``, confidence -inf and log-sum-exp 0.
+    is an ``uncond``: each of the two is capped before. The logits of ``banned`` ids are -inf. The token is
+    ``argmax(z + temperature * gumbel)`` over the vocabulary without ``mask_id``, ties to the lowest id; above
+    temperature 0 over what ``top_k`` and ``top_p`` keep of it (`reference_nucleus`). Then the logits of ``deferred``
+    ids are -inf as well (arXiv:2502.09992, appendix B.4), and the log-sum-exp and the confidence come from the logits
+    that are left, without the noise. With p = softmax(z) the confidence is p[token] (``probability``); p1 - p2 of the
+    two most probable tokens but ``mask_id`` (``margin``); sum p ln p (``entropy``); or a uniform draw (``random``). It
+    is -inf where the token is a deferred one. A position that is no candidate gets token ``mask_id``, confidence -inf
+    and log-sum-exp 0.
     """
     wide = widened(weight) if scale is None else weight.to(scale.dtype) * scale[:, None]
     passes = [widened(x) @ wide.T for x in (hidden, uncond) if x is not None]
@@ -256,7 +261,8 @@ def predict(
     logits = passes[0] if uncond is None else guided(passes[0], passes[1], cfg_scale)
     if bias is not None:
         logits = logits + bias
-    return select(logits, mask_id, candidate, confidence, temperature, seed, step, row, position, banned, deferred)
+    keys = seed, step, row, position
+    return select(logits, mask_id, candidate, confidence, temperature, *keys, banned, deferred, top_k, top_p)
 
 
 def capped(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
@@ -281,36 +287,45 @@ def select(
     position: torch.Tensor | None = None,
     banned: tuple[int, ...] = (),
     deferred: tuple[int, ...] = (),
+    top_k: int = 0,
+    top_p: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The part of `predict` that follows the logits; same arguments and results."""
-    scored = logits.clone()
-    scored[:, [mask_id, *banned]] = float("-inf")
+    scored = without(logits, (mask_id, *banned))
+    filtered = temperature > 0 and (top_k > 0 or top_p < 1)
+    columns = torch.arange(logits.shape[1], device=logits.device)
+    if filtered:
+        scored, columns = kept(scored, temperature, top_k, top_p)
     if temperature > 0:
-        columns = torch.arange(logits.shape[1], device=logits.device)
         assert row is not None and position is not None
         scored = scored + temperature * gumbel(seed, step, row, position, columns)
-    token = scored.argmax(-1)
-    if banned or deferred:
-        logits = logits.clone()
-        logits[:, [*banned, *deferred]] = float("-inf")
+    token = winner(scored, columns) if filtered else scored.argmax(-1)
+    logits = without(logits, (*banned, *deferred))
     lse = torch.logsumexp(logits, -1)
     if confidence == "probability":
         score = torch.exp(logits.gather(1, token[:, None])[:, 0] - lse)
     elif confidence == "margin":
-        admissible = logits.clone()
-        admissible[:, mask_id] = float("-inf")
-        best = torch.exp(admissible.topk(2, -1).values - lse[:, None])
+        best = torch.exp(without(logits, (mask_id,)).topk(2, -1).values - lse[:, None])
         score = best[:, 0] - best[:, 1]
     elif confidence == "entropy":
         score = -torch.special.entr(torch.exp(logits - lse[:, None])).sum(-1)
     elif row is not None and position is not None:
         score = uniform(seed, step, row, position).to(lse.dtype)
-    if deferred:
-        held = (token[:, None] == torch.tensor(deferred, dtype=torch.int64, device=token.device)).any(-1)
-        score = score.masked_fill(held, float("-inf"))
+    for i in deferred:
+        score = score.masked_fill(token == i, float("-inf"))
     if candidate is None:
         return token, score, lse
     return token.where(candidate, mask_id), score.where(candidate, float("-inf")), lse.where(candidate, 0.0)
+
+
+def without(logits: torch.Tensor, ids: tuple[int, ...]) -> torch.Tensor:
+    """``logits`` [N, V] with -inf for ``ids``, a copy if there are any. Nothing goes from the host to the device, which
+    a CUDA graph could not record."""
+    ranges = ranges_of(ids)
+    logits = logits.clone() if ranges else logits
+    for low, high in zip(ranges[::2], ranges[1::2]):
+        logits[:, low:high].fill_(float("-inf"))
+    return logits
 
 
 def commit(

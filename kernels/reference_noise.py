@@ -1,5 +1,7 @@
 """Counter-based noise: the definitions. Every draw is a function of its counter and key alone."""
 
+import functools
+
 import torch
 
 _WORD = 0xFFFFFFFF
@@ -13,8 +15,11 @@ def philox(seed: int, c0, c1, c2, c3) -> tuple[torch.Tensor, torch.Tensor, torch
     counter = (c0, c1, c2, c3)
     # Plain numbers become tensors on the device of the others, or they could not be broadcast together.
     device = next((c.device for c in counter if isinstance(c, torch.Tensor) and c.dim()), torch.device("cpu"))
+    # By a fill on the device: a CUDA graph cannot record a copy from the host.
+    full = functools.partial(torch.full, (), dtype=torch.int64, device=device)
+    as_int = functools.partial(torch.as_tensor, dtype=torch.int64, device=device)
     c0, c1, c2, c3 = torch.broadcast_tensors(
-        *(torch.as_tensor(c, dtype=torch.int64, device=device) & _WORD for c in counter)
+        *((as_int(c) if isinstance(c, torch.Tensor) else full(c)) & _WORD for c in counter)
     )
     key0, key1 = seed & _WORD, (seed >> 32) & _WORD
     for _ in range(10):
@@ -32,7 +37,7 @@ def gumbel(
     step: int | torch.Tensor,  # int, or [1] or [N] int64
     row: torch.Tensor,  # [N] int
     position: torch.Tensor,  # [N] int
-    columns: torch.Tensor,  # [V] int: vocabulary indices
+    columns: torch.Tensor,  # [V] or [N, V] int: vocabulary indices
 ) -> torch.Tensor:
     """Standard Gumbel noise [N, V] fp64, a pure function of (seed, step, row, position, vocabulary index).
 

@@ -122,6 +122,7 @@ def run(family: Family, prompt: torch.Tensor, options: Options, row: int = 0, me
                 torch.stack([z[i] for i in candidates]), mask_id,
                 confidence=options.schedule.confidence or options.confidence, temperature=options.temperature,
                 seed=options.seed, step=plan[step][0] if plan else step, row=torch.full_like(at, row), position=at,
+                top_k=options.top_k or 0, top_p=options.top_p,
             )  # fmt: skip
             quota = plan and plan[step][1]
             chosen = _commit(found.ids, candidates, token, score, options.schedule.rule or {"count": quota})

@@ -85,6 +85,8 @@ def draw_request(
     options["temperature"] = rng.choice([0.0, 0.0, 0.5, 1.0])
     options["cfg_scale"] = rng.choice([0.0, 0.0, 1.5])
     options["seed"] = rng.randrange(100)
+    if options["temperature"] and options["seed"] % 3 == 0:
+        options |= [{"top_k": 9}, {"top_p": 0.8}, {"top_k": 40, "top_p": 0.5}][options["seed"] % 9 // 3]
     if not options.get("skip_committed"):
         options["speculate"] = rng.choice([None, None, 1, 3])
     if options["cache"] != "none":

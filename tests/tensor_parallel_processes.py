@@ -149,6 +149,7 @@ def refusals(mesh, rank: int) -> dict[str, str]:
         "gradient": lambda: copy.deepcopy(shared).requires_grad_(True)(ids),
         "adapter": lambda: dllm_fast.generate(adapted, ids),
         "drift": lambda: dllm_fast.generate(patched, ids, refresh=Drift(0.1)),
+        "top_p": lambda: dllm_fast.generate(patched, ids, top_p=0.9, temperature=0.5),
         "speculate": lambda: dllm_fast.generate(patched, ids, speculate="auto"),
         "batch_size": lambda: list(dllm_fast.generate_many(patched, [[1, 2]], batch_size="auto")),
         "likelihood": lambda: list(log_likelihoods(patched, [([1], [2])])),

@@ -52,8 +52,9 @@ def test_generate_fills_a_gap_and_is_quiet_when_asked(capsys):
         (["--model", "llada-gsm8k", "--impl", "magic"], "impl='magic' is not one of"),
         (["--model", "llada-gsm8k", "--prompt", ""], "--prompt: an empty prompt"),
         (["--model", "llada-gsm8k", "--chat"], "no chat template"),
+        (["--model", "llada-gsm8k", "--top-p", "0"], "top_p=0.0 is not a number above 0 and up to 1"),
     ],
-    ids=["model", "gen-length", "impl", "prompt", "chat"],
+    ids=["model", "gen-length", "impl", "prompt", "chat", "top-p"],
 )
 def test_errors_are_one_line_and_exit_2(arguments, message, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -76,10 +77,11 @@ def test_options_of_the_cache_are_generates(monkeypatch, capsys):
     asked = []
     monkeypatch.setattr(cli, "generate", lambda model, ids, **options: asked.append(options) or sys.exit(0))
     arguments = ["generate", "--model", "llada-gsm8k", "--prompt", "Tom", "--quiet"]
-    for flags in ([], ["--cache-dtype", "e4m3"]):
+    for flags in ([], ["--cache-dtype", "e4m3"], ["--top-k", "5", "--top-p", "0.9"]):
         with pytest.raises(SystemExit):
             cli.main([*arguments, *flags])
-    assert [options["cache_dtype"] for options in asked] == [None, "e4m3"]
+    assert [options["cache_dtype"] for options in asked] == [None, "e4m3", None]
+    assert [(options["top_k"], options["top_p"]) for options in asked] == [(None, 1.0), (None, 1.0), (5, 0.9)]
     with pytest.raises(SystemExit):
         cli.parser().parse_args([*arguments, "--cache-dtype", "fp8"])
     assert "invalid choice: 'fp8'" in capsys.readouterr().err

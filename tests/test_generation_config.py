@@ -25,7 +25,7 @@ def plain(model, ids, **options):
 
 
 ASKED = {  # for refused fields, a value that users may give
-    "top_k": 5, "top_p": 0.5, "min_p": 0.1, "top_h": 0.4, "typical_p": 0.9, "epsilon_cutoff": 3e-4, "eta_cutoff": 3e-4,
+    "min_p": 0.1, "top_h": 0.4, "typical_p": 0.9, "epsilon_cutoff": 3e-4, "eta_cutoff": 3e-4,
     "repetition_penalty": 1.2, "encoder_repetition_penalty": 1.2, "length_penalty": 2.0, "no_repeat_ngram_size": 2,
     "bad_words_ids": [[3]], "begin_suppress_tokens": [3], "forced_bos_token_id": 3, "forced_eos_token_id": 3,
     "min_new_tokens": 4, "min_length": 30, "num_beams": 2, "output_scores": True, "output_logits": True,
@@ -120,7 +120,9 @@ HONOURED_CASES = [  # fields, and the same as `dllm_fast.generate`'s arguments
     ({"defer_tokens": list(range(0, 80))}, {"defer_tokens": list(range(0, 80))}),
     ({"do_sample": True, **SAMPLED}, SAMPLED),
     ({"do_sample": True, "seed": 3}, {"temperature": 1.0, "seed": 3}),
-    ({"do_sample": False, **SAMPLED}, {}),
+    ({"do_sample": False, **SAMPLED, "top_k": 3, "top_p": 0.5}, {}),
+    ({"do_sample": True, **SAMPLED, "top_k": 3}, {"top_k": 3, **SAMPLED}),
+    ({"do_sample": True, **SAMPLED, "top_k": 0, "top_p": 0.2}, {"top_p": 0.2, **SAMPLED}),
     ({"block_length": 4}, {"block_length": 4}),
     ({"schedule": Uniform(2)}, {"schedule": Uniform(2)}),
     ({"schedule": "uniform=2", "cache": "none"}, {"schedule": Uniform(2), "cache": "none"}),
@@ -193,6 +195,7 @@ def test_defaults_of_a_models_config_outside_its_vocabulary_are_no_hindrance(ids
 
 def test_the_config_goes_through_generation_config_json(either, ids, tmp_path):
     options = {"block_length": 8, "schedule": Uniform(4), "refresh": Window(8, 0), "max_new_tokens": 16}
+    options |= {"top_k": 50, "top_p": 0.9}
     options |= {"temperature": 0.5, "seed": 7, "eos_token_id": [3, 4], "defer_tokens": [3], "remask": ReMDM(0.3)}
     dllm_fast.patch(either).generation_config = DiffusionGenerationConfig(**options)
     expected = either.generate(ids).sequences
@@ -215,6 +218,8 @@ def test_a_bad_config_raises_when_it_is_made():
         ({"cache": "full"}, "cache='full' is not one of"),
         ({"cache_dtype": "fp8"}, "cache_dtype='fp8' is not one of None, 'e4m3'"),
         ({"confidence": "logit"}, "confidence='logit' is not one of"),
+        ({"top_k": 2.5}, "top_k=2.5 is not a whole number|top_k.*2.5"),
+        ({"top_p": 1.5}, "top_p=1.5 is not a number above 0 and up to 1"),
     ):
         with pytest.raises(ValueError, match=message):
             DiffusionGenerationConfig(**bad)

@@ -210,8 +210,10 @@ def test_the_pipeline_writes_by_diffusion(name, patched, shipped):
     assert len(whole["generated_token_ids"]) == length + 9
     several = pipe(texts[0], max_new_tokens=16, num_return_sequences=3, do_sample=True)
     assert len({one["generated_text"] for one in several}) > 1
-    with pytest.raises(ValueError, match="top_k=5"):
-        pipe(texts[0], max_new_tokens=16, top_k=5)
+    (likely,) = pipe(texts[0], max_new_tokens=16, do_sample=True, top_k=1, clean_up_tokenization_spaces=False)
+    assert likely["generated_text"] == expected[0]
+    with pytest.raises(ValueError, match=r"min_p=0\.1"):
+        pipe(texts[0], max_new_tokens=16, min_p=0.1)
 
 
 @pytest.mark.parametrize("kind", ["TextStreamer", "TextDiffusionStreamer"])
@@ -281,8 +283,13 @@ def test_transformers_own_generate_calls_custom_generate(causal, ids, padded):
     expected = plain(causal, ids, attention_mask=padded)
     call = functools.partial(causal.generate, ids, attention_mask=padded, max_new_tokens=8, eos_token_id=None)
     assert torch.equal(call(custom_generate=dllm_fast.custom_generate), expected)
-    with pytest.raises(ValueError, match=r"top_p=0\.5"):
-        call(custom_generate=dllm_fast.custom_generate, top_p=0.5)
+    with pytest.raises(ValueError, match=r"min_p=0\.5"):
+        call(custom_generate=dllm_fast.custom_generate, min_p=0.5)
+    drawn = {"temperature": 0.7, "top_p": 0.6, "seed": 3}
+    sampled = plain(causal, ids, attention_mask=padded, top_k=50, **drawn)
+    assert torch.equal(call(custom_generate=dllm_fast.custom_generate, do_sample=True, top_k=50, **drawn), sampled)
+    sampled = plain(causal, ids, attention_mask=padded, **drawn)  # transformers' default of 50 is nobody's wish
+    assert torch.equal(call(custom_generate=dllm_fast.custom_generate, do_sample=True, **drawn), sampled)
     dllm_fast.patch(causal)
     assert torch.equal(causal.generate(ids, attention_mask=padded, max_new_tokens=8, **FREE).sequences, expected)
     around = GenerationMixin.generate(
@@ -321,5 +328,5 @@ def test_the_folder_is_loaded_as_transformers_does(llada, causal, ids, padded, m
         row = {**options, "attention_mask": padded[:1]}
         model.generate(ids[:1], custom_generate=HUB, trust_remote_code=True, streamer=seen, **row)
         assert seen.ended == 1 and seen.tokens == 32
-        with pytest.raises(ValueError, match="top_k=5"):
-            call(ids, top_k=5)
+        with pytest.raises(ValueError, match=r"min_p=0\.1"):
+            call(ids, min_p=0.1)

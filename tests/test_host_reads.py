@@ -131,6 +131,8 @@ def test_uploads_to_a_gpu_do_not_wait():
 PLANNED = [
     {"schedule": Uniform(12)},
     {"schedule": Uniform(12), "cache": "none", "temperature": 0.7},
+    {"schedule": Uniform(12), "temperature": 0.7, "top_k": 9, "top_p": 0.8},
+    {"schedule": Uniform(12), "temperature": 0.7, "top_p": 0.8, "defer_tokens": [EOS]},
     {"schedule": Pyramid(2), "cache": "prefix", "refresh": Window(3, 2)},
     {"schedule": FirstHitting(), "refresh": Every(2), "cfg_scale": 0.5},
     {"schedule": Ancestral(12), "remask": ReMDM(0.5)},

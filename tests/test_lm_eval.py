@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 import dllm_fast
 from dllm_fast.decoding.text import answer_text, before_stop
-from dllm_fast.evaluate.answers import last_of, request_options, spelled_options, whole_blocks
+from dllm_fast.evaluate.answers import Sampling, last_of, request_options, spelled_options, whole_blocks
 from dllm_fast.evaluate.likelihood import log_likelihood
 
 ROOT = Path(__file__).parent.parent
@@ -28,23 +28,24 @@ def tokenizer():
 @pytest.mark.parametrize(
     "given,expected",
     [
-        ({}, ([], 64, 0.3)),
-        ({"until": "\n", "max_gen_toks": 20}, (["\n"], 20, 0.3)),
-        ({"until": ["a", "b"], "max_new_tokens": 20, "max_tokens": 30}, (["a", "b"], 20, 0.3)),
-        ({"until": None, "max_gen_toks": None, "temperature": 0.7}, ([], 64, 0.7)),
-        ({"do_sample": False, "temperature": 0.7, "top_p": 0.9}, ([], 64, 0.0)),
-        ({"do_sample": True}, ([], 64, 0.3)),
+        ({}, ([], 64, (0.3, 9, 0.8))),
+        ({"until": "\n", "max_gen_toks": 20}, (["\n"], 20, (0.3, 9, 0.8))),
+        ({"until": ["a", "b"], "max_new_tokens": 20, "max_tokens": 30}, (["a", "b"], 20, (0.3, 9, 0.8))),
+        ({"until": None, "max_gen_toks": None, "temperature": 0.7}, ([], 64, (0.7, 9, 0.8))),
+        ({"do_sample": False, "temperature": 0.7, "top_p": 0.9}, ([], 64, (0.0, None, 1.0))),
+        ({"do_sample": True}, ([], 64, (0.3, 9, 0.8))),
+        ({"temperature": 0.7, "top_p": 0.9, "top_k": 5}, ([], 64, (0.7, 5, 0.9))),
     ],
 )
 def test_what_a_request_asks_for(given, expected):
     before = dict(given)
-    assert request_options(given, 64, 0.3) == expected
+    assert request_options(given, 64, Sampling(0.3, 9, 0.8)) == expected
     assert given == before
 
 
 def test_sampling_that_is_not_had_is_named():
-    with pytest.raises(ValueError, match=r"generation_kwargs: top_p=0.9 at temperature 0.7 is not supported"):
-        request_options({"do_sample": True, "temperature": 0.7, "top_p": 0.9}, 64, 0.0)
+    with pytest.raises(ValueError, match=r"generation_kwargs: min_p=0.1 at temperature 0.7 is not supported"):
+        request_options({"do_sample": True, "temperature": 0.7, "min_p": 0.1}, 64, Sampling())
 
 
 def test_options_as_text():

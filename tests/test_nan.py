@@ -103,6 +103,7 @@ CASES = [
     {"schedule": Threshold(0.05), "remask": Verify(0.1), "confidence": "margin"},
     {"schedule": EntropyBound(3.0), "refresh": Drift(0.1), "remask": P2(0.5)},
     {"schedule": FirstHitting(), "confidence": "random", "temperature": 1.0},
+    {"schedule": Uniform(8), "temperature": 0.5, "top_k": 3, "top_p": 0.9},
 ]
 
 

@@ -73,6 +73,8 @@ OPTIONS = [
     {"remask": ReMDM(0.7), "schedule": Threshold(0.1), "confidence": "random", "cfg_scale": 0.5},
     {"confidence": "entropy", "suppress_tokens": [3, 4], "temperature": 0.7},
     {"logprobs": True, "remask": ReMDM(0.7), "temperature": 0.7},
+    {"top_k": 7, "top_p": 0.8, "temperature": 0.7, "suppress_tokens": [3, 4], "defer_tokens": [5]},
+    {"top_p": 0.8, "temperature": 0.7, "confidence": "random", "speculate": 2, "cfg_scale": 1.0},
     {"logprobs": True, "schedule": Threshold(0.1), "speculate": 2},
 ]  # fmt: skip
 

@@ -26,6 +26,10 @@ CASES = {
         {"extra_body": {"refresh": "window=13,4", "remask": "verify=0.5", "confidence": "margin", "cfg_scale": 0.5}},
         {"refresh": dllm_fast.Window(13, 4), "remask": dllm_fast.Verify(0.5), "confidence": "margin", "cfg_scale": 0.5},
     ),
+    "likely": (
+        {"temperature": 1.0, "seed": 5, "top_p": 0.5, "extra_body": {"top_k": 4}},
+        {"temperature": 1.0, "seed": 5, "top_p": 0.5, "top_k": 4},
+    ),
     "no end": ({"extra_body": {"eos_id": []}}, {"eos_id": []}),
     "two ends": ({"extra_body": {"eos_id": [1, 9]}}, {"eos_id": [1, 9]}),
     "drafted": ({"extra_body": {"speculate": 3, "schedule": "uniform=52"}}, {"schedule": dllm_fast.Uniform(52)}),

@@ -119,6 +119,7 @@ REFUSED = {
     "adapter": r"model\.transformer\.blocks\.1\.q_proj is a container\.Sequential|q_proj is a Sequential",
     "drift": r"refresh=Drift\(tau=0\.1.*2 processes share the model",
     "speculate": r"speculate='auto': 2 processes share",
+    "top_p": r"top_k=None, top_p=0\.9: 2 processes share",
     "batch_size": r"batch_size='auto': 2 processes share",
     "likelihood": r"processes share it, and likelihoods",
     "flow": r"processes share it, and generate_flow",

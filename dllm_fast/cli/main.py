@@ -61,6 +61,8 @@ def add_decoding_options(add) -> None:
     add("--schedule", type=schedule_of, help=f"{', '.join(SCHEDULES)}; for example uniform=32")
     add("--confidence", choices=CONFIDENCES)
     add("--temperature", type=float)
+    add("--top-k", type=int, metavar="N", help="draw from the N most probable tokens; 0: all")
+    add("--top-p", type=float, metavar="P", help="draw from the most probable tokens that reach P together; 1: all")
     add("--cfg-scale", type=float)
     add("--cache", choices=CACHES)
     add("--refresh", type=refresh_of, help="block, every=BLOCKS, window=BEFORE,AFTER or drift=TAU")

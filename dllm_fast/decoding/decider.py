@@ -181,6 +181,8 @@ class Decider:
             mask_id=o.mask_id,
             confidence=o.schedule.confidence or o.confidence,
             temperature=o.temperature,
+            top_k=o.top_k or 0,
+            top_p=o.top_p,
             seed=self.seed,
             step=step,
             row=row,
@@ -215,10 +217,11 @@ class Decider:
     def _logprob(self, heads: tuple, token: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
         """The log-probabilities [N] fp32 that the model gives to ``token`` [N]."""
         o, (hidden, uncond) = self.options, heads
+        impl = "torch" if o.filters else self.family.impl  # as in `ops.predict`, which the log-sum-exp is from
         return ops.token_logprob(
             hidden, *self.family.head_operands(), token=token, lse=lse, uncond=uncond, cfg_scale=o.cfg_scale,
             deferred=[i for i in o.defer_tokens if i not in o.suppress_tokens], softcap=self.family.softcap,
-            ranks=self.family.ranks, impl=self.family.impl,
+            ranks=self.family.ranks, impl=impl,
         ).float()  # fmt: skip
 
     def _evaluated_probability(

@@ -6,10 +6,12 @@ from pathlib import Path
 import torch
 
 from dllm_fast.decoding.options import Options
+from dllm_fast.ops import FILTERED
 
 SHARE = 0.9  # of what is free that ``batch_size="auto"`` fills
 ROWS = 256  # with more than that, steps are bound by arithmetic everywhere, and memory is all that rows cost
 LOGITS = 256  # rows of fp32 logits that are held at once where there is no fused kernel
+SORTED = 200  # bytes for each logit where they are put in order, see `kernels.reference_nucleus`
 
 
 def need(family, options: Options, rows: int, slots: int, spare: int) -> int:
@@ -31,7 +33,11 @@ def need(family, options: Options, rows: int, slots: int, spare: int) -> int:
     if not options.has_cache:
         rows *= options.drafts + 1
     activations = rows * slots * (2 * width + 3 * family.ffn_width) * size
-    return cache + activations + 3 * min(LOGITS, rows * options.block_length) * vocabulary * 4
+    positions = rows * options.block_length
+    logits = 3 * 4 * min(LOGITS, positions)
+    if options.filters:
+        logits = max(logits, SORTED * min(FILTERED, positions))
+    return cache + activations + logits * vocabulary
 
 
 def available(device: torch.device) -> int | None:

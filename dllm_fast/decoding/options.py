@@ -12,6 +12,7 @@ from dllm_fast.decoding.remask import Edit, Remask
 from dllm_fast.decoding.schedules import Schedule, Threshold
 from dllm_fast.decoding.values import (
     Checked,
+    above_zero,
     checked,
     finite,
     is_whole,
@@ -55,6 +56,8 @@ class Options(Checked):
     cache_dtype: str | None = checked(one_of, CACHE_DTYPES, default=None)
     pipeline: Pipeline | None = checked(one_kind, Pipeline | None, "one of D2F, MultiBlock", default=None)
     logprobs: bool = checked(one_kind, bool, "True or False", default=False)
+    top_k: int | None = checked(whole_or_none, default=None)  # None for 0
+    top_p: float = checked(above_zero, default=1.0)
     mask_id: int | None = None
     eos_id: Ids = field(default=None, compare=False)
     seed: int | None = field(default=None, compare=False)
@@ -67,6 +70,8 @@ class Options(Checked):
         if self.refresh == "block":
             object.__setattr__(self, "refresh", Every(1))
         super().__post_init__()
+        if self.top_k == 0:
+            object.__setattr__(self, "top_k", None)
         if self.seed is not None:
             object.__setattr__(self, "seed", whole("seed", self.seed, 0, 63))
         self.schedule.check_confidence(self.confidence)
@@ -154,6 +159,8 @@ class Options(Checked):
             unfit = f"refresh={self.refresh}: {shared}, and none has the values of all heads"
             require(not self.refresh.layerwise, unfit)
             require(self.speculate != "auto", f"speculate='auto': {shared}, which may measure different times")
+            unfit = f"top_k={self.top_k}, top_p={self.top_p}: {shared}, and none has the logits of all ids"
+            require(not self.filters, unfit)
         eos_ids = as_ids("eos_id", self.eos_id, vocabulary)
         require(mask_id not in eos_ids, f"eos_id={self.eos_id}: the mask id, {mask_id}, ends no text")
         pad_id = None if self.pad_id is None else as_id("pad_id", self.pad_id, vocabulary)
@@ -227,6 +234,11 @@ class Options(Checked):
         """Whether a row's tokens depend on the seed."""
         random = (self.schedule.confidence or self.confidence) == "random"
         return random or self.temperature > 0 or self.suffix_sample > 0
+
+    @property
+    def filters(self) -> bool:
+        """Whether only some of the tokens may be drawn."""
+        return self.temperature > 0 and (self.top_k is not None or self.top_p < 1)
 
     @property
     def edits(self) -> bool:

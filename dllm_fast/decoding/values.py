@@ -58,6 +58,10 @@ def share(name: str, value: Any) -> float:
     return real(name, value, "a number from 0 to 1", lambda number: 0 <= number <= 1)
 
 
+def above_zero(name: str, value: Any) -> float:
+    return real(name, value, "a number above 0 and up to 1", lambda number: 0 < number <= 1)
+
+
 def one_of(name: str, value: Any, choices: Collection[str | None]) -> Any:
     good = isinstance(value, str | None) and value in choices
     require(good, f"{name}={value!r} is not one of {', '.join(map(repr, choices))}")

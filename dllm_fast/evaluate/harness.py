@@ -18,7 +18,7 @@ from tqdm import tqdm
 from dllm_fast.decoding.text import answer_text, encode, held_back
 from dllm_fast.decoding.values import one_of, require
 from dllm_fast.errors import exit_code
-from dllm_fast.evaluate.answers import last_of, request_options, spelled_options, whole_blocks
+from dllm_fast.evaluate.answers import Sampling, last_of, request_options, spelled_options, whole_blocks
 from dllm_fast.evaluate.likelihood import are_greedy, log_likelihoods
 from dllm_fast.generate import generate_many
 from dllm_fast.loading import end_of_text, from_pretrained, load_tokenizer
@@ -36,9 +36,9 @@ class MaskedDiffusionLM(TemplateLM):
             several processes, each one's device is the one that Accelerate assigns.
         batch_size: sequences evaluated together; lm-eval's ``--batch_size``.
         gen_length: most tokens of an answer, unless the task says.
-        block_length, confidence, temperature, cfg_scale, cache, suffix_length, suffix_sample,
-            skip_committed, speculate, cache_dtype: as `dllm_fast.generate`. A task's own ``temperature`` or
-            ``do_sample: false`` comes first.
+        block_length, confidence, temperature, top_k, top_p, cfg_scale, cache, suffix_length, suffix_sample,
+            skip_committed, speculate, cache_dtype: as `dllm_fast.generate`. A task's own ``temperature``,
+            ``top_k``, ``top_p`` or ``do_sample: false`` comes first.
         schedule, refresh, remask, pipeline: spelled as on the command line: ``uniform=64``, ``threshold=0.9``, ...
         mc_num: samples of the likelihood bound, see `evaluate.likelihood.log_likelihoods`.
         seed: for answers and likelihoods. Sampled answers depend on the number of processes; greedy answers and
@@ -65,6 +65,8 @@ class MaskedDiffusionLM(TemplateLM):
         pipeline: str | None = None,
         confidence: str = "probability",
         temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float = 1.0,
         cfg_scale: float = 0.0,
         cache: str = "dual",
         suffix_length: int | None = None,
@@ -98,7 +100,8 @@ class MaskedDiffusionLM(TemplateLM):
         self.model = from_pretrained(pretrained, weights, self._device, impl, trust_remote_code)
         self.tokenizer = load_tokenizer(pretrained, trust_remote_code)
         self.positions = bound_family(self.model).positions
-        self.batch_size, self.gen_length, self.temperature = int(batch_size), gen_length, temperature
+        self.batch_size, self.gen_length = int(batch_size), gen_length
+        self.sampling = Sampling(temperature, top_k, top_p)
         self.mc_num, self.seed, self.cfg_scale = mc_num, seed, float(cfg_scale)
         self.options = {
             "block_length": block_length, "confidence": confidence, "cfg_scale": self.cfg_scale, "cache": cache,
@@ -111,20 +114,20 @@ class MaskedDiffusionLM(TemplateLM):
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
         answers = [""] * len(requests)
-        alike: dict[tuple[int, float], list[tuple[int, list[str], int]]] = {}  # by length and temperature
+        alike: dict[tuple[int, Sampling], list[tuple[int, list[str], int]]] = {}
         for i, request in enumerate(requests):
-            until, tokens, temperature = request_options(request.args[1], self.gen_length, self.temperature)
+            until, tokens, sampling = request_options(request.args[1], self.gen_length, self.sampling)
             length = whole_blocks(tokens, self.options["block_length"])
-            alike.setdefault((length, temperature), []).append((i, until, tokens))
+            alike.setdefault((length, sampling), []).append((i, until, tokens))
         bar = tqdm(total=len(requests), desc="generate_until", disable=disable_tqdm or self.rank != 0)
-        for (length, temperature), members in alike.items():
+        for (length, sampling), members in alike.items():
             prompts = []
             for i, _, _ in members:
                 prompt = self.tok_encode(requests[i].args[0]) or [self.prefix_token_id]
                 prompts.append(last_of(prompt, self.positions - length, f"max_gen_toks={length}"))
             completions = generate_many(
-                self.model, prompts, self.batch_size, ordered=False, gen_length=length, temperature=temperature,
-                seed=self.seed + self.rank, **self.options,
+                self.model, prompts, self.batch_size, ordered=False, gen_length=length,
+                seed=self.seed + self.rank, **sampling._asdict(), **self.options,
             )  # fmt: skip
             for completion in completions:
                 i, until, tokens = members[completion.index]

@@ -20,7 +20,6 @@ Whole = Annotated[int, Field(ge=0, lt=1 << 31)]
 Positive = Annotated[int, Field(ge=1, lt=1 << 31)]
 Prompt = Annotated[list[Whole], Field(min_length=1)]
 Zero = Annotated[float, Field(ge=0, le=0)]
-One = Annotated[float, Field(ge=1, le=1)]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 Spelled = Annotated[str, Field(max_length=64)]
 
@@ -44,8 +43,8 @@ class Body(BaseModel):
     stop: Stop | Annotated[list[Stop], Field(max_length=STOPS)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     # Taken with the value that changes nothing
-    top_p: One | None = None
     frequency_penalty: Zero | None = None
     presence_penalty: Zero | None = None
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
@@ -58,6 +57,7 @@ class Body(BaseModel):
     block_length: Positive | None = None
     schedule: Spelled | None = Field(None, description="uniform=32, pyramid=1, threshold=0.9, factor=1, ...")
     confidence: Literal[tuple(CONFIDENCES)] | None = None  # type: ignore[valid-type]
+    top_k: Whole | None = Field(None, description="draw from so many of the most probable tokens; 0: from all")
     cfg_scale: Annotated[float, Field(ge=0, le=100)] | None = None
     cache: Literal[CACHES] | None = None  # type: ignore[valid-type]
     refresh: Spelled | None = Field(None, description="block, every=4, window=32,0 or drift=0.2")
