@@ -35,7 +35,7 @@ def prompt(length: int, seed: int = 0) -> list[int]:
 
 def asked(number: int, prompts: list[list[int]], blocks=False, drafts=False, **options) -> Request:
     options = Options.of_call("test", {**OPTIONS, **options})
-    return Request(number, prompts, options, list(range(len(prompts))), blocks, drafts)
+    return Request(number, prompts, options, blocks, drafts)
 
 
 class Told:
@@ -68,7 +68,7 @@ class Told:
 def alone(model, request: Request) -> list[list[int]]:
     """The answers that `generate_many` gives, a row at a time."""
     options = {field.name: getattr(request.options, field.name) for field in dataclasses.fields(Options)}
-    done = dllm_fast.generate_many(model, request.prompts, 1, noise_rows=request.noise_rows, **options)
+    done = dllm_fast.generate_many(model, request.prompts, 1, **options)
     return [done.sequence.tolist()[len(ids) :] for ids, done in zip(request.prompts, done, strict=True)]
 
 

@@ -244,6 +244,22 @@ def test_paths_agree(device, poison):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("path", PATHS)
+def test_a_seed_for_each_row(path, device, poison):
+    hidden, weight, bias = problem(7, 130, 24, torch.bfloat16, device)
+    hidden, keys = hidden[:1].repeat(7, 1), {"row": torch.full((7,), 5, device=device), "step": 2}
+    keys["position"] = keys["row"]
+    seeds = torch.tensor([3, -3, 3 + (1 << 40), 3, 1 << 62, 9, 0], device=device)
+    candidate = torch.arange(7, device=device) != 1
+    for confidence in ("probability", "random"):
+        options = {"mask_id": MASK, "confidence": confidence, "temperature": 1.5, **keys}
+        found = assert_matches(hidden, weight, bias, path, **options, seed=seeds, candidate=candidate)
+        assert found[0][0] == found[0][3] and len(found[0][candidate].unique()) > 3
+        for n in candidate.nonzero()[:, 0].tolist():
+            own = options | {"row": keys["row"][:1], "position": keys["row"][:1], "seed": int(seeds[n])}
+            assert predict(hidden[:1], weight, bias, _path=path, **own)[0] == found[0][n]
+
+
 def test_sampler_chi_squared(device):
     rows, vocabulary = 640, 8
     hidden, weight, bias = problem(1, vocabulary, 8, torch.float32, device)
@@ -334,6 +350,8 @@ def test_bad_arguments(device):
         "row and position are needed .*random": ((hidden, weight), {"confidence": "random"}),
         "position is": ((hidden, weight), {"confidence": "random", "row": row, "position": row[:3]}),
         "seed=": ((hidden, weight), {"temperature": 1.0, "row": row, "position": row, "seed": 1 << 64}),
+        "seed is": ((hidden, weight), {"temperature": 1.0, "row": row, "position": row, "seed": row[1:]}),
+        "seed is torch.int32": ((hidden, weight), {"temperature": 1.0, "row": row, "position": row, "seed": row.int()}),
         "_path='cublas'": ((hidden, weight), {"_path": "cublas"}),
     }.items():
         with pytest.raises(ValueError, match=message):
@@ -343,14 +361,14 @@ def test_bad_arguments(device):
 def test_custom_op(device):
     hidden, weight, bias = problem(4, 40, 8, torch.bfloat16, device)
     row = torch.arange(4, device=device)
-    scalars = (torch.tensor([3], device=device), torch.tensor([1], device=device))
+    one = torch.tensor([1], device=device)
     for path, optional in (("fused", (bias, row < 2, hidden + 1)), ("streamed", (None, None, None))):
         arguments = (
             hidden,
             weight,
             *optional,
             None,
-            scalars[0],
+            row + 2,
             row + 1,
             row,
             row,
@@ -377,9 +395,9 @@ def test_custom_op(device):
         }
         return predict(hidden * 2, weight, bias, mask_id=MASK, **options)
 
-    expected = step(hidden, scalars[1])
+    expected = step(hidden, one)
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    assert all(torch.equal(a, b) for a, b in zip(compiled(hidden, scalars[1]), expected, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(compiled(hidden, one), expected, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(compiled(hidden, 1), expected, strict=True))
 
 
