@@ -67,7 +67,7 @@ def as_numbers(name: str, value: int | torch.Tensor, rows: int, device: torch.de
             raise ValueError(f"{name}={value} does not fit in 64 bits")
         return torch.full((rows,), value - (1 << 64) if value >= 1 << 63 else value, dtype=torch.int64, device=device)
     if value.numel() == rows != 1:
-        check_tensors(device, **{name: (value, [rows], (torch.int64,))})
+        check_tensors(device, contiguous=True, **{name: (value, [rows], (torch.int64,))})
         return value
     if value.dtype != torch.int64 or value.numel() != 1 or value.device != device:
         raise ValueError(

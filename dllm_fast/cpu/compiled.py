@@ -17,14 +17,7 @@ import warnings
 import torch
 
 from dllm_fast.cpu.sources import require_current
-from dllm_fast.kernels.checks import (
-    CONFIDENCES,
-    as_numbers,
-    as_softcap,
-    check_block,
-    check_choice,
-    one_device,
-)
+from dllm_fast.kernels.checks import CONFIDENCES, as_numbers, as_softcap, check_block, check_choice, one_device
 from dllm_fast.kernels.reference_rounded import E4M3
 
 LEVELS = ("plain", "avx2", "avx512", "avx512bf16")

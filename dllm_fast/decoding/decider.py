@@ -154,8 +154,8 @@ class Decider:
         return found.view(self.fresh.shape) if live is None else live.spread(found, torch.zeros_like(self.probability))
 
     def _keys(self, at: torch.Tensor, step: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What the noise of each position is a function of, [B, ..., T] each, of slots ``at`` and steps ``step`` of that
-        shape. Nothing where none is drawn."""
+        """What the noise of each position is a function of, [B, ..., T] each; of slots ``at`` and steps ``step`` of
+        that shape. Nothing where none is drawn."""
         if not self.options.draws:
             return {}
         seed, row, pad = (x.view(-1, *[1] * (at.dim() - 1)) for x in (self.seed, self.row, self.pad))
