@@ -136,20 +136,6 @@ def test_device_scalars_and_int32(device):
     assert not torch.equal(gumbel(seed, step, row, position, columns), expected)
 
 
-def test_a_seed_for_each_row(device):
-    """It may differ in either half of its 64 bits."""
-    row, position = torch.full((2, 5), 7, device=device)
-    columns, seed = torch.arange(9, device=device), torch.tensor([3, -3, 3 + (1 << 40), 3, 1 << 62], device=device)
-    together = gumbel(seed, 4, row, position, columns), uniform(seed, 4, row, position)
-    for found, definition in zip(together, (reference.gumbel, reference.uniform), strict=True):
-        assert len(found.unique(dim=0)) == 4 and torch.equal(found[0], found[3])
-        more = (columns,) if found.dim() == 2 else ()
-        assert_close(found, definition(seed, 4, row, position, *more))
-    for n, own in enumerate(seed.tolist()):
-        assert torch.equal(together[0][n], gumbel(own, 4, row[:1], position[:1], columns)[0])
-        assert together[1][n] == uniform(own, 4, row[:1], position[:1])
-
-
 def test_empty(device):
     none = torch.zeros(0, dtype=torch.int64, device=device)
     some = torch.arange(3, device=device)

@@ -244,22 +244,6 @@ def test_paths_agree(device, poison):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_a_seed_for_each_row(path, device, poison):
-    hidden, weight, bias = problem(7, 130, 24, torch.bfloat16, device)
-    hidden, keys = hidden[:1].repeat(7, 1), {"row": torch.full((7,), 5, device=device), "step": 2}
-    keys["position"] = keys["row"]
-    seeds = torch.tensor([3, -3, 3 + (1 << 40), 3, 1 << 62, 9, 0], device=device)
-    candidate = torch.arange(7, device=device) != 1
-    for confidence in ("probability", "random"):
-        options = {"mask_id": MASK, "confidence": confidence, "temperature": 1.5, **keys}
-        found = assert_matches(hidden, weight, bias, path, **options, seed=seeds, candidate=candidate)
-        assert found[0][0] == found[0][3] and len(found[0][candidate].unique()) > 3
-        for n in candidate.nonzero()[:, 0].tolist():
-            own = options | {"row": keys["row"][:1], "position": keys["row"][:1], "seed": int(seeds[n])}
-            assert predict(hidden[:1], weight, bias, _path=path, **own)[0] == found[0][n]
-
-
 def test_sampler_chi_squared(device):
     rows, vocabulary = 640, 8
     hidden, weight, bias = problem(1, vocabulary, 8, torch.float32, device)
