@@ -338,10 +338,9 @@ def predict(
     rows = slice(None)
     if candidate is not None and not candidate.is_cuda and impl != "triton":  # whose steps are recorded
         rows = candidate.nonzero()[:, 0]
-    names = ["row", "position"]
-    if isinstance(options.get("step"), torch.Tensor) and options["step"].numel() == len(hidden):
-        names.append("step")
-    per_row = {name: options.pop(name)[rows] for name in names if options.get(name) is not None}
+    keys = {name: options.get(name) for name in ("seed", "step", "row", "position")}
+    each = [name for name, key in keys.items() if isinstance(key, torch.Tensor) and key.numel() == len(hidden)]
+    per_row = {name: options.pop(name).reshape(-1)[rows] for name in each}
     parts = []
     chunk = FILTERED if filtered else CHUNK
     for i in range(0, max(1, hidden[rows].shape[0]), chunk):

@@ -108,7 +108,7 @@ def _fill(model: nn.Module, options: Options, row: Row, stream: Stream | None) -
     while not row.done:
         first, masked = row.blocks[row.next]
         block = torch.arange(max(0, first), min(max(0, first) + options.block_length, len(row.ids)), device="cpu")
-        draw = functools.partial(_draw, options, row, block)
+        draw = functools.partial(_draw, row, block)
         one = torch.tensor([masked], dtype=torch.int64, device="cpu")
         planned = options.schedule.counts(one, torch.full_like(one, len(row.blocks)), draw)
         steps = [(step, None) for step in range(len(block))] if planned is None else planned
@@ -131,9 +131,9 @@ def _fill(model: nn.Module, options: Options, row: Row, stream: Stream | None) -
         stream.end()
 
 
-def _draw(options: Options, row: Row, block: torch.Tensor) -> torch.Tensor:
+def _draw(row: Row, block: torch.Tensor) -> torch.Tensor:
     """A schedule's uniform draws of the block's positions, [1, T] fp64; 2 where nothing is to be filled."""
-    drawn = reference.uniform(options.seed or 0, PLAN_STEP, torch.full_like(block, row.noise), block)
+    drawn = reference.uniform(row.seed, PLAN_STEP, torch.full_like(block, row.noise), block)
     return drawn.where(row.left()[block], 2.0)[None]
 
 
@@ -148,8 +148,8 @@ def _step(model: nn.Module, options: Options, row: Row, block: torch.Tensor, ste
     candidate = row.left()[block]
     token, score, lse = reference.select(
         logits, options.mask_id, candidate, options.schedule.confidence or options.confidence, options.temperature,
-        options.seed or 0, step, torch.full_like(block, row.noise), block, options.suppress_tokens,
-        options.defer_tokens, options.top_k or 0, options.top_p,
+        row.seed, step, torch.full_like(block, row.noise), block, options.suppress_tokens, options.defer_tokens,
+        options.top_k or 0, options.top_p,
     )  # fmt: skip
     if not bool(lse.isfinite().all()):
         where = f"step {step} of block {row.next} of row {row.index}"

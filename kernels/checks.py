@@ -56,30 +56,25 @@ def one_device(fake: Callable) -> Callable:
     return checked
 
 
-def as_scalar(name: str, value: int | torch.Tensor, device: torch.device) -> torch.Tensor:
-    """``value`` as an int64 tensor [1] on ``device``.
+def as_numbers(name: str, value: int | torch.Tensor, rows: int, device: torch.device) -> torch.Tensor:
+    """``value``, a number for each row or one for all of them, as an int64 tensor [rows] on ``device``.
 
-    A tensor is used as it is, so that a CUDA graph reads its current value at each replay. An int is written by a fill
-    on the device: a CUDA graph cannot capture a copy from the host.
+    A tensor is read on the device, so that a CUDA graph sees its current values at each replay. An int is written by a
+    fill there: a CUDA graph cannot capture a copy from the host.
     """
     if not isinstance(value, torch.Tensor):
         if not -(1 << 63) <= value < 1 << 64:
             raise ValueError(f"{name}={value} does not fit in 64 bits")
-        return torch.full((1,), value - (1 << 64) if value >= 1 << 63 else value, dtype=torch.int64, device=device)
-    if value.dtype != torch.int64 or value.numel() != 1 or value.device != device:
-        raise ValueError(
-            f"{name} is {value.dtype} {list(value.shape)} on {value.device}; expected one int64 on {device}"
-        )
-    return value.reshape(1)
-
-
-def as_numbers(name: str, value: int | torch.Tensor, rows: int, device: torch.device) -> torch.Tensor:
-    """``value`` as an int64 tensor [rows] on ``device``: a number for each row, or one for all of them as `as_scalar`
-    takes it, with stride 0."""
-    if isinstance(value, torch.Tensor) and value.numel() == rows != 1:
+        return torch.full((rows,), value - (1 << 64) if value >= 1 << 63 else value, dtype=torch.int64, device=device)
+    if value.numel() == rows != 1:
         check_tensors(device, contiguous=True, **{name: (value, [rows], (torch.int64,))})
         return value
-    return as_scalar(name, value, device).expand(rows)
+    if value.dtype != torch.int64 or value.numel() != 1 or value.device != device:
+        raise ValueError(
+            f"{name} is {value.dtype} {list(value.shape)} on {value.device}; expected one int64, or one for each of "
+            f"{rows} rows, on {device}"
+        )
+    return value.reshape(1).expand(rows).contiguous()
 
 
 def check_choice(
@@ -113,12 +108,12 @@ def check_choice(
 
 def as_keys(noisy: bool, seed, step, row, position, rows: int, device: torch.device) -> tuple:
     """`predict`'s (seed, step, row, position) as kernels take them, or four None if nothing is ``noisy``. Raises as
-    `check_tensors`, `as_scalar` and `as_numbers` do."""
+    `check_tensors` and `as_numbers` do."""
     if not noisy:
         return None, None, None, None
     check_tensors(device, row=(row, [rows], INTEGERS), position=(position, [rows], INTEGERS))
-    step = as_numbers("step", step, rows, device).contiguous()
-    return as_scalar("seed", seed, device), step, row, position
+    seed, step = (as_numbers(name, x, rows, device) for name, x in (("seed", seed), ("step", step)))
+    return seed, step, row, position
 
 
 def as_softcap(softcap: float | None) -> float:

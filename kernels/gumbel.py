@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dllm_fast.kernels.checks import INTEGERS, as_numbers, as_scalar, check_tensors, one_device
+from dllm_fast.kernels.checks import INTEGERS, as_keys, check_tensors, one_device
 
 BLOCK = 1024  # a program's columns in `gumbel`, its rows in `uniform`
 
@@ -65,7 +65,7 @@ def gumbel_from_words(high, low):
 
 @triton.jit
 def gumbel_tile(
-    seed,  # int64 scalar
+    seed,  # [1, BN] int64
     step,  # [1, BN] uint32
     row,  # [1, BN] uint32
     position,  # [1, BN] uint32
@@ -82,7 +82,8 @@ def gumbel_tile(
 
 @triton.jit
 def uniform_from_key(seed, step, row, position):
-    """Uniform noise on (0, 1], fp32, for uint32 tensors of one shape: the definition's fp64 value, rounded once."""
+    """Uniform noise on (0, 1], fp32, for int64 and three uint32 tensors of one shape: the definition's fp64 value,
+    rounded once."""
     # The first counter word is 2^32 - 1, which no vocabulary index // 2 reaches.
     word, _, _, _ = tl.philox(seed, position | 0xFFFFFFFF, position, row, step)
     return ((word.to(tl.float64) + 0.5) * 2.0**-32).to(tl.float32)
@@ -91,7 +92,7 @@ def uniform_from_key(seed, step, row, position):
 @triton.jit
 def _gumbel_kernel(
     out_ptr,  # [N, V] fp32
-    seed_ptr,  # [1] int64
+    seed_ptr,  # [N] int64
     step_ptr,  # [N] int64
     row_ptr,  # [N] int
     position_ptr,  # [N] int
@@ -105,8 +106,9 @@ def _gumbel_kernel(
     position = tl.load(position_ptr + n).to(tl.uint32)
     row = tl.load(row_ptr + n).to(tl.uint32)
     step = tl.load(step_ptr + n).to(tl.uint32)
+    seed = tl.load(seed_ptr + n)
     # Columns are arbitrary here, so each makes its own Philox call and uses half of it; kernels use `gumbel_tile`.
-    w0, w1, w2, w3 = tl.philox(tl.load(seed_ptr), (column // 2).to(tl.uint32), position, row, step)  # [BV]
+    w0, w1, w2, w3 = tl.philox(seed, (column // 2).to(tl.uint32), position, row, step)  # [BV]
     odd = column % 2 == 1
     noise = gumbel_from_words(tl.where(odd, w2, w0), tl.where(odd, w3, w1))
     tl.store(out_ptr + n * V + v, noise, mask=v < V)
@@ -115,19 +117,19 @@ def _gumbel_kernel(
 @triton.jit
 def _uniform_kernel(
     out_ptr,  # [N] fp32
-    seed_ptr,  # [1] int64
+    seed_ptr,  # [N] int64
     step_ptr,  # [N] int64
     row_ptr,  # [N] int
     position_ptr,  # [N] int
-    step_stride,  # 0: one for all
     N,
     BN: tl.constexpr,
 ):
     n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)  # [BN]
     row = tl.load(row_ptr + n, mask=n < N, other=0).to(tl.uint32)  # [BN]
     position = tl.load(position_ptr + n, mask=n < N, other=0).to(tl.uint32)  # [BN]
-    step = tl.load(step_ptr + n * step_stride, mask=n < N, other=0).to(tl.uint32)  # [BN]
-    draw = uniform_from_key(tl.load(seed_ptr), step, row, position)
+    step = tl.load(step_ptr + n, mask=n < N, other=0).to(tl.uint32)  # [BN]
+    seed = tl.load(seed_ptr + n, mask=n < N, other=0)  # [BN]
+    draw = uniform_from_key(seed, step, row, position)
     tl.store(out_ptr + n, draw, mask=n < N)
 
 
@@ -155,7 +157,7 @@ def _uniform(seed: torch.Tensor, step: torch.Tensor, row: torch.Tensor, position
     if out.numel():
         with torch.cuda.device_of(row):
             _uniform_kernel[(triton.cdiv(row.shape[0], BLOCK),)](
-                out, seed, step, row, position, step.stride(0), row.shape[0], BN=BLOCK, num_warps=4
+                out, seed, step, row, position, row.shape[0], BN=BLOCK, num_warps=4
             )
     return out
 
@@ -167,30 +169,22 @@ def _(seed, step, row, position):
 
 
 def gumbel(
-    seed: int | torch.Tensor,  # int, or [1] int64 on the device
+    seed: int | torch.Tensor,  # int, or [1] or [N] int64 on the device
     step: int | torch.Tensor,  # int, or [1] or [N] int64 on the device
     row: torch.Tensor,  # [N] int
     position: torch.Tensor,  # [N] int
     columns: torch.Tensor,  # [V] int: vocabulary indices
 ) -> torch.Tensor:
     """`reference.gumbel` in fp32, [N, V]."""
-    check_tensors(
-        row.device,
-        row=(row, [row.numel()], INTEGERS),
-        position=(position, [row.numel()], INTEGERS),
-        columns=(columns, [columns.numel()], INTEGERS),
-    )
-    step = as_numbers("step", step, len(row), row.device).contiguous()
-    return _gumbel(as_scalar("seed", seed, row.device), step, row, position, columns)
+    check_tensors(row.device, columns=(columns, [columns.numel()], INTEGERS))
+    return _gumbel(*as_keys(True, seed, step, row, position, row.numel(), row.device), columns)
 
 
 def uniform(
-    seed: int | torch.Tensor,  # int, or [1] int64 on the device
+    seed: int | torch.Tensor,  # int, or [1] or [N] int64 on the device
     step: int | torch.Tensor,  # int, or [1] or [N] int64 on the device
     row: torch.Tensor,  # [N] int
     position: torch.Tensor,  # [N] int
 ) -> torch.Tensor:
     """`reference.uniform` rounded to fp32, [N]."""
-    check_tensors(row.device, row=(row, [row.numel()], INTEGERS), position=(position, [row.numel()], INTEGERS))
-    keys = as_scalar("seed", seed, row.device), as_numbers("step", step, len(row), row.device)
-    return _uniform(*keys, row, position)
+    return _uniform(*as_keys(True, seed, step, row, position, row.numel(), row.device))

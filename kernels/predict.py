@@ -95,7 +95,7 @@ def _predict_kernel(
     count_ptr,  # [1] int32, with GATHER
     part_ptr,  # [FIELDS, N, S] fp32
     best_ptr,  # [N, S] int32
-    seed_ptr,  # [1] int64
+    seed_ptr,  # [N] int64
     step_ptr,  # [N] int64
     row_ptr,  # [N] int
     position_ptr,  # [N] int
@@ -310,7 +310,7 @@ def predict(
     candidate: torch.Tensor | None = None,  # [N] bool
     confidence: str = "probability",
     temperature: float = 0.0,
-    seed: int | torch.Tensor = 0,  # int, or [1] int64 on the device
+    seed: int | torch.Tensor = 0,  # int, or [1] or [N] int64 on the device
     step: int | torch.Tensor = 0,  # int, or [1] or [N] int64 on the device
     row: torch.Tensor | None = None,  # [N] int
     position: torch.Tensor | None = None,  # [N] int

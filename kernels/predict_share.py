@@ -41,7 +41,7 @@ def predict_share(
     candidate: torch.Tensor | None = None,  # [N] bool
     confidence: str = "probability",
     temperature: float = 0.0,
-    seed: int | torch.Tensor = 0,  # int, or [1] int64 on the device
+    seed: int | torch.Tensor = 0,  # int, or [1] or [N] int64 on the device
     step: int | torch.Tensor = 0,  # int, or [1] or [N] int64 on the device
     row: torch.Tensor | None = None,  # [N] int
     position: torch.Tensor | None = None,  # [N] int

@@ -229,8 +229,8 @@ def predict(
     candidate: torch.Tensor | None = None,  # [N] bool; None: all
     confidence: str = "probability",
     temperature: float = 0.0,
-    seed: int = 0,
-    step: int | torch.Tensor = 0,
+    seed: int | torch.Tensor = 0,  # int, or [1] or [N] int64
+    step: int | torch.Tensor = 0,  # int, or [1] or [N] int64
     row: torch.Tensor | None = None,  # [N] int, for the noise
     position: torch.Tensor | None = None,  # [N] int, for the noise
     uncond: torch.Tensor | None = None,  # [N, d]
@@ -281,7 +281,7 @@ def select(
     candidate: torch.Tensor | None = None,
     confidence: str = "probability",
     temperature: float = 0.0,
-    seed: int = 0,
+    seed: int | torch.Tensor = 0,
     step: int | torch.Tensor = 0,
     row: torch.Tensor | None = None,
     position: torch.Tensor | None = None,

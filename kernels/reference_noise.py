@@ -7,10 +7,11 @@ import torch
 _WORD = 0xFFFFFFFF
 
 
-def philox(seed: int, c0, c1, c2, c3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def philox(seed, c0, c1, c2, c3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Philox4x32-10 (Salmon et al., SC 2011): four 32-bit words, as int64, of a 128-bit counter under a 64-bit key.
 
-    Counters are int64 tensors of 32-bit values that broadcast. The same function as ``tl.philox``.
+    Counters are int64 tensors of 32-bit values, and the key an int or an int64 tensor, that broadcast. The same
+    function as ``tl.philox``.
     """
     counter = (c0, c1, c2, c3)
     # Plain numbers become tensors on the device of the others, or they could not be broadcast together.
@@ -33,7 +34,7 @@ def philox(seed: int, c0, c1, c2, c3) -> tuple[torch.Tensor, torch.Tensor, torch
 
 
 def gumbel(
-    seed: int,
+    seed: int | torch.Tensor,  # int, or [1] or [N] int64
     step: int | torch.Tensor,  # int, or [1] or [N] int64
     row: torch.Tensor,  # [N] int
     position: torch.Tensor,  # [N] int
@@ -46,7 +47,7 @@ def gumbel(
     ``-log1p(-(1 - U))`` with 1 - U from the complemented bits, so that both tails are exact: G reaches 45.05, where
     24-bit uniforms stop at 16.6 and lower the effective temperature (arXiv:2409.02908).
     """
-    step = step.reshape(-1, 1) if isinstance(step, torch.Tensor) else step
+    seed, step = (x.reshape(-1, 1) if isinstance(x, torch.Tensor) else x for x in (seed, step))
     words = philox(seed, columns // 2, position[:, None], row[:, None], step)
     odd = (columns % 2).bool()
     high = torch.where(odd, words[2], words[0])
@@ -59,7 +60,12 @@ def gumbel(
     return -torch.log(exponential)
 
 
-def uniform(seed: int, step: int | torch.Tensor, row: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+def uniform(
+    seed: int | torch.Tensor,  # int, or [1] or [N] int64
+    step: int | torch.Tensor,  # int, or [1] or [N] int64
+    row: torch.Tensor,  # [N] int
+    position: torch.Tensor,  # [N] int
+) -> torch.Tensor:
     """Uniform noise on (0, 1), [N] fp64: ``(word 0 + 1/2) / 2^32`` at counter (2^32 - 1, position, row, step).
 
     No vocabulary index has that counter, so the draw is independent of the Gumbel noise of the same key.

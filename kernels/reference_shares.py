@@ -29,7 +29,7 @@ def reduce(
     mask_id: int,
     confidence: str = "probability",
     temperature: float = 0.0,
-    seed: int = 0,
+    seed: int | torch.Tensor = 0,
     step: int | torch.Tensor = 0,
     row: torch.Tensor | None = None,  # [N] int
     position: torch.Tensor | None = None,  # [N] int
@@ -109,7 +109,7 @@ def combine(
     part: torch.Tensor,  # [FIELDS, N, S]
     best: torch.Tensor,  # [N, S] int64
     confidence: str = "probability",
-    seed: int = 0,
+    seed: int | torch.Tensor = 0,
     step: int | torch.Tensor = 0,
     row: torch.Tensor | None = None,
     position: torch.Tensor | None = None,

@@ -52,7 +52,7 @@ def reduce_tile(
     tile,  # which of the splits
     part_ptr,  # [FIELDS, N, S] fp32
     best_ptr,  # [N, S] int32
-    seed_ptr,  # [1] int64
+    seed_ptr,  # [N] int64
     step_ptr,  # [N] int64
     row_ptr,  # [N] int
     position_ptr,  # [N] int
@@ -90,8 +90,9 @@ def reduce_tile(
     if NOISE:
         row = tl.load(row_ptr + n, mask=valid, other=0).to(tl.uint32)[None, :]  # [1, BN]
         position = tl.load(position_ptr + n, mask=valid, other=0).to(tl.uint32)[None, :]  # [1, BN]
-        seed = tl.load(seed_ptr)
         step = tl.load(step_ptr + n, mask=valid, other=0).to(tl.uint32)[None, :]  # [1, BN]
+        # Last: loaded before the step, the entropy's kernel for 64 rows spills on sm_120.
+        seed = tl.load(seed_ptr + n, mask=valid, other=0)[None, :]  # [1, BN]
         scored += temperature * gumbel_tile(seed, step, row, position, tile * BV, BV, BN)
     best = tl.max(scored, 0)  # [BN]
     # A minimum of ids instead of an argmax: ties go to the lowest id whatever the order of the reduction.
@@ -117,7 +118,7 @@ def _select_kernel(
     candidate_ptr,  # [N] bool, with GATHER
     part_ptr,  # [FIELDS, N, S] fp32
     best_ptr,  # [N, S] int32
-    seed_ptr,  # [1] int64
+    seed_ptr,  # [N] int64
     step_ptr,  # [N] int64
     row_ptr,  # [N] int
     position_ptr,  # [N] int
@@ -180,7 +181,7 @@ def _combine_kernel(
     part_ptr,  # [FIELDS, N, S] fp32
     best_ptr,  # [N, S] int32
     candidate_ptr,  # [N] bool, with GATHER
-    seed_ptr,  # [1] int64
+    seed_ptr,  # [N] int64
     step_ptr,  # [N] int64
     row_ptr,  # [N] int
     position_ptr,  # [N] int
@@ -231,7 +232,8 @@ def _combine_kernel(
     else:
         row = tl.load(row_ptr + n).to(tl.uint32)
         position = tl.load(position_ptr + n).to(tl.uint32)
-        score = uniform_from_key(tl.load(seed_ptr), tl.load(step_ptr + n).to(tl.uint32), row, position)
+        step = tl.load(step_ptr + n).to(tl.uint32)
+        score = uniform_from_key(tl.load(seed_ptr + n), step, row, position)
     score = tl.where(in_ranges(token, DEFERRED), low, score)
     # NaN logits equal no maximum; the minimum keeps the token of such a row in the vocabulary.
     tl.store(token_ptr + n, tl.where(wanted, tl.minimum(token, V - 1), mask_id).to(tl.int64))
@@ -246,7 +248,7 @@ def select(
     candidate: torch.Tensor | None,  # [N] bool
     part: torch.Tensor,  # [FIELDS, N, S] fp32, written
     best: torch.Tensor,  # [N, S] int32, written
-    keys: tuple,  # seed [1], step [N], row [N], position [N], or None each
+    keys: tuple,  # seed, step, row and position, [N] each, or None each
     guidance: float,
     temperature: float,
     first: int,  # the chunk's first tile
@@ -268,7 +270,7 @@ def combine(
     part: torch.Tensor,  # [FIELDS, N, S] fp32
     best: torch.Tensor,  # [N, S] int32
     candidate: torch.Tensor | None,  # [N] bool
-    keys: tuple,  # seed [1], step [N], row [N], position [N], or None each
+    keys: tuple,  # seed, step, row and position, [N] each, or None each
     mask_id: int,
     vocabulary: int,
     deferred: list[int],

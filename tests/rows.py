@@ -4,7 +4,7 @@ results."""
 import copy
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from tiny import EOS, MASK
@@ -27,7 +27,9 @@ from dllm_fast import (
 )
 from dllm_fast.decoding.noise import NOISES
 from dllm_fast.decoding.options import Options
-from dllm_fast.decoding.request import plan_blocks
+from dllm_fast.decoding.request import plan_blocks, plan_row
+from dllm_fast.decoding.server import Server
+from dllm_fast.patch import bound_family, bound_pool
 
 BLOCKS = (4, 8, 16)
 Result = tuple[list[int], int]  # tokens, and NFE
@@ -143,6 +145,18 @@ def seated(model, request: Request, seats: int) -> list[Result]:
     """``seats`` prompts at a time, through `generate_many`."""
     done = dllm_fast.generate_many(model, request.prompts, batch_size=seats, **request.options)
     return [(row.sequence.tolist(), row.nfe) for row in done]
+
+
+def with_seeds(model, request: Request, seeds: list[int], seats: int) -> list[list[int]]:
+    """The tokens of each prompt with a seed of its own, ``seats`` at a time, as the first row of a batch."""
+    family = bound_family(model)
+    options = Options.of_call("generate", request.options, family.block).resolved(model, family)
+    rows = [
+        plan_row(replace(options, seed=seed), family, n, prompt, noise=0)
+        for n, (prompt, seed) in enumerate(zip(request.prompts, seeds, strict=True))
+    ]
+    assert len(list(Server(model, family, bound_pool(model), options, rows, seats).serve())) == len(rows)
+    return [row.ids.tolist() for row in rows]
 
 
 @torch.no_grad()

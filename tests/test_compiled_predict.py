@@ -383,9 +383,9 @@ def test_bad_arguments():
 def test_custom_ops():
     hidden, weight, bias = problem(4, 40, 8, BF16)
     row = torch.arange(4)
-    scalars, choice = (torch.tensor([3]), torch.tensor([1])), ("margin", 0.5, 2.0, 9.0)
+    one, choice = torch.tensor([1]), ("margin", 0.5, 2.0, 9.0)
     for optional in ((bias, row < 2, hidden + 1), (None, None, None)):
-        arguments = (hidden, weight, *optional, scalars[0], row + 1, row, row, MASK, [3, 5], [7, 8], *choice)
+        arguments = (hidden, weight, *optional, row + 2, row + 1, row, row, MASK, [3, 5], [7, 8], *choice)
         torch.library.opcheck(torch.ops.dllm_fast.cpu_predict, arguments)
     torch.library.opcheck(torch.ops.dllm_fast.cpu_linear, (hidden, weight, bias))
 
@@ -394,7 +394,7 @@ def test_custom_ops():
         options |= {"banned": (7, 8), "deferred": (9,)}
         return compiled.predict(compiled.linear(hidden, weight[:8]), weight, bias, mask_id=MASK, **options)
 
-    expected = step(hidden, scalars[1])
+    expected = step(hidden, one)
     whole = torch.compile(step, fullgraph=True, backend="aot_eager")
-    assert all(torch.equal(a, b) for a, b in zip(whole(hidden, scalars[1]), expected, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(whole(hidden, one), expected, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(whole(hidden, 1), expected, strict=True))

@@ -206,7 +206,7 @@ def test_the_device_is_a_good_stand_in(log, ids):
         dllm_fast.generate(model, ids, gen_length=8, block_length=8)
     log.clear()
     count = engine[0].quota
-    bool((count + 1).any()), (count > 0).nonzero(), count[count > 0], int(engine[0].seed), (2 * count).tolist()
+    bool((count + 1).any()), (count > 0).nonzero(), count[count > 0], int(engine[0].seed[0]), (2 * count).tolist()
     assert log == ["__bool__", "nonzero", "__getitem__", "__int__", "tolist"]
     log.clear()
     torch.ones(3).tolist(), count + torch.ones(3)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from needs import needs_triton, needs_watched
 from recording import Forbidden, Recorder, launchers_of_pytorch, watch_compilations
-from rows import draw_request, seated, together
+from rows import Request, draw_request, seated, together, with_seeds
 from tiny import make_llada, make_modernbert
 
 import dllm_fast
@@ -103,6 +103,21 @@ def test_any_request(monkeypatch, recorder, seed):
     compare(monkeypatch, recorder, rng.choice(list(SMALL)), lambda model: (
         seated(model, request, 2) if served else together(model, request)
     ))  # fmt: skip
+
+
+@pytest.mark.parametrize("schedule", [FirstHitting(), Threshold(0.1)], ids=str)
+def test_other_seeds_replay_what_was_recorded(monkeypatch, recorder, ids, schedule):
+    launchers_of_pytorch(monkeypatch, recorder)
+    models = [dllm_fast.patch(SMALL["llada"](), impl="triton") for _ in range(2)]
+    options = {"gen_length": 16, "block_length": 8, "schedule": schedule, "temperature": 1.0}
+    request, seeds = Request(list(ids), options, right=False), ([1, 1 << 40, 3], [9, 2, 7])
+    expected = unrecorded(monkeypatch, lambda: [with_seeds(models[0], request, own, 3) for own in seeds])
+    assert expected[0] != expected[1]
+    counts = []
+    for own, tokens in zip(seeds, expected, strict=True):
+        assert with_seeds(models[1], request, own, 3) == tokens
+        counts.append(recorder.recorded)
+    assert 0 < counts[0] == counts[1]
 
 
 @pytest.mark.parametrize(

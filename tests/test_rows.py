@@ -10,7 +10,7 @@ import random
 import pytest
 import torch
 from needs import needs_cpp, needs_triton
-from rows import alone, draw_request, is_level, looks_ahead, seated, together
+from rows import alone, draw_request, is_level, looks_ahead, seated, together, with_seeds
 from tiny import EOS, MASK, make_llada, make_modernbert
 
 import dllm_fast
@@ -63,6 +63,22 @@ def test_a_row_alone_in_a_batch_and_through_seats(impl, seed):
 @pytest.mark.parametrize("impl", ["torch", pytest.param("cpp", marks=needs_cpp)])
 def test_many_rows_alone_in_a_batch_and_through_seats(impl, seed):
     check(impl, seed, 12)
+
+
+@pytest.mark.parametrize("seed", [pytest.param(n, marks=() if n < 4 else pytest.mark.long) for n in range(40)])
+def test_rows_with_seeds_of_their_own(seed):
+    """In one engine, each has the tokens of `generate` with its seed."""
+    rng = random.Random(seed)
+    name = rng.choice(sorted(FAMILIES))
+    model, request = make(name, seed, "torch"), draw_request(rng, windows=name == "modernbert")
+    request.options["temperature"] = rng.choice([0.5, 1.0])
+    seeds = [rng.randrange(1 << 63) for _ in request.prompts]
+    expected = [
+        dllm_fast.generate(model, prompt[None], **request.options | {"seed": own}).sequences[0].tolist()
+        for prompt, own in zip(request.prompts, seeds, strict=True)
+    ]
+    for seats in (2, len(seeds)):
+        assert with_seeds(model, request, seeds, seats) == expected, request
 
 
 @needs_triton

@@ -7,7 +7,7 @@ import torch
 from tiny import EOS, MASK, make_llada
 
 import dllm_fast
-from dllm_fast import Ancestral, Drift, Every, ReMDM, Threshold, Uniform, Window
+from dllm_fast import D2F, Ancestral, Drift, Every, FirstHitting, ReMDM, Threshold, Uniform, Window
 from dllm_fast.decoding.engine import Engine
 from dllm_fast.decoding.options import Options
 from dllm_fast.serve.loop import Loop
@@ -26,6 +26,16 @@ CASES = [
     {"speculate": 3, "schedule": Uniform(12)},
     {"eos_id": [EOS, 5], "pad_id": 7, "temperature": 1.0},
 ]
+DRAWN = [
+    {"temperature": 1.0, "cfg_scale": 0.5},
+    {"confidence": "random", "temperature": 0.7, "skip_committed": True},
+    {"schedule": Uniform(12), "speculate": 3, "temperature": 1.0},
+    {"remask": ReMDM(0.5), "schedule": Uniform(12), "temperature": 1.0, "cache": "none"},
+    {"schedule": FirstHitting(), "temperature": 0.7},
+    {"schedule": Ancestral(12), "cfg_scale": 0.5, "temperature": 0.7},
+    {"pipeline": D2F(0.1, 0.95), "schedule": Threshold(0.1), "temperature": 0.7},
+    {"suffix_length": 8, "suffix_sample": 2, "refresh": Window(8, 4), "temperature": 0.7},
+]
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:
@@ -35,7 +45,7 @@ def prompt(length: int, seed: int = 0) -> list[int]:
 
 def asked(number: int, prompts: list[list[int]], blocks=False, drafts=False, **options) -> Request:
     options = Options.of_call("test", {**OPTIONS, **options})
-    return Request(number, prompts, options, list(range(len(prompts))), blocks, drafts)
+    return Request(number, prompts, options, blocks, drafts)
 
 
 class Told:
@@ -68,19 +78,24 @@ class Told:
 def alone(model, request: Request) -> list[list[int]]:
     """The answers that `generate_many` gives, a row at a time."""
     options = {field.name: getattr(request.options, field.name) for field in dataclasses.fields(Options)}
-    done = dllm_fast.generate_many(model, request.prompts, 1, noise_rows=request.noise_rows, **options)
+    done = dllm_fast.generate_many(model, request.prompts, 1, **options)
     return [done.sequence.tolist()[len(ids) :] for ids, done in zip(request.prompts, done, strict=True)]
 
 
 @pytest.mark.parametrize("options", CASES, ids=str)
 def test_rows_that_come_while_others_run_get_their_own_tokens(llada, options):
-    """Longer and shorter ones, more and fewer than seats, so that engines grow, shrink and move rows."""
+    """Longer and shorter ones, more and fewer than seats, so that engines grow, shrink and move rows; each request with
+    a seed of its own."""
     told = Told(llada, seats=3)
     lengths = [[9], [4, 30], [21], [3], [50, 8]]
-    requests = [asked(n, [prompt(x, n) for x in own], blocks=n % 2 == 0, **options) for n, own in enumerate(lengths)]
+    requests = [
+        asked(n, [prompt(x, n) for x in own], blocks=n % 2 == 0, **{"seed": n << 31, **options})
+        for n, own in enumerate(lengths)
+    ]
     for request in requests:
         told.loop.put(request)
         told.turns(1)
+        assert len(told.loop.servers) == 1
     told.turns()
     for request in requests:
         expected = alone(llada, request)
@@ -122,18 +137,20 @@ def test_options_that_differ_run_side_by_side(llada):
         assert told.answers(request.number)[0] == alone(llada, request)[0]
 
 
-def test_seeds_share_an_engine_unless_noise_is_drawn(llada):
+@pytest.mark.parametrize("options", DRAWN, ids=str)
+def test_seeds_share_an_engine(llada, options, monkeypatch):
+    made, init = [], Engine.__init__
+    monkeypatch.setattr(Engine, "__init__", lambda self, *args: made.append(self) or init(self, *args))
     told = Told(llada, seats=8)
-    for number, options in enumerate(({"seed": 1}, {"seed": 2}, {"seed": 1, "eos_id": 5}, {"seed": 2, "pad_id": 4})):
-        told.loop.put(asked(number, [prompt(9)], **options))
+    own = ({"seed": 1}, {"seed": 2 << 40}, {"seed": 1, "eos_id": 5}, {"seed": 0, "pad_id": 4})
+    requests = [asked(number, [prompt(9)], **options, **more) for number, more in enumerate(own)]
+    for request in requests:
+        told.loop.put(request)
     told.turns(1)
-    assert len(told.loop.servers) == 1
-    for number, seed in ((4, 1), (5, 2), (6, 1)):
-        told.loop.put(asked(number, [prompt(9)], temperature=0.5, seed=seed))
-    told.turns(1)
-    assert len(told.loop.servers) == 3
+    assert len(told.loop.servers) == len(made) == 1 and made[0].rows == 4
     told.turns()
-    assert told.answers(4) == told.answers(6) != told.answers(5)
+    assert [told.answers(n)[0] for n in range(4)] == [alone(llada, request)[0] for request in requests]
+    assert len({tuple(told.answers(n)[0]) for n in (0, 1, 3)}) == 3
 
 
 def test_a_cancelled_request_frees_its_seat_at_the_next_block(llada):

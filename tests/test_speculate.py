@@ -257,13 +257,14 @@ def test_not_with_skip_committed():
 
 @pytest.mark.parametrize("impl", ["torch", pytest.param("cpp", marks=needs_cpp)])
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
-def test_a_step_for_each_row(temperature, impl):
+def test_a_step_and_a_seed_for_each_row(temperature, impl):
     draw = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(6, 8, generator=draw), torch.randn(40, 8, generator=draw)
-    keys = {"row": torch.arange(6) % 2, "position": torch.arange(6), "seed": 5}
+    keys = {"row": torch.arange(6) % 2, "position": torch.arange(6)}
     options = {"mask_id": 3, "confidence": "random", "temperature": temperature, "candidate": keys["position"] != 2}
     steps = torch.tensor([3, 0, 9, 1 << 31, 3, 7])
-    found = ops.predict(hidden, weight, step=steps, **keys, **options, impl=impl)
-    for n, step in enumerate(steps.tolist()):
-        alone = ops.predict(hidden, weight, step=step, **keys, **options, impl=impl)
+    seeds = torch.tensor([5, 5, 6, 5 << 40, 0, 6])
+    found = ops.predict(hidden, weight, step=steps, seed=seeds, **keys, **options, impl=impl)
+    for n, (step, seed) in enumerate(zip(steps.tolist(), seeds.tolist(), strict=True)):
+        alone = ops.predict(hidden, weight, step=step, seed=seed, **keys, **options, impl=impl)
         assert all(mine[n] == own[n] for mine, own in zip(found, alone, strict=True))

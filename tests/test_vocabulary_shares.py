@@ -62,6 +62,17 @@ def test_it_is_the_definition(confidence, size):
 
 
 @pytest.mark.parametrize("confidence", CONFIDENCES)
+def test_a_seed_for_each_row(confidence):
+    given, seeds = options(confidence, 0.8), torch.arange(ROWS) % 3 << 31
+    compare(normal(), 3, **given | {"seed": seeds})
+    together = reference.select(normal(), **given | {"seed": seeds})
+    for n, seed in enumerate(seeds.tolist()):
+        own = given | {"seed": seed, "row": given["row"][n : n + 1], "position": given["position"][n : n + 1]}
+        for mine, found in zip(reference.select(normal()[n : n + 1], **own), together, strict=True):
+            assert torch.equal(mine[0], found[n])
+
+
+@pytest.mark.parametrize("confidence", CONFIDENCES)
 def test_shares_of_which_nothing_may_be_chosen(confidence):
     """A share that is banned, one that is deferred, and one of [MASK] and banned ids."""
     banned, deferred = tuple(range(20, 30)), tuple(range(50, 60))

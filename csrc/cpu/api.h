@@ -36,7 +36,8 @@ enum Confidence { PROBABILITY, MARGIN, ENTROPY, RANDOM };
 struct Predict {
   const void *hidden, *uncond, *weight, *bias;  // [N, d], [N, d] or null, [V, d], [V] or null: one dtype
   const bool* candidate;                        // [N], or null: all
-  const int64_t *step, *row, *position;         // [N], if there is noise
+  const uint64_t* seed;                         // [N], if there is noise
+  const int64_t *step, *row, *position;         // [N], likewise
   const int64_t *banned, *deferred;             // ascending ranges [low, high) of ids
   int64_t* token;                               // [N]
   float *score, *lse;                           // [N]
@@ -44,7 +45,6 @@ struct Predict {
   int64_t* chosen;                              // set by dllm_predict: the rows of the candidates
   int64_t rows, width, vocabulary, hidden_stride, uncond_stride, weight_stride;
   int64_t banned_ranges, deferred_ranges, mask_id, confidence, chosen_rows;
-  uint64_t seed;
   float temperature, guidance;  // guidance: cfg_scale + 1
   float softcap;                // of the logits; 0: none
 };

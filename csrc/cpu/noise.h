@@ -23,9 +23,15 @@ inline void multiply(Word x, uint32_t m, Word& high, Word& low) {
 #endif
 }
 
-// Replace the counter c by its four words under the key ``seed``.
-inline void philox(uint64_t seed, Word (&c)[4]) {
-  uint32_t key[2] = {uint32_t(seed), uint32_t(seed >> 32)};
+// A seed, as the lower and upper words of a lane's key.
+inline void set_key(Word (&key)[2], int64_t lane, uint64_t seed) {
+  key[0][lane] = uint32_t(seed);
+  key[1][lane] = uint32_t(seed >> 32);
+}
+
+// Replace the counter c of each lane by its four words under the lane's key.
+inline void philox(const Word (&seed)[2], Word (&c)[4]) {
+  Word key[2] = {seed[0], seed[1]};
   for (int round = 0; round < 10; ++round) {
     Word a_high, a_low, b_high, b_low;
     multiply(c[0], 0xD2511F53u, a_high, a_low);

@@ -26,7 +26,7 @@ struct PredictTask {
   int64_t low;                             // its first id
   float* part;                             // [FIELDS, POSITIONS]
   float* logits;                           // [SOME_IDS, lanes], with guidance [SOME_IDS, 2 lanes]
-  Word row[POSITIONS / W], position[POSITIONS / W], step_of[POSITIONS / W];
+  Word seed[POSITIONS / W][2], row[POSITIONS / W], position[POSITIONS / W], step_of[POSITIONS / W];
 
   PredictTask(const Predict& arguments, int64_t task) : a(arguments) {
     // All groups go through one part of the vocabulary before the next, so that its rows of W stay in a cache.
@@ -43,6 +43,7 @@ struct PredictTask {
     if (a.temperature > 0)
       for (int64_t l = 0; l < lanes; ++l) {
         const int64_t n = a.chosen[first + smaller(l, positions - 1)];
+        set_key(seed[l / W], l % W, a.seed[n]);
         row[l / W][l % W] = uint32_t(a.row[n]);
         position[l / W][l % W] = uint32_t(a.position[n]);
         step_of[l / W][l % W] = uint32_t(a.step[n]);
@@ -191,7 +192,7 @@ struct PredictTask {
     Int token = (Int)get(TOKEN, lane);
     for (int64_t i = 0; i < n; i += 2) {  // ``id`` is even: neighbours share a counter
       Word c[4] = {Word{} + uint32_t((id + i) / 2), position[lane / W], row[lane / W], step_of[lane / W]};
-      philox(a.seed, c);
+      philox(seed[lane / W], c);
       for (int64_t k = 0; k < smaller(2, n - i); ++k) {
         const Vec x = load<Vec>(logits + (i + k) * step + lane);
         const Vec noisy = x + a.temperature * (k ? gumbel(c[2], c[3]) : gumbel(c[0], c[1]));
@@ -233,7 +234,9 @@ void pack_predict(const void* arguments, int64_t group) {
 inline float uniform(const Predict& a, int64_t n) {
   Word c[4] = {Word{} + 0xFFFFFFFFu, Word{} + uint32_t(a.position[n]), Word{} + uint32_t(a.row[n]),
                Word{} + uint32_t(a.step[n])};
-  philox(a.seed, c);
+  Word seed[2] = {};
+  set_key(seed, 0, a.seed[n]);
+  philox(seed, c);
   return float((double(c[0][0]) + 0.5) / 4294967296.0);
 }
 

@@ -17,15 +17,7 @@ import warnings
 import torch
 
 from dllm_fast.cpu.sources import require_current
-from dllm_fast.kernels.checks import (
-    CONFIDENCES,
-    as_numbers,
-    as_scalar,
-    as_softcap,
-    check_block,
-    check_choice,
-    one_device,
-)
+from dllm_fast.kernels.checks import CONFIDENCES, as_numbers, as_softcap, check_block, check_choice, one_device
 from dllm_fast.kernels.reference_rounded import E4M3
 
 LEVELS = ("plain", "avx2", "avx512", "avx512bf16")
@@ -301,7 +293,7 @@ class _Predict(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("hidden", "uncond", "weight", "bias", "candidate")),
-        *((name, ctypes.c_void_p) for name in ("step", "row", "position")),
+        *((name, ctypes.c_void_p) for name in ("seed", "step", "row", "position")),
         *((name, ctypes.c_void_p) for name in ("banned", "deferred", "token", "score", "lse")),
         *((name, ctypes.c_void_p) for name in ("packed", "part", "chosen")),
         *((name, ctypes.c_int64) for name in ("rows", "width", "vocabulary")),
@@ -310,7 +302,6 @@ class _Predict(ctypes.Structure):
             (name, ctypes.c_int64)
             for name in ("banned_ranges", "deferred_ranges", "mask_id", "confidence", "chosen_rows")
         ),
-        ("seed", ctypes.c_uint64),
         ("temperature", ctypes.c_float),
         ("guidance", ctypes.c_float),
         ("softcap", ctypes.c_float),
@@ -327,11 +318,11 @@ def _predict(
     if rows:
         ranges = [(ctypes.c_int64 * len(ids))(*ids) for ids in (banned, deferred)]
         arguments = _Predict(
-            *map(_pointer, (hidden, uncond, weight, bias, candidate, step, row, position)),
+            *map(_pointer, (hidden, uncond, weight, bias, candidate, seed, step, row, position)),
             *map(ctypes.addressof, ranges), *map(_pointer, (token, score, lse)), None, None, None,
             *(rows, width, len(weight), hidden.stride(0), 0 if uncond is None else uncond.stride(0), weight.stride(0)),
             *(len(banned) // 2, len(deferred) // 2, mask_id, CONFIDENCES.index(confidence), 0),
-            *(0 if seed is None else int(seed) % (1 << 64), temperature, guidance, softcap),
+            *(temperature, guidance, softcap),
         )  # fmt: skip
         _run("dllm_predict", arguments, hidden.dtype)
     return token, score, lse
@@ -360,7 +351,7 @@ def predict(
     candidate: torch.Tensor | None = None,  # [N] bool
     confidence: str = "probability",
     temperature: float = 0.0,
-    seed: int | torch.Tensor = 0,  # int, or [1] int64
+    seed: int | torch.Tensor = 0,  # int, or [1] or [N] int64
     step: int | torch.Tensor = 0,  # int, or [1] or [N] int64
     row: torch.Tensor | None = None,  # [N] int64
     position: torch.Tensor | None = None,  # [N] int64
@@ -392,8 +383,8 @@ def predict(
     if noisy and row is not None and position is not None:
         row, position = row.contiguous(), position.contiguous()  # a single row's number is an expanded tensor
         _check(torch.int64, row=(row, (rows,)), position=(position, (rows,)))
-        step = as_numbers("step", step, rows, hidden.device).contiguous()
-        noise = (as_scalar("seed", seed, hidden.device), step, row, position)
+        numbers = (as_numbers(name, x, rows, hidden.device) for name, x in (("seed", seed), ("step", step)))
+        noise = (*numbers, row, position)
     return _predict_op(
         hidden, weight, bias, candidate, uncond, *noise, mask_id, banned_ranges, deferred_ranges,
         confidence, float(temperature), cfg_scale + 1.0, as_softcap(softcap),

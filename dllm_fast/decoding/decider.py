@@ -27,11 +27,11 @@ class Decider:
         long = functools.partial(torch.zeros, dtype=torch.int64, device=device)
         self.canvas = long((rows, slots))
         self.open = torch.zeros((rows, slots), dtype=torch.bool, device=device)  # to be filled, or filled by us
-        self.pad, self.row, self.slot, self.quota = (long(rows) for _ in range(4))
+        self.pad, self.seed, self.row, self.slot, self.quota = (long(rows) for _ in range(5))
         self.number = long(rows)  # of each row's live block, among its blocks
         # Positions of this block that may still be masked again; with `Edit` steps that it may still take without any.
         self.budget = long(rows)
-        self.step, self.seed = long(rows), long(1)
+        self.step = long(rows)
         self.live = long(rows)  # positions of the row's block that can still change; 0 once it holds no [MASK]
         self.bad = long(rows)  # number << 32 | step at which a candidate's logits first were NaN or infinite, or GOOD
         self.fresh = torch.zeros((rows, self.block_size), dtype=torch.bool, device=device)  # committed by the last step
@@ -153,17 +153,19 @@ class Decider:
         found = self._logprob(heads, token.flatten(), lse.flatten())
         return found.view(self.fresh.shape) if live is None else live.spread(found, torch.zeros_like(self.probability))
 
-    def _keys(self, at: torch.Tensor, step: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """What the noise of each position is a function of, beside the seed: row, position and step, [B, ..., T] each;
-        of slots ``at`` and steps ``step`` of that shape."""
-        row, pad = (x.view(-1, *[1] * (at.dim() - 1)) for x in (self.row, self.pad))
-        return row.expand_as(at), at - pad, step
+    def _keys(self, at: torch.Tensor, step: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the noise of each position is a function of, [B, ..., T] each; of slots ``at`` and steps ``step`` of
+        that shape. Nothing where none is drawn."""
+        if not self.options.draws:
+            return {}
+        seed, row, pad = (x.view(-1, *[1] * (at.dim() - 1)) for x in (self.seed, self.row, self.pad))
+        return {"seed": seed.expand_as(at), "step": step, "row": row.expand_as(at), "position": at - pad}
 
     def _predict(
         self,
         heads: tuple[torch.Tensor, torch.Tensor | None],
         wanted: torch.Tensor,
-        keys: tuple[torch.Tensor, ...],
+        keys: dict[str, torch.Tensor],
         live: Live | None = None,
         checked: bool = True,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -172,8 +174,9 @@ class Decider:
         o, (hidden, uncond), shape = self.options, heads, wanted.shape
         if live is not None:
             wanted = live.gather(wanted, False)
-            keys = tuple(live.gather(key, 0) for key in keys)
-        row, position, step = (key.flatten().contiguous() for key in keys)  # of one row it is a view without strides
+            keys = {name: live.gather(key, 0) for name, key in keys.items()}
+        # What is expanded along one row is flattened to a view without strides.
+        keys = {name: key.flatten().contiguous() for name, key in keys.items()}
         token, score, lse = ops.predict(
             hidden,
             *self.family.head_operands(),
@@ -183,10 +186,7 @@ class Decider:
             temperature=o.temperature,
             top_k=o.top_k or 0,
             top_p=o.top_p,
-            seed=self.seed,
-            step=step,
-            row=row,
-            position=position,
+            **keys,
             uncond=uncond,
             cfg_scale=o.cfg_scale,
             banned=o.suppress_tokens,

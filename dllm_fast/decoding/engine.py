@@ -82,6 +82,7 @@ class Engine(Speculation):
         filled = self.end is None and int(self.lengths.min()) == self.slots
         self.unpadded = filled and attentions.serves(self.device, self.weight.dtype, *attention_shape)
         self.pad.copy_(upload(on_host([row.pad(self.slots) for row in rows]), self.device))
+        self.seed.copy_(upload(on_host([row.seed for row in rows]), self.device))
         self.row.copy_(upload(on_host([row.noise for row in rows]), self.device))
         if self.draws is not None:
             draws = torch.zeros(shape, dtype=torch.float64, device="cpu")

@@ -231,9 +231,8 @@ class Options(Checked):
 
     @property
     def draws(self) -> bool:
-        """Whether a row's tokens depend on the seed."""
-        random = (self.schedule.confidence or self.confidence) == "random"
-        return random or self.temperature > 0 or self.suffix_sample > 0
+        """Whether steps draw noise, for tokens or confidences."""
+        return self.temperature > 0 or (self.schedule.confidence or self.confidence) == "random"
 
     @property
     def filters(self) -> bool:

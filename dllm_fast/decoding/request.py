@@ -22,6 +22,7 @@ class Row:
     """One sequence, without padding, on the host: its prompt, its [MASK]s, and the blocks that fill them."""
 
     index: int  # among the prompts
+    seed: int  # of its noise
     noise: int  # the noise's row
     ids: torch.Tensor  # [L] int64, as it was read last
     open: torch.Tensor  # [L] bool: to be filled
@@ -141,8 +142,8 @@ def plan_row(
         at = torch.arange(len(ids), device="cpu")
         draws = reference.uniform(options.seed, SAMPLE_STEP, torch.full_like(at, noise), at)
     row = Row(
-        index, noise, ids, open_, blocks, options.mask_id, length, draws, eos_ids=options.eos_id, pad_id=options.pad_id,
-        ahead=int(options.pipeline is not None),
+        index, options.seed, noise, ids, open_, blocks, options.mask_id, length, draws, eos_ids=options.eos_id,
+        pad_id=options.pad_id, ahead=int(options.pipeline is not None),
     )  # fmt: skip
     if options.logprobs:
         row.logprobs = torch.zeros(len(ids), dtype=torch.float32, device="cpu")

@@ -86,8 +86,7 @@ class Server:
         return not all(row.done for row in self.going + self.waiting)
 
     def add(self, row: Row) -> None:
-        """Have ``row`` seated at the next block, of an open server. Its options are equal to the server's, and its seed
-        is the same wherever noise is drawn."""
+        """Have ``row`` seated at the next block, of an open server. Its options are equal to the server's."""
         self.waiting.append(row)
 
     def advance(self) -> list[Row]:
@@ -159,7 +158,7 @@ class Server:
         self.going = [row for row in rows if row is not None]
         # 2. An idle seat repeats the first row, with nothing to fill.
         ids = self.going[0].ids
-        idle = Row(-1, 0, ids, torch.zeros_like(ids, dtype=torch.bool), [], self.options.mask_id, len(ids))
+        idle = Row(-1, 0, 0, ids, torch.zeros_like(ids, dtype=torch.bool), [], self.options.mask_id, len(ids))
         self.seated = [idle if row is None else row for row in rows]
         # 3. Their engine.
         old, plan = self.engine, self._plan(self.going + self.waiting, len(stayed))
@@ -171,7 +170,6 @@ class Server:
                 self.engine.take_over(old, [0 if seat is None else seat for seat in stayed])
                 self.pool.give(self.key, old)
             self.key = key
-            self.engine.seed.fill_(self.options.seed)
         self.engine.load(self.seated)
         if self.engine.record is not None:
             self.engine.record.load(self.seated)
@@ -278,8 +276,9 @@ class Server:
         """
         pad = on_host([row.pad(self.engine.slots) for row in self.seated])
         at = slot[:, None] + torch.arange(self.engine.block_size, device="cpu") - pad[:, None]  # [B, T] positions
-        noise = on_host([row.noise for row in self.seated])[:, None].expand_as(at)
-        drawn = reference.uniform(self.options.seed, PLAN_STEP, noise.flatten(), at.flatten()).view_as(at)
+        numbers = on_host([(row.seed, row.noise) for row in self.seated])  # [B, 2]
+        seed, noise = numbers.T[:, :, None].expand(2, *at.shape).flatten(1)
+        drawn = reference.uniform(seed, PLAN_STEP, noise, at.flatten()).view_as(at)
         left = torch.stack([row.left()[own.clamp(min=0)] for row, own in zip(self.seated, at, strict=True)]) & (at >= 0)
         # What earlier blocks filled is [MASK] here still, where it was not read.
         left &= left.flip(1).cumsum(1).flip(1) <= masked[:, None]

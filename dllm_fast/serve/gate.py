@@ -2,7 +2,6 @@
 
 import asyncio
 import hmac
-import itertools
 import secrets
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -46,10 +45,6 @@ class Gate:
         self.worker = Worker(served)
         self.metrics = Metrics(self.worker)
         self.rows = 0  # let in and not finished
-        # Requests that bring no seed share one, and so an engine; each of their rows has noise of its own.
-        self.drawn = served.options.seed is None
-        self.options = replace(served.options, seed=secrets.randbits(63)) if self.drawn else served.options
-        self.noise_rows = itertools.count()
         self.encoder = ThreadPoolExecutor(1, "encoder")  # tokenizers are not made for several threads
         self.began = int(time.time())
         self.mark = secrets.token_hex(4)  # in the ids of answers, which differ between replicas
@@ -91,7 +86,7 @@ class Gate:
         count = len(body.prompts) if isinstance(body, Completion) else 1
         self.check(body, count * repeat)
         try:
-            options = body.options(self.options, self.ready.eos_ids, self.ready.mask_id)
+            options = body.options(self.served.options, self.ready.eos_ids, self.ready.mask_id)
         except ValueError as error:
             raise of_value_error(error, fields) from None
         length = body.length or options.gen_length
@@ -105,12 +100,11 @@ class Gate:
             field = "drafts" if body.drafts else "stream_options"
             raise Refusal(400, f"{field}: only of a stream", field)
         ids = [prompt for prompt in ids for _ in range(repeat)]
-        noise_rows = list(range(len(ids)))
-        if self.drawn and body.seed is None:
-            noise_rows = [next(self.noise_rows) % (1 << 32) for _ in ids]
+        if options.seed is None:  # drawn here, so that a worker that begins the request again gives the same tokens
+            options = replace(options, seed=secrets.randbits(63))
         told = bool(body.stream or body.stops)
         number = next(self.worker.numbers)
-        return Request(number, ids, options, noise_rows, told, bool(body.drafts)), length
+        return Request(number, ids, options, told, bool(body.drafts)), length
 
     def ids(self, body: Completion | Chat, name: str) -> list[list[int]]:
         """The prompts' ids. Raises ValueError."""

@@ -1,8 +1,8 @@
 """The serving loop: rows of requests are put into open `Server`s while these run, block after block.
 
-Requests whose options are equal share a `Server`, and with it an engine, and so do their rows. All servers together
-have ``seats`` seats; rows get them in the order in which they came. Each turn of the loop seats rows, fills one block
-of every server's, and reports it.
+Requests whose options are equal share a `Server`, and with it an engine, and so do their rows; a row has its own seed.
+All servers together have ``seats`` seats; rows get them in the order in which they came. Each turn of the loop seats
+rows, fills one block of every server's, and reports it.
 """
 
 import queue
@@ -29,7 +29,7 @@ class Job:
     request: Request
     choice: int
     row: Row
-    key: tuple  # of the server that it may sit in
+    options: Options  # of the server that it may sit in
     told: int = 0  # tokens of the answer
 
     @property
@@ -58,7 +58,7 @@ class Loop:
         self.inbox: queue.SimpleQueue[Request | Cancel | None] = queue.SimpleQueue()
         self.waiting: deque[Job] = deque()
         self.seated: dict[int, Job] = {}  # by the row's index, which no other row has
-        self.servers: dict[tuple, Server] = {}
+        self.servers: dict[Options, Server] = {}
         self.rows = 0  # that ever were
         self.load = Load(0, 0)
 
@@ -92,8 +92,8 @@ class Loop:
         try:
             options = request.options.resolved(self.model, self.family)
             rows: list[Row] = []
-            for prompt, noise in zip(request.prompts, request.noise_rows, strict=True):
-                rows.append(plan_row(options, self.family, self.rows + len(rows), prompt, "prompt", noise))
+            for choice, prompt in enumerate(request.prompts):
+                rows.append(plan_row(options, self.family, self.rows + choice, prompt, "prompt", choice))
             check_suffix(options, rows)
         except ValueError as error:
             self.emit([Refused(request.number, str(error))])
@@ -102,9 +102,8 @@ class Loop:
             self.emit([Failed(request.number, f"{type(error).__name__}: {error}")])
             return
         self.rows += len(rows)
-        key = options, options.seed if options.draws else None
         for choice, row in enumerate(rows):
-            job = Job(request, choice, row, key)
+            job = Job(request, choice, row, options)
             if request.drafts:
                 row.draft = self.drafting(job)
             self.waiting.append(job)
@@ -130,31 +129,30 @@ class Loop:
     def turn(self) -> None:
         """Seat waiting rows, fill a block of each server's rows, and tell what is new."""
         self.seat()
-        for key, server in list(self.servers.items()):
+        for options, server in list(self.servers.items()):
             if server.busy:
-                self.fill(key, server)
+                self.fill(options, server)
             if not server.busy:
                 server.close()
-                self.servers.pop(key, None)
+                self.servers.pop(options, None)
         self.tell_load()
 
     def seat(self) -> None:
         """Put rows into their servers, the first that came first, while there are seats."""
         while self.waiting and len(self.seated) < self.seats:
             job = self.waiting.popleft()
-            if job.key not in self.servers:
-                options: Options = job.key[0]
-                server = Server(self.model, self.family, self.pool, options, [], self.seats, is_open=True)
-                self.servers[job.key] = server
-            self.servers[job.key].add(job.row)
+            if job.options not in self.servers:
+                server = Server(self.model, self.family, self.pool, job.options, [], self.seats, is_open=True)
+                self.servers[job.options] = server
+            self.servers[job.options].add(job.row)
             self.seated[job.row.index] = job
 
-    def fill(self, key: tuple, server: Server) -> None:
+    def fill(self, options: Options, server: Server) -> None:
         """Fill a block. An error fails the requests of this server, and no others."""
         try:
             server.advance()
         except (RuntimeError, ValueError, MemoryError) as error:
-            self.fail(key, f"{type(error).__name__}: {error}")
+            self.fail(options, f"{type(error).__name__}: {error}")
             return
         events: list[Event] = []
         for row in server.going:
@@ -173,10 +171,10 @@ class Loop:
         if events:
             self.emit(events)
 
-    def fail(self, key: tuple, error: str) -> None:
+    def fail(self, options: Options, error: str) -> None:
         """Give up a server and all requests with rows in it. Its engine is in no state to be kept."""
-        del self.servers[key]
-        numbers = {job.request.number for job in self.seated.values() if job.key == key}
+        del self.servers[options]
+        numbers = {job.request.number for job in self.seated.values() if job.options == options}
         for number in numbers:
             self.cancel(number)
         self.emit([Failed(number, error) for number in numbers])

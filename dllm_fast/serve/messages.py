@@ -7,8 +7,7 @@ from dllm_fast.decoding.options import Options
 
 @dataclass(frozen=True)
 class Request:
-    """Prompts to answer with the same options. Choice n is row n of `generate`'s batch: prompt n with noise row n, or
-    ``noise_rows[n]`` where no seed was asked for.
+    """Prompts to answer with the same options, a seed among them. Choice n is row n of `generate`'s batch.
 
     blocks: tell each finished block; else only the last, when a choice is done.
     drafts: tell the live block after each step.
@@ -17,7 +16,6 @@ class Request:
     number: int
     prompts: list[list[int]]
     options: Options
-    noise_rows: list[int]
     blocks: bool = False
     drafts: bool = False
 

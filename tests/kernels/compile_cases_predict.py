@@ -90,9 +90,7 @@ CASES = [
     _case(
         "gumbel", gumbel._gumbel_kernel, {"out_ptr": "*fp32", **KEYS, "column_ptr": "*i64", "V": "i32"}, {"BV": 1024}
     ),
-    _case(
-        "uniform", gumbel._uniform_kernel, {"out_ptr": "*fp32", **KEYS, "step_stride": "i32", "N": "i32"}, {"BN": 1024}
-    ),
+    _case("uniform", gumbel._uniform_kernel, {"out_ptr": "*fp32", **KEYS, "N": "i32"}, {"BN": 1024}),
     _case(
         "compact",
         predict._compact_kernel,

@@ -33,7 +33,8 @@ def _tile_kernel(out_ptr, seed_ptr, step_ptr, row_ptr, position_ptr, first, BV: 
     n, v = tl.arange(0, BN), tl.arange(0, BV)
     row = tl.load(row_ptr + n).to(tl.uint32)[None, :]
     position = tl.load(position_ptr + n).to(tl.uint32)[None, :]
-    tile = gumbel_tile(tl.load(seed_ptr), tl.load(step_ptr).to(tl.uint32), row, position, first, BV, BN)
+    seed = tl.load(seed_ptr + n)[None, :]
+    tile = gumbel_tile(seed, tl.load(step_ptr).to(tl.uint32), row, position, first, BV, BN)
     tl.store(out_ptr + n[None, :] * BV + v[:, None], tile)
 
 
@@ -95,9 +96,9 @@ def test_tile_is_the_launchers_noise(device):
     row, position = indices(8, device)
     for first in (0, 64, 126464 - 64):
         out = torch.full((8, 32), float("nan"), device=device)
-        seed, step = torch.tensor([[11], [2]], device=device)
+        seed, step = torch.arange(8, device=device) % 3 << 33, torch.tensor([2], device=device)
         _tile_kernel[(1,)](out, seed, step, row, position, first, BV=32, BN=8)
-        assert torch.equal(out, gumbel(11, 2, row, position, torch.arange(first, first + 32, device=device)))
+        assert torch.equal(out, gumbel(seed, 2, row, position, torch.arange(first, first + 32, device=device)))
 
 
 def test_distribution(device):
@@ -148,6 +149,7 @@ def test_bad_arguments(device):
     for message, arguments in {
         "seed=": (1 << 64, 0, row, row, row),
         "step is torch.int32": (0, torch.zeros(1, dtype=torch.int32, device=device), row, row, row),
+        r"seed is torch.int64 \[2\] .*one int64, or one for each of 3 rows": (row[:2], 0, row, row, row),
         "row is torch.float32": (0, 0, row.float(), row, row),
         r"position is torch.int64 \[2\]": (0, 0, row, row[:2], row),
         "columns is": (0, 0, row, row, torch.arange(6, device=device)[::2]),
@@ -160,7 +162,7 @@ def test_bad_arguments(device):
 
 def test_custom_ops(device):
     row, position = indices(3, device)
-    seed, step, columns = (torch.tensor(x, device=device) for x in ([1], [2], [3, 8, 5]))
+    seed, step, columns = (torch.tensor(x, device=device) for x in ([1, 2, 3], [2], [3, 8, 5]))
     each = step.expand(3).contiguous()
     torch.library.opcheck(kernel._gumbel, (seed, each, row, position, columns))
     torch.library.opcheck(kernel._uniform, (seed, each, row, position))

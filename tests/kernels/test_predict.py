@@ -334,6 +334,8 @@ def test_bad_arguments(device):
         "row and position are needed .*random": ((hidden, weight), {"confidence": "random"}),
         "position is": ((hidden, weight), {"confidence": "random", "row": row, "position": row[:3]}),
         "seed=": ((hidden, weight), {"temperature": 1.0, "row": row, "position": row, "seed": 1 << 64}),
+        "seed is": ((hidden, weight), {"temperature": 1.0, "row": row, "position": row, "seed": row[1:]}),
+        "seed is torch.int32": ((hidden, weight), {"temperature": 1.0, "row": row, "position": row, "seed": row.int()}),
         "_path='cublas'": ((hidden, weight), {"_path": "cublas"}),
     }.items():
         with pytest.raises(ValueError, match=message):
@@ -343,14 +345,14 @@ def test_bad_arguments(device):
 def test_custom_op(device):
     hidden, weight, bias = problem(4, 40, 8, torch.bfloat16, device)
     row = torch.arange(4, device=device)
-    scalars = (torch.tensor([3], device=device), torch.tensor([1], device=device))
+    one = torch.tensor([1], device=device)
     for path, optional in (("fused", (bias, row < 2, hidden + 1)), ("streamed", (None, None, None))):
         arguments = (
             hidden,
             weight,
             *optional,
             None,
-            scalars[0],
+            row + 2,
             row + 1,
             row,
             row,
@@ -377,9 +379,9 @@ def test_custom_op(device):
         }
         return predict(hidden * 2, weight, bias, mask_id=MASK, **options)
 
-    expected = step(hidden, scalars[1])
+    expected = step(hidden, one)
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    assert all(torch.equal(a, b) for a, b in zip(compiled(hidden, scalars[1]), expected, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(compiled(hidden, one), expected, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(compiled(hidden, 1), expected, strict=True))
 
 

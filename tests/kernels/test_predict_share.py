@@ -18,9 +18,10 @@ def test_it_is_the_definition(size, confidence, device, monkeypatch):
     hidden, weight, _ = problem(ROWS, VOCAB, WIDTH, torch.float32, device)
     uncond = problem(ROWS, VOCAB, WIDTH, torch.float32, device, seed=1)[0]
     candidate = torch.tensor([True, True, False, True, True], device=device)
+    seeds = torch.arange(ROWS, device=device) << 31
     cases = (
         {},
-        {"temperature": 0.7, "candidate": candidate, "banned": (2, 100), "deferred": (64, 65, 191)},
+        {"temperature": 0.7, "candidate": candidate, "banned": (2, 100), "deferred": (64, 65, 191), "seed": seeds},
         {"uncond": uncond, "cfg_scale": 0.5, "softcap": 20.0},
     )
     for more in cases:
