@@ -169,7 +169,7 @@ def fit(blocks: list[list[Taken]], paths: Paths, graph: DraftGraph) -> DraftGrap
             samples.append(features(step.score.double(), step.masked, _chosen(steps, n, graph)))
             fitting = set().union(*path[n])
             reached.append([draft in fitting for draft in graph.drafts])
-    found, hit = torch.stack(samples), torch.tensor(reached, device="cpu").double()  # [N, G, 2], [N, G]
+    found, hit = torch.stack(samples), torch.tensor(reached, dtype=torch.float64, device="cpu")  # [N, G, 2], [N, G]
     fits = found[..., 1] > float("-inf")
     mean, spread = found[fits].mean(0), found[fits].std(0).clamp(min=1e-6)
     found = (found - mean) / spread
@@ -197,7 +197,7 @@ def _chosen(steps: list[Taken], n: int, graph: DraftGraph) -> torch.Tensor:
     rows = []
     for ahead, own in graph.drafts:
         if own is not None:
-            rows.append(torch.isin(base.rank, torch.tensor(own, device="cpu")))
+            rows.append(torch.isin(base.rank, torch.tensor(own, dtype=torch.int64, device="cpu")))
             continue
         later = [step.count for step in steps[n + 1 : n + 1 + ahead]] if base.planned else [base.count] * ahead
         rows.append(base.rank < sum(later))
