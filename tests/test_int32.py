@@ -154,7 +154,7 @@ class Calls:
 
     def uniform(self, gumbel):
         row = lazy(2**31 + 1, dtype=torch.int64)
-        gumbel.uniform(0, 0, row, row)
+        gumbel.uniform(row, row, row, row)  # a number would be written out for each row
 
     def predict(self, predict):
         predict.predict(lazy(64, self.width, dtype=FP16), lazy(self.vocabulary, self.width, dtype=FP16), mask_id=5)
