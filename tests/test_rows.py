@@ -65,7 +65,7 @@ def test_many_rows_alone_in_a_batch_and_through_seats(impl, seed):
     check(impl, seed, 12)
 
 
-@pytest.mark.parametrize("seed", [pytest.param(n, marks=() if n < 4 else pytest.mark.long) for n in range(40)])
+@pytest.mark.parametrize("seed", [pytest.param(n, marks=() if n < 3 else pytest.mark.long) for n in range(40)])
 def test_rows_with_seeds_of_their_own(seed):
     """In one engine, each has the tokens of `generate` with its seed."""
     rng = random.Random(seed)
