@@ -3,8 +3,8 @@
 `DraftGraph.chain` drafts what comes next if no prediction changes. Often one does: a position waits, and another comes
 first. `calibrate` has the model answer prompts without drafts, and takes the drafts that would have saved the most
 forwards (as Spiffy does, arXiv:2509.18085). Then it fits how likely each is to be reached by the confidences of a step,
-by which the engine chooses among them. ``dllm-fast calibrate`` puts all that into the model's folder, where
-``speculate=n`` finds it.
+by which the engine chooses among them, if that saves more still. ``dllm-fast calibrate`` puts all that into the model's
+folder, where ``speculate=n`` finds it.
 """
 
 import contextlib
@@ -49,8 +49,8 @@ class Taken:
 def calibrate(
     model: torch.nn.Module, prompts: Iterable[torch.Tensor], drafts: int = 7, batch_size: int = 8, **options
 ) -> DraftGraph:
-    """Drafts with which ``prompts`` would have taken few forwards, and how likely each is by a step's confidences. A
-    forward evaluates the ``drafts`` likeliest, or fewer if no further one saved any.
+    """Drafts with which ``prompts`` would have taken few forwards. A forward evaluates ``drafts`` of them, or fewer if
+    no further one saved any: the likeliest by a step's confidences, or the first if these save as much.
 
     ``prompts``, ``batch_size`` and ``options`` are as `generate_many`'s. The answers are written without drafts, but
     each forward evaluates two states.
@@ -64,7 +64,11 @@ def calibrate(
     blocks = record(model, prompts, batch_size, options)
     paths = follow(blocks)
     graph = choose(paths, max(drafts, DRAFTS))
-    return replace(fit(blocks, paths, graph), evaluated=min(drafts, graph.number))
+    graph = replace(graph, evaluated=min(drafts, graph.number))
+    pruned = fit(blocks, paths, graph)
+    # The first drafts are chosen for what they save together, the likeliest each for itself: either may save more.
+    without, _ = forwards(paths, set(graph.drafts[: graph.number]))
+    return pruned if graph.drafts and forwards(paths, likeliest(blocks, pruned))[0] < without else graph
 
 
 def record(model, prompts, batch_size, options: dict) -> list[list[Taken]]:
@@ -126,18 +130,19 @@ def _followed(steps: list[Taken], n: int) -> list[set[Draft]]:
     return path
 
 
-def forwards(paths: Paths, graph: set[Draft]) -> tuple[int, Counter]:
-    """How many forwards the blocks take with the drafts in ``graph``, and how many of them end for want of each other
-    draft."""
+def forwards(paths: Paths, graph: set[Draft] | list[list[set[Draft]]]) -> tuple[int, Counter]:
+    """How many forwards the blocks take with the drafts in ``graph``, always the same or by block and step, and how
+    many of them end for want of each other draft."""
     wanted: Counter[Draft] = Counter()
     count = 0
-    for block in paths:
+    for number, block in enumerate(paths):
         taken = 0
         while taken < len(block):
             count += 1
             taken += 1  # the step from the state that was reached, then those from drafts, made by the step before it
-            for fitting in block[taken - 2] if taken > 1 else ():
-                if not fitting & graph:
+            last = taken - 2
+            for fitting in block[last] if taken > 1 else ():
+                if not fitting & (graph if isinstance(graph, set) else graph[number][last]):
                     wanted.update(fitting)
                     break
                 taken += 1
@@ -189,6 +194,18 @@ def fit(blocks: list[list[Taken]], paths: Paths, graph: DraftGraph) -> DraftGrap
     biases = biases.detach() - (weights * mean).sum()
     numbers = [[round(x, 3) for x in values.tolist()] for values in (biases, weights)]
     return replace(graph, biases=tuple(numbers[0]), weights=tuple(numbers[1]))
+
+
+def likeliest(blocks: list[list[Taken]], graph: DraftGraph) -> list[list[set[Draft]]]:
+    """By block and step, the drafts of the ``graph`` that the engine evaluates after it."""
+    biases, weights = (torch.tensor(x, dtype=torch.float64, device="cpu") for x in (graph.biases, graph.weights))
+
+    def best(steps: list[Taken], n: int) -> set[Draft]:
+        odds = log_odds(features(steps[n].score.double(), steps[n].masked, _chosen(steps, n, graph)), biases, weights)
+        order = odds.sort(descending=True, stable=True).indices[: graph.number]
+        return {graph.drafts[i] for i in order.tolist()}
+
+    return [[best(steps, n) for n in range(len(steps))] for steps in blocks]
 
 
 def _chosen(steps: list[Taken], n: int, graph: DraftGraph) -> torch.Tensor:
