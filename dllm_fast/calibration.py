@@ -65,10 +65,11 @@ def calibrate(
     paths = follow(blocks)
     graph = choose(paths, max(drafts, DRAFTS))
     graph = replace(graph, evaluated=min(drafts, graph.number))
-    pruned = fit(blocks, paths, graph)
+    found = samples(blocks, graph)
+    pruned = fit(found, paths, graph)
     # The first drafts are chosen for what they save together, the likeliest each for itself: either may save more.
     without, _ = forwards(paths, set(graph.drafts[: graph.number]))
-    return pruned if graph.drafts and forwards(paths, likeliest(blocks, pruned))[0] < without else graph
+    return pruned if graph.drafts and forwards(paths, likeliest(found, pruned))[0] < without else graph
 
 
 def record(model, prompts, batch_size, options: dict) -> list[list[Taken]]:
@@ -163,28 +164,33 @@ def choose(paths: Paths, drafts: int) -> DraftGraph:
     return DraftGraph(tuple(chosen))
 
 
-def fit(blocks: list[list[Taken]], paths: Paths, graph: DraftGraph) -> DraftGraph:
+def samples(blocks: list[list[Taken]], graph: DraftGraph) -> list[torch.Tensor]:
+    """The `features` of the ``graph``'s drafts after each step, [steps, G, 2] of each block."""
+
+    def sample(steps: list[Taken], n: int) -> torch.Tensor:
+        return features(steps[n].score.double(), steps[n].masked, _chosen(steps, n, graph))
+
+    return [torch.stack([sample(steps, n) for n in range(len(steps))]) for steps in blocks if graph.drafts]
+
+
+def fit(found: list[torch.Tensor], paths: Paths, graph: DraftGraph) -> DraftGraph:
     """``graph`` with the biases and weights under which the drafts that ``paths`` reached are likeliest: a logistic
-    regression over all steps and drafts."""
+    regression over all steps and drafts, of which `samples` are ``found``."""
     if not graph.drafts:
         return graph
-    samples, reached = [], []
-    for steps, path in zip(blocks, paths, strict=True):
-        for n, step in enumerate(steps):
-            samples.append(features(step.score.double(), step.masked, _chosen(steps, n, graph)))
-            fitting = set().union(*path[n])
-            reached.append([draft in fitting for draft in graph.drafts])
-    found, hit = torch.stack(samples), torch.tensor(reached, dtype=torch.float64, device="cpu")  # [N, G, 2], [N, G]
-    fits = found[..., 1] > float("-inf")
-    mean, spread = found[fits].mean(0), found[fits].std(0).clamp(min=1e-6)
-    found = (found - mean) / spread
+    fitting = (set().union(*step) for path in paths for step in path)
+    reached = [[draft in drafts for draft in graph.drafts] for drafts in fitting]
+    sampled, hit = torch.cat(found), torch.tensor(reached, dtype=torch.float64, device="cpu")  # [N, G, 2], [N, G]
+    fits = sampled[..., 1] > float("-inf")
+    mean, spread = sampled[fits].mean(0), sampled[fits].std(0).clamp(min=1e-6)
+    sampled = (sampled - mean) / spread
     rate = (hit.sum(0) + 0.5) / (fits.sum(0) + 1)
     biases, weights = rate.logit().requires_grad_(), torch.zeros_like(mean, requires_grad=True)
     optimizer = torch.optim.LBFGS([biases, weights], max_iter=ITERATIONS, line_search_fn="strong_wolfe")
 
     def loss() -> torch.Tensor:
         optimizer.zero_grad()
-        value = binary_cross_entropy_with_logits(log_odds(found, biases, weights)[fits], hit[fits])
+        value = binary_cross_entropy_with_logits(log_odds(sampled, biases, weights)[fits], hit[fits])
         value.backward()
         return value
 
@@ -196,16 +202,11 @@ def fit(blocks: list[list[Taken]], paths: Paths, graph: DraftGraph) -> DraftGrap
     return replace(graph, biases=tuple(numbers[0]), weights=tuple(numbers[1]))
 
 
-def likeliest(blocks: list[list[Taken]], graph: DraftGraph) -> list[list[set[Draft]]]:
-    """By block and step, the drafts of the ``graph`` that the engine evaluates after it."""
+def likeliest(found: list[torch.Tensor], graph: DraftGraph) -> list[list[set[Draft]]]:
+    """By block and step, of which `samples` are ``found``, the drafts of the ``graph`` that the engine evaluates."""
     biases, weights = (torch.tensor(x, dtype=torch.float64, device="cpu") for x in (graph.biases, graph.weights))
-
-    def best(steps: list[Taken], n: int) -> set[Draft]:
-        odds = log_odds(features(steps[n].score.double(), steps[n].masked, _chosen(steps, n, graph)), biases, weights)
-        order = odds.sort(descending=True, stable=True).indices[: graph.number]
-        return {graph.drafts[i] for i in order.tolist()}
-
-    return [[best(steps, n) for n in range(len(steps))] for steps in blocks]
+    orders = (log_odds(block, biases, weights).sort(descending=True, stable=True).indices for block in found)
+    return [[{graph.drafts[i] for i in step[: graph.number]} for step in order.tolist()] for order in orders]
 
 
 def _chosen(steps: list[Taken], n: int, graph: DraftGraph) -> torch.Tensor:

@@ -325,7 +325,7 @@ def predict(
     with ``top_k`` and ``top_p``, which PyTorch serves whatever ``impl``, as no kernel puts logits in order.
     """
     guided = {"candidate": candidate, "uncond": uncond, "cfg_scale": cfg_scale, "softcap": softcap}
-    filtered = options.get("temperature", 0.0) > 0 and (top_k > 0 or top_p < 1)
+    filtered = reference.filters(options.get("temperature", 0.0), top_k, top_p)
     if filtered:
         options |= {"top_k": top_k, "top_p": top_p}
     elif impl == "triton" and ranks is None:

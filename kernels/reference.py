@@ -12,7 +12,7 @@ import torch
 
 from dllm_fast.kernels.checks import ranges_of
 from dllm_fast.kernels.reference_noise import gumbel, philox, uniform  # noqa: F401
-from dllm_fast.kernels.reference_nucleus import kept, winner
+from dllm_fast.kernels.reference_nucleus import filters, kept, winner
 from dllm_fast.kernels.reference_rounded import as_bytes, rounded
 
 
@@ -292,7 +292,7 @@ def select(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The part of `predict` that follows the logits; same arguments and results."""
     scored = without(logits, (mask_id, *banned))
-    filtered = temperature > 0 and (top_k > 0 or top_p < 1)
+    filtered = filters(temperature, top_k, top_p)
     columns = torch.arange(logits.shape[1], device=logits.device)
     if filtered:
         scored, columns = kept(scored, temperature, top_k, top_p)

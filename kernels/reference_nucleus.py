@@ -23,6 +23,11 @@ FEW = (1024, 16384)
 _WORD = 0xFFFFFFFF
 
 
+def filters(temperature: float, top_k: int, top_p: float) -> bool:
+    """Whether only some of the tokens may be drawn."""
+    return temperature > 0 and (top_k > 0 or top_p < 1)
+
+
 def kept(
     logits: torch.Tensor,  # [N, V]: -inf for what must not be chosen
     temperature: float,

@@ -91,7 +91,8 @@ def pruned_forwards(blocks, paths, graph: DraftGraph) -> int:
 def test_each_step_takes_the_likeliest_drafts(model, options):
     blocks = calibration.record(model, prompts(6), 3, options)
     paths = calibration.follow(blocks)
-    graph = calibration.fit(blocks, paths, replace(calibration.choose(paths, 24), evaluated=3))
+    graph = replace(calibration.choose(paths, 24), evaluated=3)
+    graph = calibration.fit(calibration.samples(blocks, graph), paths, graph)
     assert len(graph.drafts) > 3
     doubtful = replace(graph, biases=tuple(n / 10 for n in range(len(graph.drafts))), weights=(0.7, -1.3))
     counts = [taken(model, options, each) for each in (graph, doubtful, replace(graph, evaluated=1))]
@@ -108,7 +109,8 @@ def test_the_fit_is_the_likeliest(model):
     options = OPTIONS[0]
     blocks = calibration.record(model, prompts(6), 3, options)
     paths = calibration.follow(blocks)
-    graph = calibration.fit(blocks, paths, calibration.choose(paths, 5))
+    graph = calibration.choose(paths, 5)
+    graph = calibration.fit(calibration.samples(blocks, graph), paths, graph)
 
     def likelihood(biases, weights) -> float:
         total = 0.0

@@ -25,6 +25,7 @@ from dllm_fast.decoding.values import (
 )
 from dllm_fast.families.cache import no_e4m3
 from dllm_fast.kernels.checks import CONFIDENCES
+from dllm_fast.kernels.reference_nucleus import filters
 
 CACHES = ("none", "prefix", "dual")
 CACHE_DTYPES = (None, "e4m3")
@@ -237,7 +238,7 @@ class Options(Checked):
     @property
     def filters(self) -> bool:
         """Whether only some of the tokens may be drawn."""
-        return self.temperature > 0 and (self.top_k is not None or self.top_p < 1)
+        return filters(self.temperature, self.top_k or 0, self.top_p)
 
     @property
     def edits(self) -> bool:
