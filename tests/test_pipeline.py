@@ -182,6 +182,12 @@ class Eager(Graphs):
         step()
 
 
+def as_on_a_gpu(monkeypatch):
+    monkeypatch.setattr("dllm_fast.decoding.engine.Graphs", Eager)
+    monkeypatch.setattr(server_module, "records", lambda device, impl: True)
+    monkeypatch.setattr(server_module, "STEP", 8)
+
+
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("seed", [pytest.param(n, marks=() if n < 2 else pytest.mark.long) for n in range(9)])
 def test_recorded_steps_and_empty_seats_change_nothing(cache, seed, monkeypatch):
@@ -189,12 +195,21 @@ def test_recorded_steps_and_empty_seats_change_nothing(cache, seed, monkeypatch)
     model = MAKERS["llada-gqa"]().double()
     with dllm_fast.patched(model, "torch"):
         expected = batched(model, request)
-    monkeypatch.setattr("dllm_fast.decoding.engine.Graphs", Eager)
-    monkeypatch.setattr(server_module, "records", lambda device, impl: True)
-    monkeypatch.setattr(server_module, "STEP", 8)
+    as_on_a_gpu(monkeypatch)
     with dllm_fast.patched(model, "torch"):
         assert batched(model, request) == expected, str(request)
         assert seated(model, request, 2) == expected[0]
+
+
+def test_an_empty_seat_has_no_block_to_add_one_after(monkeypatch):
+    """In a window of one block, beside rows that go on."""
+    model, prompts = MAKERS["llada"]().double(), [[1, 2, 3], [4] * 9, [5] * 5]
+    options = {"gen_length": 16, "block_length": 4, "schedule": Threshold(0.12), "pipeline": D2F(0.1, 0.5, 1)}
+    with dllm_fast.patched(model, "torch"):
+        expected = [one.sequence.tolist() for one in dllm_fast.generate_many(model, prompts, **options)]
+    as_on_a_gpu(monkeypatch)
+    with dllm_fast.patched(model, "torch"):
+        assert [one.sequence.tolist() for one in dllm_fast.generate_many(model, prompts, **options)] == expected
 
 
 def test_it_takes_fewer_forwards_and_all_blocks_can_be_live():
