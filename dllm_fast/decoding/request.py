@@ -36,11 +36,11 @@ class Row:
     pad_id: int | None = None  # what stands after the end; None: the id that ended it
     draft: Callable[[torch.Tensor, int], None] | None = None  # takes its ids [L] after each step, and its block's end
     error: str | None = None  # why it was stopped, if its logits are to blame
-    # With a `pipeline`: how many blocks are live, from the next one on; how many filled ones before it the cache lacks,
-    # and for how many steps the first of these has been there, see `MultiBlock`.
+    # With a `pipeline`: how many blocks are live, from the next one on. Of the filled blocks before it that the cache
+    # lacks, for how many steps the first has been there (see `MultiBlock`), and how many there are.
     ahead: int = 0
-    behind: int = 0
     waited: int = 0
+    behind: int = 0
     logprobs: torch.Tensor | None = None  # [L] fp32, where they are asked for
     steps: torch.Tensor | None = None  # [L] int64, as `Record` numbers them
 
