@@ -128,10 +128,10 @@ def generate(
             nearest, without a scale, saturated at +-448; every forward attends to the rounded ones. A cache then has
             half the bytes of bf16's. Triton's kernels need a GPU of compute capability 8.9.
         pipeline: decode several blocks of the answer at once, the next ones while the first ends: `D2F`, `MultiBlock`;
-            None: one after the other. Needs `Threshold`, prompts without [MASK]s, and cache ``"none"`` or ``"dual"``;
-            with the latter a row's step is a forward of its whole sequence whenever it has filled its first live block.
-            Not with ``refresh``, ``remask``, ``suffix_length``, ``skip_committed`` and ``speculate``, nor for a model
-            whose head predicts the next position.
+            None: one after the other. Needs `Threshold` and prompts without [MASK]s. With the cache ``"dual"`` a row's
+            step is a forward of its whole sequence after it has filled its first live block; ``"prefix"`` is only for
+            `MultiBlock`. Not with ``refresh``, ``remask``, ``suffix_length``, ``skip_committed`` and ``speculate``, nor
+            for a model whose head predicts the next position.
         logprobs: also return each token's log-probability when it was committed, and the order in which tokens were; of
             one that was masked again, when it was committed last. It is that of the softmax that the confidence comes
             from: of the logits without noise, so at temperature 1 whatever the ``temperature``; with guidance; over all

@@ -111,7 +111,8 @@ def _plan(options: Options, rows: list[Row], shifted: bool = False) -> Plan:
     """Every step that blocks of these rows, all alike, can have, once. What is not recorded comes last."""
     row, refresh = rows[0], options.refresh
     found: dict[Step, tuple[str, int]] = {}
-    for number, (first, _) in enumerate(row.blocks):
+    # The steps of a pipeline are those of its first block.
+    for number, (first, _) in enumerate(row.blocks if options.pipeline is None else row.blocks[:1]):
         steps = Steps.of(options, len(row.ids), max(0, first), max(0, first), shifted=shifted)
         if not options.has_cache or refresh.full(number):
             found.setdefault(steps.full, ("full", number))

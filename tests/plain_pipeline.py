@@ -1,6 +1,6 @@
 """The published loops that decode several blocks at once, written out for one sequence: D2F's
-(`_generate_block_single` of zhijie-group/Discrete-Diffusion-Forcing) and d3LLM's (`generate_multi_block` of
-hao-ai-lab/d3LLM).
+(`_generate_block_single` of zhijie-group/Discrete-Diffusion-Forcing) and d3LLM's (`generate_multi_block` and
+`generate_multi_block_kv_cache` of hao-ai-lab/d3LLM).
 
 Both ask ``evaluate`` for the logits of some positions, and say which: from the first block that is not filled to the
 last that is live, and which blocks were filled by the step before. What it evaluates besides, and against what, is the
@@ -105,8 +105,9 @@ def d2f(answer: Answer, threshold: float, add: float, activate: float, blocks: i
     return found
 
 
-def d3llm(answer: Answer, threshold: float, add: float, activate: float = 0.95) -> Found:
-    """d3LLM's; the threshold is one of the negative entropy."""
+def d3llm(answer: Answer, threshold: float, add: float, blocks: int | None = None, activate: float = 0.95) -> Found:
+    """d3LLM's; the threshold is one of the negative entropy. ``blocks``: how many are live at most, which the published
+    loop does not bound."""
     found, all_blocks = Found(answer.ids), answer.blocks
     masks = [len(answer.masked(all_blocks[0]))]  # of each block that was added
     activated = [True]
@@ -115,7 +116,9 @@ def d3llm(answer: Answer, threshold: float, add: float, activate: float = 0.95) 
         # 1. States of the blocks, and a new one.
         for n in range(1, len(masks)):
             activated[n] = activated[n] or answer.share(all_blocks[n - 1]) >= activate
-        if len(masks) < len(all_blocks) and answer.share(all_blocks[len(masks) - 1]) >= add:
+        live = len(masks) - next((n for n, left in enumerate(masks) if left), len(masks))
+        room = len(masks) < len(all_blocks) and (blocks is None or live < blocks)
+        if room and answer.share(all_blocks[len(masks) - 1]) >= add:
             masks.append(len(answer.masked(all_blocks[len(masks)])))
             activated.append(answer.share(all_blocks[len(masks) - 2]) >= activate)
         # 2. A forward.
@@ -136,3 +139,48 @@ def d3llm(answer: Answer, threshold: float, add: float, activate: float = 0.95) 
             answer.ids[i] = token[i]
         masks = [len(answer.masked(block)) for block in all_blocks[: len(masks)]]
     return found
+
+
+class Delayed:
+    """The cache of d3LLM's `generate_multi_block_kv_cache`, for LLaDA: what each forward evaluates, and what is kept.
+
+    ``forward(ids, open_, start, cache)`` evaluates all positions from ``start`` on against the ``cache`` of those
+    before, and returns the logits of all [L, V], and keys and values of all [..., L, G, D]. Several blocks never wait
+    at a time, so the cache always ends where the next forward begins. (d3LLM's code for Dream has them wait side by
+    side, and may keep keys twice.)
+    """
+
+    def __init__(self, forward: Callable, blocks: list[range], mask_id: int, delay: int, refresh: int):
+        self.forward, self.mask_id, self.delay, self.refresh = forward, mask_id, delay, refresh
+        self.blocks = blocks  # the prompt is the first
+        self.complete_since = {0: 0}  # of blocks: the number of a forward, counted from 1
+        self.is_cached: set[int] = set()
+        self.cache, self.cached = None, 0  # keys and values, and how many positions are done with
+
+    def __call__(self, ids, open_, asked: Asked):
+        nfe = asked.step + 1
+        # 1. Blocks that have waited long enough.
+        to_cache = []
+        for n, block in enumerate(self.blocks):
+            if block.start >= asked.stop or bool((ids[block.start : block.stop] == self.mask_id).any()):
+                break
+            if block.stop <= self.cached:
+                continue
+            self.complete_since.setdefault(n, nfe)
+            if nfe - self.complete_since[n] < self.delay:
+                break
+            to_cache.append(n)
+            self.is_cached.add(n)
+        waiting = [n for n in self.complete_since if n not in self.is_cached]
+        # 2. A forward of everything behind the cache, or of everything.
+        if to_cache:
+            logits, new = self.forward(ids, open_, self.cached, self.cache)
+            self.cached = self.blocks[to_cache[-1]].stop
+            self.cache = new[..., : self.cached, :, :]
+        elif self.cache is not None and not waiting and nfe % self.refresh:
+            logits, _ = self.forward(ids, open_, self.cached, self.cache)
+        else:
+            logits, new = self.forward(ids, open_, 0, None)
+            if self.cache is not None:
+                self.cache = new[..., : self.blocks[waiting[-1]].start if waiting else self.cached, :, :]
+        return logits

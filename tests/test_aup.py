@@ -26,16 +26,19 @@ def test_area_by_hand():
     assert parallel.aup([(1.0, 74.02), (9.11, 73.09)], 74.98) == pytest.approx(expected)
 
 
+WAYS = ("one block", "d2f=0.1,0.95", "multi-block=0.1")
+
+
 def test_the_bench_on_a_few_problems():
     """Every way is asked, and each gives more tokens a forward with a lower threshold."""
     thresholds = {"probability": (0.5, 0.99)}
-    rows = parallel.run("llada-steps", 4, 4, ("dual",), ("one block", "d2f=0.1,0.95", "multi-block=0.1"), thresholds)
-    assert len(rows) == 9
-    for start in (0, 3, 6):
+    rows = parallel.run("llada-steps", 4, 4, ("dual", "prefix"), WAYS, thresholds)
+    assert len(rows) == 15
+    for start in range(0, 15, 3):
         one, low, high = rows[start : start + 3]
         assert one.threshold is None and one.parallelism <= 1.0 and one.accuracy == 100.0
         assert low.parallelism > high.parallelism > 1.0
     areas = parallel.areas(rows, 100.0)
-    assert len(areas) == 3 and all(area >= 100.0 for area in areas.values())
-    assert [len(line) for line in parallel.table(rows)] == [7] * 9
+    assert len(areas) == 5 and all(area >= 100.0 for area in areas.values())
+    assert [len(line) for line in parallel.table(rows)] == [7] * 15
     assert [line[:3] for line in parallel.summary(rows, 100.0)] == [list(curve) for curve in areas]

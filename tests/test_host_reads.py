@@ -177,13 +177,15 @@ def test_a_rule_reads_once_a_step(log, ids, schedule):
     assert log.count("to") == log.count("step") + 1, "and the sequences, once"
 
 
-@pytest.mark.parametrize("pipeline", [D2F(0.2, 0.5), MultiBlock(0.2, 2)], ids=str)
-def test_a_pipeline_reads_once_a_step(log, ids, padded, pipeline):
-    run(ids[:1], schedule=Threshold(0.05), pipeline=pipeline)
+@pytest.mark.parametrize(
+    "pipeline, cache", [(D2F(0.2, 0.5), "dual"), (MultiBlock(0.2, 2), "dual"), (MultiBlock(0.2, 2, 2, 3), "prefix")]
+)
+def test_a_pipeline_reads_once_a_step(log, ids, padded, pipeline, cache):
+    run(ids[:1], schedule=Threshold(0.05), pipeline=pipeline, cache=cache)
     assert log.count("to") == log.count("step") + 1, "and the sequence, once"
     assert set(log) == {"step", "to"}
     log.clear()
-    run(ids, padded, schedule=Threshold(0.05), pipeline=pipeline)
+    run(ids, padded, schedule=Threshold(0.05), pipeline=pipeline, cache=cache)
     ends = log.count("to") - log.count("step")
     assert set(log) == {"step", "to"} and 1 <= ends <= len(ids), "and the sequences, when any of them is done"
 

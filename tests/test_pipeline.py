@@ -10,7 +10,7 @@ import torch
 import transformers
 from needs import missing
 from others import make
-from plain_pipeline import Answer, d2f, d3llm
+from plain_pipeline import Answer, Delayed, d2f, d3llm
 from rows import Request, batched, seated
 from tiny import EOS, MAKERS, MASK
 
@@ -20,25 +20,46 @@ from dllm_fast.decoding.spelling import pipeline_of, spell
 from dllm_fast.generate import Completion
 from dllm_fast.patch import bound_family
 
-BLOCK = 4
+CACHES = ("none", "dual", "prefix")
 
 
 class Bidirectional:
-    """What a step of a bidirectional model evaluates: everything, or with the dual cache the live blocks alone, until
-    some at the front are filled."""
+    """What a step of a bidirectional model evaluates: everything; with the dual cache the live blocks alone, until some
+    at the front are filled; with d3LLM's cache what `Delayed` says."""
 
-    def __init__(self, family, length: int, cache: str, cfg_scale: float = 0.0):
-        self.cache, self.cfg_scale, self.positions = cache, cfg_scale, 0
-        self.memories = [plain_loop.Memory(family, length, False) for _ in range(2 if cfg_scale else 1)]
+    def __init__(self, family, prompt, options):
+        self.cache, self.cfg_scale, self.positions = options["cache"], options["cfg_scale"], 0
+        length, block, pipeline = len(prompt) + options["gen_length"], options["block_length"], options["pipeline"]
+        self.memories = [plain_loop.Memory(family, length, False) for _ in range(2 if self.cfg_scale else 1)]
+        if self.cache == "prefix":
+            blocks = [range(len(prompt)), *(range(i, i + block) for i in range(len(prompt), length, block))]
+            delay = 1 if pipeline.delay is None else pipeline.delay
+            self.delayed = Delayed(self.behind_cache, blocks, MASK, delay, pipeline.refresh or 10_000)
 
     def __call__(self, ids, open_, asked):
+        if self.cache == "prefix":
+            return self.delayed(ids, open_, asked)
         whole = self.cache == "none" or asked.step == 0 or asked.filled is not None
-        positions = list(range(len(ids))) if whole else list(range(asked.first, asked.stop))
+        return self.evaluate(ids, open_, range(len(ids)) if whole else range(asked.first, asked.stop))
+
+    def evaluate(self, ids, open_, positions):
+        positions = list(positions)
         self.positions += len(positions) * len(self.memories)
         states = ids, ids.masked_fill(~open_, MASK)
         each = [one.logits(state, positions, list(range(len(ids)))) for one, state in zip(self.memories, states)]
         z = each[0] if len(each) == 1 else each[1] + (self.cfg_scale + 1) * (each[0] - each[1])
         return z.new_full((len(ids), z.shape[1]), torch.nan).index_copy(0, torch.tensor(positions), z)
+
+    def behind_cache(self, ids, open_, start, cache):
+        """`Delayed.forward`. Nothing but the cache is left of the forwards before."""
+        assert start == (0 if cache is None else cache.shape[-3])
+        for n, one in enumerate(self.memories):
+            for m, buffer in enumerate((one.keys, one.values)):
+                buffer.fill_(torch.nan)
+                if cache is not None:
+                    buffer[:, :start] = cache[n, m]
+        logits = self.evaluate(ids, open_, range(start, len(ids)))
+        return logits, torch.stack([torch.stack((one.keys, one.values)) for one in self.memories])
 
 
 class BlockCausal:
@@ -71,7 +92,7 @@ def follow(evaluate, prompt, row, options, grid=False):
     if isinstance(pipeline, D2F):
         found = d2f(answer, threshold, pipeline.add, pipeline.activate, pipeline.blocks)
     else:
-        found = d3llm(answer, threshold, pipeline.add)
+        found = d3llm(answer, threshold, pipeline.add, pipeline.blocks)
     passes = 2 if options.get("cfg_scale") else 1
     return found.ids[: len(prompt) + lengths[0]].tolist(), passes * found.nfe, evaluate.positions
 
@@ -90,21 +111,24 @@ def draw(rng: random.Random, cache: str, longest: int = 14) -> Request:
     options["temperature"] = rng.choice([0.0, 0.0, 0.7])
     options["cfg_scale"] = rng.choice([0.0, 0.0, 1.5])
     prompts = [torch.tensor([rng.randrange(EOS) for _ in range(rng.randint(1, longest))]) for _ in range(3)]
-    return Request(prompts, options, rng.random() < 0.5)
+    request = Request(prompts, options, rng.random() < 0.5)
+    if cache == "prefix":
+        delay, refresh = rng.choice([None, 0, 1, 2, 3]), rng.choice([None, None, 1, 3, 4])
+        options["pipeline"] = MultiBlock(add, rng.choice([None, None, None, 1, 2]), delay, refresh)
+    return request
 
 
-@pytest.mark.parametrize("cache", ["none", "dual"])
+@pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("name", ["llada-gqa", "modernbert"])
-@pytest.mark.parametrize("seed", [pytest.param(n, marks=() if n < 2 else pytest.mark.long) for n in range(5)])
+@pytest.mark.parametrize("seed", [pytest.param(n, marks=() if n < 2 else pytest.mark.long) for n in range(9)])
 def test_tokens_forwards_and_positions_of_the_published_loops(name, cache, seed):
     """Of each row as if it were alone, in a padded batch, and with fewer seats than prompts."""
-    request = draw(random.Random(100 * seed + (cache == "dual")), cache)
+    request = draw(random.Random(100 * seed + CACHES.index(cache)), cache)
     model = dllm_fast.patch(MAKERS[name]().double(), impl="torch")
-    family, cfg_scale = bound_family(model), request.options["cfg_scale"]
+    family = bound_family(model)
     expected = []
     for row, prompt in enumerate(request.prompts):
-        length = len(prompt) + request.options["gen_length"]
-        expected.append(follow(Bidirectional(family, length, cache, cfg_scale), prompt, row, request.options))
+        expected.append(follow(Bidirectional(family, prompt, request.options), prompt, row, request.options))
     done, positions = batched(model, request)
     assert done == [found[:2] for found in expected], str(request)
     assert positions == sum(found[2] for found in expected)
@@ -129,13 +153,15 @@ def test_of_a_block_causal_model_the_cache_is_exact(seed):
     assert seated(model, request, 2) == done
 
 
-@pytest.mark.parametrize("pipeline", [D2F(0.5, 0.9, 3), MultiBlock(0.5)], ids=str)
-def test_the_compiled_ops_give_the_same(pipeline):
+@pytest.mark.parametrize(
+    "pipeline, cache", [(D2F(0.5, 0.9, 3), "dual"), (MultiBlock(0.5), "dual"), (MultiBlock(0.5, delay=1), "prefix")]
+)
+def test_the_compiled_ops_give_the_same(pipeline, cache):
     if reason := missing("cpp"):
         pytest.skip(reason)
     model = MAKERS["llada"]()
     ids = torch.randint(0, EOS, (3, 9), generator=torch.Generator().manual_seed(1))
-    options = {"gen_length": 24, "block_length": 8, "schedule": Threshold(0.1), "pipeline": pipeline}
+    options = {"gen_length": 24, "block_length": 8, "schedule": Threshold(0.1), "pipeline": pipeline, "cache": cache}
     found = []
     for impl in ("torch", "cpp"):
         with dllm_fast.patched(model, impl):
@@ -172,12 +198,13 @@ def test_one_block_after_the_other_is_what_it_is_without():
             assert (out.row_nfe, out.positions) == (expected.row_nfe, expected.positions)
 
 
-@pytest.mark.parametrize("pipeline", [D2F(0.25, 0.25), MultiBlock(0.25)], ids=str)
+@pytest.mark.parametrize("pipeline", [D2F(0.25, 0.25), MultiBlock(0.25), MultiBlock(0.25, delay=2)], ids=str)
 def test_a_text_ends_when_all_before_its_end_is_there(pipeline):
     """An end of text in a later block ends nothing until the blocks before it, and its own, are filled."""
     model = dllm_fast.patch(MAKERS["llada"]().double(), impl="torch")
     ids = torch.randint(0, EOS, (4, 9), generator=torch.Generator().manual_seed(3))
     options = {"gen_length": 40, "block_length": 4, "schedule": Threshold(0.06), "pipeline": pipeline}
+    options["cache"] = "prefix" if pipeline.delay else "dual"
     free = dllm_fast.generate(model, ids, **options)
     assert free.row_tokens == [40] * 4
     ends = free.sequences[0, 9 + 17].item(), free.sequences[2, 9 + 30].item()
@@ -249,7 +276,7 @@ def test_a_scripts_default_device_and_dtype_change_nothing():
 
 def test_warmup_takes_every_kind_of_step():
     given = {"gen_length": 16, "block_length": 8, "schedule": Threshold(0.1), "pipeline": MultiBlock()}
-    for cache, kinds in (("dual", ["full", "block"]), ("none", ["full"])):
+    for cache, kinds in (("dual", ["full", "block"]), ("prefix", ["full", "block"]), ("none", ["full"])):
         told: list[str] = []
         progress = lambda what, done, total, told=told: told.append(what)  # noqa: E731
         dllm_fast.warmup(dllm_fast.patch(MAKERS["modernbert"]()), 9, 2, progress=progress, cache=cache, **given)
@@ -262,9 +289,12 @@ def test_it_is_spelt():
         "d2f=0.5": D2F(0.5),
         "d2f=0.1,0.95,4": D2F(0.1, 0.95, 4),
         "multi-block=0.3,2": MultiBlock(0.3, 2),
+        "multi-block=0.3,,2": MultiBlock(0.3, delay=2),
+        "multi-block=0.1,3,0,10": MultiBlock(0.1, 3, 0, 10),
     }.items():
         assert pipeline_of(text) == pipeline == pipeline_of(spell(pipeline))
     assert spell(D2F()) == "d2f=0.1,0.95" and spell(MultiBlock(0.3, 2)) == "multi-block=0.3,2"
+    assert spell(MultiBlock(refresh=4)) == "multi-block=0.1,,,4"
     config = DiffusionGenerationConfig(pipeline="multi-block=0.2", schedule="threshold=0.9")
     assert config.pipeline == MultiBlock(0.2) and config.to_dict()["pipeline"] == "multi-block=0.2"
 
@@ -275,6 +305,8 @@ def test_it_is_spelt():
         ({"schedule": Uniform(4)}, "is not to be had with schedule=Uniform(steps=4), which is no Threshold"),
         ({"schedule": dllm_fast.Dynamic(0.5, 2)}, "with schedule=Dynamic(threshold=0.5, tokens=2), which is no"),
         ({"cache": "prefix"}, "is not to be had with cache='prefix'"),
+        ({"pipeline": MultiBlock(delay=1)}, "delay=1, refresh=None): delay is of cache='prefix', and cache='dual'"),
+        ({"pipeline": MultiBlock(refresh=2), "cache": "none"}, "refresh is of cache='prefix', and cache='none'"),
         ({"refresh": dllm_fast.Window(4)}, "is not to be had with refresh=Window(before=4, after=0)"),
         ({"remask": dllm_fast.Verify()}, "is not to be had with remask=Verify(threshold=0.7)"),
         ({"speculate": 2}, "is not to be had with speculate=2"),
@@ -296,6 +328,8 @@ def test_values_and_models_that_are_refused():
         (lambda: D2F(0.0), "D2F: add=0.0 is not a number above 0 and up to 1"),
         (lambda: D2F(activate=1.5), "D2F: activate=1.5 is not a number above 0 and up to 1"),
         (lambda: MultiBlock(blocks=0), "MultiBlock: blocks=0 is not a positive whole number"),
+        (lambda: MultiBlock(delay=-1), "MultiBlock: delay=-1 is not a whole number from 0 up"),
+        (lambda: MultiBlock(refresh=0), "MultiBlock: refresh=0 is not a positive whole number"),
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
             make_one()

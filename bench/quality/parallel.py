@@ -2,9 +2,9 @@
 
 `llada-steps` and its distilled successor answer held-out problems of the task `steps` in blocks of 16, over a range of
 thresholds, by each of these ways: one block after the other (with the entropy as confidence that is dParallel's way),
-D2F's pipeline, and d3LLM's multi-block decoding. A row stops at its end of text, and tokens a forward are those up to
-it. AUP is d3LLM's (see `aup`), over a way's thresholds and one token a forward; its best accuracy is that of all ways
-and models here. Ends with one JSON line.
+D2F's pipeline, and d3LLM's multi-block decoding, the only one with the cache ``"prefix"``. A row stops at its end of
+text, and tokens a forward are those up to it. AUP is d3LLM's (see `aup`), over a way's thresholds and one token a
+forward; its best accuracy is that of all ways and models here. Ends with one JSON line.
 """
 
 import argparse
@@ -31,7 +31,8 @@ THRESHOLDS = {
     "entropy": (-1.0, -0.5, -0.3, -0.15, -0.05, -0.01, -0.001),  # of the negative entropy, in nats
 }
 PIPELINES = ("one block", "d2f=0.1,0.95", "d2f=0.7,0.95", "multi-block=0.1")
-CACHES = ("none", "dual")
+DELAYED = ("multi-block=0.1,,1", "multi-block=0.1,,2,3")  # those of d3LLM's scripts for MATH and GSM8K
+CACHES = ("none", "dual", "prefix")
 ALPHA, OFFSET = 3.0, 5.0  # d3LLM's
 
 
@@ -97,7 +98,8 @@ def run(name: str, count: int, batch: int, caches=CACHES, pipelines=PIPELINES, t
     rows = []
     for cache in caches:
         one = answer(loaded, problems, batch, cache=cache, schedule=dllm_fast.Static(1))
-        for way, (confidence, limits) in itertools.product(pipelines, thresholds.items()):
+        ways = DELAYED if cache == "prefix" else pipelines
+        for way, (confidence, limits) in itertools.product(ways, thresholds.items()):
             pipeline = None if way == "one block" else pipeline_of(way)
             rows.append(Row(name, way, confidence, cache, None, *one))
             for threshold in limits:

@@ -67,7 +67,8 @@ def add_decoding_options(add) -> None:
     add("--cache", choices=CACHES)
     add("--refresh", type=refresh_of, help="block, every=BLOCKS, window=BEFORE,AFTER or drift=TAU")
     add("--remask", type=remask_of, help="remdm=ETA, verify=THRESHOLD or p2=ETA")
-    add("--pipeline", type=pipeline_of, help="several blocks at once: d2f=ADD,ACTIVATE or multi-block=ADD")
+    pipelines = "d2f=ADD,ACTIVATE,BLOCKS or multi-block=ADD,BLOCKS,DELAY,REFRESH"
+    add("--pipeline", type=pipeline_of, help=f"several blocks at once: {pipelines}")
     add("--suffix-length", type=int, metavar="N", help="evaluate and see only N positions after the live block")
     add("--suffix-sample", type=int, default=0, metavar="N", help="and N positions further on, drawn from the seed")
     add("--cache-dtype", choices=CACHE_DTYPES[1:], help="keep keys and values in 8 bits; default: the model's dtype")

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 
 from dllm_fast.decoding.drafts import AUTO, AutoGraph, DraftGraph, as_drafts, graph_for, key_of, pays
-from dllm_fast.decoding.pipeline import Pipeline
+from dllm_fast.decoding.pipeline import MultiBlock, Pipeline
 from dllm_fast.decoding.refresh import Every, Exact, Refresh
 from dllm_fast.decoding.remask import Edit, Remask
 from dllm_fast.decoding.schedules import Schedule, Threshold
@@ -103,7 +103,11 @@ class Options(Checked):
         """Raise ValueError for what has no meaning yet where several blocks are live."""
         unfit = f"pipeline={self.pipeline}: is not to be had with"
         require(type(self.schedule) is Threshold, f"{unfit} schedule={self.schedule}, which is no Threshold")
-        require(self.cache != "prefix", f"{unfit} cache='prefix'")
+        delayed = self.cache == "prefix"  # d3LLM's cache
+        require(not delayed or isinstance(self.pipeline, MultiBlock), f"{unfit} cache='prefix'")
+        for name in ("delay", "refresh"):
+            useless = f"pipeline={self.pipeline}: {name} is of cache='prefix', and cache={self.cache!r}"
+            require(delayed or getattr(self.pipeline, name) is None, useless)
         require(self.refresh in (Every(1), Exact()), f"{unfit} refresh={self.refresh}")
         require(self.remask is None, f"{unfit} remask={self.remask}")
         require(not self.drafts, f"{unfit} speculate={self.speculate}")

@@ -12,7 +12,7 @@ dParallel (arXiv:2509.26488) decodes one block at a time, by the threshold on th
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from dllm_fast.decoding.values import Checked, checked, positive_or_none, real
+from dllm_fast.decoding.values import Checked, checked, positive_or_none, real, whole_or_none
 
 
 def _share(default: float) -> Any:
@@ -32,6 +32,8 @@ class D2F(Checked):
     add: float = _share(0.1)
     activate: float = _share(0.95)
     blocks: int | None = checked(positive_or_none, default=None)
+    delay: ClassVar[None] = None
+    refresh: ClassVar[None] = None
 
 
 @dataclass(frozen=True)
@@ -43,10 +45,20 @@ class MultiBlock(Checked):
     are live at a time; None: as many as the rule adds, as published. d3LLM's confidence is the entropy: its
     ``threshold=0.5`` is ``Threshold(-0.5)`` with ``confidence="entropy"``. Its ``decoded_token_threshold`` changes no
     token there, and is left out.
+
+    With ``cache="prefix"`` blocks are cached late, one after the other, and a step evaluates everything behind the
+    cache, live or not. A block that is filled waits for ``delay`` steps, from the one that caches the block before it
+    on or from the first that finds it filled. They are full forwards, which bring the cache up to date too, except one
+    that caches a block. The step after them evaluates it for the last time, and caches it. The prompt is cached by the
+    ``delay``-th step of a row. None: 1; 0: the first step caches the prompt, and each step the blocks that it finds
+    filled. Every ``refresh``-th step of a row is a full forward, unless it caches a block; None: none is. d3LLM's
+    names: ``cache_delay_iter``, ``refresh_interval``.
     """
 
     add: float = _share(0.1)
     blocks: int | None = checked(positive_or_none, default=None)
+    delay: int | None = checked(whole_or_none, default=None)
+    refresh: int | None = checked(positive_or_none, default=None)
     activate: ClassVar[None] = None
 
 

@@ -3,14 +3,16 @@
 A row's *front* is its first block that is not filled, and its live blocks follow it without a gap. A step evaluates the
 live blocks of every row in one packed forward, against the cache. When blocks at the front are filled, the row's next
 step brings the cache up to date: a bidirectional model's whole row is evaluated, as at the beginning of a block
-elsewhere; of a block-causal model, whose cache is exact, the blocks just filled and the live ones. Rows that do so are
-evaluated beside rows that do not, and none waits for another.
+elsewhere; of a block-causal model, whose cache is exact, the blocks just filled and the live ones. With
+``cache="prefix"`` filled blocks wait before they are cached, and a step evaluates everything behind the cache: see
+`MultiBlock`. Rows differ in what they evaluate, are evaluated beside each other, and none waits for another.
 
 Which blocks are live is kept on the device. The host reads, once a step, how many there are of each row, for the size
-of the next forward.
+of the next forward, and plans what that evaluates.
 """
 
 import contextlib
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +39,8 @@ class Pipelined(Engine):
         self.pipeline = options.pipeline
         self.length = options.block_length  # of a block, [T]
         self.blocks = self.block_size // self.length  # K, in a window
+        # The most positions that a row evaluates against the cache; but for those of blocks that it lacks.
+        self.reach = slots if options.runs_suffix else self.block_size
         zeros = torch.zeros_like(self.slot)
         self.front = zeros.clone()  # the slot of each row's front
         self.live_blocks = zeros.clone()  # how many blocks are live, from the front on
@@ -46,64 +50,75 @@ class Pipelined(Engine):
         self.wholly = zeros.bool()  # whether that is all of the row
         self.none = torch.zeros(rows * self.blocks, dtype=torch.int64, device=self.device)
 
-    def stage(self, rows: list[Row], draft=None) -> list[tuple[int, int]]:
-        """Take steps until one fills the front of some row. Returns, of each row, how many blocks it has filled and
-        how many are live behind them. ``draft``: called after each step."""
+    def stage(self, rows: list[Row], draft=None) -> torch.Tensor:
+        """Take steps until one fills the front of some row. ``draft``: called after each step.
+
+        Returns [4, B] int64, on the host: of each row, how many blocks it has filled, how many are live behind them,
+        and its `Row.behind` and `Row.waited`.
+        """
         # 1. Where each row is.
         self.tally.zero_()
-        front, ahead, filled, whole = self._begin(rows)
+        state = [
+            (self.slots - self.length, 1, 1, 0, 0, 0, 0)
+            if row.done
+            else (row.slot(self.slots, row.next), row.ahead, len(row.blocks) - row.next, row.behind, row.waited,
+                  row.counts.steps, row.next)
+            for row in rows
+        ]  # fmt: skip
+        front, ahead, left, behind, waited, taken, number = on_host(state).T
+        # The prompt counts as a filled block that the cache lacks. It has waited since before the first step.
+        behind, waited = behind.where(taken > 0, 1), waited.where(taken > 0, 1)
         pad = self.slots - self.lengths
         going = ~self.idle
-        begins = torch.where(whole, pad, front - filled * self.length)
         while True:
-            # 2. A step over what each row evaluates.
+            # 2. What each row evaluates, and how many of the blocks that the cache lacks it then has.
+            whole, kept = self._plan(behind, waited, taken, number)
+            whole = whole & going
+            begins = torch.where(whole, pad, front - behind * self.length)
             stop = front + ahead * self.length
             if self.family.block is None:
-                stop = torch.where(whole, self.slots, stop)
+                stop = stop.where(~(whole | self.options.runs_suffix), self.slots)
             own = torch.where(going, stop - begins, 0)
+            # 3. The step.
+            self._place(front, ahead, left, taken, number, begins, whole)
             step = self._step(whole, going, own)
             with contextlib.ExitStack() as stack:
                 for watch in self.watchers:
                     stack.enter_context(watch(self, step))
                 self.take(step)
-            self.step.add_(1)
+            taken = taken + 1
             self.tally[:, 0] += self.passes * (going & whole)
             self.tally[:, 1] += self.passes * (going & ~whole)
             self.tally[:, 2] += self.passes * own
             self.tally[:, 3:] += going[:, None]
             if draft is not None:
                 draft()
-            # 3. What it has filled and added: all that the host reads of a step.
+            # 4. What it has filled and added: all that the host reads of a step.
             ahead, filled = download(torch.stack((self.live_blocks, self.filled)))
-            if bool((filled * going).any()):
-                return list(zip((filled * going).tolist(), ahead.tolist(), strict=True))
-            if self.cache is not None:
-                whole = torch.zeros_like(whole)
-                begins = front
-                self.wholly.zero_()
-                self.begins.copy_(self.front)
+            filled = filled * going
+            waited = torch.where(kept > 0, 1, waited + 1) * (behind > kept)
+            behind = behind - kept + filled
+            if bool(filled.any()):
+                return torch.stack((filled, ahead, behind, waited))
 
-    def _begin(self, rows: list[Row]) -> tuple[torch.Tensor, ...]:
-        """Put the state of each row's pipeline on the device. Returns, on the host, fronts, live blocks and blocks that
-        the last step has filled, [B] int64, and which rows are evaluated as a whole, [B] bool."""
-        done = [row.done for row in rows]
-        numbers = [
-            (self.slots - self.length, 1, 1, 0, 0, 0)
-            if row.done
-            else (row.slot(self.slots, row.next), row.ahead, len(row.blocks) - row.next, row.behind, row.counts.steps,
-                  row.next)
-            for row in rows
-        ]  # fmt: skip
-        front, ahead, left, filled, taken, number = on_host(numbers).T
-        whole = taken == 0
+    def _plan(
+        self, behind: torch.Tensor, waited: torch.Tensor, taken: torch.Tensor, number: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which rows the next step evaluates as a whole, [B] bool, and how many of the blocks ``behind`` it caches,
+        [B]. All on the host: `Row.behind`, `Row.waited`, the steps taken, and the front's number, [B] each."""
+        whole = behind > number  # the prompt is among them
         if self.cache is None:
-            whole = torch.ones_like(whole)
-        elif self.family.block is None:
-            whole = whole | (filled > 0)
-        whole = whole & ~on_host(done, torch.bool)
-        begins = torch.where(whole, self.slots - self.lengths, front - filled * self.length)
-        self._place(front, ahead, left, taken, number, begins, whole)
-        return front, ahead, filled, whole
+            return torch.ones_like(whole), behind
+        if not self.options.runs_suffix:
+            return whole | (behind > 0) if self.family.block is None else whole, behind
+        delay = 1 if self.pipeline.delay is None else self.pipeline.delay
+        ripe = (behind > 0) & (waited >= delay)
+        refreshed = behind > 0
+        if self.pipeline.refresh is not None:
+            refreshed = refreshed | ((taken + 1) % self.pipeline.refresh == 0)
+        # Each of several blocks waits for itself, from the step on that caches the one before it.
+        kept = torch.where(ripe, behind if delay == 0 else 1, 0)
+        return whole | (refreshed & ~ripe), kept
 
     def _place(self, front, ahead, left, taken, number, begins, whole) -> None:
         """Copy the state of each row, [B] each, from the host to the device."""
@@ -123,7 +138,7 @@ class Pipelined(Engine):
         left = (self.slots - slot) // self.length
         self._place(slot, one, left, none, number, slot, none)
         full = Step(self.slots, whole=True, refreshes=True)
-        block = full if self.cache is None else Step(self.block_size)
+        block = full if self.cache is None else Step(self.reach)
         return Steps(full, block, block)
 
     def take_over(self, other: Engine, stayed: list[int]) -> None:
@@ -136,8 +151,9 @@ class Pipelined(Engine):
     def recorded(self, step: Step) -> list[Step]:
         if step.whole:
             return [step]
-        most = self.rows * self.passes * self.block_size
-        return [Step(self.block_size, packed=size, most=self.block_size) for size in sizes(most)]
+        # Of all that follows the cache, the LM head multiplies the window alone, as where a block begins.
+        each = Step(self.reach, refreshes=self.options.runs_suffix, most=self.reach)
+        return [replace(each, packed=size) for size in sizes(self.rows * self.passes * self.reach)]
 
     def _step(self, whole: torch.Tensor, going: torch.Tensor, own: torch.Tensor) -> Step:
         """The step at which the rows ``going`` [B] evaluate ``own`` [B] positions each, those that are ``whole`` [B]
@@ -150,9 +166,10 @@ class Pipelined(Engine):
                 return Step(self.slots, whole=True, refreshes=True)
         size *= self.passes
         if some or not self.graphs.enabled:
-            length = self.slots if some else self.block_size
-            return Step(length, whole=some, refreshes=some, packed=size, most=most)
-        fitting = [one for one in self.recorded(Step(self.block_size)) if one.packed >= size and one.most >= most]
+            length = self.slots if some else self.reach
+            refreshes = some or self.options.runs_suffix
+            return Step(length, whole=some, refreshes=refreshes, packed=size, most=most)
+        fitting = [one for one in self.recorded(Step(self.reach)) if one.packed >= size and one.most >= most]
         # With blocks that were just filled, a row of a block-causal model evaluates more than a window.
         return fitting[0] if fitting else Step(self.slots, packed=self.rows * self.passes * self.slots, most=self.slots)
 
@@ -160,7 +177,7 @@ class Pipelined(Engine):
         at = torch.arange(self.slots, device=self.device).expand(self.rows, -1)
         stop = self.front + self.live_blocks * self.length
         if self.family.block is None:
-            stop = torch.where(self.wholly, self.slots, stop)
+            stop = stop.where(~(self.wholly | self.options.runs_suffix), self.slots)
         wanted = (at >= self.begins[:, None]) & (at < stop[:, None])
         if going is not None:
             wanted = wanted & going[:, None]
@@ -190,7 +207,7 @@ class Pipelined(Engine):
         after = first + self.live_blocks[:, None]
         unfilled = torch.where(is_live & (masked > 0), number, after)
         done = unfilled.amin(1) - first[:, 0]
-        last = (after - 1).clamp(max=self.blocks - 1)
+        last = (after - 1).clamp(min=0, max=self.blocks - 1)  # a row that is done has none
         reached = (open_ - masked).gather(1, last).double() / open_.gather(1, last).clamp(min=1).double()
         grown = self.live_blocks - done + (reached[:, 0] >= self.pipeline.add)
         most = torch.minimum(self.left - done, torch.full_like(done, self.blocks))

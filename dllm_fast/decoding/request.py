@@ -36,8 +36,10 @@ class Row:
     pad_id: int | None = None  # what stands after the end; None: the id that ended it
     draft: Callable[[torch.Tensor, int], None] | None = None  # takes its ids [L] after each step, and its block's end
     error: str | None = None  # why it was stopped, if its logits are to blame
-    # With a `pipeline`: how many blocks are live, from the next one on; how many before it the last step has filled.
+    # With a `pipeline`: how many blocks are live, from the next one on. Of the filled blocks before it that the cache
+    # lacks, for how many steps the first has been there (see `MultiBlock`), and how many there are.
     ahead: int = 0
+    waited: int = 0
     behind: int = 0
     logprobs: torch.Tensor | None = None  # [L] fp32, where they are asked for
     steps: torch.Tensor | None = None  # [L] int64, as `Record` numbers them
@@ -85,7 +87,7 @@ class Row:
         """As it was before its first block."""
         self.ids = self.ids.masked_fill(self.open, self.mask_id)
         self.next, self.counts = 0, Counts()
-        self.ahead, self.behind = min(self.ahead, 1), 0
+        self.ahead, self.behind, self.waited = min(self.ahead, 1), 0, 0
         if self.steps is not None:
             self.logprobs.zero_()
             self.steps.fill_(GIVEN)

@@ -124,7 +124,7 @@ class Server:
         options = self.options
         slots = max(len(row.ids) for row in rows) + self.family.shifted  # each block has a left neighbour
         spare = 0
-        if options.runs_suffix:
+        if options.runs_suffix and options.pipeline is None:
             spare = 0 if options.refresh.full(1) else options.refresh.span(options.block_length)[0]
             firsts = [row.pad(slots) + first for row in rows for first, _ in row.blocks]
             if seats > 1:
@@ -226,11 +226,11 @@ class Server:
         last = engine.slots - engine.block_size  # where a window begins at the latest
         slot = on_host([last if row.done else min(row.slot(engine.slots, row.next), last) for row in self.seated])
         stage = engine.stage(self.seated, self._drafting(slot))
-        for row, counts, (filled, ahead) in zip(self.seated, engine.counts, stage, strict=True):
+        for row, counts, (filled, *state) in zip(self.seated, engine.counts, stage.T.tolist(), strict=True):
             if not row.done:
                 row.counts.add(counts)
                 row.next += filled
-                row.ahead, row.behind = ahead, filled
+                row.ahead, row.behind, row.waited = state
 
     def _next_blocks(self, engine: Engine) -> None:
         """Fill each seated row's next block."""

@@ -34,7 +34,7 @@ SCHEDULES = {
     "first-hitting": (FirstHitting,),
 }
 REFRESHES = {"every": (Every, int), "window": (Window, int, int), "drift": (Drift, float)}
-PIPELINES = {"d2f": (D2F, float, float, int), "multi-block": (MultiBlock, float, int)}
+PIPELINES = {"d2f": (D2F, float, float, int), "multi-block": (MultiBlock, float, int, int, int)}
 REMASKS = {"remdm": (ReMDM, float), "verify": (Verify, float), "p2": (P2, float), "edit": (Edit, float, int)}
 
 
@@ -43,7 +43,8 @@ class Misspelled(argparse.ArgumentTypeError, ValueError):
 
 
 def spelled(choices: dict, text: str):
-    """``name=value,value`` of one of ``choices``: {name: (class, the type of each of its arguments)}."""
+    """``name=value,value`` of one of ``choices``: {name: (class, the type of each of its arguments)}. An empty value is
+    None."""
     name, _, values = text.partition("=")
     if name not in choices:
         known = ", ".join(f"{name}{'=N' * bool(types)}" for name, (_, *types) in choices.items())
@@ -53,7 +54,7 @@ def spelled(choices: dict, text: str):
     if len(given) > len(types):
         raise Misspelled(f"{text!r}: {name} takes {len(types) or 'no'} value{'s' * (len(types) != 1)}")
     try:
-        arguments = [kind(value) for kind, value in zip(types, given)]
+        arguments = [kind(value) if value else None for kind, value in zip(types, given)]
     except ValueError as error:
         raise Misspelled(f"{text!r}: {values!r} is not a number") from error
     try:
@@ -80,7 +81,7 @@ def remask_of(text: str) -> Remask:
 
 
 def pipeline_of(text: str) -> Pipeline:
-    """``d2f=0.1,0.95``, ``d2f=0.1,0.95,4`` or ``multi-block=0.1``."""
+    """``d2f=0.1,0.95``, ``d2f=0.1,0.95,4``, ``multi-block=0.1`` or ``multi-block=0.1,,2,10``."""
     return spelled(PIPELINES, text)
 
 
@@ -100,6 +101,6 @@ def spell(policy: Schedule | Refresh | Remask | Pipeline) -> str:
     """The text that `schedule_of`, `refresh_of`, `remask_of` or `pipeline_of` reads as ``policy``."""
     for name, (cls, *_) in {**SCHEDULES, **REFRESHES, **REMASKS, **PIPELINES}.items():
         if type(policy) is cls:
-            values = ",".join(str(value) for value in astuple(policy) if value is not None)
+            values = ",".join("" if value is None else str(value) for value in astuple(policy)).rstrip(",")
             return f"{name}={values}" if values else name
     raise ValueError(f"{policy!r} is no schedule, refresh, remask or pipeline of dllm_fast")

@@ -67,7 +67,7 @@ class Body(BaseModel):
     skip_committed: bool | None = None
     speculate: Annotated[int, Field(ge=0, le=DRAFTS)] | Literal["auto"] | None = None
     cache_dtype: Literal[CACHE_DTYPES[1:]] | None = None  # type: ignore[valid-type]
-    pipeline: Spelled | None = Field(None, description="d2f=0.1,0.95 or multi-block=0.1; and how many blocks at most")
+    pipeline: Spelled | None = Field(None, description="d2f=0.1,0.95 or multi-block=0.1,,1; see docs/semantics.md")
     eos_id: Whole | list[Whole] | None = Field(None, description="[]: none; default: the model's")
     suppress_tokens: Whole | list[Whole] | None = None
     defer_tokens: Whole | list[Whole] | None = None
