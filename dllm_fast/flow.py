@@ -95,6 +95,8 @@ def generate_flow(
     """
     inner = unwrapped(model)
     runner = _Fused(model) if patch_of(inner) is not None else _Plain(model)
+    bidirectional = getattr(inner.config, "block_causal", None) is None
+    require(bidirectional, "model: it is block-causal, and generate_flow is for bidirectional models")
     gen_length, steps = whole("gen_length", gen_length), whole("steps", steps)
     temperature, noise = finite("temperature", temperature), share("noise", noise)
     mask_id = getattr(inner.config, "mask_token_id", None) if mask_id is None else mask_id

@@ -28,7 +28,7 @@ from dllm_fast.loading import check_folder, require_device
 class Limits:
     """What a request is checked against: the size of the vocabulary, and how many positions the model has."""
 
-    layerwise, shifted, block, ranks = True, False, None, None
+    layerwise, shifted, block, after_prompt, ranks = True, False, None, False, None
 
     def __init__(self, model: nn.Module):
         config: PretrainedConfig = model.config  # type: ignore[assignment]
@@ -81,6 +81,8 @@ def generate_plain(
     """
     given = {name: value for name, value in locals().items() if name in OPTIONS}
     check_token_types(token_type_ids)
+    bidirectional = getattr(model.config, "block_causal", None) is None
+    require(bidirectional, "model: it is block-causal, and generate_plain is for bidirectional models")
     limits = Limits(model)
     options = Options.of_call("generate_plain", {**given, "cache": "none"}, limits.block).resolved(model, limits)
     device = next(model.parameters()).device

@@ -16,12 +16,14 @@ class Both(NamedTuple):
     own: int  # slots of a row's states; those of the further one lie behind them
 
 
-def visible(like, slots, start=None, end=None, slot=None, window=None, packed=None, impl="torch", block=None) -> tuple:
+def visible(
+    like, slots, start=None, end=None, slot=None, window=None, packed=None, impl="torch", block=None, origin=None
+) -> tuple:
     """Which of ``slots`` each query sees, for `attention`: made once in a forward for all layers with one window.
 
     ``like`` [B, T, ...] gives the batch, the number of queries and the device. ``start`` and ``slot`` [B] default to 0,
-    ``end`` to ``slots``; these and ``block`` are as in `reference.attention`. With ``packed``, a `rows.Packed`,
-    ``like`` is [N, 1, ...] and ``slot`` [N].
+    ``end`` to ``slots``; these, ``block`` and ``origin`` are as in `reference.attention`. With ``packed``, a
+    `rows.Packed`, ``like`` is [N, 1, ...] and ``slot`` [N].
 
     With `rows.States` the packed queries are those of several states; attention is then given their keys and values.
     With one further state behind them, see `rows.Packed`, what is returned is `Both`.
@@ -33,7 +35,7 @@ def visible(like, slots, start=None, end=None, slot=None, window=None, packed=No
     """
     ranges = () if packed is None else (None, packed.first, packed.most)
     if block is not None:
-        ranges = (*(ranges or (None, None, 0)), None, 0, None, None, block)
+        ranges = (*(ranges or (None, None, 0)), None, 0, None, None, block, origin)
     if packed is not None and packed.also is not None:
         return _both(slots, start, end, slot, window, packed, impl)
     if packed is not None and packed.states is not None:
@@ -67,7 +69,7 @@ def visible(like, slots, start=None, end=None, slot=None, window=None, packed=No
         start = start - first
         end = end - first
         slot = slot - first
-    mask = reference.visible_slots(queries, slots, start, end, slot, window, block)
+    mask = reference.visible_slots(queries, slots, start, end, slot, window, block, origin)
     return near, mask, ~mask.any(-1), places
 
 

@@ -63,9 +63,11 @@ def warmup(
     lengths = _lengths(prompt_lengths)
     word = int(asked.mask_id == 0)  # an id that is not [MASK]
     recorded = records(family.head()[0].device, family.impl)
+    block = family.block if family.after_prompt and family.block else 1  # what an answer is filled up to
+    answer = -(-asked.gen_length // block) * block
     batches = [
         [plan_row(asked, family, n, [word] * length, "prompt_lengths") for n in range(seats)]
-        for length in (_representatives(lengths, asked.gen_length) if recorded else lengths[-1:])
+        for length in (_representatives(lengths, answer) if recorded else lengths[-1:])
         for seats in (_halves(batch_size) if recorded else [batch_size])
     ]
     plans = [_plan(asked, rows, family.shifted) for rows in batches]

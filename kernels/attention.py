@@ -88,10 +88,11 @@ def attention(
     own_keys: torch.Tensor | None = None,  # [B, K, G, D]
     own_values: torch.Tensor | None = None,  # [B, K, G, D]
     block: int | None = None,  # not with states
+    origin: torch.Tensor | None = None,  # [B] int, with a block; None: start
 ) -> torch.Tensor:
     """`reference.attention`, or `reference_states.attention`, for scales above 0 and head dims up to 256."""
-    _check(q, keys, values, start, end, slot, window, scale, first)
-    check_block(block, hole)
+    _check(q, keys, values, start, end, slot, window, scale, first, origin)
+    check_block(block, hole, origin)
     _check_states(keys, hole, length, own_keys, own_values)
     heads, head_dim = q.shape[2:]
     batch, slots, kv_heads = keys.shape[:3]
@@ -116,8 +117,8 @@ def attention(
     q_strides = q.stride()[:3] if first is None else (0, q.stride(0), q.stride(2))
     with torch.cuda.device_of(q):
         _attention_kernel[grid](
-            q, keys, values, start, end, slot, first, hole, own_keys, own_values, part, lse,
-            *q_strides, *keys.stride()[:3], *values.stride()[:3], *own_strides,
+            q, keys, values, start, end, slot, start if origin is None else origin, first, hole, own_keys, own_values,
+            part, lse, *q_strides, *keys.stride()[:3], *values.stride()[:3], *own_strides,
             queries, slots, kv_heads, splits, rows, min(window or 0, 1 << 30), length, min(block or 1, 1 << 30),
             (head_dim**-0.5 if scale is None else scale) * math.log2(math.e),
             D=head_dim, GROUP=group, WINDOW=window is not None, BLOCK=block is not None,
@@ -138,7 +139,7 @@ def _(q, *rest):
     return q.new_empty(q.shape)
 
 
-def _check(q, keys, values, start, end, slot, window, scale, first):
+def _check(q, keys, values, start, end, slot, window, scale, first, origin):
     check_tensors(q.device, contiguous=False, q=(q, [None, None if first is None else 1, None, None], FLOATS))
     queries, _, heads, head_dim = q.shape
     batch = queries if first is None else keys.shape[0]
@@ -150,7 +151,7 @@ def _check(q, keys, values, start, end, slot, window, scale, first):
     check_tensors(q.device, contiguous=False, values=(values, keys.shape, (keys.dtype,)))
     each = [batch], INTEGERS
     check_tensors(q.device, start=(start, *each), end=(end, *each), slot=(slot, [queries], INTEGERS))
-    check_tensors(q.device, first=(first, [batch + 1], INTEGERS))
+    check_tensors(q.device, first=(first, [batch + 1], INTEGERS), origin=(origin, *each))
     if window is not None and window < 0:
         raise ValueError(f"window={window} is negative")
     if scale is not None and not scale > 0:

@@ -4,8 +4,8 @@ Query i of a (row, head) sees the slots j of its range [start, end), with |slot 
 
     out_i = sum_j exp(c q_i.k_j) v_j / sum_j exp(c q_i.k_j)
 
-With blocks it sees no slot behind its own block's, counted from start. A program then reads as far as the last of its
-rows sees, and the others' scores there are -inf.
+With blocks it sees no slot behind its own block's. They are counted from origin, and the slots before it are one block.
+A program then reads as far as the last of its rows sees, and the others' scores there are -inf.
 
 Packed queries are the rows' one after the other: T then differs from row to row, and each query has its own slot.
 Those of states (`reference_states`) read the row's slots but for a hole once for all of them, then their own. Keys and
@@ -125,6 +125,7 @@ def _attention_kernel(
     start_ptr,  # [B] int
     end_ptr,  # [B] int
     slot_ptr,  # [B] int, or [N] with PACKED
+    origin_ptr,  # [B] int, with BLOCK
     first_ptr,  # [B + 1] int, with PACKED
     hole_ptr,  # [B] int, with STATES, which are PACKED
     own_k_ptr,  # [B, K, G, D], with STATES
@@ -228,7 +229,7 @@ def _attention_kernel(
         hi = tl.minimum(hi, tl.cast(to_slot, tl.int64) + window + 1)
     seen_end = i  # [BM]: with BLOCK, one past the last slot that a row sees
     if BLOCK:
-        origin = tl.load(start_ptr + b).to(tl.int32)
+        origin = tl.load(origin_ptr + b).to(tl.int32)
         seen_end = origin + tl.maximum(i - origin + block, 0) // block * block
         hi = tl.minimum(hi, tl.max(tl.where(t < queries, seen_end, 0), 0))
     if SPLIT:

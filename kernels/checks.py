@@ -134,9 +134,12 @@ def ranges_of(ids: tuple[int, ...]) -> list[int]:
     return ranges
 
 
-def check_block(block: int | None, hole: torch.Tensor | None) -> None:
-    """Raise ValueError for a block that attention does not take; ``hole`` is given with states."""
+def check_block(block: int | None, hole: torch.Tensor | None, origin: torch.Tensor | None) -> None:
+    """Raise ValueError for a block that attention does not take, or for an ``origin`` without one; ``hole`` is given
+    with states."""
     if block is not None and block < 1:
         raise ValueError(f"block={block} is not a positive number of slots")
     if block is not None and hole is not None:
         raise ValueError(f"block={block}: the queries of states have none")
+    if block is None and origin is not None:
+        raise ValueError("origin: given with block=None; it is where blocks are counted from")

@@ -171,11 +171,13 @@ def attention(
     scale: float | None = None,
     first: torch.Tensor | None = None,  # [B + 1] int: packed queries, q [N, 1, H, D] and slot [N]
     block: int | None = None,
+    origin: torch.Tensor | None = None,  # [B] int, with a block; None: start
 ) -> torch.Tensor:
     """Softmax attention, [B, T, H, D].
 
     Query t of row b sees slots j with ``start[b] <= j < end[b]`` and, given a window, ``|slot[b] + t - j| <= window``.
-    Given a ``block``, it sees no slot behind its own block's; blocks of that many slots are counted from ``start[b]``.
+    Given a ``block``, it sees no slot behind its own block's; blocks of that many slots are counted from ``origin[b]``,
+    and the slots before it are one block.
     Query head h reads key/value head ``h // (H/G)``. ``scale`` defaults to ``D^-0.5``. Without a slot to see, it is 0.
 
     Packed queries are each at a slot of its own: those from ``first[b]`` to ``first[b + 1]`` are row b's, in the order
@@ -185,11 +187,12 @@ def attention(
     keys, values = keys.to(wide_q.dtype), values.to(wide_q.dtype)
     if first is not None:
         row = row_of(first, q.shape[0])
-        return attention(q, keys[row], values[row], start[row], end[row], slot, window, scale, block=block)
+        each = start[row], end[row], slot, window, scale, None, block, None if origin is None else origin[row]
+        return attention(q, keys[row], values[row], *each)
     group = q.shape[2] // keys.shape[2]
     wide_k, wide_v = (x.repeat_interleave(group, 2) for x in (keys, values))
     score = torch.einsum("bthd,bshd->bhts", wide_q, wide_k) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    visible = visible_slots(q.shape[1], keys.shape[1], start, end, slot, window, block)[:, None]
+    visible = visible_slots(q.shape[1], keys.shape[1], start, end, slot, window, block, origin)[:, None]
     score = score.masked_fill(~visible, float("-inf"))
     weight = torch.softmax(score, -1).masked_fill(~visible.any(-1, keepdim=True), 0.0)
     return torch.einsum("bhts,bshd->bthd", weight, wide_v).to(q.dtype)
@@ -201,9 +204,9 @@ def row_of(first: torch.Tensor, queries: int) -> torch.Tensor:
     return (index[:, None] >= first[None, 1:-1]).sum(1)
 
 
-def visible_slots(queries: int, slots: int, start, end, slot, window=None, block=None) -> torch.Tensor:
-    """Which slots each query sees: [B, T, S] bool, from ``start``, ``end`` and ``slot`` [B] as in `attention`; or from
-    each query's ``slot`` [B, T]."""
+def visible_slots(queries: int, slots: int, start, end, slot, window=None, block=None, origin=None) -> torch.Tensor:
+    """Which slots each query sees: [B, T, S] bool, from arguments as in `attention`; or from each query's ``slot``
+    [B, T]."""
     j = torch.arange(slots, device=start.device)
     visible = ((j >= start[:, None]) & (j < end[:, None]))[:, None].expand(-1, queries, -1)
     if window is not None or block is not None:
@@ -211,8 +214,9 @@ def visible_slots(queries: int, slots: int, start, end, slot, window=None, block
     if window is not None:
         visible = visible & ((i - j).abs() <= window)
     if block is not None:
-        first = start[:, None, None]
-        visible = visible & (j < first + (i - first).div(block, rounding_mode="floor") * block + block)
+        first = (start if origin is None else origin)[:, None, None]
+        number = (i - first).div(block, rounding_mode="floor").clamp(min=-1)
+        visible = visible & (j < first + (number + 1) * block)
     return visible
 
 

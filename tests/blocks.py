@@ -2,7 +2,7 @@
 
 import torch
 
-# queries, heads, kv heads, head dim, slots, [start], [end], [slot], window, block
+# queries, heads, kv heads, head dim, slots, [start], [end], [slot], window, block, and [origin] if it is not the start
 SHAPES = {
     "one-block": (4, 2, 2, 16, 30, [0], [24], [20], None, 4),
     "two-blocks": (8, 4, 2, 32, 60, [0, 12], [60, 60], [16, 20], None, 4),
@@ -14,13 +14,15 @@ SHAPES = {
     "longer-than-the-buffer": (9, 2, 2, 16, 20, [4], [20], [6], None, 2**40),
     "window": (20, 2, 1, 16, 60, [2, 0], [60, 55], [30, 12], 9, 4),
     "window-past-tiles": (130, 2, 1, 16, 260, [5], [260], [120], 70, 48),
+    "after-a-prompt": (70, 2, 1, 16, 75, [0, 5], [75, 70], [0, 5], None, 8, [13, 70]),
+    "after-a-prompt-window": (20, 2, 2, 40, 60, [3, 0], [60, 50], [3, 12], 9, 4, [11, 0]),
 }
 
 
 def inputs(name, dtype, device="cpu", seed=0):
-    """Arguments of `reference.attention` from q to the window, and the block. Slots outside their row's range are NaN
-    in the first set and 0 in the second."""
-    queries, heads, kv_heads, dim, slots, start, end, slot, window, block = SHAPES[name]
+    """Arguments of `reference.attention` from q to the window, and those of its blocks by name. Slots outside their
+    row's range are NaN in the first set and 0 in the second."""
+    queries, heads, kv_heads, dim, slots, start, end, slot, window, block, *origin = SHAPES[name]
     make = torch.Generator().manual_seed(seed)
     q = torch.randn(len(start), queries, heads + 1, dim, generator=make).to(dtype)[:, :, 1:]
     buffers = torch.randn(2, len(start), slots, kv_heads, dim, generator=make).to(dtype)
@@ -29,7 +31,8 @@ def inputs(name, dtype, device="cpu", seed=0):
     outside = ~((j >= torch.tensor(start)[:, None]) & (j < torch.tensor(end)[:, None]))[None, :, :, None, None]
     poisoned, clean = (buffers.masked_fill(outside, value).to(device) for value in (float("nan"), 0.0))
     q = q.to(device)
-    return (q, *poisoned, *rows, window), (q, *clean, *rows, window), block
+    options = {"block": block, "origin": torch.tensor(origin[0], device=device) if origin else None}
+    return (q, *poisoned, *rows, window), (q, *clean, *rows, window), options
 
 
 def packed(arguments):

@@ -17,10 +17,14 @@ class Found:
     steps: int = 0
 
 
-def causal_blocks(length: int, block: int) -> torch.Tensor:
-    """Which positions each sees, [L, L] bool: all blocks up to its own."""
-    number = torch.arange(length) // block
-    return number[:, None] >= number
+def causal_blocks(length: int, block: int, prompt: int = 0) -> torch.Tensor:
+    """Which positions each sees, [L, L] bool: all blocks up to its own. D2F's first block is the whole ``prompt``
+    (`create_full_block_attention_mask` of zhijie-group/Discrete-Diffusion-Forcing)."""
+    seen = torch.zeros(length, length, dtype=torch.bool)
+    seen[:prompt, :prompt] = True
+    for begin in range(prompt, length, block):
+        seen[begin : begin + block, : begin + block] = True
+    return seen
 
 
 @torch.no_grad()
@@ -37,14 +41,15 @@ def run(
     row: int = 0,
     cfg_scale: float = 0.0,
     edit: tuple[float, int] | None = None,  # LLaDA2.1's editing_threshold and max_post_steps
+    first: int = 0,  # how many positions are one block, before all others
 ) -> Found:
     length = len(prompt) + gen_length
-    total = -(-length // block) * block
+    total = first + -(-(length - first) // block) * block
     ids = torch.cat((prompt, prompt.new_full((total - len(prompt),), mask_id)))
     given = ids != mask_id
-    seen = causal_blocks(total, block)
+    seen = causal_blocks(total, block, first)
     found = Found(ids)
-    for begin in range(0, total, block):
+    for begin in range(first, total, block):
         step = after = 0
         own = ~given[begin : begin + block]  # not the prompt's
         while bool(own.any()):

@@ -10,6 +10,7 @@ struct Attention {
   const void *q, *keys, *values;      // [B, T, H, D] or [N, H, D], [B, S, G, D], [B, S, G, D]: bf16 or fp32
   void* out;                          // as q, contiguous
   const int64_t *start, *end, *slot;  // [B], or null: 0, S, 0
+  const int64_t* origin;              // [B], or null: start. Where blocks are counted from
   const int64_t* first;               // [B + 1], or null: packed queries, of which each has a slot, [N]
   // With states, which are packed: their slots are those of their own keys and values, [B, K, G, D]; hole is [B].
   const void *own_keys, *own_values;

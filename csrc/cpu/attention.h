@@ -37,6 +37,7 @@ struct AttentionTask {
   int64_t group, words;       // H/G; words of a head
   int64_t lanes;              // rows, rounded up to whole vectors
   int64_t start, end;         // the batch row's valid slots
+  int64_t origin;             // where its blocks are counted from
   int64_t lo, hi;             // slots that some row sees
   int64_t from, to;           // slots of the first and of the last row; with states, of the hole
   float* q;                   // [words, lanes]
@@ -61,6 +62,7 @@ struct AttentionTask {
     from = a.hole ? a.hole[b] : slot_of(0);
     to = a.hole ? from + a.length - 1 : slot_of(rows - 1);
     start = a.start ? a.start[b] : 0;
+    origin = a.origin ? a.origin[b] : start;
     end = a.end ? a.end[b] : a.slots;
     lo = larger(0, start);
     hi = smaller(a.slots, end);
@@ -91,8 +93,8 @@ struct AttentionTask {
   // The batch row's slot that it stands for.
   int64_t slot_of(int64_t row) const { return a.hole ? a.hole[b] + given_slot(row) % a.length : given_slot(row); }
 
-  // One past the block of a slot; start for slots before it, which see none.
-  int64_t block_end(int64_t slot) const { return start + larger(0, slot - start + a.block) / a.block * a.block; }
+  // One past the block of a slot. The slots before the origin are one block.
+  int64_t block_end(int64_t slot) const { return origin + larger(0, slot - origin + a.block) / a.block * a.block; }
 
   // A head's keys and values: slot j is at k + j * k_step.
   struct Slots {

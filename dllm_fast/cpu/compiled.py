@@ -136,8 +136,8 @@ class _Attention(ctypes.Structure):
     """`Attention` of csrc/cpu/api.h."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("q", "keys", "values", "out", "start", "end", "slot", "first")),
-        *((name, ctypes.c_void_p) for name in ("own_keys", "own_values", "hole")),
+        *((name, ctypes.c_void_p) for name in ("q", "keys", "values", "out", "start", "end", "slot", "origin")),
+        *((name, ctypes.c_void_p) for name in ("first", "own_keys", "own_values", "hole")),
         *((name, ctypes.c_int64) for name in ("length", "own_slots")),
         *((name, _Strides) for name in ("own_k_stride", "own_v_stride")),
         *((name, ctypes.c_int64) for name in ("batch", "queries", "heads", "kv_heads", "head_dim", "slots")),
@@ -163,6 +163,7 @@ def _attention(
     own_keys: torch.Tensor | None = None,  # [B, K, G, D]
     own_values: torch.Tensor | None = None,  # [B, K, G, D]
     block: int | None = None,  # not with states
+    origin: torch.Tensor | None = None,  # [B] int64, with a block; None: start
 ) -> torch.Tensor:
     """`reference.attention`, or `reference_states.attention`, for fp32 and bf16, keys and values of that or of e4m3;
     ``start`` and ``slot`` default to 0, ``end`` to S.
@@ -186,11 +187,11 @@ def _attention(
     buffer = (batch, slots, kv_heads, head_dim)
     _check(q.dtype, q=(q, q.shape))
     kept = E4M3 if keys.dtype == E4M3 else q.dtype
-    check_block(block, hole)
+    check_block(block, hole, origin)
     own_slots, own_strides = _states(kept, buffer, first, hole, length, own_keys, own_values)
     _check(kept, keys=(keys, buffer), values=(values, buffer))
     _check(torch.int64, start=(start, (batch,)), end=(end, (batch,)), slot=(slot, slot_shape))
-    _check(torch.int64, first=(first, (batch + 1,)))
+    _check(torch.int64, first=(first, (batch + 1,)), origin=(origin, (batch,)))
     if window is not None and window < 0:
         raise ValueError(f"window={window} is negative")
     if scale is not None and not scale > 0:
@@ -198,12 +199,12 @@ def _attention(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if out.numel() and queries:
         arguments = _Attention(
-            *map(_pointer, (q, keys, values, out, start, end, slot, first, own_keys, own_values, hole)),
+            *map(_pointer, (q, keys, values, out, start, end, slot, origin, first, own_keys, own_values, hole)),
             *(length, own_slots, *own_strides),
             *(batch, queries, heads, kv_heads, head_dim, slots),
             *(_Strides(*three) for three in (strides, keys.stride()[:3], values.stride()[:3])),
             -1 if window is None else min(window, 1 << 40),
-            0 if block is None else min(block, 1 << 40),
+            0 if block is None else min(block, 1 << 30),
             _query_rows(batch * kv_heads, queries * heads // kv_heads, window if hole is None else None, _threads()),
             keys.dtype == E4M3,
             head_dim**-0.5 if scale is None else scale,
@@ -242,7 +243,8 @@ def _query_rows(heads: int, rows: int, window: int | None, threads: int) -> int:
 attention = _define(
     "cpu_attention(Tensor q, Tensor keys, Tensor values, Tensor? start=None, Tensor? end=None, Tensor? slot=None, "
     "int? window=None, float? scale=None, Tensor? first=None, int most=0, "
-    "Tensor? hole=None, int length=0, Tensor? own_keys=None, Tensor? own_values=None, int? block=None) -> Tensor",
+    "Tensor? hole=None, int length=0, Tensor? own_keys=None, Tensor? own_values=None, int? block=None, "
+    "Tensor? origin=None) -> Tensor",
     _attention,
     lambda q, *rest, **options: q.new_empty(q.shape),
 )

@@ -69,6 +69,7 @@ class Engine(Speculation):
 
     def load(self, rows: list) -> None:
         """Write the sequences of ``rows`` (`request.Row`) into the canvas. Rows that are done are idle."""
+        super().load(rows)
         shape = (len(rows), self.slots)
         canvas, open_ = (torch.zeros(shape, dtype=dtype, device="cpu") for dtype in (torch.int64, torch.bool))
         for b, row in enumerate(rows):
@@ -81,15 +82,8 @@ class Engine(Speculation):
         attention_shape = self.family.heads, self.family.kv_heads, self.family.head_dim, self.slots
         filled = self.end is None and int(self.lengths.min()) == self.slots
         self.unpadded = filled and attentions.serves(self.device, self.weight.dtype, *attention_shape)
-        self.pad.copy_(upload(on_host([row.pad(self.slots) for row in rows]), self.device))
         self.seed.copy_(upload(on_host([row.seed for row in rows]), self.device))
         self.row.copy_(upload(on_host([row.noise for row in rows]), self.device))
-        if self.draws is not None:
-            draws = torch.zeros(shape, dtype=torch.float64, device="cpu")
-            for b, row in enumerate(rows):
-                if row.draws is not None:
-                    draws[b, row.pad(self.slots) :] = row.draws
-            self.draws.copy_(upload(draws, self.device))
         self.bad.fill_(GOOD)
         self.prepared = None
         if self.pace is not None:

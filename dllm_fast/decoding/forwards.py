@@ -27,6 +27,8 @@ class Forwards(Decider):
         self.reached = self.near  # `near` of the block before
         # Without padding there is no range to pass, and attention takes its unmasked path.
         self.start = self.pad if padded else None
+        # Where blocks are counted from, if not where a row begins.
+        self.origin = torch.zeros_like(self.pad) if family.after_prompt else None
         self.unpadded = False  # no row is padded, and PyTorch's attention serves that: full steps then pass no range
         # Rows at different slots are computed to a common length; what overruns lands in the spare slots.
         self.end = torch.full_like(self.pad, slots) if spare or options.suffix_length is not None else None
@@ -43,6 +45,19 @@ class Forwards(Decider):
         # What the few-row matmuls count in: a step has it to itself.
         kept = family.impl == "triton"
         self.arrivals = torch.zeros(ARRIVALS, dtype=torch.int32, device=self.device) if kept else None
+
+    def load(self, rows: list) -> None:
+        """Write where ``rows`` (`request.Row`) and their blocks begin, and what they draw from."""
+        pad = on_host([row.pad(self.slots) for row in rows])
+        self.pad.copy_(upload(pad, self.device))
+        if self.origin is not None:
+            self.origin.copy_(upload(pad + on_host([row.origin for row in rows]), self.device))
+        if self.draws is not None:
+            draws = torch.zeros(self.draws.shape, dtype=torch.float64, device="cpu")
+            for b, row in enumerate(rows):
+                if row.draws is not None:
+                    draws[b, row.pad(self.slots) :] = row.draws
+            self.draws.copy_(upload(draws, self.device))
 
     def look(self, slot: torch.Tensor) -> None:
         """Bound what each row sees from the block at ``slot`` [B] on, on the host."""
@@ -86,7 +101,7 @@ class Forwards(Decider):
         # 1. The rows: twice with guidance.
         start = None if step.whole and self.unpadded else self.start
         kept = None if step.refreshes else self._going()
-        rows = Rows(self.slot, self.begin(step), start, self.end, kept)
+        rows = Rows(self.slot, self.begin(step), start, self.end, kept, self.origin)
         canvas = self.canvas
         if self.passes == 2:
             canvas = torch.cat((canvas, canvas.masked_fill(~self.open, self.options.mask_id)))
@@ -100,7 +115,9 @@ class Forwards(Decider):
         # 3. The forward, which writes to the cache. Without one the ids are the whole sequence.
         begin = rows.begin if self.cache is not None else None
         with ops.counting(self.arrivals):
-            return self.family.hidden(ids, rows.start, rows.end, self.cache, begin, block, kept=rows.kept)
+            return self.family.hidden(
+                ids, rows.start, rows.end, self.cache, begin, block, kept=rows.kept, origin=rows.origin
+            )
 
     def find(self, step: Step, going: torch.Tensor | None) -> Live:
         """The positions that the packed ``step`` evaluates, of the rows ``going`` [B] bool; None: of all."""
@@ -140,13 +157,14 @@ class Forwards(Decider):
             prompt = ~self.open[row, source] & (live.packed.row >= self.rows)
             ids = ids.masked_fill(prompt, self.options.mask_id)
         packed = live.packed._replace(position=source - self.pad[row])
-        start, end = (None if x is None else x.repeat(self.passes) for x in (self.start, self.end))
+        each = self.start, self.end, self.origin
+        start, end, origin = (None if x is None else x.repeat(self.passes) for x in each)
         block = None
         if step.refreshes:
             block = live.at_places((self.rows * self.passes, self.block_size)).flatten().clamp(min=0)
         with ops.counting(self.arrivals):
             hidden = self.family.hidden(
-                ids[:, None], start, end, self.cache, live.slot, block, from_layer, packed=packed
+                ids[:, None], start, end, self.cache, live.slot, block, from_layer, packed=packed, origin=origin
             )[:, 0]
         return hidden if block is None else hidden.unflatten(0, (-1, self.block_size))
 

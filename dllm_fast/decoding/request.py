@@ -41,6 +41,7 @@ class Row:
     ahead: int = 0
     waited: int = 0
     behind: int = 0
+    origin: int = 0  # the position from which a block-causal model's blocks are counted
     logprobs: torch.Tensor | None = None  # [L] fp32, where they are asked for
     steps: torch.Tensor | None = None  # [L] int64, as `Record` numbers them
 
@@ -126,16 +127,19 @@ def plan_row(
     check_vocabulary(name, ids, family)
     asked = f"a prompt of {len(ids)} and gen_length={options.gen_length}"
     length = len(ids) + options.gen_length
-    slots = length if family.block is None else -(-length // family.block) * family.block
+    origin = len(ids) if family.after_prompt else 0
+    slots = length if family.block is None else origin + -(-(length - origin) // family.block) * family.block
     require(slots <= family.positions, f"{name}: {asked} exceed the model's {family.positions} positions")
     cut = f"gen_length={options.gen_length} is not a multiple of block_length={options.block_length}"
     fits = family.block is not None or options.gen_length % options.block_length == 0
     require(options.pipeline is None or fits, f"{cut}, as pipeline={options.pipeline} needs")
-    inside = f"{name}: a [MASK] inside a prompt, which pipeline={options.pipeline} does not fill"
-    require(options.pipeline is None or not bool((ids == options.mask_id).any()), inside)
+    what = f"pipeline={options.pipeline}" if options.pipeline else "a model with config.block_causal_origin='prompt'"
+    filled = options.pipeline is None and not family.after_prompt
+    inside = f"{name}: a [MASK] inside a prompt, which {what} does not fill"
+    require(filled or not bool((ids == options.mask_id).any()), inside)
     ids = torch.cat((ids, ids.new_full((slots - len(ids),), options.mask_id)))
     open_ = ids == options.mask_id
-    blocks = plan_blocks(open_, options.block_length, family.block is not None)
+    blocks = plan_blocks(open_, options.block_length, None if family.block is None else origin)
     if blocks:
         options.schedule.check(len(blocks), max(masked for _, masked in blocks))
     noise = index if noise is None else noise
@@ -145,7 +149,7 @@ def plan_row(
         draws = reference.uniform(options.seed, SAMPLE_STEP, torch.full_like(at, noise), at)
     row = Row(
         index, options.seed, noise, ids, open_, blocks, options.mask_id, length, draws, eos_ids=options.eos_id,
-        pad_id=options.pad_id, ahead=int(options.pipeline is not None),
+        pad_id=options.pad_id, ahead=int(options.pipeline is not None), origin=origin,
     )  # fmt: skip
     if options.logprobs:
         row.logprobs = torch.zeros(len(ids), dtype=torch.float32, device="cpu")
@@ -206,16 +210,16 @@ def check_token_types(token_type_ids: torch.Tensor | None) -> None:
     require(plain, "token_type_ids: has values other than 0, and the model has no token types")
 
 
-def plan_blocks(open_: torch.Tensor, block_length: int, fixed: bool = False) -> list[tuple[int, int]]:
+def plan_blocks(open_: torch.Tensor, block_length: int, origin: int | None = None) -> list[tuple[int, int]]:
     """Cover the open positions [L] with windows of ``block_length``, from left to right: (first, open in it) each.
 
     A window that would overrun the sequence starts earlier, and holds only what earlier windows left; in a sequence
-    shorter than a block it starts before the sequence does. With ``fixed`` windows begin at multiples of a length that
-    divides L.
+    shorter than a block it starts before the sequence does. With an ``origin`` the L positions from there on are whole
+    blocks, and windows are those that hold any.
     """
-    if fixed:
-        masked = open_.view(-1, block_length).sum(1).tolist()
-        return [(number * block_length, count) for number, count in enumerate(masked) if count]
+    if origin is not None:
+        masked = open_[origin:].view(-1, block_length).sum(1).tolist()
+        return [(origin + number * block_length, count) for number, count in enumerate(masked) if count]
     windows, covered = [], 0
     for i in open_.nonzero()[:, 0].tolist():
         if i >= covered:

@@ -81,10 +81,11 @@ class Rows(NamedTuple):
     start: torch.Tensor | None  # the first that is no padding
     end: torch.Tensor | None  # one past the last
     kept: torch.Tensor | None  # bool: whether the cache takes in what is computed
+    origin: torch.Tensor | None  # where its blocks are counted from
 
     def repeat(self, times: int) -> "Rows":
-        start, end, kept = (None if x is None else x.repeat(times) for x in (self.start, self.end, self.kept))
-        return Rows(self.slot.repeat(times), self.begin.repeat(times), start, end, kept)
+        start, end, kept, origin = (None if x is None else x.repeat(times) for x in self[2:])
+        return Rows(self.slot.repeat(times), self.begin.repeat(times), start, end, kept, origin)
 
 
 @dataclass

@@ -22,6 +22,7 @@ class Decoders(Layered):
     """RMSNorm, also of each head of q and k, SwiGLU, routed experts; every layer attends to all blocks up to its own,
     or to all slots."""
 
+    own_blocks = True
     files = (native_decoders.__name__, decoder_layers.__name__, native.__name__)
     calls = Calls(frozenset((*LINEARS, "word_embeddings", "embed_tokens")), None)
 
@@ -44,7 +45,7 @@ class Decoders(Layered):
         self.head_dim = config.head_dim
         self.rotated = config.rotated
         self.layers = config.num_hidden_layers
-        self.block = config.block_causal
+        self._read_blocks(config)
         self.eps = config.rms_norm_eps
         self.windows = [None] * self.layers
         self.thetas = [config.rope_theta] * self.layers

@@ -16,6 +16,8 @@ from dllm_fast.families.ranks import Ranks
 from dllm_fast.families.rounded import Copies, RoundedHead
 from dllm_fast.families.rows import Impl, Packed
 
+ORIGINS = ("start", "prompt")  # what `config.block_causal_origin` may be
+
 
 class Family(ABC):
     """A model's forward up to its LM head, with or without a cache of keys and values."""
@@ -34,9 +36,9 @@ class Family(ABC):
     softcap: float | None = None  # of the head's logits, see `reference.capped`
     shifted = False  # the head's output at position i predicts token i + 1
     ranks: Ranks | None = None  # the processes that share the model
-    block: int | None = (
-        None  # of a block-causal model, the length of its blocks, counted from a sequence's first position
-    )
+    block: int | None = None  # of a block-causal model, the length of its blocks
+    after_prompt = False  # whether these are counted from the end of the prompt; else from the first position
+    own_blocks = False  # whether the model's own forward has them, counted from the first position
 
     def __init__(
         self, model: nn.Module, impl: str, matmuls: Matmuls = matmuls, rounded_head: RoundedHead | None = None
@@ -117,6 +119,7 @@ class Family(ABC):
         packed: Packed | None = None,  # the ids are [N, 1], those that it says; slot is [N], start and end its rows'
         own: BlockCache | None = None,  # the states' keys and values, see `rows.States`; ``slot`` is then in it
         padding_counts: bool = False,  # positions are slots, as in the models' own forwards; else padding has none
+        origin: torch.Tensor | None = None,  # [B] int: where a model's blocks are counted from; None: ``start``
     ) -> torch.Tensor:
         """The input of the LM head, [B, T, d], or its chosen rows.
 
@@ -126,7 +129,7 @@ class Family(ABC):
         meaningless. With ``from_layer`` above 0 the ids are packed, and not read: the forward starts at that layer,
         from the hidden states in the cache. Of a `shifted` model each position gets what its left neighbour among the
         ids has, which predicts it; the first of a sequence has none, and gets its own. Of a model with a `block` no
-        position sees one behind its own block.
+        position sees one behind its own block, and the slots before ``origin`` are one block.
         """
 
     def head_operands(self) -> tuple[torch.Tensor | None, ...]:
@@ -150,3 +153,15 @@ class Family(ABC):
     def vocab_size(self) -> int:
         """The number of tokens that have a logit; `resize_token_embeddings` changes it."""
         return self.head()[0].shape[0] * (1 if self.ranks is None else self.ranks.size)
+
+    def _read_blocks(self, config: Any) -> None:
+        """Set `block` and `after_prompt` as the config says. Raises ValueError that names the field and its value."""
+        block, origin = getattr(config, "block_causal", None), getattr(config, "block_causal_origin", "start")
+        if block is not None and (type(block) is not int or block < 1):
+            raise ValueError(f"model.config.block_causal={block!r} is not a positive number of positions")
+        asked = f"model.config.block_causal_origin={origin!r}"
+        if origin not in ORIGINS:
+            raise ValueError(f"{asked} is not one of {', '.join(map(repr, ORIGINS))}")
+        if origin == "prompt" and block is None:
+            raise ValueError(f"{asked}: model.config.block_causal does not say how long its blocks are")
+        self.block, self.after_prompt = block, origin == "prompt"

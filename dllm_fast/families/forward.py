@@ -90,5 +90,8 @@ def _fast(self, input_ids=None, attention_mask=None, **kwargs):
     device = family.weight.device
     # Triton launches on the current GPU, not on the one that holds the tensors.
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        hidden = family.hidden(input_ids, *span, padding_counts=True)
+        origin = None
+        if family.block is not None and not family.own_blocks:  # then the whole sequence is one
+            origin = torch.full_like(input_ids[:, 0], input_ids.shape[1])
+        hidden = family.hidden(input_ids, *span, padding_counts=True, origin=origin)
         return family.output_type(self)(logits=family.logits(hidden))

@@ -54,7 +54,7 @@ class Generic(Family):
         self.ffn_width = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
         self._settle()
         self._try()
-        self.block = block_of(config)  # its own forward has no blocks, so it is tried without
+        self._read_blocks(config)  # after it was tried: its own forward has no blocks
 
     @staticmethod
     def matches(model: nn.Module) -> bool:
@@ -94,14 +94,14 @@ class Generic(Family):
 
     def hidden(
         self, input_ids, start=None, end=None, cache=None, slot=None, rows=None, from_layer=0, kept=None, packed=None,
-        own=None, padding_counts=False,
+        own=None, padding_counts=False, origin=None,
     ):  # fmt: skip
         assert from_layer == 0
         first = first_position(start, slot, packed, padding_counts)
         position = torch.arange(input_ids.shape[1], device=input_ids.device)
         position = (position if first is None else first[:, None] + position).expand(input_ids.shape)
         position = position.clamp(0, self.positions - 1)  # of padding, and of what is of no row
-        with running.running(running.Run(self.impl, start, end, cache, slot, kept, packed, own, self.block)):
+        with running.running(running.Run(self.impl, start, end, cache, slot, kept, packed, own, self.block, origin)):
             hidden = self._head_input(input_ids, position + self.offset)
         if self.shifted:
             flat = hidden if packed is None else hidden.transpose(0, 1)
@@ -204,14 +204,6 @@ def why_not(model: nn.Module) -> str | None:
             "model.config.shifted = True if its output at a position predicts the next token"
         )
     return None
-
-
-def block_of(config: Any) -> int | None:
-    """The length of a block-causal model's blocks, as its config says; None for other models."""
-    block = getattr(config, "block_causal", None)
-    if block is not None and (type(block) is not int or block < 1):
-        raise ValueError(f"model.config.block_causal={block!r} is not a positive number of positions")
-    return block
 
 
 def lm_head(model: Any) -> Any:

@@ -101,12 +101,12 @@ class Layered(Family):
 
     def hidden(
         self, input_ids, start=None, end=None, cache=None, slot=None, rows=None, from_layer=0, kept=None, packed=None,
-        own=None, padding_counts=False,
+        own=None, padding_counts=False, origin=None,
     ):  # fmt: skip
         impl = self.impl
         slots = input_ids.shape[1] if cache is None else cache[0][0].shape[1]
         ranges = slots, start, end
-        blocks = {"impl": impl, "block": self.block}
+        blocks = {"impl": impl, "block": self.block, "origin": origin}
         seen = {w: ops.visible(input_ids, *ranges, slot, w, packed, **blocks) for w in set(self.windows)}
         to_row = None if packed is None else packed.row
         position = first_position(start, slot, packed, padding_counts)

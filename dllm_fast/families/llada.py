@@ -67,6 +67,7 @@ class LLaDA(Trained):
         self.head_dim = config.d_model // config.n_heads
         self.layers = config.n_layers
         self.ffn_width = (config.mlp_hidden_size or config.mlp_ratio * config.d_model) // ranks
+        self._read_blocks(config)
         self.eps = config.rms_norm_eps
         self.windows = [None] * self.layers
         self.thetas = [config.rope_theta] * self.layers

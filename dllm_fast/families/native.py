@@ -31,6 +31,10 @@ TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
 class LLaDAConfig(PretrainedConfig):
     """The published configuration; the defaults are LLaDA-8B's. Unknown fields are kept, as in any config.
 
+    Two fields are this package's. ``block_causal``: a patched model generates under a mask that is causal in blocks of
+    that length. ``block_causal_origin``: ``"prompt"`` counts them from the end of the prompt, as D2F does
+    (arXiv:2508.09192), ``"start"`` from the first position. The model's own forward has no blocks.
+
     Only the published architecture is implemented: RMSNorm, SwiGLU, RoPE, no biases. A config that asks for another one
     raises a ValueError that names the field. The published fields for drawing new weights (``init_fn``, ``init_std``,
     ...) and for choosing an attention kernel (``flash_attention``) have no effect.

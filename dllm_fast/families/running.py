@@ -46,6 +46,7 @@ class Run:
     packed: Packed | None = None
     own: BlockCache | None = None
     block: int | None = None  # `Family.block`
+    origin: torch.Tensor | None = None
     layers: list[Layer] = field(default_factory=list)
     seen: dict[int | None, tuple] = field(default_factory=dict)  # of `ops.visible`, by window
 
@@ -56,7 +57,7 @@ class Run:
         slots = q.shape[1] if self.cache is None else self.cache[0][0].shape[1]
         if window not in self.seen:
             self.seen[window] = ops.visible(
-                q, slots, self.start, self.end, self.slot, window, self.packed, impl=self.impl, block=self.block
+                q, slots, self.start, self.end, self.slot, window, self.packed, self.impl, self.block, self.origin
             )
         beside = None
         if self.cache is not None:

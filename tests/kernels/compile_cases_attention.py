@@ -32,7 +32,7 @@ def attention_case(
     bd = max(16, triton.next_power_of_2(dim))
     kind = TYPES[itemsize]
     signature = {"q_ptr": kind, "out_ptr": "*fp32" if split else kind} | dict.fromkeys(("k_ptr", "v_ptr"), kept or kind)
-    signature |= dict.fromkeys(("start_ptr", "end_ptr", "slot_ptr"), "*i64")
+    signature |= dict.fromkeys(("start_ptr", "end_ptr", "slot_ptr", "origin_ptr"), "*i64")
     signature |= {"lse_ptr": "*fp32"} if split else {}
     signature |= _strides(q="bth", k="bsg", v="bsg", own="bsg")
     signature |= dict.fromkeys(("queries", "slots", "kv_heads", "splits", "rows", "window", "length", "block"), "i32")

@@ -18,25 +18,25 @@ BF16, FP32 = torch.bfloat16, torch.float32
 def test_reference(name, dtype, splits, device, monkeypatch):
     if splits:
         split_over(splits, monkeypatch)
-    poisoned, clean, block = blocks.inputs(name, dtype, device)
+    poisoned, clean, options = blocks.inputs(name, dtype, device)
     size = clean[2].abs().max().item() if dtype == FP32 else None
-    truth = reference.attention(*(x.double() for x in clean[:3]), *clean[3:], block=block)
-    assert_as_exact(attention(*poisoned, block=block), reference.attention(*clean, block=block), truth, size=size)
+    truth = reference.attention(*(x.double() for x in clean[:3]), *clean[3:], **options)
+    assert_as_exact(attention(*poisoned, **options), reference.attention(*clean, **options), truth, size=size)
 
 
 @pytest.mark.parametrize("name", blocks.SHAPES)
 def test_packed(name, device):
-    poisoned, clean, block = blocks.inputs(name, BF16, device)
+    poisoned, clean, options = blocks.inputs(name, BF16, device)
     given, first, most = blocks.packed(poisoned)
     same, *_ = blocks.packed(clean)
-    truth = reference.attention(*(x.double() for x in same[:3]), *same[3:], first=first, block=block)
-    eager = reference.attention(*same, first=first, block=block)
-    assert_as_exact(attention(*given, first=first, most=most, block=block), eager, truth)
+    truth = reference.attention(*(x.double() for x in same[:3]), *same[3:], first=first, **options)
+    eager = reference.attention(*same, first=first, **options)
+    assert_as_exact(attention(*given, first=first, most=most, **options), eager, truth)
 
 
 def test_a_block_that_ends_with_the_range_is_a_plain_range(device):
-    poisoned, _, block = blocks.inputs("one-block", BF16, device)
-    assert torch.equal(attention(*poisoned, block=block), attention(*poisoned))
+    poisoned, _, options = blocks.inputs("one-block", BF16, device)
+    assert torch.equal(attention(*poisoned, **options), attention(*poisoned))
 
 
 @pytest.mark.parametrize(
@@ -47,8 +47,10 @@ def test_refused(block, hole, message, device):
     hole = None if hole is None else torch.tensor(hole, device=device)
     with pytest.raises(ValueError, match=message):
         attention(*given, hole=hole, block=block)
+    with pytest.raises(ValueError, match="origin: given with block=None"):
+        attention(*given, origin=given[3])
 
 
 def test_opcheck(device):
-    poisoned, _, block = blocks.inputs("two-blocks", BF16, device)
-    torch.library.opcheck(attention, poisoned, {"block": block})
+    poisoned, _, options = blocks.inputs("after-a-prompt", BF16, device)
+    torch.library.opcheck(attention, poisoned, options)
