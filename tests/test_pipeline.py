@@ -305,8 +305,14 @@ def test_it_is_spelt():
         ({"schedule": Uniform(4)}, "is not to be had with schedule=Uniform(steps=4), which is no Threshold"),
         ({"schedule": dllm_fast.Dynamic(0.5, 2)}, "with schedule=Dynamic(threshold=0.5, tokens=2), which is no"),
         ({"cache": "prefix"}, "is not to be had with cache='prefix'"),
-        ({"pipeline": MultiBlock(delay=1)}, "delay=1, refresh=None): delay is of cache='prefix', and cache='dual'"),
-        ({"pipeline": MultiBlock(refresh=2), "cache": "none"}, "refresh is of cache='prefix', and cache='none'"),
+        (
+            {"pipeline": MultiBlock(delay=1)},
+            "delay=1, refresh=None): delay is an option of cache='prefix', not of cache='dual'",
+        ),
+        (
+            {"pipeline": MultiBlock(refresh=2), "cache": "none"},
+            "refresh is an option of cache='prefix', not of cache='none'",
+        ),
         ({"refresh": dllm_fast.Window(4)}, "is not to be had with refresh=Window(before=4, after=0)"),
         ({"remask": dllm_fast.Verify()}, "is not to be had with remask=Verify(threshold=0.7)"),
         ({"speculate": 2}, "is not to be had with speculate=2"),

@@ -106,7 +106,7 @@ class Options(Checked):
         delayed = self.cache == "prefix"  # d3LLM's cache
         require(not delayed or isinstance(self.pipeline, MultiBlock), f"{unfit} cache='prefix'")
         for name in ("delay", "refresh"):
-            useless = f"pipeline={self.pipeline}: {name} is of cache='prefix', and cache={self.cache!r}"
+            useless = f"pipeline={self.pipeline}: {name} is an option of cache='prefix', not of cache={self.cache!r}"
             require(delayed or getattr(self.pipeline, name) is None, useless)
         require(self.refresh in (Every(1), Exact()), f"{unfit} refresh={self.refresh}")
         require(self.remask is None, f"{unfit} remask={self.remask}")
