@@ -161,8 +161,9 @@ def test_the_compiled_ops_give_the_same(name, number):
 
 
 @needs_triton
+@pytest.mark.long
 @pytest.mark.usefixtures("strict_interpreter")
-@pytest.mark.parametrize("pipeline", [D2F(0.25, 0.5), pytest.param(None, marks=pytest.mark.long)], ids=str)
+@pytest.mark.parametrize("pipeline", [D2F(0.25, 0.5), None], ids=str)
 def test_triton_gives_the_same(pipeline):
     prompts, found = [prompt(n) for n in (3, 10)], []
     for impl in ("torch", "triton"):

@@ -136,7 +136,7 @@ def test_tokens_forwards_and_positions_of_the_published_loops(name, cache, seed)
 
 
 @pytest.mark.skipif(not backend.is_available(), reason=f"transformers {transformers.__version__} asks for other masks")
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", [pytest.param(n, marks=() if n < 3 else pytest.mark.long) for n in range(8)])
 def test_of_a_block_causal_model_the_cache_is_exact(seed):
     request = draw(random.Random(seed), "dual", 19)
     block = request.options["block_length"]
