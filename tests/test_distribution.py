@@ -15,7 +15,7 @@ pytestmark = pytest.mark.long
 SDIST = "from setuptools import build_meta; print(build_meta.build_sdist('dist'))"
 WHEEL = ("-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation", "--wheel-dir", "dist", ".")
 FEW = ("tests/test_schedules.py", "tests/test_values.py", "tests/kernels/test_glu.py")
-HERE = "import dllm_fast, sys; print(dllm_fast.__file__); from dllm_fast import compiled; print(compiled.missing())"
+HERE = "import dllm_fast, sys; print(dllm_fast.__file__); from dllm_fast.cpu import compiled; print(compiled.missing())"
 
 
 def run(*command, cwd, **environment) -> str:
