@@ -157,9 +157,10 @@ def _stream(command: list[str], tree: Path, piece: Piece, out) -> int:
     return process.wait()
 
 
-def table(results: dict[str, dict]) -> str:
-    """The results as a table."""
+def table(results: dict[str, dict], before: str = "") -> str:
+    """The results as a table, below the lines that the table ``before`` has of other pieces."""
     lines = [f"{'piece':18} {'outcome':8} {'minutes':>7}  {'date':10} {'commit':9} closing line; versions"]
+    lines += [line for line in before.splitlines()[1:] if line.split()[0] not in results]
     for name, result in results.items():
         what = "; ".join(filter(None, [result["line"], result["versions"]]))
         lines.append(
@@ -219,7 +220,7 @@ def main() -> None:
         if not daily:
             path = ROOT / "bench" / "results" / options.machine / "test-all.txt"
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(table(results))
+            path.write_text(table(results, path.read_text() if path.exists() else ""))
     if daily:
         print("\n" + "\n".join(lines))
         print(f"all parts: {minutes:.1f} of {DAILY_MINUTES} minutes" + ", OVER ITS BUDGET" * (minutes > DAILY_MINUTES))

@@ -54,3 +54,11 @@ def test_a_piece_that_cannot_be_run_here_says_why(tmp_path):
 def test_this_python_is_found_by_its_version():
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     assert Path(find_python(version)).samefile(sys.executable)
+
+
+def test_the_table_keeps_the_lines_of_other_pieces():
+    result = {"outcome": "passed", "minutes": 1.0, "date": "2026-01-01", "line": "3 passed", "versions": ""}
+    before = every.table({"arm": result | {"commit": "aaaaaaa"}, "ray": result | {"commit": "aaaaaaa"}})
+    kept = every.table({"ray": result | {"commit": "bbbbbbb"}}, before).splitlines()
+    assert kept[1] == before.splitlines()[1]
+    assert [line.split()[:1] + line.split()[4:5] for line in kept[1:]] == [["arm", "aaaaaaa"], ["ray", "bbbbbbb"]]
