@@ -10,7 +10,7 @@ from dllm_fast import ops
 from dllm_fast.decoding.device import as_written, upload
 from dllm_fast.decoding.flips import flipped
 from dllm_fast.decoding.options import as_id
-from dllm_fast.decoding.request import check_batch, check_vocabulary
+from dllm_fast.decoding.request import check_batch, check_bidirectional, check_vocabulary
 from dllm_fast.decoding.values import finite, require, share, whole
 from dllm_fast.families.bypass import unwrapped
 from dllm_fast.families.forward import patch_of
@@ -95,8 +95,7 @@ def generate_flow(
     """
     inner = unwrapped(model)
     runner = _Fused(model) if patch_of(inner) is not None else _Plain(model)
-    bidirectional = getattr(inner.config, "block_causal", None) is None
-    require(bidirectional, "model: it is block-causal, and generate_flow is for bidirectional models")
+    check_bidirectional(inner, "generate_flow")
     gen_length, steps = whole("gen_length", gen_length), whole("steps", steps)
     temperature, noise = finite("temperature", temperature), share("noise", noise)
     mask_id = getattr(inner.config, "mask_token_id", None) if mask_id is None else mask_id

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModelForMaskedLM, GPT2LMHeadModel, PretrainedConfig, PreTrainedModel
 
 from dllm_fast.decoding.options import OPTIONS, Options
-from dllm_fast.decoding.request import Row, check_batch, check_token_types, plan_row
+from dllm_fast.decoding.request import Row, check_batch, check_bidirectional, check_token_types, plan_row
 from dllm_fast.decoding.schedules import Schedule, Threshold
 from dllm_fast.decoding.server import PLAN_STEP, Stream
 from dllm_fast.decoding.steps import Counts
@@ -81,8 +81,7 @@ def generate_plain(
     """
     given = {name: value for name, value in locals().items() if name in OPTIONS}
     check_token_types(token_type_ids)
-    bidirectional = getattr(model.config, "block_causal", None) is None
-    require(bidirectional, "model: it is block-causal, and generate_plain is for bidirectional models")
+    check_bidirectional(model, "generate_plain")
     limits = Limits(model)
     options = Options.of_call("generate_plain", {**given, "cache": "none"}, limits.block).resolved(model, limits)
     device = next(model.parameters()).device

@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from recording import Eager
 from rows import batched, seated
 from test_pipeline import CACHES, draw
 from tiny import EOS, MAKERS
@@ -11,7 +12,6 @@ from tiny import EOS, MAKERS
 import dllm_fast
 from dllm_fast import D2F, MultiBlock, Threshold
 from dllm_fast.decoding import server as server_module
-from dllm_fast.decoding.graphs import Graphs
 
 
 def test_a_delayed_cache_by_hand():
@@ -37,16 +37,6 @@ def test_a_delayed_cache_by_hand():
     none = dllm_fast.generate(model, ids, pipeline=MultiBlock(0.25), **options | {"cache": "none"})
     out = dllm_fast.generate(model, ids, pipeline=MultiBlock(0.25, delay=10_000), **options)
     assert torch.equal(out.sequences, none.sequences) and out.positions == none.positions
-
-
-class Eager(Graphs):
-    """Takes the steps that a GPU would record."""
-
-    def __init__(self, enabled, device):
-        super().__init__(True, device)
-
-    def run(self, key, step):
-        step()
 
 
 def as_on_a_gpu(monkeypatch):

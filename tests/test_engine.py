@@ -6,13 +6,13 @@ import threading
 import pytest
 import torch
 from needs import needs_triton
+from recording import Eager
 from tiny import MAKERS, MASK
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import dllm_fast
 from dllm_fast import Drift, Every, Threshold, Uniform, Window
 from dllm_fast.decoding.engine import Engine
-from dllm_fast.decoding.graphs import Graphs
 from dllm_fast.decoding.pool import Pool
 from dllm_fast.kernels import reference
 from dllm_fast.patch import bound_family, bound_pool
@@ -126,14 +126,11 @@ def test_engines_with_graphs_are_kept_for_the_next_call_of_their_shape(llada, id
     monkeypatch.setattr(Engine, "__init__", counted)
     released = []
 
-    class Eager(Graphs):
-        def run(self, key, step):
-            step()
-
+    class Released(Eager):
         def release(self):
             released.append(self)
 
-    monkeypatch.setattr("dllm_fast.decoding.engine.Graphs", lambda enabled, device: Eager(True, device))
+    monkeypatch.setattr("dllm_fast.decoding.engine.Graphs", Released)
     monkeypatch.setattr("dllm_fast.decoding.server.records", lambda device, impl: True)
     monkeypatch.setattr("dllm_fast.decoding.pool.total_memory", lambda device: 3 * row / Pool.SHARE)
     dllm_fast.patch(llada)

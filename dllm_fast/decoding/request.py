@@ -204,6 +204,12 @@ def check_suffix(options: Options, rows: list[Row]) -> None:
     require(not bounded or there or all(row.done for row in rows), f"{useless}, block_length={options.block_length}")
 
 
+def check_bidirectional(model: torch.nn.Module, function: str) -> None:
+    """Raise ValueError if the model's config asks for blocks, which ``function`` does not have."""
+    bidirectional = getattr(model.config, "block_causal", None) is None
+    require(bidirectional, f"model: it is block-causal, and {function} is for bidirectional models")
+
+
 def check_token_types(token_type_ids: torch.Tensor | None) -> None:
     """Raise ValueError if ``token_type_ids`` tell anything apart."""
     plain = token_type_ids is None or not torch.as_tensor(token_type_ids, device="cpu").any()
