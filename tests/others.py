@@ -62,6 +62,11 @@ def make(name: str, bidirectional: bool = True):
     return model.eval()
 
 
+def moved(logits: torch.Tensor) -> torch.Tensor:
+    """[..., L, V] of a shifted model: each from its left neighbour, the first from itself."""
+    return torch.cat((logits[..., :1, :], logits[..., :-1, :]), -2)
+
+
 class OwnMemory(plain_loop.Memory):
     """The model's own forward of some positions. Its attention is ours to define: it remembers keys and values."""
 

@@ -153,8 +153,6 @@ class Options(Checked):
         require(not self.suffix_sample or not any(family.windows), unfit)
         unfit = f"refresh={self.refresh}: the model runs its own forward, which begins at its first layer"
         require(family.layerwise or not self.refresh.layerwise, unfit)
-        unfit = f"pipeline={self.pipeline}: the model's head predicts the next position"
-        require(self.pipeline is None or not family.shifted, unfit)
         if family.shifted:  # a position is predicted by its left neighbour, which is evaluated beside it
             unfit = "skip_committed=True: the model predicts a token from the position before it, which is committed"
             require(not self.skip_committed, unfit)
