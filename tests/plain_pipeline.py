@@ -144,10 +144,10 @@ def d3llm(answer: Answer, threshold: float, add: float, blocks: int | None = Non
 class Delayed:
     """The cache of d3LLM's `generate_multi_block_kv_cache`, for LLaDA: what each forward evaluates, and what is kept.
 
-    ``forward(ids, open_, start, cache, asked)`` evaluates all positions from ``start`` on against the ``cache`` of those
-    before, and returns the logits of all [L, V], and keys and values of all [..., L, G, D]. Several blocks never wait
-    at a time, so the cache always ends where the next forward begins. (d3LLM's code for Dream has them wait side by
-    side, and may keep keys twice.) Of a shifted model a forward that caches nothing evaluates one position more.
+    ``forward(ids, open_, start, cache, asked)`` evaluates all positions from ``start`` on against the ``cache`` of
+    those before, and returns the logits of all [L, V], and keys and values of all [..., L, G, D]. Several blocks never
+    wait at a time, so the cache always ends where the next forward begins. (d3LLM's code for Dream has them wait side
+    by side, and may keep keys twice.) Of a shifted model a forward that caches nothing evaluates one position more.
     """
 
     def __init__(self, forward: Callable, blocks: list[range], mask_id: int, delay: int, refresh: int):

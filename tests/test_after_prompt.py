@@ -11,7 +11,6 @@ import plain_loop
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers
 from needs import needs_cpp, needs_triton
 from rows import batched, seated
 from test_pipeline import draw, evaluated_from, follow
@@ -44,9 +43,7 @@ class Masked(plain_loop.Memory):
 
 def make(name: str, block: int, impl: str = "torch", origin: str = "prompt", dtype=torch.float64):
     """A patched model in blocks, and its logits [L, V] of ids [L] under a mask [L, L] bool."""
-    if name in others.MODELS and not backend.is_available():
-        pytest.skip(f"transformers {transformers.__version__} asks for masks in another way")
-    model = (MAKERS[name]() if name in MAKERS else others.make(name)).to(dtype)
+    model = others.made(name).to(dtype)
     model.config.block_causal, model.config.block_causal_origin = block, origin
     own = copy.deepcopy(model)
     dllm_fast.patch(model, impl)
@@ -155,7 +152,7 @@ OPTIONS = [
 
 @needs_cpp
 @pytest.mark.parametrize("number", range(len(OPTIONS)))
-@pytest.mark.parametrize("name", NAMES[:2])
+@pytest.mark.parametrize("name", NAMES)
 def test_the_compiled_ops_give_the_same(name, number):
     prompts, found = [prompt(n) for n in (1, 9, 14, 30)], []
     for impl in ("torch", "cpp"):
@@ -251,6 +248,13 @@ def test_refused(options, message):
     model, _ = make("llada", BLOCK)
     with pytest.raises(ValueError, match=re.escape(message)):
         dllm_fast.generate(model, **{"input_ids": prompt(5)[None], "gen_length": 8, **options})
+
+
+def test_a_shifted_model_has_no_drafts():
+    model, _ = make("qwen2-shifted", BLOCK)
+    message = "speculate=2: the model is block-causal, and its head predicts the next position"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        dllm_fast.generate(model, prompt(5)[None], gen_length=8, speculate=2)
 
 
 def test_what_is_for_bidirectional_models():

@@ -2,11 +2,12 @@
 
 import random
 
+import others
 import pytest
 import torch
 from recording import Eager
 from rows import batched, seated
-from test_pipeline import CACHES, draw, made
+from test_pipeline import CACHES, draw
 from tiny import EOS, MAKERS
 
 import dllm_fast
@@ -50,7 +51,7 @@ def as_on_a_gpu(monkeypatch):
 @pytest.mark.parametrize("seed", [pytest.param(n, marks=() if n < 2 else pytest.mark.long) for n in range(9)])
 def test_recorded_steps_and_empty_seats_change_nothing(name, cache, seed, monkeypatch):
     request = draw(random.Random(1000 * seed + CACHES.index(cache)), cache)
-    model = made(name).double()
+    model = others.made(name).double()
     with dllm_fast.patched(model, "torch"):
         expected = batched(model, request)
     as_on_a_gpu(monkeypatch)

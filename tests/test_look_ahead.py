@@ -2,6 +2,7 @@
 
 import random
 
+import others
 import pytest
 import torch
 from needs import needs_cpp, needs_triton
@@ -76,18 +77,18 @@ def check(model, request, resumed, monkeypatch, level: bool = False) -> None:
     assert expected.nfe - found.nfe == passes * len(resumed), str(request)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "qwen2-shifted"])
 @pytest.mark.parametrize("seed", range(6))
 def test_the_same_tokens(name, seed, resumed, monkeypatch):
-    model = dllm_fast.patch(MAKERS[name]().double(), impl="torch")
+    model = dllm_fast.patch(others.made(name).double(), impl="torch")
     check(model, request_of(seed, name), resumed, monkeypatch)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "qwen2-shifted"])
 @pytest.mark.parametrize("hundred", range(3))
-def test_the_same_tokens_in_600_runs(name, hundred, resumed, monkeypatch):
-    model, blocks = dllm_fast.patch(MAKERS[name]().double(), impl="torch"), 0
+def test_the_same_tokens_in_900_runs(name, hundred, resumed, monkeypatch):
+    model, blocks = dllm_fast.patch(others.made(name).double(), impl="torch"), 0
     for seed in range(1000 + 100 * hundred, 1100 + 100 * hundred):
         check(model, request_of(seed, name), resumed, monkeypatch)
         blocks += len(resumed)

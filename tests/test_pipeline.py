@@ -8,14 +8,13 @@ import plain_blocks
 import plain_loop
 import pytest
 import torch
-import transformers
 from needs import missing
 from plain_pipeline import Answer, Delayed, d2f, d3llm
 from rows import Request, batched, seated
 from tiny import EOS, MAKERS, MASK
 
 import dllm_fast
-from dllm_fast import D2F, DiffusionGenerationConfig, MultiBlock, Threshold, Uniform, backend
+from dllm_fast import D2F, DiffusionGenerationConfig, MultiBlock, Threshold, Uniform
 from dllm_fast.decoding.spelling import pipeline_of, spell
 from dllm_fast.generate import Completion
 from dllm_fast.patch import bound_family
@@ -130,21 +129,13 @@ def draw(rng: random.Random, cache: str, longest: int = 14) -> Request:
     return request
 
 
-def made(name: str):
-    if name in MAKERS:
-        return MAKERS[name]()
-    if not backend.is_available():
-        pytest.skip(f"transformers {transformers.__version__} asks for masks in another way")
-    return others.make(name)
-
-
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("name", ["llada-gqa", "modernbert", *sorted(others.SHIFTED)])
 @pytest.mark.parametrize("seed", [pytest.param(n, marks=() if n < 2 else pytest.mark.long) for n in range(9)])
 def test_tokens_forwards_and_positions_of_the_published_loops(name, cache, seed):
     """Of each row as if it were alone, in a padded batch, and with fewer seats than prompts."""
     request = draw(random.Random(100 * seed + CACHES.index(cache)), cache)
-    model = dllm_fast.patch(made(name).double(), impl="torch")
+    model = dllm_fast.patch(others.made(name).double(), impl="torch")
     family = bound_family(model)
     expected = []
     for row, prompt in enumerate(request.prompts):
@@ -161,7 +152,7 @@ def test_of_a_block_causal_model_the_cache_is_exact(name, seed):
     request = draw(random.Random(seed), "dual", 19)
     block = request.options["block_length"]
     request.options |= {"cfg_scale": 0.0, "gen_length": request.options["gen_length"] + seed % 2}
-    model = made(name).double()
+    model = others.made(name).double()
     model.config.block_causal = block
     expected = [
         follow(BlockCausal(model, block, name in others.SHIFTED), prompt, row, request.options, grid=True)
