@@ -39,7 +39,9 @@ class Speculation(Forwards):
         self.pace = Pace(options.drafts + 1) if isinstance(options.speculate, AutoGraph) else None
         self.window = Steps.of(options, slots, 0, 0, shifted=family.shifted).window
         # Of a batch only some rows' blocks end as was guessed, and what a row is evaluated for is its own.
-        self.looks_ahead = options.looks_ahead and family.block is None and rows == 1
+        alone = family.block is None and rows == 1
+        # Of a shifted model a block's last forward also changes the position before it, so the window has to hold that.
+        self.looks_ahead = options.looks_ahead and alone and self.window.before >= self.block_size + family.shifted
         self.then: torch.Tensor | None = None  # on the host: `next_slot`, if the next block is looked at
         self.prepared: torch.Tensor | None = None  # on the host: of each row, the slot of its block that is prepared
         if not options.drafts:
