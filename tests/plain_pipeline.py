@@ -144,10 +144,10 @@ def d3llm(answer: Answer, threshold: float, add: float, blocks: int | None = Non
 class Delayed:
     """The cache of d3LLM's `generate_multi_block_kv_cache`, for LLaDA: what each forward evaluates, and what is kept.
 
-    ``forward(ids, open_, start, cache)`` evaluates all positions from ``start`` on against the ``cache`` of those
-    before, and returns the logits of all [L, V], and keys and values of all [..., L, G, D]. Several blocks never wait
-    at a time, so the cache always ends where the next forward begins. (d3LLM's code for Dream has them wait side by
-    side, and may keep keys twice.)
+    ``forward(ids, open_, start, cache, asked)`` evaluates all positions from ``start`` on against the ``cache`` of
+    those before, and returns the logits of all [L, V], and keys and values of all [..., L, G, D]. Several blocks never
+    wait at a time, so the cache always ends where the next forward begins. (d3LLM's code for Dream has them wait side
+    by side, and may keep keys twice.) Of a shifted model a forward that caches nothing evaluates one position more.
     """
 
     def __init__(self, forward: Callable, blocks: list[range], mask_id: int, delay: int, refresh: int):
@@ -174,13 +174,14 @@ class Delayed:
         waiting = [n for n in self.complete_since if n not in self.is_cached]
         # 2. A forward of everything behind the cache, or of everything.
         if to_cache:
-            logits, new = self.forward(ids, open_, self.cached, self.cache)
+            logits, new = self.forward(ids, open_, self.cached, self.cache, asked)
             self.cached = self.blocks[to_cache[-1]].stop
             self.cache = new[..., : self.cached, :, :]
         elif self.cache is not None and not waiting and nfe % self.refresh:
-            logits, _ = self.forward(ids, open_, self.cached, self.cache)
+            logits, new = self.forward(ids, open_, self.cached, self.cache, asked)
+            self.cache = new[..., : self.cached, :, :]
         else:
-            logits, new = self.forward(ids, open_, 0, None)
+            logits, new = self.forward(ids, open_, 0, None, asked)
             if self.cache is not None:
                 self.cache = new[..., : self.blocks[waiting[-1]].start if waiting else self.cached, :, :]
         return logits

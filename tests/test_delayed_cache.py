@@ -2,6 +2,7 @@
 
 import random
 
+import others
 import pytest
 import torch
 from recording import Eager
@@ -46,10 +47,11 @@ def as_on_a_gpu(monkeypatch):
 
 
 @pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("name", ["llada-gqa", "qwen2-shifted"])
 @pytest.mark.parametrize("seed", [pytest.param(n, marks=() if n < 2 else pytest.mark.long) for n in range(9)])
-def test_recorded_steps_and_empty_seats_change_nothing(cache, seed, monkeypatch):
+def test_recorded_steps_and_empty_seats_change_nothing(name, cache, seed, monkeypatch):
     request = draw(random.Random(1000 * seed + CACHES.index(cache)), cache)
-    model = MAKERS["llada-gqa"]().double()
+    model = others.made(name).double()
     with dllm_fast.patched(model, "torch"):
         expected = batched(model, request)
     as_on_a_gpu(monkeypatch)

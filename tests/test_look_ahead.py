@@ -2,6 +2,7 @@
 
 import random
 
+import others
 import pytest
 import torch
 from needs import needs_cpp, needs_triton
@@ -42,6 +43,8 @@ def request_of(seed: int, name: str, **limits):
         o["schedule"] = rng.choice([Static(2), Pyramid(1), FirstHitting()])
     reach = o["block_length"] + rng.choice([0, 0, 3, 40])
     o |= {"cache": "dual", "refresh": rng.choice([Every(2), Every(3), Window(reach, rng.choice([0, 0, 5]))])}
+    if name in others.SHIFTED and isinstance(o["refresh"], Window):  # which has to hold the position before the block
+        o["refresh"] = Window(o["refresh"].before + 1, o["refresh"].after)
     o |= {"skip_committed": False, "suffix_length": None, "suffix_sample": 0, "remask": None}
     o |= {"speculate": rng.choice([1, 2, 3, 7]), "cache_dtype": rng.choice([None, None, "e4m3"])}
     return request
@@ -76,18 +79,18 @@ def check(model, request, resumed, monkeypatch, level: bool = False) -> None:
     assert expected.nfe - found.nfe == passes * len(resumed), str(request)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "qwen2-shifted"])
 @pytest.mark.parametrize("seed", range(6))
 def test_the_same_tokens(name, seed, resumed, monkeypatch):
-    model = dllm_fast.patch(MAKERS[name]().double(), impl="torch")
+    model = dllm_fast.patch(others.made(name).double(), impl="torch")
     check(model, request_of(seed, name), resumed, monkeypatch)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "qwen2-shifted"])
 @pytest.mark.parametrize("hundred", range(3))
-def test_the_same_tokens_in_600_runs(name, hundred, resumed, monkeypatch):
-    model, blocks = dllm_fast.patch(MAKERS[name]().double(), impl="torch"), 0
+def test_the_same_tokens_in_900_runs(name, hundred, resumed, monkeypatch):
+    model, blocks = dllm_fast.patch(others.made(name).double(), impl="torch"), 0
     for seed in range(1000 + 100 * hundred, 1100 + 100 * hundred):
         check(model, request_of(seed, name), resumed, monkeypatch)
         blocks += len(resumed)

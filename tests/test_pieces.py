@@ -5,7 +5,7 @@ from pathlib import Path
 
 import all as every
 import pytest
-from environments import Setting, find_python, obstacle
+from environments import SETTINGS, Setting, find_python, obstacle
 
 PIECES = every.pieces()
 
@@ -22,6 +22,24 @@ def test_make_test_runs_every_lower_level_of_this_processor_and_test_all_every_l
     assert [name for name in daily if name.startswith("cpu-")] == [f"cpu-{level}" for level in levels[:-1]]
     assert {f"bench-{level}" for level in levels[:-1]} <= set(daily)
     assert {f"level-{level}" for level in levels} <= set(every.choose(PIECES, []))
+
+
+def test_every_run_of_the_whole_suite_has_a_seed_of_its_own():
+    whole = [piece for piece in PIECES.values() if piece.command == every.SUITE]
+    seeds = [int(piece.environment.get("DLLM_TEST_SEED", "0")) for piece in whole]
+    assert whole[0].daily and seeds[0] == 0 and len(set(seeds)) == len(whole) > 5
+
+
+def test_the_oldest_versions_are_those_that_pyproject_allows():
+    text = (every.ROOT / "pyproject.toml").read_text()
+    pins = dict(package.split("==") for package in SETTINGS["oldest"].packages)
+    for name, version in pins.items():
+        assert f'"{name}>={version.removesuffix(".*")}' in text
+    assert f'requires-python = ">={SETTINGS["oldest"].python}"' in text and set(pins) >= {"torch", "transformers"}
+
+
+def test_the_piece_of_extras_runs_what_they_unlock():
+    assert {"tests/test_lm_eval.py", "tests/test_humaneval.py", "tests/test_adapters.py"} <= set(every.EXTRAS)
 
 
 def test_a_name_that_is_no_piece_is_refused():

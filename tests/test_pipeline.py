@@ -3,19 +3,18 @@
 import random
 import re
 
+import others
 import plain_blocks
 import plain_loop
 import pytest
 import torch
-import transformers
 from needs import missing
-from others import make
 from plain_pipeline import Answer, Delayed, d2f, d3llm
 from rows import Request, batched, seated
 from tiny import EOS, MAKERS, MASK
 
 import dllm_fast
-from dllm_fast import D2F, DiffusionGenerationConfig, MultiBlock, Threshold, Uniform, backend
+from dllm_fast import D2F, DiffusionGenerationConfig, MultiBlock, Threshold, Uniform
 from dllm_fast.decoding.spelling import pipeline_of, spell
 from dllm_fast.generate import Completion
 from dllm_fast.patch import bound_family
@@ -25,12 +24,15 @@ CACHES = ("none", "dual", "prefix")
 
 class Bidirectional:
     """What a step of a bidirectional model evaluates: everything; with the dual cache the live blocks alone, until some
-    at the front are filled; with d3LLM's cache what `Delayed` says."""
+    at the front are filled; with d3LLM's cache what `Delayed` says. Of a shifted model the left neighbour of the live
+    blocks too, which predicts their first position."""
 
     def __init__(self, family, prompt, options):
         self.cache, self.cfg_scale, self.positions = options["cache"], options["cfg_scale"], 0
         length, block, pipeline = len(prompt) + options["gen_length"], options["block_length"], options["pipeline"]
-        self.memories = [plain_loop.Memory(family, length, False) for _ in range(2 if self.cfg_scale else 1)]
+        memory = plain_loop.Memory if family.layerwise else others.OwnMemory
+        self.memories = [memory(family, length, False) for _ in range(2 if self.cfg_scale else 1)]
+        self.left = int(family.shifted)
         if self.cache == "prefix":
             blocks = [range(len(prompt)), *(range(i, i + block) for i in range(len(prompt), length, block))]
             delay = 1 if pipeline.delay is None else pipeline.delay
@@ -40,7 +42,7 @@ class Bidirectional:
         if self.cache == "prefix":
             return self.delayed(ids, open_, asked)
         whole = self.cache == "none" or asked.step == 0 or asked.filled is not None
-        return self.evaluate(ids, open_, range(len(ids)) if whole else range(asked.first, asked.stop))
+        return self.evaluate(ids, open_, range(len(ids)) if whole else range(asked.first - self.left, asked.stop))
 
     def evaluate(self, ids, open_, positions):
         positions = list(positions)
@@ -48,9 +50,10 @@ class Bidirectional:
         states = ids, ids.masked_fill(~open_, MASK)
         each = [one.logits(state, positions, list(range(len(ids)))) for one, state in zip(self.memories, states)]
         z = each[0] if len(each) == 1 else each[1] + (self.cfg_scale + 1) * (each[0] - each[1])
+        z = others.moved(z) if self.left else z
         return z.new_full((len(ids), z.shape[1]), torch.nan).index_copy(0, torch.tensor(positions), z)
 
-    def behind_cache(self, ids, open_, start, cache):
+    def behind_cache(self, ids, open_, start, cache, asked):
         """`Delayed.forward`. Nothing but the cache is left of the forwards before."""
         assert start == (0 if cache is None else cache.shape[-3])
         for n, one in enumerate(self.memories):
@@ -58,21 +61,29 @@ class Bidirectional:
                 buffer.fill_(torch.nan)
                 if cache is not None:
                     buffer[:, :start] = cache[n, m]
-        logits = self.evaluate(ids, open_, range(start, len(ids)))
+        logits = self.evaluate(ids, open_, range(start - self.left * (start == asked.first), len(ids)))
         return logits, torch.stack([torch.stack((one.keys, one.values)) for one in self.memories])
 
 
 class BlockCausal:
     """A block-causal model's own forward of everything up to the last live block."""
 
-    def __init__(self, model, block: int):
-        self.model, self.block, self.positions = model, block, 0
+    def __init__(self, model, block: int, shifted: bool):
+        self.model, self.block, self.shifted, self.positions = model, block, shifted, 0
 
     def __call__(self, ids, open_, asked):
-        begin = 0 if asked.step == 0 else asked.first if asked.filled is None else asked.filled
-        self.positions += asked.stop - begin
+        self.positions += asked.stop - evaluated_from(asked, self.shifted)
         seen = plain_blocks.causal_blocks(asked.stop, self.block)
-        return self.model(input_ids=ids[None, : asked.stop], attention_mask=seen[None, None]).logits[0]
+        logits = self.model(input_ids=ids[None, : asked.stop], attention_mask=seen[None, None]).logits[0]
+        return others.moved(logits) if self.shifted else logits
+
+
+def evaluated_from(asked, shifted: bool) -> int:
+    """Where a step with an exact cache begins: at first at 0; then at the blocks that the step before has filled, or at
+    the live ones, of a shifted model one to the left."""
+    if asked.step == 0:
+        return 0
+    return max(0, asked.first - shifted) if asked.filled is None else asked.filled
 
 
 @torch.no_grad()
@@ -119,12 +130,12 @@ def draw(rng: random.Random, cache: str, longest: int = 14) -> Request:
 
 
 @pytest.mark.parametrize("cache", CACHES)
-@pytest.mark.parametrize("name", ["llada-gqa", "modernbert"])
+@pytest.mark.parametrize("name", ["llada-gqa", "modernbert", *sorted(others.SHIFTED)])
 @pytest.mark.parametrize("seed", [pytest.param(n, marks=() if n < 2 else pytest.mark.long) for n in range(9)])
 def test_tokens_forwards_and_positions_of_the_published_loops(name, cache, seed):
     """Of each row as if it were alone, in a padded batch, and with fewer seats than prompts."""
     request = draw(random.Random(100 * seed + CACHES.index(cache)), cache)
-    model = dllm_fast.patch(MAKERS[name]().double(), impl="torch")
+    model = dllm_fast.patch(others.made(name).double(), impl="torch")
     family = bound_family(model)
     expected = []
     for row, prompt in enumerate(request.prompts):
@@ -135,16 +146,16 @@ def test_tokens_forwards_and_positions_of_the_published_loops(name, cache, seed)
     assert seated(model, request, 2) == done
 
 
-@pytest.mark.skipif(not backend.is_available(), reason=f"transformers {transformers.__version__} asks for other masks")
+@pytest.mark.parametrize("name", ["qwen3", "qwen2-shifted"])
 @pytest.mark.parametrize("seed", [pytest.param(n, marks=() if n < 3 else pytest.mark.long) for n in range(8)])
-def test_of_a_block_causal_model_the_cache_is_exact(seed):
+def test_of_a_block_causal_model_the_cache_is_exact(name, seed):
     request = draw(random.Random(seed), "dual", 19)
     block = request.options["block_length"]
     request.options |= {"cfg_scale": 0.0, "gen_length": request.options["gen_length"] + seed % 2}
-    model = make("qwen3").double()
+    model = others.made(name).double()
     model.config.block_causal = block
     expected = [
-        follow(BlockCausal(model, block), prompt, row, request.options, grid=True)
+        follow(BlockCausal(model, block, name in others.SHIFTED), prompt, row, request.options, grid=True)
         for row, prompt in enumerate(request.prompts)
     ]
     done, positions = batched(dllm_fast.patch(model), request)

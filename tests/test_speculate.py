@@ -3,6 +3,7 @@
 import random
 import re
 
+import others
 import pytest
 import torch
 from needs import needs_cpp, needs_triton
@@ -10,7 +11,7 @@ from rows import Request, batched, draw_request, is_level
 from tiny import EOS, MAKERS, MASK
 
 import dllm_fast
-from dllm_fast import DraftGraph, Threshold, Uniform, ops
+from dllm_fast import DraftGraph, Drift, Every, Threshold, Uniform, ops
 from dllm_fast.decoding.speculation import Speculation
 
 
@@ -28,13 +29,15 @@ def drawn(name: str, seed: int, **limits) -> tuple[Request, int | DraftGraph]:
         rng, **{"rows": (1, 3), "most_blocks": 2, "longest": 12, **limits}, windows=name == "modernbert"
     )
     request.options |= {"skip_committed": False, "speculate": None}
+    if name in others.SHIFTED and isinstance(request.options.get("refresh"), Drift):
+        request.options["refresh"] = Every(2)
     drafts = rng.choice([1, 2, 3, 7])
     return request, pruned(rng, drafts) if rng.random() < 0.5 else drafts
 
 
 def same_tokens(name: str, seed: int) -> None:
     """In fp64, where more rows in a matmul make no candidates change places."""
-    model = dllm_fast.patch(MAKERS[name]().double(), impl="torch")
+    model = dllm_fast.patch(others.made(name).double(), impl="torch")
     request, drafts = drawn(name, seed)
     without, _ = batched(model, request)
     request.options["speculate"] = drafts
@@ -43,10 +46,16 @@ def same_tokens(name: str, seed: int) -> None:
     assert all(mine <= its for (_, mine), (_, its) in zip(with_drafts, without, strict=True))
 
 
-@pytest.mark.parametrize("name", ["llada-gqa", "modernbert"])
+@pytest.mark.parametrize("name", ["llada-gqa", "modernbert", "qwen2-shifted"])
 @pytest.mark.parametrize("seed", range(9))
 def test_the_same_tokens_as_without(name, seed):
     same_tokens(name, seed)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(100, 300))
+def test_the_same_tokens_of_a_shifted_model(seed):
+    same_tokens(sorted(others.SHIFTED)[seed % 2], seed)
 
 
 @pytest.mark.long

@@ -21,7 +21,7 @@ def need(family, options: Options, rows: int, slots: int, spare: int) -> int:
     rows *= options.passes
     cache = 0
     if options.has_cache:
-        own = slots if options.runs_suffix else options.block_length  # of each state
+        own = slots if options.runs_suffix else options.block_length + family.shifted  # of each state
         kept = slots + spare + (options.drafts + 1) * own * bool(options.drafts)
         if options.looks_ahead and rows == options.passes:  # one row
             kept += min(sum(options.refresh.span(own)) + own, slots)

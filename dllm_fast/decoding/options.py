@@ -153,12 +153,12 @@ class Options(Checked):
         require(not self.suffix_sample or not any(family.windows), unfit)
         unfit = f"refresh={self.refresh}: the model runs its own forward, which begins at its first layer"
         require(family.layerwise or not self.refresh.layerwise, unfit)
-        unfit = f"pipeline={self.pipeline}: the model's head predicts the next position"
-        require(self.pipeline is None or not family.shifted, unfit)
         if family.shifted:  # a position is predicted by its left neighbour, which is evaluated beside it
             unfit = "skip_committed=True: the model predicts a token from the position before it, which is committed"
             require(not self.skip_committed, unfit)
-            require(not self.drafts, f"speculate={self.speculate}: the model's head predicts the next position")
+            # The left neighbour does not see the block, whose states would have it see what they do.
+            unfit = f"speculate={self.speculate}: the model is block-causal, and its head predicts the next position"
+            require(not self.drafts or family.block is None, unfit)
         if family.ranks is not None:
             shared = f"{family.ranks.size} processes share the model"
             unfit = f"refresh={self.refresh}: {shared}, and none has the values of all heads"

@@ -40,7 +40,7 @@ class Pipelined(Engine):
         self.length = options.block_length  # of a block, [T]
         self.blocks = self.block_size // self.length  # K, in a window
         # The most positions that a row evaluates against the cache; but for those of blocks that it lacks.
-        self.reach = slots if options.runs_suffix else self.block_size
+        self.reach = slots if options.runs_suffix else min(self.block_size + family.shifted, slots)
         zeros = torch.zeros_like(self.slot)
         self.front = zeros.clone()  # the slot of each row's front
         self.live_blocks = zeros.clone()  # how many blocks are live, from the front on
@@ -74,7 +74,10 @@ class Pipelined(Engine):
             # 2. What each row evaluates, and how many of the blocks that the cache lacks it then has.
             whole, kept = self._plan(behind, waited, taken, number)
             whole = whole & going
-            begins = torch.where(whole, pad, front - behind * self.length)
+            begins = front - behind * self.length
+            if self.family.shifted:  # the front's first position is predicted by its left neighbour
+                begins = torch.maximum(begins - (behind == 0).long(), pad)
+            begins = begins.where(~whole, pad)
             stop = front + ahead * self.length
             if self.family.block is None:
                 stop = stop.where(~(whole | self.options.runs_suffix), self.slots)

@@ -37,9 +37,11 @@ class Speculation(Forwards):
     def __init__(self, family, options, rows: int, slots: int, spare: int, padded: bool):
         super().__init__(family, options, rows, slots, spare, padded)
         self.pace = Pace(options.drafts + 1) if isinstance(options.speculate, AutoGraph) else None
-        self.window = Steps.of(options, slots, 0, 0).window
+        self.window = Steps.of(options, slots, 0, 0, shifted=family.shifted).window
         # Of a batch only some rows' blocks end as was guessed, and what a row is evaluated for is its own.
-        self.looks_ahead = options.looks_ahead and family.block is None and rows == 1
+        alone = family.block is None and rows == 1
+        # Of a shifted model a block's last forward also changes the position before it, so the window has to hold that.
+        self.looks_ahead = options.looks_ahead and alone and self.window.before >= self.block_size + family.shifted
         self.then: torch.Tensor | None = None  # on the host: `next_slot`, if the next block is looked at
         self.prepared: torch.Tensor | None = None  # on the host: of each row, the slot of its block that is prepared
         if not options.drafts:
@@ -73,7 +75,7 @@ class Speculation(Forwards):
         self.plan = torch.zeros((2, rows, self.block_size + 1), dtype=torch.int64, device=self.device)
         self.own = None
         if self.cache is not None:  # the keys and values of states; those of a row follow one another
-            length = slots if options.runs_suffix else self.block_size
+            length = slots if options.runs_suffix else self.block_size + family.shifted
             width = self.weight.shape[1] if options.refresh.layerwise else 0
             kept = (options.drafts + 1) * length + self.window.length * self.looks_ahead
             shape = (family.layers, rows * self.passes, kept, family.kv_heads, family.head_dim)
@@ -265,12 +267,14 @@ class Speculation(Forwards):
             opened = self.open[:, None, :length]
             block = at
         else:
-            at = self.slot[:, None] + torch.arange(length, device=self.device)
+            begin, own = self.slot - step.before, slice(step.before, step.before + self.block_size)
+            at = begin[:, None] + torch.arange(length, device=self.device)
             source = at.clamp(max=self.slots - 1)
             if self.place is not None:
                 source = self.place.gather(1, source)
-            ids = self.canvas.gather(1, source)[:, None, self.block_size :].expand(-1, states, -1)
-            ids, opened = torch.cat((blocks, ids), 2), self.open.gather(1, source)[:, None]
+            ids = self.canvas.gather(1, source)[:, None].expand(-1, states, -1)
+            ids = torch.cat((ids[..., : own.start], blocks, ids[..., own.stop :]), 2)
+            opened = self.open.gather(1, source)[:, None]
         if self.passes == 2:
             ids = torch.cat((ids, ids.masked_fill(~opened, self.options.mask_id)))
         start, end = (None if x is None else x.repeat(self.passes) for x in (self.start, self.end))
@@ -288,13 +292,13 @@ class Speculation(Forwards):
             first = states * length * torch.arange(rows + 1, device=self.device)
             packed = Packed(
                 each // (states * length), first, states * length, position.flatten(),
-                States(self.slot.repeat(self.passes), length, states),
+                States(begin.repeat(self.passes), length, states),
             )  # fmt: skip
-            ids, block = ids.flatten(), None
-            if length > self.block_size:
-                block = each.view(-1, length)[:, : self.block_size].flatten()
+            ids, block = ids.flatten(), each.view(-1, length)[:, own].flatten()
             if step.ahead:
-                ids, inside, packed, block = self._beside(step, ids, inside, packed)
+                ids, inside, packed, block = self._beside(step, ids, inside, packed, block)
+            elif length == self.block_size:
+                block = None
             hidden = self.family.hidden(
                 ids[:, None], start, end, self.cache, inside, block, packed=packed, own=self._own(step)
             )[:, 0]
@@ -306,9 +310,9 @@ class Speculation(Forwards):
         begin = self.begin(self.window, self.next_slot)
         return begin[:, None] + torch.arange(self.window.length, device=self.device)
 
-    def _beside(self, step: Step, ids: torch.Tensor, inside: torch.Tensor, packed: Packed) -> tuple:
-        """The ids [N] of states with the next block's window behind them: ids, where their keys and values go, the
-        positions, and which of all the LM head multiplies."""
+    def _beside(self, step: Step, ids: torch.Tensor, inside: torch.Tensor, packed: Packed, own: torch.Tensor) -> tuple:
+        """The ids [N] of states, of which ``own`` are the block's, with the next block's window behind them: ids, where
+        their keys and values go, the positions, and which of all the LM head multiplies."""
         at, rows, length = self._next_window(), self.rows * self.passes, step.ahead
         offset = at - self.slot[:, None]  # in the block
         filled = self.guess.gather(1, offset.clamp(0, self.block_size - 1))
@@ -325,7 +329,7 @@ class Speculation(Forwards):
         )  # fmt: skip
         return (
             torch.cat((ids, more.flatten())), torch.cat((inside, step.states * step.length + each % length)), packed,
-            torch.cat((torch.arange(len(ids), device=self.device), block)),
+            torch.cat((own, block)),
         )  # fmt: skip
 
     def _prepare(self, step: Step, hidden: torch.Tensor, guess: torch.Tensor, went: torch.Tensor) -> None:
@@ -355,6 +359,6 @@ class Speculation(Forwards):
         """Write to the cache the keys and values of the ``last`` state [B] that a step was taken from, of rows that
         ``went`` on [B]."""
         offset = torch.arange(step.length, device=self.device)
-        to = (self.slot[:, None] + offset).repeat(self.passes, 1)
+        to = ((self.slot - step.before)[:, None] + offset).repeat(self.passes, 1)
         source = (last[:, None] * step.length + offset).repeat(self.passes, 1)
         self.cache.take_slots(to, self._own(step), source, went.repeat(self.passes))
