@@ -44,6 +44,12 @@ SUITE = ("-m", "pytest", "-q", "-n", "2", "--dist", "loadfile")
 CPU_TESTS = ("-m", "pytest", "-q", "-n", "2", "tests/test_compiled.py", "tests/test_compiled_predict.py",
              "tests/test_compiled_elementwise.py")  # fmt: skip
 QUICK_BENCH = ("-m", "bench.generation.engine", "--quick")
+# The long tests in parts; piece long-others has the rest.
+LONG = {
+    "long-kernels": ("tests/kernels", "tests/test_loop_kernels.py"),
+    "long-drafts": ("tests/test_speculate.py", "tests/test_look_ahead.py"),
+    "long-rows": ("tests/test_rows.py", "tests/test_recordings.py", "tests/test_logprobs.py", "tests/test_defaults.py"),
+}
 # 64-bit Arm, emulated; and each level's machine code.
 ARM_TESTS = ("-m", "pytest", "-q", "-rs", "-m", "long", "tests/test_arm.py", "tests/test_instructions.py")
 # Ray's actors, as many as four, and some of them killed; its own extra, because it is as large as all others together.
@@ -82,7 +88,9 @@ def pieces() -> dict[str, Piece]:
     every = [Piece("suite", SUITE, 25, daily=True), *_levels()]
     distribution = "tests/test_distribution.py"
     every.append(Piece("sdist-wheel", ("-m", "pytest", "-q", "-m", "long", distribution), 15))
-    every.append(Piece("long", (*SUITE, "-m", "long", f"--ignore={distribution}"), 180))
+    every += [Piece(name, (*SUITE, "-m", "long", *paths), 60) for name, paths in LONG.items()]
+    elsewhere = (distribution, *(path for paths in LONG.values() for path in paths))
+    every.append(Piece("long-others", (*SUITE, "-m", "long", *(f"--ignore={path}" for path in elsewhere)), 60))
     every.append(Piece("arm", ARM_TESTS, 10))
     every.append(Piece("ray", RAY_TESTS, 10, apart=RAY))
     installed = importlib.util.find_spec("triton") is not None

@@ -108,9 +108,11 @@ def _planned(prompts: list[torch.Tensor], gen_length: int, block: int, rng: rand
     return found
 
 
-def looks_ahead(request: Request) -> bool:
-    """Whether drafts may look at the next block. They do for a row that is alone, which takes fewer forwards then."""
-    return Options.of_call("generate", request.options, None).looks_ahead
+def is_as_alone(request: Request, mine: Result, own: Result) -> bool:
+    """Whether a row's result ``mine`` of a batch is its ``own`` when it is alone. Only then may drafts look at the next
+    block, which saves forwards."""
+    looks_ahead = Options.of_call("generate", request.options, None).looks_ahead
+    return mine[0] == own[0] and (mine[1] >= own[1] if looks_ahead else mine[1] == own[1])
 
 
 def alone(model, request: Request) -> list[Result]:

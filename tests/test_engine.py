@@ -73,7 +73,7 @@ OPTIONS = [
     {"schedule": dllm_fast.FirstHitting(), "cache": "dual", "remask": dllm_fast.P2(1.0)},
     {"schedule": dllm_fast.EntropyBound(4.0), "cache": "dual", "remask": dllm_fast.Verify(0.5)},
     {"schedule": Uniform(8), "cache": "dual", "skip_committed": True, "cfg_scale": 1.0},
-    {"schedule": Threshold(0.1), "cache": "prefix", "skip_committed": True, "remask": dllm_fast.Verify(0.5)},
+    {"schedule": Threshold(0.9), "cache": "prefix", "skip_committed": True, "remask": dllm_fast.Verify(0.5)},
     {"schedule": Uniform(8), "cache": "dual", "skip_committed": True, "refresh": Drift(0.2), "temperature": 0.8},
     {"schedule": Uniform(8), "cache": "prefix", "cache_dtype": "e4m3", "skip_committed": True, "refresh": Window(2, 1)},
 ]

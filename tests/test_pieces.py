@@ -30,6 +30,12 @@ def test_every_run_of_the_whole_suite_has_a_seed_of_its_own():
     assert whole[0].daily and seeds[0] == 0 and len(set(seeds)) == len(whole) > 5
 
 
+def test_the_parts_of_the_long_tests_are_there():
+    paths = [path for paths in every.LONG.values() for path in paths]
+    assert all((every.ROOT / path).exists() for path in paths)
+    assert {f"--ignore={path}" for path in paths} < set(PIECES["long-others"].command)
+
+
 def test_the_oldest_versions_are_those_that_pyproject_allows():
     text = (every.ROOT / "pyproject.toml").read_text()
     pins = dict(package.split("==") for package in SETTINGS["oldest"].packages)

@@ -78,8 +78,8 @@ OPTIONS = [
     {"top_k": 7, "top_p": 0.8, "temperature": 0.7, "suppress_tokens": [3, 4], "defer_tokens": [5]},
     {"top_p": 0.8, "temperature": 0.7, "confidence": "random", "speculate": 2, "cfg_scale": 1.0},
     {"logprobs": True, "schedule": Threshold(0.1), "speculate": 2},
-    {"pipeline": D2F(0.2, 0.5), "schedule": Threshold(0.1), "cfg_scale": 0.5},
-    {"pipeline": MultiBlock(0.2, 2, 1, 3), "schedule": Threshold(0.1), "cache": "prefix"},
+    {"pipeline": D2F(0.2, 0.5), "schedule": Threshold(0.9), "cfg_scale": 0.5},
+    {"pipeline": MultiBlock(0.2, 2, 1, 3), "schedule": Threshold(0.9), "cache": "prefix"},
 ]  # fmt: skip
 
 

@@ -95,7 +95,7 @@ def test_rows_that_come_while_others_run_get_their_own_tokens(llada, options):
     for request in requests:
         told.loop.put(request)
         told.turns(1)
-        assert len(told.loop.servers) == 1
+        assert len(told.loop.servers) == bool(told.loop.seated)
     told.turns()
     for request in requests:
         expected = alone(llada, request)

@@ -130,7 +130,7 @@ def test_the_loss_on_labelled_positions_is_that_of_all_logits(kind, monkeypatch)
 
 
 def test_a_bert_learns_to_answer_and_is_sampled(tmp_path, bert, talks):
-    options = ["--model", str(bert), "--steps", "300", "--save-every", "300", "--lr", "1e-2", "--eval-data", str(talks)]
+    options = ["--model", str(bert), "--steps", "500", "--save-every", "500", "--lr", "5e-3", "--eval-data", str(talks)]
     out = tmp_path / "run"
     assert training.main(["sft", "--data", str(talks), "--out", str(out), *FAST, *options]) == 0
     rows = [line.split(",") for line in (out / "loss.csv").read_text().split()[1:]]
