@@ -136,7 +136,7 @@ HONOURED_CASES = [  # fields, and the same as `dllm_fast.generate`'s arguments
     ({"skip_committed": True, "schedule": Uniform(4)}, {"skip_committed": True, "schedule": Uniform(4)}),
     ({"suffix_length": 2, "block_length": 4}, {"suffix_length": 2, "block_length": 4}),
     ({"speculate": 2}, {"speculate": 2}),
-    *[(given, given) for given in [{"suffix_length": 0, "suffix_sample": 2, "block_length": 4}]],
+    *[(given, given) for given in [{"suffix_length": 0, "suffix_sample": 2, "block_length": 4, "seed": 3}]],
     ({"cache_dtype": "e4m3", "schedule": Uniform(4)}, {"cache_dtype": "e4m3", "schedule": Uniform(4)}),
     ({"mask_id": 7, "suppress_tokens": [MASK]}, {"mask_id": 7, "suppress_tokens": [MASK]}),
     ({"num_return_sequences": 1}, {}),

@@ -20,10 +20,10 @@ from dllm_fast.cli.view import print_table
 
 BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
 TINY = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-MODELS = {
-    "bert": (transformers.BertModel, transformers.BertConfig, {"max_position_embeddings": 8192}),
-    "modernbert": (transformers.ModernBertModel, transformers.ModernBertConfig, {"intermediate_size": 1152}),
-    "eurobert": (transformers.EuroBertModel, transformers.EuroBertConfig, {"max_position_embeddings": 8192}),
+MODELS = {  # transformers 4 has no EuroBERT
+    "bert": ("BertModel", "BertConfig", {"max_position_embeddings": 8192}),
+    "modernbert": ("ModernBertModel", "ModernBertConfig", {"intermediate_size": 1152}),
+    "eurobert": ("EuroBertModel", "EuroBertConfig", {"max_position_embeddings": 8192}),
 }
 ATTENTIONS = ("sdpa", NAME)
 
@@ -42,7 +42,8 @@ class Row:
 
 
 def build(name: str, attention: str, shape: dict, dtype: torch.dtype, device: torch.device):
-    cls, config, own = MODELS[name]
+    *names, own = MODELS[name]
+    cls, config = (getattr(transformers, one) for one in names)
     torch.manual_seed(0)
     model = cls(config(**{**shape, **own})).eval().to(device, dtype)
     model.set_attn_implementation(attention)

@@ -70,6 +70,10 @@ class BidirectionalGPT2LMHeadModel(GPT2LMHeadModel):
         if attention_mask is not None:
             bias = bias.masked_fill(attention_mask == 0, torch.finfo(bias.dtype).min)
         mask = bias[:, None, None].expand(-1, 1, embeds.shape[1], -1)  # [B, 1, L, L]
+        if self.config._attn_implementation == "eager":  # that of transformers 4 adds the causal mask of a buffer
+            for layer in self.transformer.h:
+                if (seen := getattr(layer.attn, "bias", None)) is not None:
+                    seen.fill_(True)
         options = {"attention_mask": mask, "position_ids": position_ids, "use_cache": False}
         return self.transformer(inputs_embeds=embeds, **options).last_hidden_state
 
