@@ -6,8 +6,12 @@ from test_sft import WORDS, folder_of
 from tiny import SEED
 from transformers import DebertaV2Config, DebertaV2ForMaskedLM, GPT2Config, GPT2LMHeadModel
 
+from dllm_fast import backend
 from dllm_fast.cli import main as cli
 
+needs_backend = pytest.mark.skipif(
+    not backend.is_available(), reason="this transformers has no attention backends with masks"
+)
 OPTIONS = ["--gen-length", "8", "--block-length", "4", "--schedule", "uniform=4", "--quiet", "--prompt", "a b c"]
 PLAIN = "a plain loop samples it"
 
@@ -27,6 +31,7 @@ def folder(kind: str, path):
     return path
 
 
+@needs_backend
 @pytest.mark.parametrize("kind", ["bert", "gpt2"])
 def test_what_patch_takes_is_patched(kind, tmp_path, capsys):
     """A step that begins a block is a full forward, and the next one is not."""
@@ -49,6 +54,7 @@ def test_what_patch_does_not_take_is_sampled_by_a_plain_loop_and_says_so(tmp_pat
         assert "a DebertaV2ForMaskedLM of model_type 'deberta-v2' is not supported" in capsys.readouterr().err
 
 
+@needs_backend
 def test_what_neither_takes_is_refused(tmp_path, capsys):
     from others import make
 
