@@ -43,8 +43,8 @@ def request_of(seed: int, name: str, **limits):
         o["schedule"] = rng.choice([Static(2), Pyramid(1), FirstHitting()])
     reach = o["block_length"] + rng.choice([0, 0, 3, 40])
     o |= {"cache": "dual", "refresh": rng.choice([Every(2), Every(3), Window(reach, rng.choice([0, 0, 5]))])}
-    if name in others.SHIFTED and isinstance(o["refresh"], Window):  # which has to hold the position before the block
-        o["refresh"] = Window(o["refresh"].before + 1, o["refresh"].after)
+    if name in others.SHIFTED:  # the window has to hold the position before the block
+        o["refresh"] = Window(reach + 1)
     o |= {"skip_committed": False, "suffix_length": None, "suffix_sample": 0, "remask": None}
     o |= {"speculate": rng.choice([1, 2, 3, 7]), "cache_dtype": rng.choice([None, None, "e4m3"])}
     return request
