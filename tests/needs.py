@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+import transformers
 
-from dllm_fast import ops
+from dllm_fast import backend, ops
 
 
 def missing(impl: str) -> str | None:
@@ -26,6 +27,8 @@ def unwatched() -> bool:
     return not (hasattr(JITFunction, "_do_compile") and hasattr(InterpretedFunction, "run"))
 
 
+NO_BACKEND = f"transformers {transformers.__version__} asks attention backends for masks in another way, or not at all"
+needs_backend = pytest.mark.skipif(not backend.is_available(), reason=NO_BACKEND)
 needs_cpp = pytest.mark.skipif(missing("cpp") is not None, reason=str(missing("cpp")))
 needs_triton = pytest.mark.skipif(missing("triton") is not None, reason=str(missing("triton")))
 needs_watched = pytest.mark.skipif(

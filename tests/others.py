@@ -5,6 +5,7 @@ import pytest
 import torch
 import transformers
 from e4m3 import nearest
+from needs import NO_BACKEND
 from tiny import EOS, MAKERS, MASK, SEED, VOCAB
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
@@ -69,7 +70,7 @@ def made(name: str):
     if name in MAKERS:
         return MAKERS[name]()
     if not backend.is_available():
-        pytest.skip(f"transformers {transformers.__version__} asks for masks in another way")
+        pytest.skip(NO_BACKEND)
     return make(name)
 
 

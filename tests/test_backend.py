@@ -5,13 +5,11 @@ import functools
 import pytest
 import torch
 import transformers
-from needs import needs_cpp, needs_triton
+from needs import needs_backend, needs_cpp, needs_triton
 
 from dllm_fast import backend, ops
 
-pytestmark = pytest.mark.skipif(
-    not backend.is_available(), reason=f"transformers {transformers.__version__} asks for masks in another way"
-)
+pytestmark = needs_backend
 SIZES = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 60}
 SIZES |= {"max_position_embeddings": 128, "pad_token_id": 0}
 DROP = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from needs import needs_backend
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # `bench` is a folder of the checkout, not a package that is installed
@@ -20,7 +21,6 @@ from bench.generation import modernbert, own
 from bench.ops import noise, sanitize, timing, tune
 from bench.ops.cases import attention, case, loss, predict, small
 from bench.report.tables import row
-from dllm_fast import backend
 from dllm_fast.decoding.options import CACHES
 from dllm_fast.kernels import gumbel as gumbel_kernel
 from dllm_fast.kernels import reference
@@ -68,7 +68,7 @@ def test_modernbert_beside_transformers(capsys):
     ]
 
 
-@pytest.mark.skipif(not backend.is_available(), reason="this transformers has no attention backends with masks")
+@needs_backend
 def test_forwards_of_the_families_beside_the_models_own(capsys):
     """In fp64 no near tie changes a token."""
     assert own.main(["--size", "quick", "--dtype", "float64", "--rounds", "2", "--force"]) == 0

@@ -3,17 +3,14 @@
 import plain_blocks
 import pytest
 import torch
-import transformers
-from needs import missing, needs_cpp, needs_triton
+from needs import missing, needs_backend, needs_cpp, needs_triton
 from others import make
 from tiny import EOS, MASK
 
 import dllm_fast
-from dllm_fast import Drift, Dynamic, Edit, Every, Sequential, Static, Threshold, Uniform, Window, backend
+from dllm_fast import Drift, Dynamic, Edit, Every, Sequential, Static, Threshold, Uniform, Window
 
-pytestmark = pytest.mark.skipif(
-    not backend.is_available(), reason=f"transformers {transformers.__version__} asks for masks in another way"
-)
+pytestmark = needs_backend
 BLOCK = 4
 IMPLS = ["torch", *([] if missing("cpp") else ["cpp"])]
 

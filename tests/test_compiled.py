@@ -76,6 +76,7 @@ def assert_as_exact(out, eager, truth):
 
 def assert_as_exact_on_average(out, eager, truth, times=2.0):
     """The root mean square error is at most twice PyTorch's, or half a unit in the last place."""
+    assert out.shape == truth.shape and out.dtype == eager.dtype
     error, eager_error, size = (x.square().mean().sqrt().item() for x in (out - truth, eager - truth, truth))
     limit = max(times * eager_error, torch.finfo(out.dtype).eps * size / 2)
     assert error <= limit, f"error {error:.3g}, PyTorch's {eager_error:.3g}, limit {limit:.3g}"

@@ -10,12 +10,12 @@ import plain_loop
 import pytest
 import torch
 import transformers
-from needs import missing, needs_triton
+from needs import missing, needs_backend, needs_triton
 from test_skip_committed import check_plain_loop
 from tiny import EOS, MASK, SEED, VOCAB
 
 import dllm_fast
-from dllm_fast import Threshold, backend
+from dllm_fast import Threshold
 from dllm_fast.families import decoders, linears
 from dllm_fast.families.native_decoders import (
     LLaDA2MoeConfig,
@@ -160,7 +160,7 @@ def test_a_padded_row_has_its_own_logits(name, impl, ids, padded):
             torch.testing.assert_close(logits[row, mask], expected[row], atol=5e-5, rtol=1e-4)
 
 
-@pytest.mark.skipif(not backend.is_available(), reason=f"transformers {transformers.__version__} masks in another way")
+@needs_backend
 @torch.no_grad()
 def test_sdar_is_qwen3_under_its_mask():
     model, ids = make("sdar"), prompt(19)

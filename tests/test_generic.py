@@ -9,17 +9,15 @@ import re
 import pytest
 import torch
 import transformers
-from needs import needs_cpp, needs_triton
+from needs import needs_backend, needs_cpp, needs_triton
 from others import GROUPED, OTHERS, SHIFTED, SIZES, OwnMemory, make, moved
 from test_skip_committed import check_plain_loop
 from tiny import EOS, MASK, SEED, VOCAB
 
 import dllm_fast
-from dllm_fast import Threshold, backend
+from dllm_fast import Threshold
 
-pytestmark = pytest.mark.skipif(
-    not backend.is_available(), reason=f"transformers {transformers.__version__} asks for masks in another way"
-)
+pytestmark = needs_backend
 
 
 @pytest.mark.parametrize("name", OTHERS)

@@ -6,13 +6,14 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from needs import needs_backend
 from others import OwnMemory, make
 from test_compiled_predict import ULP, double, every_level, noise_key, problem
 from test_compiled_predict import use as use
 from test_skip_committed import check_plain_loop
 
 import dllm_fast
-from dllm_fast import backend, ops
+from dllm_fast import ops
 from dllm_fast.cpu import compiled
 from dllm_fast.kernels import reference
 
@@ -135,8 +136,6 @@ def test_a_cap_that_is_none_is_refused(softcap):
 
 
 # Models
-
-needs_backend = pytest.mark.skipif(not backend.is_available(), reason="this transformers has no attention backends")
 
 
 def make_capped(name):

@@ -24,7 +24,7 @@ def need(family, options: Options, rows: int, slots: int, spare: int) -> int:
         own = slots if options.runs_suffix else options.block_length + family.shifted  # of each state
         kept = slots + spare + (options.drafts + 1) * own * bool(options.drafts)
         if options.looks_ahead and rows == options.passes:  # one row
-            kept += min(sum(options.refresh.span(own)) + own, slots)
+            kept += min(sum(options.refresh.span(options.block_length)) + options.block_length, slots)
         each = size if options.cache_dtype is None else 1
         cache = 2 * family.layers * rows * kept * family.kv_heads * family.head_dim * each
         if options.refresh.layerwise:

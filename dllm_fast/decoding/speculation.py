@@ -294,11 +294,11 @@ class Speculation(Forwards):
                 each // (states * length), first, states * length, position.flatten(),
                 States(begin.repeat(self.passes), length, states),
             )  # fmt: skip
-            ids, block = ids.flatten(), each.view(-1, length)[:, own].flatten()
+            ids, block = ids.flatten(), None
+            if step.ahead or length > self.block_size:
+                block = each.view(-1, length)[:, own].flatten()
             if step.ahead:
                 ids, inside, packed, block = self._beside(step, ids, inside, packed, block)
-            elif length == self.block_size:
-                block = None
             hidden = self.family.hidden(
                 ids[:, None], start, end, self.cache, inside, block, packed=packed, own=self._own(step)
             )[:, 0]
