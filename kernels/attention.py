@@ -27,9 +27,12 @@ CONFIGS = {
     **{(4, d, big): ((16, 32, 8, 1, True),) * 2 for d in (64, 128) for big in (True, False)},
     **{(4, 256, big): ((16, 16, 8, 1, True),) * 2 for big in (True, False)},  # 16 x 32 spills with Triton 3.6 on sm_100
 }
-# Of 16-bit queries against e4m3, by (padded head dim, big): many rows. What is widened takes registers, and the tiles
-# above would spill.
-WIDENED = {(128, True): (128, 64, 8, 3, False), (128, False): (128, 32, 8, 3, True)}
+# Of 16-bit queries against e4m3, by (padded head dim, big). What is widened takes registers, and the tiles above would
+# spill.
+WIDENED = {
+    (128, True): ((64, 64, 4, 3, True), (128, 64, 8, 3, False)),
+    (128, False): ((64, 32, 8, 3, True), (128, 32, 8, 3, True)),
+}
 FEW_QUERIES = 64
 THREADS = 132 * 256  # enough to fill 132 multiprocessors; a launch with fewer splits the slots
 MERGE_WARPS = 2
@@ -60,7 +63,7 @@ def _plan(
     tile = max(64, padded), big
     few, many = CONFIGS[(itemsize, *tile)]
     if widened and itemsize == 2:
-        many = WIDENED.get(tile, many)
+        few, many = WIDENED.get(tile, (few, many))
     config = few if queries <= FEW_QUERIES or window is not None else many
     if blocks:
         config = for_blocks(config)

@@ -180,7 +180,7 @@ def test_samples_have_the_unpatched_steps_distribution():
     }
     wide |= {"diffusion_stopping_criteria": None, "sampler": copy.copy(given["sampler"])}
     wide["sampler"].entropy_bound = 1e9  # all samples are accepted
-    cache = given["past_key_values"]
+    cache = given["cache" if "cache" in given else "past_key_values"]  # the first in newer versions
     cache.batch_repeat_interleave(rows)
     wide["mask_mapping"] = {
         k: m if m is None else m.expand(rows, *m.shape[1:]) for k, m in given["mask_mapping"].items()

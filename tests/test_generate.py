@@ -8,7 +8,7 @@ import itertools
 import pytest
 import torch
 import transformers
-from tiny import EOS, MASK
+from tiny import EOS, MASK, VOCAB
 
 import dllm_fast
 from dllm_fast import Factor, Pyramid, Threshold, Uniform
@@ -193,7 +193,8 @@ def test_an_end_of_text_in_the_prompt_ends_nothing(llada, ids):
     gaps[0, 2], gaps[0, 6:10], gaps[0, 15:18] = EOS, MASK, MASK
     options = {"gen_length": 8, "block_length": 4, "cache": "none"}
     free = dllm_fast.generate(llada, gaps, **options).sequences[0].tolist()
-    assert dllm_fast.generate(llada, gaps, eos_id=[EOS, 5], **options).sequences[0].tolist() == free
+    absent = next(token for token in range(VOCAB) if token not in free)
+    assert dllm_fast.generate(llada, gaps, eos_id=[EOS, absent], **options).sequences[0].tolist() == free
     end = free[7]
     first = 6 + free[6:8].index(end)
     expected = [token if at <= first or gaps.tolist()[0][at : at + 1] not in ([], [MASK]) else end
@@ -319,7 +320,7 @@ def test_half_precision_decides_as_exactly_as_the_model_itself(either, ids, dtyp
         lost = (best - truth.gather(1, after[:, None])[:, 0])[kept]
         assert (lost <= 4 * (rounded - truth)[kept].abs().max()).all()
         value = sure(truth, confidence)
-        off = 2 * (sure(rounded, confidence) - value)[open_].abs().max()
+        off = 2 * (sure(rounded, confidence) - value).abs().max()  # a few open positions alone may err little by luck
         assert not left.any() or value[kept].min() >= value[left].max() - 2 * off
         if schedule is Uniform:
             assert kept.sum() == 2

@@ -52,7 +52,7 @@ class DiffusionGemma(Family):
         if STEP in model.__dict__ and patch_of(model) is None:
             raise ValueError(f"model: its {STEP} has been replaced already")
         _, *found = inspect.signature(getattr(type(model), STEP)).parameters
-        if tuple(found) != ARGUMENTS:
+        if tuple("past_key_values" if name == "cache" else name for name in found) != ARGUMENTS:
             raise ValueError(f"model: this transformers' {STEP} takes {', '.join(found)}, not {', '.join(ARGUMENTS)}")
         self._settle()
 
@@ -95,12 +95,13 @@ def denoising_step(
     decoder_position_ids: torch.Tensor,
     self_conditioning_logits: Any,  # None at a canvas' first step, or the caller's [B, L, V]; then `SoftEmbedding`
     mask_mapping: dict[str, torch.Tensor],
-    past_key_values: Any,
     finished_denoising: torch.Tensor,  # [B] bool
     cur_step: int,  # counts down to 1
     sampler: Any,
     logits_processor: Any,
     diffusion_stopping_criteria: Any,
+    past_key_values: Any = None,
+    cache: Any = None,  # the name of past_key_values in newer versions of transformers
     **model_kwargs,
 ) -> tuple:
     """Transformers' ``_denoising_step``, of the same arguments and results but for the soft embedding.
@@ -108,16 +109,17 @@ def denoising_step(
     A canvas whose first step `why_not` finds something against runs transformers' own steps.
     """
     before = self_conditioning_logits
+    prompt = {"past_key_values": past_key_values} if cache is None else {"cache": cache}
     parts = sampler, logits_processor, diffusion_stopping_criteria
     if not isinstance(before, SoftEmbedding) and why_not(self, decoder_forward, parts, model_kwargs):
         return getattr(type(self), STEP)(
             self, decoder_forward, current_canvas, argmax_canvas, input_ids, decoder_position_ids, before, mask_mapping,
-            past_key_values, finished_denoising, cur_step, *parts, **model_kwargs,
+            *prompt.values(), finished_denoising, cur_step, *parts, **model_kwargs,
         )  # fmt: skip
     # 1. Hidden states.
     hidden = decoded(
         self, before, decoder_input_ids=current_canvas, decoder_attention_mask=mask_mapping,
-        past_key_values=past_key_values, decoder_position_ids=decoder_position_ids, **model_kwargs,
+        decoder_position_ids=decoder_position_ids, **prompt, **model_kwargs,
     )  # fmt: skip
     # 2. Samples, argmax, entropies and the soft embedding, from tiles of logits.
     step = torch.tensor(cur_step, device=hidden.device, dtype=torch.int32)

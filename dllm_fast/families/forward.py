@@ -62,7 +62,7 @@ def like(own: Callable) -> Callable:
 def _config_wants_more(config, output: type[ModelOutput]) -> bool:
     """Whether the config asks for more than logits: hidden states, attentions, a tuple, a cache."""
     wanted = ["output_hidden_states", "output_attentions", "torchscript"]
-    if hasattr(output, "past_key_values"):  # the published LLaDA's
+    if hasattr(output, "past_key_values") or hasattr(output, "cache"):  # the published LLaDA's; newer versions' name
         wanted.append("use_cache")
     return not getattr(config, "return_dict", True) or any(getattr(config, name, False) for name in wanted)
 

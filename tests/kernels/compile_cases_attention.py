@@ -88,7 +88,7 @@ def _attention():
         rounded = {"archs": tuple(arch for arch in archs if arch in HAVE_E4M3), "kept": E4M3}
         for dim in (64, 128):
             few, many = attention.CONFIGS[2, dim, big]
-            many = attention.WIDENED.get((dim, big), many)
+            few, many = attention.WIDENED.get((dim, big), (few, many))
             yield attention_case(few, 2, dim, split=True, **rounded)
             yield attention_case(few, 2, dim, split=True, packed=True, **rounded)
             yield attention_case(few, 2, dim, window=True, **rounded)

@@ -66,7 +66,8 @@ def test_many_rows_have_tiles_of_their_own():
     def tiles(queries, window=None, widened=True, size=2, big=True):
         return module._plan(1, queries, 32, 1, 128, 2048, window, size, big, widened)[0]
 
-    assert tiles(2048) == module.WIDENED[128, True] and tiles(2048, big=False) == module.WIDENED[128, False]
+    for big in (True, False):
+        assert (tiles(8, big=big), tiles(2048, big=big)) == module.WIDENED[128, big]
     assert tiles(2048, widened=False) == module.CONFIGS[2, 128, True][1]
     assert tiles(32) == tiles(2048, window=9) == module.CONFIGS[2, 128, True][0]
     assert tiles(2048, size=4) == module.CONFIGS[4, 128, True][1]

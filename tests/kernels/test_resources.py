@@ -3,6 +3,8 @@ approximate instruction whose error the tests' bounds leave out."""
 
 import importlib
 import importlib.metadata
+import re
+from pathlib import Path
 
 import pytest
 from resources import BIG, MODULES, SHARED_LIMIT, measured
@@ -12,6 +14,8 @@ from dllm_fast import launchers
 
 SHARE = {90: 2}  # `make test` compiles every so many-th kernel for an architecture, and by default every `OTHERS`-th
 OTHERS = 8
+REQUIREMENTS = Path(__file__).parents[2] / "requirements.txt"
+(PINNED,) = re.findall(r"^triton==([\d.]+)", REQUIREMENTS.read_text(), re.MULTILINE)
 
 
 def test_auto_takes_triton_where_the_kernels_are_compiled_for():
@@ -35,7 +39,8 @@ def check(module, arch, share):
     old = importlib.metadata.version("triton").startswith("3.4.")
     if old and arch == 100:
         pytest.skip("with Triton 3.4 attention does not fit sm_100, and `launchers.obstacle` says so")
-    spill = 48 if old else 0  # in the fused head with e4m3 weights, on sm_80 and sm_120
+    # What the daily environment's Triton does not spill, another may, in some kernels: a few registers.
+    spill = 0 if importlib.metadata.version("triton") == PINNED else 48
     cases = {case.name: case for case in importlib.import_module(module).CASES if arch in case.archs}
     complaints = []
     found = measured(module, arch, share)
