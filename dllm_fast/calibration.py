@@ -174,8 +174,9 @@ def samples(blocks: list[list[Taken]], graph: DraftGraph) -> list[torch.Tensor]:
 
 
 def fit(found: list[torch.Tensor], paths: Paths, graph: DraftGraph) -> DraftGraph:
-    """``graph`` with the biases and weights under which the drafts that ``paths`` reached are likeliest: a logistic
-    regression over all steps and drafts, of which `samples` are ``found``."""
+    """``graph`` with the weights under which the drafts that ``paths`` reached are likeliest: for each draft a logistic
+    regression over all steps, of which `samples` are ``found``. It is drawn towards how often the draft is reached, by
+    a normal prior on what differs from that; the features are scaled to a deviation of one."""
     if not graph.drafts:
         return graph
     fitting = (set().union(*step) for path in paths for step in path)
@@ -184,28 +185,30 @@ def fit(found: list[torch.Tensor], paths: Paths, graph: DraftGraph) -> DraftGrap
     fits = sampled[..., 1] > float("-inf")
     mean, spread = sampled[fits].mean(0), sampled[fits].std(0).clamp(min=1e-6)
     sampled = (sampled - mean) / spread
-    rate = (hit.sum(0) + 0.5) / (fits.sum(0) + 1)
-    biases, weights = rate.logit().requires_grad_(), torch.zeros_like(mean, requires_grad=True)
-    optimizer = torch.optim.LBFGS([biases, weights], max_iter=ITERATIONS, line_search_fn="strong_wolfe")
+    rate = ((hit.sum(0) + 0.5) / (fits.sum(0) + 1)).logit()
+    start = torch.stack((rate, torch.zeros_like(rate), torch.zeros_like(rate)), 1)  # [G, 3]
+    weights = start.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS([weights], max_iter=ITERATIONS, line_search_fn="strong_wolfe")
 
     def loss() -> torch.Tensor:
         optimizer.zero_grad()
-        value = binary_cross_entropy_with_logits(log_odds(sampled, biases, weights)[fits], hit[fits])
+        value = binary_cross_entropy_with_logits(log_odds(sampled, weights)[fits], hit[fits], reduction="sum")
+        value = (value + (weights - start).square().sum() / 2) / fits.sum()
         value.backward()
         return value
 
     with torch.enable_grad():
         optimizer.step(loss)
-    weights = weights.detach() / spread
-    biases = biases.detach() - (weights * mean).sum()
-    numbers = [[round(x, 3) for x in values.tolist()] for values in (biases, weights)]
-    return replace(graph, biases=tuple(numbers[0]), weights=tuple(numbers[1]))
+    scaled = weights.detach()[:, 1:] / spread
+    bias = weights.detach()[:, 0] - (scaled * mean).sum(1)
+    rows = torch.cat((bias[:, None], scaled), 1).tolist()
+    return replace(graph, weights=tuple((round(b, 3), round(c, 3), round(left, 3)) for b, c, left in rows))
 
 
 def likeliest(found: list[torch.Tensor], graph: DraftGraph) -> list[list[set[Draft]]]:
     """By block and step, of which `samples` are ``found``, the drafts of the ``graph`` that the engine evaluates."""
-    biases, weights = (torch.tensor(x, dtype=torch.float64, device="cpu") for x in (graph.biases, graph.weights))
-    orders = (log_odds(block, biases, weights).sort(descending=True, stable=True).indices for block in found)
+    weights = torch.tensor(graph.weights, dtype=torch.float64, device="cpu")
+    orders = (log_odds(block, weights).sort(descending=True, stable=True).indices for block in found)
     return [[{graph.drafts[i] for i in step[: graph.number]} for step in order.tolist()] for order in orders]
 
 

@@ -127,6 +127,8 @@ def _as_asked(model, config: GenerationConfig, input_ids: torch.Tensor, kwargs: 
     kwargs = {name: value for name, value in kwargs.items() if name not in made}
     kwargs["logits_processor"] = [p for p in kwargs.get("logits_processor") or () if not _is_fields(p, made_of)]
     kwargs["stopping_criteria"] = [c for c in kwargs.get("stopping_criteria") or () if not _is_fields(c, made_of)]
+    if config.eos_token_id is None and "eos_id" not in kwargs:  # the model's own is merged in, so that was asked for
+        kwargs["eos_token_id"] = None
     return kwargs | {"generation_config": config}
 
 

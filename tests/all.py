@@ -41,6 +41,7 @@ HELD = {
     "plain": {"ONEDNN_MAX_CPU_ISA": "SSE41", "ATEN_CPU_CAPABILITY": "default", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"},
 }
 SUITE = ("-m", "pytest", "-q", "-n", "2", "--dist", "loadfile")
+SPREAD = (*SUITE[:-1], "worksteal")  # a file's long tests take too long for one of two processes
 CPU_TESTS = ("-m", "pytest", "-q", "-n", "2", "tests/test_compiled.py", "tests/test_compiled_predict.py",
              "tests/test_compiled_elementwise.py")  # fmt: skip
 QUICK_BENCH = ("-m", "bench.generation.engine", "--quick")
@@ -88,9 +89,9 @@ def pieces() -> dict[str, Piece]:
     every = [Piece("suite", SUITE, 25, daily=True), *_levels()]
     distribution = "tests/test_distribution.py"
     every.append(Piece("sdist-wheel", ("-m", "pytest", "-q", "-m", "long", distribution), 15))
-    every += [Piece(name, (*SUITE, "-m", "long", *paths), 60) for name, paths in LONG.items()]
+    every += [Piece(name, (*SPREAD, "-m", "long", *paths), 60) for name, paths in LONG.items()]
     elsewhere = (distribution, *(path for paths in LONG.values() for path in paths))
-    every.append(Piece("long-others", (*SUITE, "-m", "long", *(f"--ignore={path}" for path in elsewhere)), 60))
+    every.append(Piece("long-others", (*SPREAD, "-m", "long", *(f"--ignore={path}" for path in elsewhere)), 60))
     every.append(Piece("arm", ARM_TESTS, 10))
     every.append(Piece("ray", RAY_TESTS, 10, apart=RAY))
     installed = importlib.util.find_spec("triton") is not None
@@ -100,7 +101,7 @@ def pieces() -> dict[str, Piece]:
     for name, setting in environments.SETTINGS.items():
         command = EXTRAS if name == "extras" else SUITE if setting.compiler else NO_COMPILER
         every.append(Piece(name, command, 90, environments.compilers(setting), apart=setting))
-    whole = [piece for piece in every if piece.command[: len(SUITE)] == SUITE and not piece.daily]
+    whole = [piece for piece in every if piece.command[: len(SUITE)] in (SUITE, SPREAD) and not piece.daily]
     for seed, piece in enumerate(whole, 1):
         piece.environment["DLLM_TEST_SEED"] = str(seed)
     return {piece.name: piece for piece in every}

@@ -71,7 +71,8 @@ def pruned_forwards(blocks, paths, graph: DraftGraph) -> int:
             odds[index] = -math.inf
             if left:
                 best = math.log(max(left) / (1 - max(left)))
-                odds[index] = graph.biases[index] + graph.weights[0] * sum(committed) + graph.weights[1] * best
+                bias, weight, other = graph.weights[index]
+                odds[index] = bias + weight * sum(committed) + other * best
         return {graph.drafts[n] for n in sorted(odds, key=lambda n: -odds[n])[: graph.evaluated]}
 
     count = 0
@@ -94,47 +95,55 @@ def test_each_step_takes_the_likeliest_drafts(model, options):
     graph = replace(calibration.choose(paths, 24), evaluated=2)
     graph = calibration.fit(calibration.samples(blocks, graph), paths, graph)
     assert len(graph.drafts) > 2
-    doubtful = replace(graph, biases=tuple(n / 10 for n in range(len(graph.drafts))), weights=(0.7, -1.3))
+    doubtful = replace(graph, weights=tuple((n / 10, 0.7, n / 10 - 1.3) for n in range(len(graph.drafts))))
     graphs = graph, doubtful, replace(graph, evaluated=1), replace(graph, evaluated=len(graph.drafts))
     counts = [taken(model, options, each) for each in graphs]
     assert counts == [pruned_forwards(blocks, paths, each) for each in graphs]
     assert counts[3] < counts[2]  # each draft was chosen because it saves a forward
     # The calibrated graph is the better one of the likeliest drafts and the first.
-    first = replace(graph, biases=None, weights=(0.0, 0.0))
+    first = replace(graph, weights=None)
     better = graph if counts[0] < taken(model, options, first) else first
     assert dllm_fast.calibrate(model, prompts(6), 2, 4, **options) == better
 
 
 def test_the_fit_is_the_likeliest(model):
-    """No other bias or weight makes what was reached likelier."""
+    """No other weight of the scaled features makes what was reached, with the prior, likelier."""
     options = OPTIONS[0]
     blocks = calibration.record(model, prompts(6), 3, options)
     paths = calibration.follow(blocks)
     graph = calibration.choose(paths, 5)
     graph = calibration.fit(calibration.samples(blocks, graph), paths, graph)
+    cases = [[] for _ in graph.drafts]  # of each draft, (its two features, whether it was reached)
+    for steps, path in zip(blocks, paths, strict=True):
+        for n, step in enumerate(steps):
+            chosen = [
+                torch.isin(step.rank, torch.tensor(own if own is not None else range(2 * ahead)))
+                for ahead, own in graph.drafts
+            ]
+            found = drafts.features(step.score.double(), step.masked, torch.stack(chosen)).tolist()
+            for of_draft, draft, (committed, left) in zip(cases, graph.drafts, found, strict=True):
+                if left > -math.inf:
+                    of_draft.append((committed, left, len(path[n]) >= draft[0] and draft in path[n][draft[0] - 1]))
+    every = torch.tensor([case[:2] for of_draft in cases for case in of_draft], dtype=torch.float64)
+    (mean, spread) = every.mean(0).tolist(), every.std(0).tolist()
 
-    def likelihood(biases, weights) -> float:
-        total = 0.0
-        for steps, path in zip(blocks, paths, strict=True):
-            for n, step in enumerate(steps):
-                chosen = [
-                    torch.isin(step.rank, torch.tensor(own if own is not None else range(2 * ahead)))
-                    for ahead, own in graph.drafts
-                ]
-                found = drafts.features(step.score, step.masked, torch.stack(chosen))
-                odds = drafts.log_odds(found, torch.tensor(biases), torch.tensor(weights)).tolist()
-                for (ahead, own), value in zip(graph.drafts, odds, strict=True):
-                    hit = len(path[n]) >= ahead and (ahead, own) in path[n][ahead - 1]
-                    if value > -math.inf:
-                        total += math.log(1 / (1 + math.exp(-value if hit else value)))
+    def likelihood(of_draft, bias, weight, other) -> float:
+        """With the rate of being reached, to which the prior draws the scaled weights."""
+        rate = (sum(hit for *_, hit in of_draft) + 0.5) / (len(of_draft) + 1)
+        scaled = weight * spread[0], other * spread[1]
+        shift = bias + weight * mean[0] + other * mean[1] - math.log(rate / (1 - rate))
+        total = -(shift**2 + scaled[0] ** 2 + scaled[1] ** 2) / 2
+        for committed, left, hit in of_draft:
+            odds = bias + weight * committed + other * left
+            total += math.log(1 / (1 + math.exp(-odds if hit else odds)))
         return total
 
-    best = likelihood(graph.biases, graph.weights)
-    for n in range(len(graph.biases) + 2):
-        for change in (-0.1, 0.1):
-            moved = [*graph.biases, *graph.weights]
-            moved[n] += change
-            assert likelihood(moved[:-2], moved[-2:]) < best
+    for of_draft, own in zip(cases, graph.weights, strict=True):
+        best = likelihood(of_draft, *own)
+        for n in range(3):
+            for change in (-0.1, 0.1):
+                moved = [x + change * (n == m) for m, x in enumerate(own)]
+                assert likelihood(of_draft, *moved) < best
 
 
 def test_each_choice_is_the_best_of_all_that_there_are(model):
@@ -170,7 +179,7 @@ def test_a_path_by_hand():
 def test_a_model_finds_its_graphs(model, tmp_path):
     graph = DraftGraph(((1, (0, 2)), (1, None), (2, (0, 1, 2, 3)), (2, None)))
     path = drafts.write(tmp_path, "uniform 2", graph)
-    other = DraftGraph(((1, None),), biases=(0.5,), weights=(1.0, -2.0))
+    other = DraftGraph(((1, None),), weights=((0.5, 1.0, -2.0),))
     drafts.write(tmp_path, "threshold=0.04", replace(other, evaluated=1))
     assert drafts.read(tmp_path) == {"uniform 2": graph, "threshold=0.04": other}
     assert list(json.loads(path.read_text())) == ["threshold=0.04", "uniform 2"] and len(list(tmp_path.iterdir())) == 1

@@ -177,7 +177,8 @@ def test_the_first_of_several_ends_of_text_stops_a_row(llada, ids, kind, pad):
     expected = []
     for row in free:
         first = next((at for at, token in enumerate(row) if token in ends), len(row))
-        expected.append(row[: first + 1] + [row[first : first + 1][0] if pad is None else pad] * (31 - first))
+        rest = row[min(first, 31)] if pad is None else pad
+        expected.append(row[: first + 1] + [rest] * (31 - first))
     assert sum(row != cut for row, cut in zip(free, expected)) >= 2
     options |= {"eos_id": kind(ends), "pad_id": pad}
     out = dllm_fast.generate(llada, ids, **options)

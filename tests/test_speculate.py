@@ -18,8 +18,8 @@ from dllm_fast.decoding.speculation import Speculation
 def pruned(rng: random.Random, drafts: int) -> DraftGraph:
     """A graph of which each step takes ``drafts``, whatever its weights say."""
     held = (*DraftGraph.chain(6).drafts, (1, (1,)), (1, (0, 2)), (2, (0, 1, 3)), (2, (1, 2)), (3, (0, 1, 2, 4)))
-    biases = tuple(rng.uniform(-3, 1) for _ in held)
-    return DraftGraph(held, drafts, biases, (rng.uniform(-1, 2), rng.uniform(-2, 1)))
+    weights = tuple((rng.uniform(-3, 1), rng.uniform(-1, 2), rng.uniform(-2, 1)) for _ in held)
+    return DraftGraph(held, drafts, weights)
 
 
 def drawn(name: str, seed: int, **limits) -> tuple[Request, int | DraftGraph]:
@@ -247,9 +247,9 @@ ONE = ((1, None),)
         ((((1, ()),),), "speculate: draft 0, (1, ()), is not (steps ahead, ascending ranks)"),
         ((ONE * 64,), "speculate: 64 drafts are more than 63"),
         ((ONE, 2), "speculate: evaluated=2 is not a number from 0 to 1 or None"),
-        ((ONE, None, (0.5, 1.0)), "speculate: biases=(0.5, 1.0) are not 1 finite numbers, one for each draft"),
-        ((ONE, None, (float("nan"),)), "speculate: biases=(nan,) are not 1 finite numbers, one for each draft"),
-        ((ONE, None, (0.5,), (1.0,)), "speculate: weights=(1.0,) are not two finite numbers"),
+        ((ONE, None, ()), "speculate: weights=() are not three finite numbers for each of 1 drafts"),
+        ((ONE, None, ((0.5, 1.0),)), "speculate: weights=((0.5, 1.0),) are not three finite numbers for each of 1"),
+        ((ONE, None, ((float("nan"), 0.0, 0.0),)), "speculate: weights=((nan, 0.0, 0.0),) are not three finite"),
     ],
 )
 def test_a_bad_graph(fields, message):

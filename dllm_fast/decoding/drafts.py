@@ -8,10 +8,10 @@ A graph may hold more drafts than a forward evaluates. Then each step prunes it,
 are likeliest to be reached, by a logistic model of how confident the step was of what a draft commits and of what it
 leaves masked:
 
-    log-odds = bias of the draft + weights[0] * sum of log(confidence) of the positions that it commits
-                                 + weights[1] * logit(highest confidence of those that stay masked)
+    log-odds = w[0] + w[1] * sum of log(confidence) of the positions that the draft commits
+                    + w[2] * logit(highest confidence of those that stay masked)
 
-Each draft that is reached saves one forward, so the likeliest ones save the most.
+with a ``w`` for each draft. Each draft that is reached saves one forward, so the likeliest ones save the most.
 """
 
 import json
@@ -32,6 +32,7 @@ AUTO = 7  # drafts from which "auto" takes as many as pay
 FILE = "drafts.json"  # in a model's folder
 LEAST = 1e-6  # a confidence is taken to be at least so far from 0 and from 1
 Ranks = tuple[int, ...]
+Weights = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -39,14 +40,13 @@ class DraftGraph:
     """Drafts, each (steps ahead, its ranks in ascending order, or None: those that come first, as many as the schedule
     will commit by then).
 
-    A forward evaluates ``evaluated`` of them, or all (None). Without ``biases`` these are the first ones. With them,
-    one for each draft, they are the likeliest ones after each step, by the ``weights`` of the module's formula.
+    A forward evaluates ``evaluated`` of them, or all (None). Without ``weights`` these are the first ones. With them,
+    three for each draft, they are the likeliest ones after each step, by the module's formula.
     """
 
     drafts: tuple[tuple[int, Ranks | None], ...]
     evaluated: int | None = None
-    biases: tuple[float, ...] | None = None
-    weights: tuple[float, float] = (0.0, 0.0)
+    weights: tuple[Weights, ...] | None = None
 
     def __post_init__(self) -> None:
         """Raises ValueError that names ``speculate`` and the draft or the field."""
@@ -59,11 +59,10 @@ class DraftGraph:
             require(depth == 1 or depth - 1 in ahead, f"{what}: no draft is {depth - 1} steps ahead")
         some = self.evaluated is None or (is_whole(self.evaluated) and 0 <= self.evaluated <= len(self.drafts))
         require(some, f"speculate: evaluated={self.evaluated!r} is not a number from 0 to {len(self.drafts)} or None")
-        given, wanted = self.biases, len(self.drafts)
-        fits = given is None or (len(given) == wanted and all(map(math.isfinite, given)))
-        require(fits, f"speculate: biases={given} are not {wanted} finite numbers, one for each draft")
-        finite = len(self.weights) == 2 and all(map(math.isfinite, self.weights))
-        require(finite, f"speculate: weights={self.weights} are not two finite numbers")
+        given = [] if self.weights is None else self.weights
+        fits = self.weights is None or len(given) == len(self.drafts)
+        fits = fits and all(len(own) == 3 and all(map(math.isfinite, own)) for own in given)
+        require(fits, f"speculate: weights={given} are not three finite numbers for each of {len(self.drafts)} drafts")
 
     @classmethod
     def chain(cls, length: int) -> "DraftGraph":
@@ -119,11 +118,11 @@ def features(
     return torch.stack((committed, best_left), -1)
 
 
-def log_odds(found: torch.Tensor, biases: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Of drafts with the `features` [..., G, 2] and ``biases`` [G], [..., G]; -inf where nothing is left masked."""
+def log_odds(found: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Of drafts with the `features` [..., G, 2] and ``weights`` [G, 3], [..., G]; -inf where nothing is left masked."""
     ends = found[..., 1] == float("-inf")
     found = found.masked_fill(ends[..., None], 0.0)  # a weight of either sign
-    return ((found * weights).sum(-1) + biases).masked_fill(ends, float("-inf"))
+    return ((found * weights[:, 1:]).sum(-1) + weights[:, 0]).masked_fill(ends, float("-inf"))
 
 
 # Graphs beside a model
@@ -168,9 +167,9 @@ def read(folder: str | Path) -> dict[str, DraftGraph]:
         raise ValueError(f"{path} holds no draft graphs: {error}") from error
 
 
-def _parsed(drafts: list, biases: list | None, weights: list) -> DraftGraph:
+def _parsed(drafts: list, weights: list | None) -> DraftGraph:
     kept = tuple((depth, None if own is None else tuple(own)) for depth, own in drafts)
-    return DraftGraph(kept, None, None if biases is None else tuple(biases), tuple(weights))
+    return DraftGraph(kept, None, None if weights is None else tuple((b, c, left) for b, c, left in weights))
 
 
 def write(folder: str | Path, key: str, graph: DraftGraph) -> Path:
@@ -179,7 +178,7 @@ def write(folder: str | Path, key: str, graph: DraftGraph) -> Path:
     graphs = {**read(folder), key: graph}
     lines = []
     for name in sorted(graphs):
-        kept = {field: getattr(graphs[name], field) for field in ("drafts", "biases", "weights")}
+        kept = {field: getattr(graphs[name], field) for field in ("drafts", "weights")}
         lines.append(f"  {json.dumps(name)}: {json.dumps(kept)}")
     path = Path(folder) / FILE
     fresh = path.with_name(f"{FILE}.new")
@@ -196,4 +195,4 @@ def graph_for(model: torch.nn.Module, wanted: int | str, key: str | None) -> Dra
     known = {} if folder is None else read(folder)
     graph = known[key] if key in known else DraftGraph.chain(number)
     kind = AutoGraph if wanted == "auto" else DraftGraph
-    return kind(graph.drafts, min(number, len(graph.drafts)), graph.biases, graph.weights)
+    return kind(graph.drafts, min(number, len(graph.drafts)), graph.weights)

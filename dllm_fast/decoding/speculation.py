@@ -62,10 +62,8 @@ class Speculation(Forwards):
             member[n, [rank for rank in own or () if rank < self.block_size]] = True
         self.member = member.to(self.device)
         self.counted = torch.tensor([[own is None] for _, own in graph.drafts], dtype=torch.bool, device=self.device)
-        self.biases = None
-        if graph.biases is not None:
-            self.biases = torch.tensor(graph.biases, dtype=real, device=self.device)
-            self.feature_weights = torch.tensor(graph.weights, dtype=real, device=self.device)
+        given = graph.weights
+        self.graph_weights = None if given is None else torch.tensor(given, dtype=real, device=self.device)
         # The states of forwards since the host last read; of each row, its steps by then, and all that are planned.
         self.unread: list[int] = []
         self.steps_read = torch.zeros(rows, dtype=torch.int64, device="cpu")
@@ -239,10 +237,10 @@ class Speculation(Forwards):
             counts = self._planned(1, self.taken[:, None] + steps)
         first = counts.cumsum(1)[:, self.depths - 1]  # [B, drafts of the graph]
         chosen = torch.where(self.counted, rank[:, None] < first[..., None], self.member[:, rank].transpose(0, 1))
-        if self.biases is None:
+        if self.graph_weights is None:
             pick = torch.arange(graph.number, device=self.device).expand(len(rank), -1)
         else:
-            likely = log_odds(features(score, masked, chosen), self.biases, self.feature_weights)
+            likely = log_odds(features(score, masked, chosen), self.graph_weights)
             pick = likely.sort(dim=1, descending=True, stable=True).indices[:, : graph.number]
         chosen = chosen.gather(1, pick[..., None].expand(-1, -1, self.block_size))
         self.depth[:, 1:] = self.depths[pick]
