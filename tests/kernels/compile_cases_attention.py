@@ -41,7 +41,8 @@ def attention_case(
     constexprs |= {} if split else {"lse_ptr": None}
     packed = packed or states
     constexprs |= {"PACKED": packed, "STATES": states}
-    optional = ({"first_ptr": "*i64"}, packed), ({"hole_ptr": "*i64", "own_k_ptr": kind, "own_v_ptr": kind}, states)
+    own = dict.fromkeys(("own_k_ptr", "own_v_ptr"), kept or kind)
+    optional = ({"first_ptr": "*i64"}, packed), ({"hole_ptr": "*i64", **own}, states)
     for pointers, there in optional:
         signature |= pointers if there else {}
         constexprs |= {} if there else dict.fromkeys(pointers)
@@ -94,6 +95,8 @@ def _attention():
             yield attention_case(few, 2, dim, window=True, **rounded)
             yield attention_case(many, 2, dim, **rounded)
         yield attention_case(few, 2, 128, group=4, **rounded)
+        yield attention_case(attention.for_states(few), 2, 128, split=True, states=True, **rounded)
+        yield attention_case(attention.for_blocks(many), 2, 128, blocks=True, **rounded)
         yield attention_case(many, 2, 96, split=True, **rounded)
         yield attention_case(attention.CONFIGS[2, 256, big][0], 2, 256, split=True, **rounded)
         for dim in (64, 128, 256):
