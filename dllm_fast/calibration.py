@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
-from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.nn.functional import binary_cross_entropy_with_logits, pad
 
 from dllm_fast.decoding.drafts import MOST, DraftGraph, Ranks, features, log_odds
 from dllm_fast.decoding.engine import Engine
@@ -185,8 +185,8 @@ def fit(found: list[torch.Tensor], paths: Paths, graph: DraftGraph) -> DraftGrap
     fits = sampled[..., 1] > float("-inf")
     mean, spread = sampled[fits].mean(0), sampled[fits].std(0).clamp(min=1e-6)
     sampled = (sampled - mean) / spread
-    rate = ((hit.sum(0) + 0.5) / (fits.sum(0) + 1)).logit()
-    start = torch.stack((rate, torch.zeros_like(rate), torch.zeros_like(rate)), 1)  # [G, 3]
+    rate = (hit.sum(0) + 0.5) / (fits.sum(0) + 1)
+    start = pad(rate.logit()[:, None], (0, 2))  # [G, 3]
     weights = start.clone().requires_grad_()
     optimizer = torch.optim.LBFGS([weights], max_iter=ITERATIONS, line_search_fn="strong_wolfe")
 

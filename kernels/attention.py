@@ -30,7 +30,7 @@ CONFIGS = {
 # Of 16-bit queries against e4m3, by (padded head dim, big). What is widened takes registers, and the tiles above would
 # spill.
 WIDENED = {
-    (128, True): ((64, 64, 4, 3, True), (128, 64, 8, 3, False)),
+    (128, True): (CONFIGS[2, 128, True][0], (128, 64, 8, 3, False)),
     (128, False): ((64, 32, 8, 3, True), (128, 32, 8, 3, True)),
 }
 FEW_QUERIES = 64

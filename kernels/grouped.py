@@ -14,7 +14,8 @@ import triton.language as tl
 from dllm_fast.kernels.checks import FLOATS, INTEGERS, check_tensors, one_device
 
 # (BM, BN, BK, warps, stages) by bytes an element, for few and for many rows a group: of a block's tokens a group gets a
-# few, and reading the weights is what counts. These compile without spills for every GPU; they were not searched for.
+# few, and reading the weights is what counts. These compile without spills for every GPU (with
+# four stages Triton 3.8 spills on sm_80); they were not searched for.
 CONFIGS = {
     2: ((16, 64, 128, 4, 3), (64, 128, 64, 4, 3)),
     4: ((16, 32, 32, 4, 2), (16, 32, 32, 4, 2)),

@@ -59,9 +59,9 @@ class DraftGraph:
             require(depth == 1 or depth - 1 in ahead, f"{what}: no draft is {depth - 1} steps ahead")
         some = self.evaluated is None or (is_whole(self.evaluated) and 0 <= self.evaluated <= len(self.drafts))
         require(some, f"speculate: evaluated={self.evaluated!r} is not a number from 0 to {len(self.drafts)} or None")
-        given = [] if self.weights is None else self.weights
-        fits = self.weights is None or len(given) == len(self.drafts)
-        fits = fits and all(len(own) == 3 and all(map(math.isfinite, own)) for own in given)
+        given = self.weights
+        fits = given is None or len(given) == len(self.drafts)
+        fits = fits and all(len(own) == 3 and all(map(math.isfinite, own)) for own in given or ())
         require(fits, f"speculate: weights={given} are not three finite numbers for each of {len(self.drafts)} drafts")
 
     @classmethod

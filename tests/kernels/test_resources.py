@@ -36,11 +36,11 @@ def test_a_share_fits(module, arch):
 
 
 def check(module, arch, share):
-    old = importlib.metadata.version("triton").startswith("3.4.")
-    if old and arch == 100:
+    version = importlib.metadata.version("triton")
+    if version.startswith("3.4.") and arch == 100:
         pytest.skip("with Triton 3.4 attention does not fit sm_100, and `launchers.obstacle` says so")
     # What the daily environment's Triton does not spill, another may, in some kernels: a few registers.
-    spill = 0 if importlib.metadata.version("triton") == PINNED else 48
+    spill = 0 if version == PINNED else 48
     cases = {case.name: case for case in importlib.import_module(module).CASES if arch in case.archs}
     complaints = []
     found = measured(module, arch, share)
