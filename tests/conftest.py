@@ -20,6 +20,8 @@ import pytest
 from interpreter import poison, strict
 from tiny import EOS, MAKERS, SEED, make_llada, make_modernbert
 
+from dllm_fast.cpu import compiled
+
 
 @pytest.fixture
 def device() -> str:
@@ -60,6 +62,12 @@ def padded(device):
     mask[1, :7] = 0
     mask[2, -5:] = 0
     return mask.to(device)
+
+
+@pytest.fixture
+def use(monkeypatch):
+    """A function that limits the extension to a level."""
+    return lambda level: monkeypatch.setattr(compiled, "_level", compiled.LEVELS.index(level))
 
 
 @pytest.fixture

@@ -100,11 +100,6 @@ def judged(outs, eagers, truths, judge):
     return outs[0]
 
 
-@pytest.fixture
-def use(monkeypatch):
-    return lambda level: monkeypatch.setattr(compiled, "_level", compiled.LEVELS.index(level))
-
-
 @every_level
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
 @pytest.mark.parametrize("name", SHAPES)

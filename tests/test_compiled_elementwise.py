@@ -32,11 +32,6 @@ def poisoned_outputs(monkeypatch):
     monkeypatch.setattr(torch, "empty_like", lambda x, **options: empty_like(x, **options).fill_(float("nan")))
 
 
-@pytest.fixture
-def use(monkeypatch):
-    return lambda level: monkeypatch.setattr(compiled, "_level", compiled.LEVELS.index(level))
-
-
 def randn(*shape, dtype, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 

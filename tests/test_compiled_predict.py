@@ -32,11 +32,6 @@ SHAPES = {  # rows, vocabulary, width
 }
 
 
-@pytest.fixture
-def use(monkeypatch):
-    return lambda level: monkeypatch.setattr(compiled, "_level", compiled.LEVELS.index(level))
-
-
 def problem(rows, vocabulary, width, dtype, seed=0):
     """hidden, weight, bias; their logits have a standard deviation of about 2."""
     make = torch.Generator().manual_seed(seed)

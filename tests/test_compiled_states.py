@@ -94,11 +94,6 @@ def check(shape, dtype, kept=None, seeds=(0,), judge=assert_as_exact):
     return judged(outs, eagers, truths, judge)
 
 
-@pytest.fixture
-def use(monkeypatch):
-    return lambda level: monkeypatch.setattr(compiled, "_level", compiled.LEVELS.index(level))
-
-
 @every_level
 @every_dtype
 @every_kept

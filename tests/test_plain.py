@@ -176,12 +176,12 @@ def test_the_command_line_samples_a_bert(tmp_path, capsys):
     model = BertForMaskedLM(BertConfig(**SIZES, vocab_size=len(words), initializer_range=0.2)).eval()
     model.save_pretrained(tmp_path)
     arguments = ["generate", "--model", str(tmp_path), "--prompt", "a [MASK] c", "--device", "cpu"]
-    arguments += ["--gen-length", "4", "--block-length", "4", "--schedule", "pyramid=100"]
+    arguments += ["--gen-length", "4", "--block-length", "4", "--schedule", "pyramid=100", "--cache", "none"]
     assert cli.main(arguments) == 0
     printed = capsys.readouterr()
     row = torch.tensor([[2, 5, 4, 7, 4, 4, 4, 4]])
     expected = dllm_fast.generate_plain(model, row, gen_length=0, block_length=4, schedule=Pyramid(100), mask_id=4)
     text = AutoTokenizer.from_pretrained(tmp_path).decode(expected.sequences[0], skip_special_tokens=True)
     assert printed.out.splitlines()[-1] == text and "5 NFE" in printed.err and "░" in printed.out
-    patched = cli.main([*arguments, "--cache", "none", "--remask", "remdm=0.1"])
+    patched = cli.main([*arguments, "--remask", "remdm=0.1"])
     assert patched == (0 if backend.is_available() else 2)
