@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_compiled_predict import BF16, MASK, assert_matches, every_level, noise_key, problem, use  # noqa: F401
+from test_compiled_predict import BF16, MASK, assert_matches, every_level, noise_key, problem
 
 from dllm_fast.cpu import compiled
 

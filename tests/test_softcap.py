@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from needs import needs_backend
 from others import OwnMemory, make
 from test_compiled_predict import ULP, double, every_level, noise_key, problem
-from test_compiled_predict import use as use
 from test_skip_committed import check_plain_loop
 
 import dllm_fast
