@@ -13,7 +13,7 @@ pytestmark = [
 
 
 @every_level
-def test_a_seed_for_each_row(level, use):  # noqa: F811
+def test_a_seed_for_each_row(level, use):
     use(level)
     hidden, weight, bias = problem(50, 700, 16, BF16)
     seeds = (torch.arange(50) - 20) % 9 << torch.arange(50) % 60  # they differ in either half, also within a vector
