@@ -37,6 +37,7 @@ OPTIONS = [
     {"gen_length": 24, "block_length": 12, "schedule": Uniform(24)},
     {"gen_length": 24, "block_length": 8, "schedule": Uniform(9)},
     {"gen_length": 16, "block_length": 16, "schedule": Threshold(0.3)},
+    {"gen_length": 16, "block_length": 16, "schedule": Uniform(8), "confidence": "entropy"},
     {"gen_length": 16, "block_length": 16, "schedule": Factor(0.5), "temperature": 0.2, "seed": 3},
 ]
 
@@ -55,6 +56,20 @@ def test_the_forwards_that_it_foresees_are_those_that_are_taken(model, options):
     assert graphs[2].drafts[:3] == graphs[1].drafts and graphs[1].drafts[:1] == graphs[0].drafts
     found = dllm_fast.calibrate(model, prompts(6), 3, 4, **options)
     assert found.drafts == calibration.choose(paths, calibration.DRAFTS).drafts and found.evaluated == 3
+
+
+def test_no_step_is_lost_where_drafts_may_look_ahead(model):
+    options = {"gen_length": 24, "block_length": 8, "schedule": Uniform(12), "refresh": dllm_fast.Window(8, 0)}
+    blocks = calibration.record(model, prompts(6), 1, options)
+    assert sum(map(len, blocks)) == taken(model, options, None)
+
+
+def test_one_sample_is_enough_for_a_fit(model):
+    """Of one block of three steps only the first has a draft that may be of use."""
+    options = {"gen_length": 24, "block_length": 24, "schedule": Uniform(3), "cache": "none"}
+    for prompt in prompts(6):
+        graph = dllm_fast.calibrate(model, [prompt], 1, **options)
+        assert graph.weights is None or all(map(math.isfinite, itertools.chain(*graph.weights)))
 
 
 def pruned_forwards(blocks, paths, graph: DraftGraph) -> int:
