@@ -206,6 +206,21 @@ def test_the_shipped_model_takes_fewer_forwards_to_the_same_answers():
     assert run[1].nfe < 0.7 * run[0].nfe and run[1].steps == run[0].steps == 32
 
 
+def test_deferred_tokens_are_drafted():
+    """A model that predicts the same at every step, only what is deferred, behind what is filled."""
+    model = MAKERS["llada"]().double()
+    for name, weight in model.named_parameters():
+        if "attn_out" in name or ("ff_out.weight" in name and "blocks" in name):
+            weight.data.zero_()
+    model = dllm_fast.patch(model, impl="torch")
+    ids = torch.cat((torch.arange(10), torch.full((22,), MASK)))[None]
+    given = {"gen_length": 0, "block_length": 32, "schedule": Uniform(22), "cache": "none"}
+    given["defer_tokens"] = list(range(EOS + 1))
+    expected, found = (dllm_fast.generate(model, ids, **given, speculate=n) for n in (None, 7))
+    assert torch.equal(found.sequences, expected.sequences) and not (found.sequences == MASK).any()
+    assert expected.nfe == 22 and found.nfe == 1 + -(-21 // 8)
+
+
 def test_a_graph_of_other_sets_gives_the_same_tokens_and_a_chain_is_one():
     model = dllm_fast.patch(MAKERS["llada"]().double(), impl="torch")
     ids = torch.randint(0, EOS, (3, 9), generator=torch.Generator().manual_seed(0))

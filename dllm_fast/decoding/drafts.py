@@ -11,7 +11,8 @@ leaves masked:
     log-odds = w[0] + w[1] * sum of log(confidence) of the positions that the draft commits
                     + w[2] * logit(highest confidence of those that stay masked)
 
-with a ``w`` for each draft. Each draft that is reached saves one forward, so the likeliest ones save the most.
+with a ``w`` for each draft. A confidence that is a negative entropy counts as its exponential. Each draft that is
+reached saves one forward, so the likeliest ones save the most.
 """
 
 import json
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 from huggingface_hub import try_to_load_from_cache
 
+from dllm_fast.decoding.graphs import records
 from dllm_fast.decoding.schedules import Schedule, Uniform
 from dllm_fast.decoding.spelling import spell
 from dllm_fast.decoding.values import is_whole, require
@@ -96,9 +98,10 @@ def as_drafts(name: str, value: Any) -> int | str | DraftGraph | None:
     return int(value) if value else None
 
 
-def pays(device: torch.device) -> bool:
-    """Whether more states can take less than so many times as long: on a CPU a forward is bound by its arithmetic."""
-    return device.type == "cuda"
+def pays(device: torch.device, impl: str) -> bool:
+    """Whether more states can take less than so many times as long, and are timed only once: on a CPU a forward is
+    bound by its arithmetic, and an engine that records nothing is not kept."""
+    return records(device, impl)
 
 
 # How likely drafts are

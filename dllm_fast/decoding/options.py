@@ -179,7 +179,7 @@ class Options(Checked):
             seed = int(torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu"))
             seed = seed if family.ranks is None else family.ranks.least(seed)
         speculate = self.speculate
-        if speculate == "auto" and not pays(family.head()[0].device):
+        if speculate == "auto" and not pays(family.head()[0].device, family.impl):
             speculate = None
         if isinstance(speculate, int | str):
             key = key_of(self.schedule, self.gen_length, self.block_length, self.confidence)
