@@ -237,10 +237,11 @@ def test_a_graph_of_other_sets_gives_the_same_tokens_and_a_chain_is_one():
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (-1, "speculate=-1 is not a number of drafts from 0 to 63, 'auto' or a DraftGraph"),
+        (-1, "speculate=-1 is not a number of drafts from 0 to 63, 'auto', a .json file or a DraftGraph"),
         (64, "speculate=64 is not a number of drafts"),
         (1.5, "speculate=1.5 is not a number of drafts"),
         ("many", "speculate='many' is not a number of drafts"),
+        ("none.json", "speculate='none.json': there is no such file"),
         (True, "speculate=True is not a number of drafts"),
     ],
 )

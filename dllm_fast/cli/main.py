@@ -153,8 +153,8 @@ def standard_input() -> str:
         raise ValueError(f"standard input is not text: {error}") from None
 
 
-def number_or_auto(text: str) -> int | str:
-    return text if text == "auto" else int(text)
+def drafts_of(text: str) -> int | str:
+    return text if text == "auto" or text.endswith(".json") else int(text)
 
 
 def run_generate(args: argparse.Namespace) -> int:
@@ -282,8 +282,8 @@ def parser() -> argparse.ArgumentParser:
     add("--prompt", action="append", help=f"may be repeated; {masks}; default: standard input")
     add_decoding_options(add)
     add("--skip-committed", action="store_true", help="evaluate a token once more when it is there, then no longer")
-    drafts = "draft N states a forward, or 'auto': as many as pay; the same tokens in fewer forwards"
-    add("--speculate", type=number_or_auto, metavar="N", help=drafts)
+    drafts = "draft N states a forward, 'auto': as many as pay, or 7 of a file of calibrate's; the same tokens, sooner"
+    add("--speculate", type=drafts_of, metavar="N", help=drafts)
     add_chat(add)
     add_model_options(add)
     add("--plain", action="store_true", help="no live view")
@@ -316,7 +316,7 @@ def parser() -> argparse.ArgumentParser:
     add("--chat-template", metavar="FILE", help="a Jinja template; default: the tokenizer's own")
     add_decoding_options(add)
     add("--skip-committed", action="store_true", help="evaluate a token once more when it is there, then no longer")
-    add("--speculate", type=number_or_auto, metavar="N", help=drafts)
+    add("--speculate", type=drafts_of, metavar="N", help=drafts)
     add_model_options(add)
     p = commands.add_parser("demo", help="watch the shipped models generate, and see how patching changes their speed")
     p.set_defaults(run=run_demo)

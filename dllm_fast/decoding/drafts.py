@@ -88,12 +88,16 @@ class AutoGraph(DraftGraph):
 
 
 def as_drafts(name: str, value: Any) -> int | str | DraftGraph | None:
-    """A number of drafts, ``"auto"`` or a `DraftGraph`; None for none. Raises ValueError that names ``name``."""
+    """A number of drafts, ``"auto"``, a JSON file of `calibrate`'s or a `DraftGraph`; None for none. Raises ValueError
+    that names ``name``."""
     if isinstance(value, DraftGraph):
         return value if value.number else None
     if value == "auto":
         return value
-    wanted = f"{name}={value!r} is not a number of drafts from 0 to {MOST}, 'auto' or a DraftGraph"
+    if isinstance(value, str) and value.endswith(".json"):
+        require(Path(value).is_file(), f"{name}={value!r}: there is no such file")
+        return value
+    wanted = f"{name}={value!r} is not a number of drafts from 0 to {MOST}, 'auto', a .json file or a DraftGraph"
     require(value is None or (is_whole(value) and 0 <= value <= MOST), wanted)
     return int(value) if value else None
 
@@ -161,8 +165,11 @@ def folder_of(name: str) -> Path | None:
 def read(folder: str | Path) -> dict[str, DraftGraph]:
     """The graphs in a model's ``folder``, by `key_of`; none without `FILE`. Raises ValueError that names the file."""
     path = Path(folder) / FILE
-    if not path.is_file():
-        return {}
+    return read_file(path) if path.is_file() else {}
+
+
+def read_file(path: Path) -> dict[str, DraftGraph]:
+    """The graphs in a file, by `key_of`. Raises ValueError that names it."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         return {key: _parsed(**graph) for key, graph in found.items()}
@@ -191,8 +198,14 @@ def write(folder: str | Path, key: str, graph: DraftGraph) -> Path:
 
 
 def graph_for(model: torch.nn.Module, wanted: int | str, key: str | None) -> DraftGraph:
-    """So many drafts, or `AUTO`, of the model's own graph under ``key``, else a chain."""
-    number = AUTO if wanted == "auto" else int(wanted)
+    """So many drafts, or `AUTO`, of the model's own graph under ``key``, else a chain; or `AUTO` of a file's graph.
+    Raises ValueError if the file has none."""
+    number = AUTO if isinstance(wanted, str) else int(wanted)
+    if isinstance(wanted, str) and wanted != "auto":
+        known = read_file(Path(wanted))
+        require(key in known, f"speculate={wanted!r}: it has no drafts for {key}, but for {', '.join(sorted(known))}")
+        graph = known[str(key)]
+        return DraftGraph(graph.drafts, min(number, len(graph.drafts)), graph.weights)
     name = getattr(model.config, "name_or_path", "")
     folder = folder_of(name) if name else None
     known = {} if folder is None else read(folder)
