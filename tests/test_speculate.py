@@ -206,6 +206,17 @@ def test_the_shipped_model_takes_fewer_forwards_to_the_same_answers():
     assert run[1].nfe < 0.7 * run[0].nfe and run[1].steps == run[0].steps == 32
 
 
+@pytest.mark.parametrize("schedule", [Threshold(0.1), dllm_fast.Factor(0.6), dllm_fast.EntropyBound(2.0)])
+def test_what_goes_by_confidences_drafts_sets_of_the_most_confident(schedule):
+    model = dllm_fast.patch(MAKERS["llada"]().double(), impl="torch")
+    ids = torch.randint(0, EOS, (2, 9), generator=torch.Generator().manual_seed(0))
+    given = {"gen_length": 16, "block_length": 16, "schedule": schedule}
+    sets = DraftGraph(((1, (0,)), (1, (0, 1)), (1, (0, 1, 2))))
+    expected, found, explicit = (dllm_fast.generate(model, ids, **given, speculate=how) for how in (None, 3, sets))
+    assert torch.equal(found.sequences, expected.sequences) and found.steps == expected.nfe
+    assert found.row_nfe == explicit.row_nfe and found.nfe < expected.nfe
+
+
 def test_deferred_tokens_are_drafted():
     """A model that predicts the same at every step, only what is deferred, behind what is filled."""
     model = MAKERS["llada"]().double()

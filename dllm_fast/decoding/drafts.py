@@ -71,6 +71,11 @@ class DraftGraph:
         """What the schedule would do if nothing that is masked were predicted anew."""
         return cls(tuple((depth, None) for depth in range(1, length + 1)))
 
+    @classmethod
+    def sets(cls, number: int) -> "DraftGraph":
+        """The next step as it would be if it committed the first position by confidence, the first two, and so on."""
+        return cls(tuple((1, tuple(range(count))) for count in range(1, number + 1)))
+
     @property
     def number(self) -> int:
         """How many drafts a forward evaluates."""
@@ -197,8 +202,9 @@ def write(folder: str | Path, key: str, graph: DraftGraph) -> Path:
     return path
 
 
-def graph_for(model: torch.nn.Module, wanted: int | str, key: str | None) -> DraftGraph:
-    """So many drafts, or `AUTO`, of the model's own graph under ``key``, else a chain; or `AUTO` of a file's graph.
+def graph_for(model: torch.nn.Module, wanted: int | str, key: str | None, planned: bool) -> DraftGraph:
+    """So many drafts, or `AUTO`, of the model's own graph under ``key``. Without one a chain, or sets for a schedule
+    that has not ``planned`` how many positions a step commits. Or `AUTO` of a file's graph.
     Raises ValueError if the file has none."""
     number = AUTO if isinstance(wanted, str) else int(wanted)
     if isinstance(wanted, str) and wanted != "auto":
@@ -209,6 +215,6 @@ def graph_for(model: torch.nn.Module, wanted: int | str, key: str | None) -> Dra
     name = getattr(model.config, "name_or_path", "")
     folder = folder_of(name) if name else None
     known = {} if folder is None else read(folder)
-    graph = known[key] if key in known else DraftGraph.chain(number)
+    graph = known.get(str(key)) or (DraftGraph.chain if planned else DraftGraph.sets)(number)
     kind = AutoGraph if wanted == "auto" else DraftGraph
     return kind(graph.drafts, min(number, len(graph.drafts)), graph.weights)

@@ -183,7 +183,7 @@ class Options(Checked):
             speculate = None
         if isinstance(speculate, int | str):
             key = key_of(self.schedule, self.gen_length, self.block_length, self.confidence)
-            speculate = graph_for(model, speculate, key)
+            speculate = graph_for(model, speculate, key, planned=not self.schedule.rule)
         return replace(
             self, mask_id=mask_id, eos_id=eos_ids, pad_id=pad_id, seed=seed, suppress_tokens=suppressed,
             defer_tokens=deferred, speculate=speculate,
