@@ -77,8 +77,9 @@ def record(model, prompts, batch_size, options: dict) -> list[list[Taken]]:
     recorder = Recorder()
     # One draft: all of the block. Only a block's last step reaches it, and it has every position's token.
     whole_block = DraftGraph(((1, tuple(range(options.get("block_length") or bound_family(model).block or BLOCK))),))
+    given = {**options, "speculate": whole_block, "logprobs": True}  # with these no forward looks at the next block
     with Engine.watched(recorder.watch):
-        for _ in generate_many(model, prompts, batch_size, **{**options, "speculate": whole_block}):
+        for _ in generate_many(model, prompts, batch_size, **given):
             pass
     return list(recorder.blocks.values())
 
@@ -183,7 +184,7 @@ def fit(found: list[torch.Tensor], paths: Paths, graph: DraftGraph) -> DraftGrap
     reached = [[draft in drafts for draft in graph.drafts] for drafts in fitting]
     sampled, hit = torch.cat(found), torch.tensor(reached, dtype=torch.float64, device="cpu")  # [N, G, 2], [N, G]
     fits = sampled[..., 1] > float("-inf")
-    mean, spread = sampled[fits].mean(0), sampled[fits].std(0).clamp(min=1e-6)
+    mean, spread = sampled[fits].mean(0), sampled[fits].std(0, correction=0).clamp(min=1e-6)
     sampled = (sampled - mean) / spread
     rate = (hit.sum(0) + 0.5) / (fits.sum(0) + 1)
     start = pad(rate.logit()[:, None], (0, 2))  # [G, 3]

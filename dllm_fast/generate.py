@@ -121,9 +121,11 @@ def generate(
         speculate: how many states to draft beside the one that the schedule has reached, or a `DraftGraph` of them. All
             are evaluated in one forward, and the schedule takes as many steps as they foresee. The tokens are the same;
             a forward that is bound by reading weights takes little longer. A number takes as many drafts, at each step
-            the likeliest of the graph that `calibrate` has left in the model's folder for this schedule, else a chain.
+            the likeliest of the graph that `calibrate` has left in the model's folder for this schedule, else a chain,
+            or under thresholds and the like sets by falling confidence.
             ``"auto"``: of up to 7 as many as pay, by the time that forwards take on this device and by how far they
-            get; on a CPU none. None: no drafts. Not with ``skip_committed``.
+            get; on a CPU none. A ``.json`` file that ``dllm-fast calibrate`` wrote elsewhere: 7 of its graph for this
+            schedule. None: no drafts. Not with ``skip_committed``.
         cache_dtype: what the cache keeps keys and values in. None: the model's dtype. ``"e4m3"``: 8 bits, rounded to
             nearest, without a scale, saturated at +-448; every forward attends to the rounded ones. A cache then has
             half the bytes of bf16's. Triton's kernels need a GPU of compute capability 8.9.

@@ -198,6 +198,15 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedToke
         raise ValueError(f"{name}: its tokenizer cannot be loaded: {error}") from error
 
 
+def mask_of(given: int | None, model: torch.nn.Module, tokenizer) -> int:
+    """The id of [MASK]: the one ``given``, else the config's, else the tokenizer's. Raises ValueError for none."""
+    known = (given, getattr(model.config, "mask_token_id", None), tokenizer.mask_token_id)
+    mask_id = next((i for i in known if i is not None), None)
+    if mask_id is None:
+        raise ValueError("mask_id: None given, and neither the model's config nor its tokenizer names one")
+    return mask_id
+
+
 def end_of_text(model: PreTrainedModel, tokenizer) -> list[int]:
     """Ids that end a text: the tokenizer's, and those of the generation config, such as a chat's end of turn."""
     config = getattr(model, "generation_config", None)

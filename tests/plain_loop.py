@@ -76,14 +76,20 @@ class Found:
 def run(family: Family, prompt: torch.Tensor, options: Options, row: int = 0, memory: type[Memory] = Memory) -> Found:
     """Tokens of ``prompt`` [P] with the noise of ``row``; ``options`` are resolved.
 
-    Of a shifted model a position is predicted by its left neighbour, which a step evaluates too.
+    Of a shifted model a position is predicted by its left neighbour, which a step evaluates too. No ``eos_id`` ends it.
     """
     mask_id, size = options.mask_id, options.block_length
     found = Found(torch.cat((prompt, prompt.new_full((options.gen_length,), mask_id))))
     open_ = found.ids == mask_id
     memories = [memory(family, len(open_), options.cache_dtype == "e4m3") for _ in range(options.passes)]
     blocks = plan_blocks(open_, size)
+    suppressed = list(options.suppress_tokens)
     near = 0
+
+    def known(logits):
+        """Log-probabilities of all tokens but those that are suppressed."""
+        return logits.index_fill(0, torch.tensor(suppressed, dtype=torch.int64), -torch.inf).log_softmax(-1)
+
     for number, (first, masked) in enumerate(blocks):
         block = range(max(0, first), max(0, first) + min(size, len(open_)))
         reached, near = near, len(open_)
@@ -122,14 +128,17 @@ def run(family: Family, prompt: torch.Tensor, options: Options, row: int = 0, me
                 torch.stack([z[i] for i in candidates]), mask_id,
                 confidence=options.schedule.confidence or options.confidence, temperature=options.temperature,
                 seed=options.seed, step=plan[step][0] if plan else step, row=torch.full_like(at, row), position=at,
-                top_k=options.top_k or 0, top_p=options.top_p,
+                top_k=options.top_k or 0, top_p=options.top_p, banned=options.suppress_tokens,
+                deferred=options.defer_tokens,
             )  # fmt: skip
+            score = options.schedule.ranked_by(score, at)
             quota = plan and plan[step][1]
             chosen = _commit(found.ids, candidates, token, score, options.schedule.rule or {"count": quota})
             # 3. What is masked again.
             if options.remask:
                 predicted = {i: int(t) for i, t in zip(candidates, token)}
-                now |= {i: float(z[i].softmax(-1)[predicted.get(i, int(found.ids[i]))]) for i in block if i in z}
+                now |= {i: float(known(z[i]).exp()[predicted.get(i, int(found.ids[i]))]) for i in block if i in z}
+                now |= {i: 0.0 for i, one in zip(candidates, score.tolist()) if one == -math.inf}  # it is held back
                 bound = len(candidates) - len(chosen) if plan else budget
                 again = _again(options, block, open_, candidates, chosen, now, when, bound)
                 found.ids[again] = mask_id
@@ -140,7 +149,7 @@ def run(family: Family, prompt: torch.Tensor, options: Options, row: int = 0, me
                     chosen += _commit(found.ids, [candidates[n] for n in rest], token[rest], score[rest], count)
                 when |= {i: now[i] for i in chosen}
             for i in chosen:
-                found.logprobs[i] = float(z[i].log_softmax(-1)[found.ids[i]])
+                found.logprobs[i] = float(known(z[i])[found.ids[i]])
                 found.steps[i] = number, step
             fresh, step = chosen, step + 1
     return found

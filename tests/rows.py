@@ -14,12 +14,15 @@ from dllm_fast import (
     P2,
     Ancestral,
     Drift,
+    Dynamic,
     EntropyBound,
     Every,
     Factor,
     FirstHitting,
     Pyramid,
     ReMDM,
+    Sequential,
+    Static,
     Threshold,
     Uniform,
     Verify,
@@ -75,7 +78,7 @@ def draw_request(
     options["schedule"] = rng.choice(
         [
             *map(Threshold, limits), Factor(0.9), Factor(1.5), EntropyBound(3.0), EntropyBound(8.0),
-            *_planned(prompts, options["gen_length"], block, rng),
+            Dynamic(limits[-1], 2), Static(2), Sequential(3), *_planned(prompts, options["gen_length"], block, rng),
         ]
     )  # fmt: skip
     options["remask"] = rng.choice([None, None, ReMDM(0.7), Verify(0.2), P2(1.0)])
@@ -93,6 +96,10 @@ def draw_request(
         options["speculate"] = rng.choice([None, None, 1, 3])
     if options["cache"] != "none":
         options["cache_dtype"] = rng.choice([None, None, "e4m3"])
+    for name, share in (("suppress_tokens", 0.2), ("defer_tokens", 0.6), ("eos_id", 0.1)):
+        if rng.random() < 0.3:
+            options[name] = sorted(rng.sample(range(EOS), int(share * EOS)))
+    options["logprobs"] = rng.random() < 0.2
     return Request(prompts, options, rng.random() < 0.5)
 
 
@@ -163,13 +170,14 @@ def with_seeds(model, request: Request, seeds: list[int], seats: int) -> list[li
 
 @torch.no_grad()
 def is_level(model, request: Request, row: int, found: Result, rounding: float = 2.0**-22) -> bool:
-    """Whether the row alone gives ``found`` if every weight changes by about a factor of 1 + ``rounding``."""
+    """Whether the row alone gives what is ``found`` in a batch if every weight changes by about a factor of
+    1 + ``rounding``."""
     for seed in range(40):
         moved = copy.deepcopy(model)
         torch.manual_seed(seed)
         for weight in moved.parameters():
             weight.mul_(1 + rounding * torch.randn_like(weight))
         (done,) = dllm_fast.generate_many(moved, [request.prompts[row]], noise_rows=[row], **request.options)
-        if (done.sequence.tolist(), done.nfe) == found:
+        if is_as_alone(request, found, (done.sequence.tolist(), done.nfe)):
             return True
     return False

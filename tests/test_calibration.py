@@ -37,6 +37,7 @@ OPTIONS = [
     {"gen_length": 24, "block_length": 12, "schedule": Uniform(24)},
     {"gen_length": 24, "block_length": 8, "schedule": Uniform(9)},
     {"gen_length": 16, "block_length": 16, "schedule": Threshold(0.3)},
+    {"gen_length": 16, "block_length": 16, "schedule": Uniform(8), "confidence": "entropy"},
     {"gen_length": 16, "block_length": 16, "schedule": Factor(0.5), "temperature": 0.2, "seed": 3},
 ]
 
@@ -55,6 +56,20 @@ def test_the_forwards_that_it_foresees_are_those_that_are_taken(model, options):
     assert graphs[2].drafts[:3] == graphs[1].drafts and graphs[1].drafts[:1] == graphs[0].drafts
     found = dllm_fast.calibrate(model, prompts(6), 3, 4, **options)
     assert found.drafts == calibration.choose(paths, calibration.DRAFTS).drafts and found.evaluated == 3
+
+
+def test_no_step_is_lost_where_drafts_may_look_ahead(model):
+    options = {"gen_length": 24, "block_length": 8, "schedule": Uniform(12), "refresh": dllm_fast.Window(8, 0)}
+    blocks = calibration.record(model, prompts(6), 1, options)
+    assert sum(map(len, blocks)) == taken(model, options, None)
+
+
+def test_one_sample_is_enough_for_a_fit(model):
+    """Of one block of three steps only the first has a draft that may be of use."""
+    options = {"gen_length": 24, "block_length": 24, "schedule": Uniform(3), "cache": "none"}
+    for prompt in prompts(6):
+        graph = dllm_fast.calibrate(model, [prompt], 1, **options)
+        assert graph.weights is None or all(map(math.isfinite, itertools.chain(*graph.weights)))
 
 
 def pruned_forwards(blocks, paths, graph: DraftGraph) -> int:
@@ -233,6 +248,20 @@ def test_a_bad_argument_of_calibrate(model, given, message):
         dllm_fast.calibrate(model, prompts(2), **{"gen_length": 8, "block_length": 8, **given})
 
 
+def test_a_file_of_graphs(model, tmp_path):
+    graph = DraftGraph(((1, (0, 1)), (1, (0, 2)), (2, None)))
+    path = drafts.write(tmp_path, "uniform 2", graph)
+    given = {"gen_length": 16, "block_length": 16}
+    expected, found = (
+        dllm_fast.generate(model, prompts(1)[0][None], **given, schedule=Uniform(8), speculate=how)
+        for how in (graph, str(path))
+    )
+    assert torch.equal(found.sequences, expected.sequences)
+    assert (found.nfe, found.states) == (expected.nfe, expected.states) and found.nfe < found.steps == 8
+    with pytest.raises(ValueError, match="it has no drafts for uniform 4, but for uniform 2"):
+        dllm_fast.generate(model, prompts(1)[0][None], **given, schedule=Uniform(4), speculate=str(path))
+
+
 def test_the_command_line(tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("7+5=??;p*3=??;\n\n2+6=??;p*9=??;\n")
     given = ["calibrate", "--model", "llada-steps", "--gen-length", "32", "--schedule", "uniform=16"]
@@ -241,6 +270,12 @@ def test_the_command_line(tmp_path, capsys):
     graph = drafts.read(tmp_path)["uniform 2"]
     assert capsys.readouterr().out.startswith(f"{tmp_path / drafts.FILE}: uniform 2: {len(graph.drafts)} drafts, up to")
     assert 1 <= len(graph.drafts) <= calibration.DRAFTS
+    asked = ["generate", *given[1:6], given[6], "--prompt", "7+5=??;p*3=??;", "--device", "cpu"]
+    texts = []
+    for more in ([], ["--speculate", str(tmp_path / drafts.FILE)]):
+        assert main([*asked, *more]) == 0
+        texts.append(capsys.readouterr().out.splitlines()[-1])
+    assert texts[0] == texts[1]
     for extra, message in [
         (["--out", str(tmp_path / "none")], f"--out: {tmp_path / 'none'} is no folder to write drafts.json to"),
         (["--out", str(tmp_path), "--prompts", str(tmp_path)], "--prompts: "),

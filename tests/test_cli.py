@@ -17,7 +17,7 @@ from dllm_fast.decoding.refresh import Drift, Every, Window
 from dllm_fast.decoding.remask import P2, ReMDM
 from dllm_fast.decoding.schedules import Ancestral, EntropyBound, Factor, FirstHitting, Pyramid, Threshold, Uniform
 from dllm_fast.decoding.spelling import refresh_of, remask_of, schedule_of, spell
-from dllm_fast.loading import end_of_text
+from dllm_fast.loading import end_of_text, mask_of
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -154,6 +154,17 @@ def test_the_end_of_text_is_the_tokenizers_and_the_generation_configs(llada):
     assert end_of_text(llada, tokenizer) == [8]
     llada.generation_config = None  # as ModernBERT's
     assert end_of_text(llada, tokenizer) == []
+
+
+def test_the_mask_id_is_the_given_the_configs_or_the_tokenizers(llada):
+    tokenizer = SimpleNamespace(mask_token_id=5)
+    assert mask_of(3, llada, tokenizer) == 3
+    assert mask_of(None, llada, tokenizer) == llada.config.mask_token_id != 5
+    llada.config.mask_token_id = None
+    assert mask_of(None, llada, tokenizer) == 5
+    tokenizer.mask_token_id = None
+    with pytest.raises(ValueError, match="mask_id: None given"):
+        mask_of(None, llada, tokenizer)
 
 
 def test_spans_group_masks_and_news():

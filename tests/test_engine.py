@@ -2,6 +2,7 @@
 
 import itertools
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -239,6 +240,10 @@ def test_the_memory_that_is_asked_for_is_what_the_cache_takes(llada):
     taken = (cache.buffers.numel() + cache.states.numel()) * 4
     rest = need(family, options, 3, 56, 0) - taken
     assert rest == 6 * 56 * (2 * 64 + 3 * 96) * 4 + 3 * 6 * 8 * 101 * 4
+    options = Options(32, 8, cfg_scale=1.0, speculate=3).resolved(llada, family)
+    drafts = need(family, options, 3, 56, 0) - need(family, replace(options, speculate=None), 3, 56, 0)
+    own = Engine(family, options, 3, 56, 0, False).own
+    assert drafts == own.buffers.numel() * 4 + 3 * 6 * 8 * 3 * 101 * 4  # the logits of three more states of each row
     assert available(torch.device("cpu")) is None or available(torch.device("cpu")) > 1 << 20
 
 

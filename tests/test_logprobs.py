@@ -31,7 +31,7 @@ def test_those_of_the_plain_loop(name, seed):
     family = bound_family(model)
     while True:
         request = draw_request(rng, rows=(3,), most_blocks=3, longest=12, windows=any(family.windows))
-        options = request.options | {"logprobs": True}
+        options = request.options | {"logprobs": True, "eos_id": None}
         planless = isinstance(options["schedule"], Ancestral) or isinstance(options.get("refresh"), Drift)
         suffix = options.get("suffix_length")
         seen = 40 if suffix is None else options["block_length"] + suffix + options.get("suffix_sample", 0)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from needs import needs_cpp, needs_triton
 from rows import draw_request, is_level
-from tiny import EOS, MAKERS
+from tiny import EOS, MAKERS, MASK
 
 import dllm_fast
 from dllm_fast import Ancestral, Every, FirstHitting, Pyramid, Static, Threshold, Uniform, Window
@@ -77,6 +77,31 @@ def check(model, request, resumed, monkeypatch, level: bool = False) -> None:
     assert found.steps == expected.steps and found.nfe_full == expected.nfe_full, str(request)
     passes = 2 if request.options["cfg_scale"] else 1
     assert expected.nfe - found.nfe == passes * len(resumed), str(request)
+
+
+class Drafts:
+    """A streamer that counts the masks of each draft."""
+
+    def __init__(self):
+        self.masks: list[int] = []
+
+    def put_draft(self, value, sequence):
+        self.masks.append(int((sequence == MASK).sum()))
+
+    def put(self, value):
+        pass
+
+    def end(self):
+        pass
+
+
+def test_a_resumed_step_is_shown(resumed):
+    model = dllm_fast.patch(MAKERS["llada"]().double(), impl="torch")
+    streamer = Drafts()
+    ids = torch.randint(0, EOS, (1, 9), generator=torch.Generator().manual_seed(0))
+    given = {"gen_length": 32, "block_length": 8, "refresh": Window(8, 0), "speculate": 3, "schedule": Static(4)}
+    out = dllm_fast.generate(model, ids, streamer=streamer, **given)
+    assert resumed and len(streamer.masks) == out.nfe + len(resumed) and streamer.masks[-1] == 0
 
 
 @pytest.mark.parametrize("name", [*NAMES, "qwen2-shifted"])

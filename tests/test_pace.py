@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 from rows import batched, draw_request
-from tiny import EOS, MAKERS
+from tiny import EOS, MAKERS, MASK
 
 import dllm_fast
 from bench import task
@@ -56,7 +56,7 @@ def test_then_what_forwards_took_decides(steps, expected):
 def costs(monkeypatch):
     """Times of forwards by their states, in place of measured ones."""
     given: dict[int, float] = {}
-    monkeypatch.setattr(options, "pays", lambda device: True)
+    monkeypatch.setattr(options, "pays", lambda device, impl: True)
     monkeypatch.setattr(Engine, "_time", lambda self, step, states: given[states])
     return given
 
@@ -95,13 +95,28 @@ def test_on_the_shipped_model(costs):
 
 
 def test_measured_times_change_no_token(monkeypatch):
-    monkeypatch.setattr(options, "pays", lambda device: True)
+    monkeypatch.setattr(options, "pays", lambda device, impl: True)
     model = dllm_fast.patch(MAKERS["llada"]().double(), impl="torch")
     ids = torch.randint(0, EOS, (3, 9), generator=torch.Generator().manual_seed(0))
     for given in ({"cache": "none"}, {"cache": "prefix"}, {"refresh": dllm_fast.Every(2)}, {"cfg_scale": 1.0}):
         given = {"gen_length": 16, "block_length": 8, "schedule": Uniform(8), **given}
         out = [dllm_fast.generate(model, ids, **given, speculate=how) for how in (None, "auto")]
         assert torch.equal(out[0].sequences, out[1].sequences) and out[1].nfe <= out[0].nfe
+
+
+@pytest.mark.parametrize("tau", [0.02, 0.05, 0.1, 0.2, 0.4])
+def test_measuring_leaves_the_cache_as_it_was(tau, monkeypatch):
+    """A batch of which one row is left goes on in another engine, which measures first."""
+    monkeypatch.setattr(options, "pays", lambda device, impl: True)
+    model = dllm_fast.patch(MAKERS["llada"]().double(), impl="torch")
+    draw = torch.Generator().manual_seed(0)
+    prompts = [torch.cat((torch.full((n,), MASK), torch.randint(0, EOS, (9,), generator=draw))) for n in (24, 0)]
+    given = {"gen_length": 16, "block_length": 8, "schedule": dllm_fast.Static(1), "refresh": dllm_fast.Drift(tau)}
+    with_drafts, without = (
+        [done.sequence.tolist() for done in dllm_fast.generate_many(model, prompts, 2, **given, speculate=how)]
+        for how in ("auto", None)
+    )
+    assert with_drafts == without
 
 
 def test_none_on_a_cpu():

@@ -37,7 +37,7 @@ def check_plain_loop(name, seed, make=None, memory=plain_loop.Memory, **options_
         level = any((prompt[:seen] == MASK).all() for prompt in request.prompts)
         if options["cache"] != "none" and not planless and not level:  # the plain loop has neither of the two
             break
-    request.options |= {"speculate": None} | options_of_all
+    request.options |= {"speculate": None, "eos_id": None} | options_of_all
     resolved = Options(**options).resolved(model, family)
     expected = [plain_loop.run(family, ids, resolved, row, memory) for row, ids in enumerate(request.prompts)]
     done, positions = batched(model, request)

@@ -206,6 +206,32 @@ def test_the_shipped_model_takes_fewer_forwards_to_the_same_answers():
     assert run[1].nfe < 0.7 * run[0].nfe and run[1].steps == run[0].steps == 32
 
 
+@pytest.mark.parametrize("schedule", [Threshold(0.1), dllm_fast.Factor(0.6), dllm_fast.EntropyBound(2.0)])
+def test_what_goes_by_confidences_drafts_sets_of_the_most_confident(schedule):
+    model = dllm_fast.patch(MAKERS["llada"]().double(), impl="torch")
+    ids = torch.randint(0, EOS, (2, 9), generator=torch.Generator().manual_seed(0))
+    given = {"gen_length": 16, "block_length": 16, "schedule": schedule}
+    sets = DraftGraph(((1, (0,)), (1, (0, 1)), (1, (0, 1, 2))))
+    expected, found, explicit = (dllm_fast.generate(model, ids, **given, speculate=how) for how in (None, 3, sets))
+    assert torch.equal(found.sequences, expected.sequences) and found.steps == expected.nfe
+    assert found.row_nfe == explicit.row_nfe and found.nfe < expected.nfe
+
+
+def test_deferred_tokens_are_drafted():
+    """A model that predicts the same at every step, only what is deferred, behind what is filled."""
+    model = MAKERS["llada"]().double()
+    for name, weight in model.named_parameters():
+        if "attn_out" in name or ("ff_out.weight" in name and "blocks" in name):
+            weight.data.zero_()
+    model = dllm_fast.patch(model, impl="torch")
+    ids = torch.cat((torch.arange(10), torch.full((22,), MASK)))[None]
+    given = {"gen_length": 0, "block_length": 32, "schedule": Uniform(22), "cache": "none"}
+    given["defer_tokens"] = list(range(EOS + 1))
+    expected, found = (dllm_fast.generate(model, ids, **given, speculate=n) for n in (None, 7))
+    assert torch.equal(found.sequences, expected.sequences) and not (found.sequences == MASK).any()
+    assert expected.nfe == 22 and found.nfe == 1 + -(-21 // 8)
+
+
 def test_a_graph_of_other_sets_gives_the_same_tokens_and_a_chain_is_one():
     model = dllm_fast.patch(MAKERS["llada"]().double(), impl="torch")
     ids = torch.randint(0, EOS, (3, 9), generator=torch.Generator().manual_seed(0))
@@ -222,10 +248,11 @@ def test_a_graph_of_other_sets_gives_the_same_tokens_and_a_chain_is_one():
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (-1, "speculate=-1 is not a number of drafts from 0 to 63, 'auto' or a DraftGraph"),
+        (-1, "speculate=-1 is not a number of drafts from 0 to 63, 'auto', a .json file or a DraftGraph"),
         (64, "speculate=64 is not a number of drafts"),
         (1.5, "speculate=1.5 is not a number of drafts"),
         ("many", "speculate='many' is not a number of drafts"),
+        ("none.json", "speculate='none.json': there is no such file"),
         (True, "speculate=True is not a number of drafts"),
     ],
 )

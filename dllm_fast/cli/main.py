@@ -25,7 +25,7 @@ from dllm_fast.errors import exit_code, require_utf8
 from dllm_fast.families.forward import patch_of
 from dllm_fast.families.rounded import KINDS
 from dllm_fast.generate import Output, generate
-from dllm_fast.loading import end_of_text, from_pretrained, is_other, load_tokenizer, model_path, shipped
+from dllm_fast.loading import end_of_text, from_pretrained, is_other, load_tokenizer, mask_of, model_path, shipped
 from dllm_fast.patch import bound_family, patch
 from dllm_fast.plain import generate_plain, load_plain
 
@@ -145,14 +145,6 @@ def encode(tokenizer, text: str, mask_id: int, chat: bool, first: int | None = N
     return torch.tensor([ids], dtype=torch.int64, device="cpu")
 
 
-def mask_of(args: argparse.Namespace, model, tokenizer) -> int:
-    known = (args.mask_id, getattr(model.config, "mask_token_id", None), tokenizer.mask_token_id)
-    mask_id = next((i for i in known if i is not None), None)
-    if mask_id is None:
-        raise ValueError("--mask-id: neither the model's config nor its tokenizer names one")
-    return mask_id
-
-
 def standard_input() -> str:
     """All of standard input, without trailing line breaks."""
     try:
@@ -161,15 +153,15 @@ def standard_input() -> str:
         raise ValueError(f"standard input is not text: {error}") from None
 
 
-def number_or_auto(text: str) -> int | str:
-    return text if text == "auto" else int(text)
+def drafts_of(text: str) -> int | str:
+    return text if text == "auto" or text.endswith(".json") else int(text)
 
 
 def run_generate(args: argparse.Namespace) -> int:
     prompts = [require_utf8("--prompt", prompt) for prompt in args.prompt or ()] or [standard_input()]
     model, tokenizer = load_or_plain(args)
     plain = patch_of(model) is None
-    mask_id = mask_of(args, model, tokenizer)
+    mask_id = mask_of(args.mask_id, model, tokenizer)
     if plain:
         eos_ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     else:
@@ -215,7 +207,7 @@ def run_calibrate(args: argparse.Namespace) -> int:
     key = key_of(args.schedule, args.gen_length, block_length, args.confidence or "probability")
     if key is None:
         raise ValueError(f"--schedule: with gen_length={args.gen_length} {args.schedule} is not one to keep drafts for")
-    mask_id = mask_of(args, model, tokenizer)
+    mask_id = mask_of(args.mask_id, model, tokenizer)
     options = options_of(args, tokenizer) | {"mask_id": mask_id, "eos_id": end_of_text(model, tokenizer)}
     prompts = [encode(tokenizer, text, mask_id, args.chat)[0] for text in texts]
     graph = calibrate(model, prompts, args.drafts, args.batch_size, **options)
@@ -274,7 +266,7 @@ def run_verify(args: argparse.Namespace) -> int:
     from dllm_fast.evaluate.verify import verify
 
     model, tokenizer = load(args)
-    mask_id = mask_of(args, model, tokenizer)
+    mask_id = mask_of(args.mask_id, model, tokenizer)
     files = (args.gsm8k, args.gsm8k_examples)
     return int(verify(model, tokenizer, args.model, mask_id, args.impl, *files, args.batch_size))
 
@@ -290,8 +282,8 @@ def parser() -> argparse.ArgumentParser:
     add("--prompt", action="append", help=f"may be repeated; {masks}; default: standard input")
     add_decoding_options(add)
     add("--skip-committed", action="store_true", help="evaluate a token once more when it is there, then no longer")
-    drafts = "draft N states a forward, or 'auto': as many as pay; the same tokens in fewer forwards"
-    add("--speculate", type=number_or_auto, metavar="N", help=drafts)
+    drafts = "draft N states a forward, 'auto': as many as pay, or 7 of a file of calibrate's; the same tokens, sooner"
+    add("--speculate", type=drafts_of, metavar="N", help=drafts)
     add_chat(add)
     add_model_options(add)
     add("--plain", action="store_true", help="no live view")
@@ -324,7 +316,7 @@ def parser() -> argparse.ArgumentParser:
     add("--chat-template", metavar="FILE", help="a Jinja template; default: the tokenizer's own")
     add_decoding_options(add)
     add("--skip-committed", action="store_true", help="evaluate a token once more when it is there, then no longer")
-    add("--speculate", type=number_or_auto, metavar="N", help=drafts)
+    add("--speculate", type=drafts_of, metavar="N", help=drafts)
     add_model_options(add)
     p = commands.add_parser("demo", help="watch the shipped models generate, and see how patching changes their speed")
     p.set_defaults(run=run_demo)

@@ -42,8 +42,9 @@ class Decider:
         self.record = Record(rows, slots, device) if options.logprobs else None
 
     def _going(self) -> torch.Tensor | None:
-        """The rows that take part in the step, [B] bool; None: there is one row, which takes part in every step."""
-        if self.rows == 1:
+        """The rows that take part in the step, [B] bool; None: there is one row, which takes part in every step. With
+        drafts a step may be taken for its time alone, in which no row takes part."""
+        if self.rows == 1 and not self.drafting:
             return None
         return self.quota > 0 if self.is_planned and not self.drafting else self.live > 0
 

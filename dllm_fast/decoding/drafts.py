@@ -11,7 +11,8 @@ leaves masked:
     log-odds = w[0] + w[1] * sum of log(confidence) of the positions that the draft commits
                     + w[2] * logit(highest confidence of those that stay masked)
 
-with a ``w`` for each draft. Each draft that is reached saves one forward, so the likeliest ones save the most.
+with a ``w`` for each draft. A confidence that is a negative entropy counts as its exponential. Each draft that is
+reached saves one forward, so the likeliest ones save the most.
 """
 
 import json
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 from huggingface_hub import try_to_load_from_cache
 
+from dllm_fast.decoding.graphs import records
 from dllm_fast.decoding.schedules import Schedule, Uniform
 from dllm_fast.decoding.spelling import spell
 from dllm_fast.decoding.values import is_whole, require
@@ -69,6 +71,11 @@ class DraftGraph:
         """What the schedule would do if nothing that is masked were predicted anew."""
         return cls(tuple((depth, None) for depth in range(1, length + 1)))
 
+    @classmethod
+    def sets(cls, number: int) -> "DraftGraph":
+        """The next step as it would be if it committed the first position by confidence, the first two, and so on."""
+        return cls(tuple((1, tuple(range(count))) for count in range(1, number + 1)))
+
     @property
     def number(self) -> int:
         """How many drafts a forward evaluates."""
@@ -86,19 +93,24 @@ class AutoGraph(DraftGraph):
 
 
 def as_drafts(name: str, value: Any) -> int | str | DraftGraph | None:
-    """A number of drafts, ``"auto"`` or a `DraftGraph`; None for none. Raises ValueError that names ``name``."""
+    """A number of drafts, ``"auto"``, a JSON file of `calibrate`'s or a `DraftGraph`; None for none. Raises ValueError
+    that names ``name``."""
     if isinstance(value, DraftGraph):
         return value if value.number else None
     if value == "auto":
         return value
-    wanted = f"{name}={value!r} is not a number of drafts from 0 to {MOST}, 'auto' or a DraftGraph"
+    if isinstance(value, str) and value.endswith(".json"):
+        require(Path(value).is_file(), f"{name}={value!r}: there is no such file")
+        return value
+    wanted = f"{name}={value!r} is not a number of drafts from 0 to {MOST}, 'auto', a .json file or a DraftGraph"
     require(value is None or (is_whole(value) and 0 <= value <= MOST), wanted)
     return int(value) if value else None
 
 
-def pays(device: torch.device) -> bool:
-    """Whether more states can take less than so many times as long: on a CPU a forward is bound by its arithmetic."""
-    return device.type == "cuda"
+def pays(device: torch.device, impl: str) -> bool:
+    """Whether more states can take less than so many times as long, and are timed only once: on a CPU a forward is
+    bound by its arithmetic, and an engine that records nothing is not kept."""
+    return records(device, impl)
 
 
 # How likely drafts are
@@ -158,8 +170,11 @@ def folder_of(name: str) -> Path | None:
 def read(folder: str | Path) -> dict[str, DraftGraph]:
     """The graphs in a model's ``folder``, by `key_of`; none without `FILE`. Raises ValueError that names the file."""
     path = Path(folder) / FILE
-    if not path.is_file():
-        return {}
+    return read_file(path) if path.is_file() else {}
+
+
+def read_file(path: Path) -> dict[str, DraftGraph]:
+    """The graphs in a file, by `key_of`. Raises ValueError that names it."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         return {key: _parsed(**graph) for key, graph in found.items()}
@@ -187,12 +202,19 @@ def write(folder: str | Path, key: str, graph: DraftGraph) -> Path:
     return path
 
 
-def graph_for(model: torch.nn.Module, wanted: int | str, key: str | None) -> DraftGraph:
-    """So many drafts, or `AUTO`, of the model's own graph under ``key``, else a chain."""
-    number = AUTO if wanted == "auto" else int(wanted)
+def graph_for(model: torch.nn.Module, wanted: int | str, key: str | None, planned: bool) -> DraftGraph:
+    """So many drafts, or `AUTO`, of the model's own graph under ``key``. Without one a chain, or sets for a schedule
+    that has not ``planned`` how many positions a step commits. Or `AUTO` of a file's graph.
+    Raises ValueError if the file has none."""
+    number = AUTO if isinstance(wanted, str) else int(wanted)
+    if isinstance(wanted, str) and wanted != "auto":
+        known = read_file(Path(wanted))
+        require(key in known, f"speculate={wanted!r}: it has no drafts for {key}, but for {', '.join(sorted(known))}")
+        graph = known[str(key)]
+        return DraftGraph(graph.drafts, min(number, len(graph.drafts)), graph.weights)
     name = getattr(model.config, "name_or_path", "")
     folder = folder_of(name) if name else None
     known = {} if folder is None else read(folder)
-    graph = known[key] if key in known else DraftGraph.chain(number)
+    graph = known.get(str(key)) or (DraftGraph.chain if planned else DraftGraph.sets)(number)
     kind = AutoGraph if wanted == "auto" else DraftGraph
     return kind(graph.drafts, min(number, len(graph.drafts)), graph.weights)

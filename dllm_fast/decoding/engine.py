@@ -127,6 +127,8 @@ class Engine(Speculation):
                 self.graphs.run(RESUME, self.resume)
                 self.tally[:, 3] += going
                 begun |= going
+                if draft is not None:
+                    draft()
             if resumes and planned is None:  # that may have been all
                 live, self.tally[:, 3] = self.read_steps(going)
                 going = live > 0

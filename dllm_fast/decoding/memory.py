@@ -30,10 +30,10 @@ def need(family, options: Options, rows: int, slots: int, spare: int) -> int:
         if options.refresh.layerwise:
             cache += family.layers * rows * slots * width * size
     # At the widest point of a layer: the residual stream and its norm, gate and up, and their product.
-    if not options.has_cache:
-        rows *= options.drafts + 1
-    activations = rows * slots * (2 * width + 3 * family.ffn_width) * size
-    positions = rows * options.block_length
+    states = rows * (options.drafts + 1)
+    whole = rows if options.has_cache else states
+    activations = whole * slots * (2 * width + 3 * family.ffn_width) * size
+    positions = states * options.block_length
     logits = 3 * 4 * min(LOGITS, positions)
     if options.filters:
         logits = max(logits, SORTED * min(FILTERED, positions))

@@ -179,11 +179,11 @@ class Options(Checked):
             seed = int(torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu"))
             seed = seed if family.ranks is None else family.ranks.least(seed)
         speculate = self.speculate
-        if speculate == "auto" and not pays(family.head()[0].device):
+        if speculate == "auto" and not pays(family.head()[0].device, family.impl):
             speculate = None
         if isinstance(speculate, int | str):
             key = key_of(self.schedule, self.gen_length, self.block_length, self.confidence)
-            speculate = graph_for(model, speculate, key)
+            speculate = graph_for(model, speculate, key, planned=not self.schedule.rule)
         return replace(
             self, mask_id=mask_id, eos_id=eos_ids, pad_id=pad_id, seed=seed, suppress_tokens=suppressed,
             defer_tokens=deferred, speculate=speculate,

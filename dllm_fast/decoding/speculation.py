@@ -51,7 +51,8 @@ class Speculation(Forwards):
         # The drafts of the next forward: their tokens, and how many steps ahead each of a row's states is.
         self.drafts = torch.zeros((rows, graph.number, self.block_size), dtype=torch.int64, device=self.device)
         self.depth = torch.zeros((rows, graph.number + 1), dtype=torch.int64, device=self.device)
-        # What they go by: the confidences of what is masked, and their ranks.
+        # What they go by: the confidences of what is masked, from 0 to 1, and their ranks.
+        self.by_entropy = (options.schedule.confidence or options.confidence) == "entropy"
         self.score = torch.zeros((rows, self.block_size), dtype=real, device=self.device)
         self.rank = torch.zeros((rows, self.block_size), dtype=torch.int64, device=self.device)
         # The graph: how many steps ahead its drafts are, which ranks are in each, or whether the schedule's counts say
@@ -227,9 +228,11 @@ class Speculation(Forwards):
     def _draft(self, block, masked, token, score, count) -> None:
         """States that may follow ``block`` [B, T], of which ``masked`` is, by what the step predicted that led to it
         and committed ``count`` [B] positions."""
+        self.score.copy_(score.exp() if self.by_entropy else score)
+        # A deferred token's confidence is -inf, but it comes before what is not masked.
+        score = score.clamp(min=torch.finfo(score.dtype).min)
         rank = ranks(score.masked_fill(~masked, float("-inf")))  # [B, T]
         self.rank.copy_(rank)
-        self.score.copy_(score)
         graph = self.options.speculate
         steps = torch.arange(max(depth for depth, _ in graph.drafts), device=self.device)
         counts = count[:, None].expand(-1, len(steps))
@@ -240,7 +243,7 @@ class Speculation(Forwards):
         if self.graph_weights is None:
             pick = torch.arange(graph.number, device=self.device).expand(len(rank), -1)
         else:
-            likely = log_odds(features(score, masked, chosen), self.graph_weights)
+            likely = log_odds(features(self.score, masked, chosen), self.graph_weights)
             pick = likely.sort(dim=1, descending=True, stable=True).indices[:, : graph.number]
         chosen = chosen.gather(1, pick[..., None].expand(-1, -1, self.block_size))
         self.depth[:, 1:] = self.depths[pick]

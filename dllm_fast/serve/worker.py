@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 from dllm_fast.decoding.memory import require_memory
 from dllm_fast.decoding.options import BLOCK, Options
 from dllm_fast.errors import USERS, one_line
-from dllm_fast.loading import end_of_text, from_pretrained, load_tokenizer
+from dllm_fast.loading import end_of_text, from_pretrained, load_tokenizer, mask_of
 from dllm_fast.patch import bound_family
 from dllm_fast.serve.loop import Loop
 from dllm_fast.serve.messages import Broken, Cancel, Failed, Load, Ready, Request
@@ -74,10 +74,7 @@ def load(connection: Connection, served: Served) -> tuple[Loop, Ready]:
     model = from_pretrained(served.model, dtype, *arguments)
     tokenizer = load_tokenizer(served.model, served.trust_remote_code)
     family = bound_family(model)
-    known = (served.options.mask_id, getattr(model.config, "mask_token_id", None), tokenizer.mask_token_id)
-    mask_id = next((i for i in known if i is not None), None)
-    if mask_id is None:
-        raise ValueError("--mask-id: neither the model's config nor its tokenizer names one")
+    mask_id = mask_of(served.options.mask_id, model, tokenizer)
     positions = min(family.positions, served.length or family.positions)
     block = family.block or served.options.block_length or BLOCK
     require_memory(family, replace(served.options, block_length=block), served.seats, positions, block)
