@@ -28,10 +28,12 @@ VISION = {
 }  # fmt: skip
 
 
-def make(seed: int = 0, vocabulary: int = 1500, length: int = LENGTH):
+def make(seed: int = 0, vocabulary: int = 1500, length: int = LENGTH, bidirectional: str | None = None):
     """Weights with which canvases come to rest after some steps, rows at different ones."""
     torch.manual_seed(SEED + seed)
-    text = transformers.DiffusionGemmaTextConfig(vocab_size=vocabulary, **SIZES)
+    text = transformers.DiffusionGemmaTextConfig(
+        vocab_size=vocabulary, use_bidirectional_attention=bidirectional, **SIZES
+    )
     config = transformers.DiffusionGemmaConfig(
         text_config=text, canvas_length=length, vision_config=transformers.Gemma4VisionConfig(**VISION)
     )
@@ -124,6 +126,19 @@ def test_canvases_and_steps_of_the_unpatched_loop(name, monkeypatch):
     assert torch.equal(found.tokens_per_forward, expected.tokens_per_forward)
     if name == "plain":  # rows stop by themselves, at steps of their own
         assert len(set(stopping_steps(found))) > 1 and max(stopping_steps(found)) < 28
+
+
+@pytest.mark.parametrize("length", [5, 12])
+def test_a_prompt_of_a_model_that_sees_images_whole_in_the_attention_backend(length):
+    """Its blocks of image tokens are laid over a causal window, shorter or longer than the prompt."""
+    model, ids = make(bidirectional="vision"), prompts(length=length)
+    given = {"input_ids": ids, "mm_token_type_ids": (torch.arange(length) < 9).long().expand_as(ids)}
+    with torch.no_grad():
+        model.set_attn_implementation("sdpa")
+        expected = model.model.encoder(**given).last_hidden_state
+        model.set_attn_implementation("dllm_fast")
+        found = model.model.encoder(**given).last_hidden_state
+    assert torch.equal(found, expected)
 
 
 def one_step(model, dtype, batch=2, **options):
