@@ -3,6 +3,7 @@
 import copy
 import pickle
 import re
+import threading
 
 import pytest
 import torch
@@ -257,6 +258,34 @@ def test_no_tensor_of_all_logits_is_made():
     with Largest() as patched:
         run(dllm_fast.patch(model), ids, **options)
     assert patched.elements < logits / 2 < logits <= unpatched.elements
+
+
+def test_another_thread_calls_the_decoder_meanwhile():
+    """It gets no soft embedding, while the first thread's forward is under way with one."""
+    model, ids = dllm_fast.patch(make()), prompts()
+    options = {**SETTINGS, "max_new_tokens": LENGTH}
+    encoded = model.model.encoder(ids).past_key_values
+    canvas_ids = prompts(length=LENGTH)
+
+    def decode():
+        with torch.no_grad():
+            return model.model(decoder_input_ids=canvas_ids, past_key_values=encoded).last_hidden_state
+
+    expected, (alone, _) = decode(), run(model, ids, **options)
+    found, threads = [], []
+
+    def other(*args) -> None:
+        """In the midst of the first decoder's forward with a soft embedding, one in another thread."""
+        if not threads and model.model.decoder.self_conditioning._forward_pre_hooks:
+            threads.append(threading.Thread(target=lambda: found.append(decode())))
+            threads[0].start()
+            threads[0].join(60)
+
+    handle = model.model.decoder.embed_tokens.register_forward_pre_hook(other)
+    out, _ = run(model, ids, **options)
+    handle.remove()
+    assert len(found) == 1 and torch.equal(found[0], expected)
+    assert torch.equal(out.sequences, alone.sequences)
 
 
 def test_unpatch_restores_exactly():
