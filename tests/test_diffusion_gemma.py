@@ -301,6 +301,17 @@ def test_unpatch_restores_exactly():
     assert torch.equal(run(model, ids, **SETTINGS)[0].sequences, expected.sequences)
 
 
+def test_a_folder_is_loaded_and_patched(tmp_path):
+    model, ids = make(), prompts()
+    model.save_pretrained(tmp_path)
+    loaded = dllm_fast.from_pretrained(tmp_path)
+    assert loaded._denoising_step.__func__ is diffusion_gemma.denoising_step
+    expected = run(dllm_fast.patch(model), ids, **SETTINGS)[0].sequences
+    assert torch.equal(run(loaded, ids, **SETTINGS)[0].sequences, expected)
+    with pytest.raises(ValueError, match="weights='fp8': the model runs its own forward"):
+        dllm_fast.from_pretrained(tmp_path, weights="fp8")
+
+
 def test_copies():
     model, ids = dllm_fast.patch(make()), prompts()
     expected, _ = run(model, ids, **SETTINGS)

@@ -140,6 +140,26 @@ def test_a_dream_is_loaded_without_its_code(tmp_path, ids):
         dllm_fast.from_pretrained(tmp_path, weights="fp8")
 
 
+@pytest.mark.parametrize(("kind", "name"), [("llama", "llama"), ("qwen2", "qwen2-shifted"), ("qwen3", "qwen3")])
+def test_an_a2d_model_is_loaded_without_its_code(kind, name, tmp_path, ids):
+    """Of ZHZisZZ/dllm: the modules of a causal model, whose window, if it had one, plays no part."""
+    model = make(name)
+    model.config.shifted = False
+    model.save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    fields = {key: value for key, value in fields.items() if key not in ("is_causal", "shifted")}
+    fields |= {"model_type": f"a2d-{kind}", "architectures": [f"A2D{kind.title()}LMHeadModel"]}
+    if kind != "llama":
+        windows = {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 0}
+        fields |= {**windows, "layer_types": ["sliding_attention"] * model.config.num_hidden_layers}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    options = {"gen_length": 8, "block_length": 4, "schedule": Threshold(0.3), "mask_id": MASK}
+    expected = dllm_fast.generate(dllm_fast.patch(model), ids, **options).sequences
+    loaded = dllm_fast.from_pretrained(tmp_path)
+    assert type(loaded) is type(model) and loaded.config.is_causal is False
+    assert torch.equal(dllm_fast.generate(loaded, ids, **options).sequences, expected)
+
+
 def test_a_folder_of_a_causal_model_is_refused(tmp_path):
     make("llama", bidirectional=False).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="it attends causally"):
@@ -160,7 +180,10 @@ def test_what_attends_causally_is_refused():
 
 def test_encoders_with_decoders_are_refused():
     config = transformers.T5Config(d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, vocab_size=VOCAB)
-    refused(transformers.T5ForConditionalGeneration(config), "model_type 't5' is not supported: it is an encoder with")
+    model = transformers.T5ForConditionalGeneration(config)
+    refused(model, "model_type 't5' is not supported: it is an encoder with")
+    with pytest.raises(ValueError, match=r"Supported are llada, .*, a DiffusionGemmaForBlockDiffusion, a Dream"):
+        dllm_fast.patch(model)
 
 
 def test_attention_with_a_softcap_is_refused():

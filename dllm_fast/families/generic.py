@@ -27,9 +27,8 @@ from dllm_fast.kernels.reference import capped
 
 BACKEND = "dllm_fast"  # `backend.NAME`
 TOKENS = 8  # of the sequence that tries a model
-SUPPORTED = (
-    "Supported are models of transformers 5 that take attention backends, attend in both directions, have heads of one "
-    "size, and whose logits are their LM head's of its input, with a final_logit_softcapping or without"
+TAKEN = (
+    "models of transformers 5 that take attention backends and attend in both directions"  # if trying them goes well
 )
 
 
@@ -199,7 +198,8 @@ class Generic(Family):
     def _refusal(self, reason: str) -> ValueError:
         kind = self.model.config.model_type
         return ValueError(
-            f"model: a {type(self.model).__name__} of model_type {kind!r} is not supported: {reason}. {SUPPORTED}"
+            f"model: a {type(self.model).__name__} of model_type {kind!r} is not supported: {reason}. Supported are "
+            f"{TAKEN}, with heads of one size, and with logits that are their LM head's, capped or not"
         )
 
 
