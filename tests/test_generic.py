@@ -213,8 +213,8 @@ def test_a_forward_that_wants_another_mask_is_refused():
     model.config.is_causal = False
     refused(
         model,
-        "model: a DogeForCausalLM of model_type 'doge' is not supported: with this package's attention, its forward "
-        "raises AttributeError: 'Ranges' object has no attribute 'dtype'. Supported are models of transformers 5",
+        "model: a DogeForCausalLM of model_type 'doge' is not supported: a trial of 8 tokens raises AttributeError: "
+        "'Ranges' object has no attribute 'dtype'. Supported are models of transformers 5",
     )
     assert model.training
 

@@ -135,7 +135,8 @@ class Generic(Family):
 
     def _try(self) -> None:
         """Run a short sequence: what its layers ask of attention, and whether its own logits come out, also of its
-        second half alone, against a cache. Raises ValueError if they do not, and for layers that differ in size."""
+        second half alone, against a cache. Raises ValueError if they do not or the forward fails, and for layers that
+        differ in size."""
         vocabulary = self.model.get_input_embeddings().weight.shape[0]
         ids = torch.arange(TOKENS, device=self.weight.device)[None] % vocabulary
         if (pad := getattr(self.model.config, "pad_token_id", None)) is not None:
@@ -156,8 +157,7 @@ class Generic(Family):
         except running.Unserved as error:
             raise self._refusal(str(error)) from None
         except Exception as error:  # a layer reads a mask that it expects to be a tensor, for instance
-            reason = f"its forward raises {type(error).__name__}: {error}"
-            raise self._refusal(f"with this package's attention, {reason}") from error
+            raise self._refusal(f"a trial of {TOKENS} tokens raises {type(error).__name__}: {error}") from error
 
     def _read_layers(self, layers: list[running.Layer]) -> None:
         sizes = {layer[:3] for layer in layers}
@@ -183,7 +183,7 @@ class Generic(Family):
         return capped(ops.logits(hidden, *self.head(), impl=self.impl), self.softcap)
 
     def _compare(self, where: str, found: torch.Tensor, expected: torch.Tensor) -> None:
-        """Raise ValueError unless they agree, by what rounding may do to many layers.
+        """Raise `Unserved` unless they agree, by what rounding may do to many layers.
 
         In fp64 too transformers' own attention may take its softmax in fp32.
         """
