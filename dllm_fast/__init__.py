@@ -1,4 +1,4 @@
-"""Masked-diffusion language models, fast: `patch` a LLaDA or a ModernBERT in place, `generate` from it."""
+"""Masked-diffusion language models, fast: `patch` a LLaDA, a ModernBERT or another in place, `generate`."""
 
 import os
 

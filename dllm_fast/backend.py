@@ -12,6 +12,8 @@ import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from types import FunctionType
+from typing import Any
 
 import torch
 from transformers import masking_utils
@@ -75,12 +77,28 @@ class Ranges:
 
 def is_bidirectional(mask_function: Callable | None, window: int | None) -> bool:
     """Whether ``mask_function``, one of transformers' own, lets a query see every key, or without exception those up to
-    ``window`` away. A window is asked for the distances that tell it from others."""
+    ``window`` away.
+
+    A function with more in it, such as packed sequences or blocks, is told by its code, and is not called: it may agree
+    with a window at some positions, and may index tensors of the length of the input.
+    """
     if window is None or mask_function is None:
         return mask_function is masking_utils.bidirectional_mask_function
-    ends = (window, 0), (0, window), (window + 1, 0), (0, window + 1)
+    if not is_same(mask_function, masking_utils.sliding_window_bidirectional_mask_function(window)):
+        return False
+    ends = (window, 0), (0, window), (window + 1, 0), (0, window + 1)  # another transformers may mean less by a window
     numbers = ([torch.tensor(n, dtype=torch.int64, device="cpu") for n in (0, 0, *pair)] for pair in ends)
     return [bool(mask_function(*each)) for each in numbers] == [True, True, False, False]
+
+
+def is_same(one: Any, other: Any) -> bool:
+    """Whether two functions have the same code, and what they enclose is the same; or two numbers are equal."""
+    if isinstance(one, tuple) and isinstance(other, tuple):
+        return len(one) == len(other) and all(map(is_same, one, other))
+    if isinstance(one, FunctionType) and isinstance(other, FunctionType):
+        enclosed = ([cell.cell_contents for cell in each.__closure__ or ()] for each in (one, other))
+        return one.__code__ is other.__code__ and is_same(*map(tuple, enclosed))
+    return isinstance(one, int) and isinstance(other, int) and one == other
 
 
 def mask(

@@ -93,7 +93,8 @@ def generate(
     """Fill ``gen_length`` [MASK]s after each prompt, and any [MASK] inside the prompts, block by block.
 
     Args:
-        model: a patched LLaDA or ModernBERT. Its mode, training or not, plays no part: there is no dropout here.
+        model: a patched model with an LM head. Training mode plays no part where the forward is this package's, which
+            has no dropout; a model that runs its own (`families.generic`) must be in eval mode.
         input_ids: prompts; with ``gen_length=0`` only their own [MASK]s are filled.
         attention_mask: 0 on padding; each row's ones are contiguous.
         block_length: positions that are filled together; divides ``gen_length``. None: 32, or a block-causal model's
@@ -244,7 +245,7 @@ def generate_many(
     its noise row.
 
     Args:
-        model: a patched LLaDA or ModernBERT.
+        model: as `generate`.
         prompts: ids [P] each, int64 tensors or lists.
         batch_size: rows evaluated together. ``"auto"``: as many as fit into nine tenths of the free memory, up to 256.
             If that turns out to be too many, half of them go on, with a warning and the same tokens.

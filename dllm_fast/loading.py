@@ -8,19 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
     AutoTokenizer,
+    LlamaForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Qwen2ForCausalLM,
+    Qwen3ForCausalLM,
 )
 
-from dllm_fast.families import FAMILIES, gpt, kind_of
+from dllm_fast.families import FAMILIES, diffusion_gemma, gpt, kind_of
 from dllm_fast.families.generic import Generic
 from dllm_fast.families.shards import load_rounded
 from dllm_fast.families.tensor_parallel import check_mesh, load_shared
@@ -32,6 +35,10 @@ MODELS = Path(__file__).with_name("models")
 # its config lacks.
 SAME_MODULES: dict[str | None, tuple[Any, dict[str, Any]]] = {
     "Dream": (Qwen2ForCausalLM, {"is_causal": False, "shifted": True}),
+    # ZHZisZZ/dllm's: all layers see all positions, whatever window the config of the causal model had.
+    "a2d-llama": (LlamaForCausalLM, {"is_causal": False}),
+    "a2d-qwen2": (Qwen2ForCausalLM, {"is_causal": False, "use_sliding_window": False, "layer_types": None}),
+    "a2d-qwen3": (Qwen3ForCausalLM, {"is_causal": False, "use_sliding_window": False, "layer_types": None}),
 }
 
 
@@ -58,8 +65,9 @@ def from_pretrained(
 ) -> PreTrainedModel:
     """Load a model, in eval mode, and `patch` it.
 
-    A LLaDA, a ModernBERT, an SDAR, a LLaDA-MoE or a LLaDA2; or of transformers 5 a Dream, any other masked language
-    model, or a decoder whose config says ``is_causal: false``, see `families.generic`.
+    A LLaDA, a ModernBERT, an SDAR, a LLaDA-MoE or a LLaDA2; or of transformers 5 a Dream, a Llama or Qwen of
+    ZHZisZZ/dllm (``a2d-llama``, ``a2d-qwen2``, ``a2d-qwen3``), a DiffusionGemma, any other masked language model, or a
+    decoder whose config says ``is_causal: false``, see `families.generic`.
 
     Args:
         name: a local folder, a hub name, or one of `shipped`.
@@ -150,10 +158,13 @@ def other_model(name: str, kind: str | None, **kwargs) -> tuple[Any, PretrainedC
         cls = mapping.get(type(config), None)
         if cls is not None:
             return cls, config
+    cls = getattr(transformers, diffusion_gemma.CLASS, None)
+    if cls is not None and isinstance(config, cls.config_class):
+        return cls, config
     raise ValueError(
         f"{name}: model_type {kind!r} is not supported; supported are "
-        f"{', '.join(map(str, (*FAMILIES, *SAME_MODULES)))}, and what transformers has as a masked language model or a "
-        "decoder"
+        f"{', '.join(map(str, (*FAMILIES, *SAME_MODULES)))}, diffusion_gemma, and what transformers has as a masked "
+        "language model, or as a decoder if config.json says is_causal: false"
     )
 
 

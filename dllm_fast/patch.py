@@ -289,9 +289,9 @@ def bound_family(model: nn.Module) -> Family:
     require_no_learned_prompt(model)
     model = unwrapped(model)
     state = _state(model)
-    state.family.require_whole()
     family = state.family
-    with state.pool.lock:
+    with state.pool.lock:  # while another thread generates, a hook of `Generic` is on the head
+        family.require_whole()
         if isinstance(family.matmuls, Copies):
             family.matmuls.update(family.groups())
         else:

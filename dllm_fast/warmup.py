@@ -43,7 +43,7 @@ def warmup(
     Nothing is generated, and no random number is drawn.
 
     Args:
-        model: a patched LLaDA or ModernBERT.
+        model: a patched model.
         prompt_lengths: tokens of the prompts to come, an int or several; without padding.
         batch_size: rows of `generate`'s batches; or `generate_many`'s ``batch_size``, or its prompts if they are fewer.
         progress: True shows a bar on stderr, rich's where rich is installed and the terminal is one, else a line; a

@@ -154,6 +154,38 @@ def test_a_window_tells_itself_from_other_masks():
         assert not backend.is_bidirectional(other, 4) and not backend.is_bidirectional(other, None)
 
 
+@pytest.mark.parametrize("overlaid", ["packed", "blocks"])
+@pytest.mark.parametrize("length", [3, 12])
+def test_a_window_under_something_else_is_no_window(overlaid, length):
+    """Neither where an index of the window is past the end, nor where the function agrees with one at each of these."""
+    masks = transformers.masking_utils
+    first = (torch.arange(length) >= 5).long()[None]
+    function = {
+        "packed": masks.and_masks(
+            masks.sliding_window_bidirectional_mask_function(4), masks.packed_sequence_mask_function(first)
+        ),
+        "blocks": masks.or_masks(masks.sliding_window_causal_mask_function(4), masks.blockwise_overlay(-first)),
+    }[overlaid]
+    assert not backend.is_bidirectional(function, 4)
+    given = {"batch_size": 1, "q_length": length, "kv_length": length, "local_size": 4, "mask_function": function}
+    given |= {"allow_is_causal_skip": False}
+    assert torch.equal(backend.mask(**given), masks.sdpa_mask(**given))
+
+
+@pytest.mark.parametrize("window", [4, 4096])
+def test_packed_sequences_under_a_causal_window_go_to_sdpa(window, calls):
+    torch.manual_seed(0)
+    config = transformers.MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=window)
+    model = transformers.MistralForCausalLM(config).eval()
+    given = {"input_ids": torch.arange(2, 8)[None], "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])}
+    with torch.no_grad():
+        model.set_attn_implementation("sdpa")
+        expected = model(**given, use_cache=False).logits
+        model.set_attn_implementation("dllm_fast")
+        assert torch.equal(model(**given, use_cache=False).logits, expected)
+    assert calls == {"ours": 0, "sdpa": 3}
+
+
 @pytest.mark.parametrize("window", [None, 0, 3])
 @pytest.mark.parametrize("padded", [False, True])
 def test_a_dense_mask_is_sdpas(window, padded):

@@ -11,8 +11,8 @@ import torch
 from tiny import EOS, VOCAB
 
 import dllm_fast
+from dllm_fast.cli import demo, view
 from dllm_fast.cli import main as cli
-from dllm_fast.cli import view
 from dllm_fast.decoding.refresh import Drift, Every, Window
 from dllm_fast.decoding.remask import P2, ReMDM
 from dllm_fast.decoding.schedules import Ancestral, EntropyBound, Factor, FirstHitting, Pyramid, Threshold, Uniform
@@ -198,3 +198,15 @@ def test_made_counts_what_was_generated():
     assert cli.generated(sequence, torch.tensor([5, 9, 7]), 9, [2]) == 3
     assert cli.generated(sequence, torch.tensor([5, 9, 7]), 9, [2, 8]) == 2
     assert cli.generated(sequence, torch.tensor([5, 6, 7]), 9, []) == 4
+
+
+def test_the_demos_table_has_tokens_per_forward(llada, ids, monkeypatch):
+    tables = []
+    monkeypatch.setattr(demo, "print_table", lambda columns, rows, title: tables.append((columns, rows)))
+    for name, value in {"LENGTH": 16, "BLOCK": 8, "REPEATS": 1}.items():
+        monkeypatch.setattr(demo, name, value)
+    demo.compare(llada, ids[:1])
+    ((columns, rows),) = tables
+    for row in (dict(zip(columns, row, strict=True)) for row in rows):
+        assert float(row["tok/NFE"]) == pytest.approx(16 / sum(map(int, row["NFE full+block"].split("+"))), abs=0.006)
+    assert len(rows) == 8

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import re
+import threading
 
 import pytest
 import torch
@@ -28,10 +29,12 @@ VISION = {
 }  # fmt: skip
 
 
-def make(seed: int = 0, vocabulary: int = 1500, length: int = LENGTH):
+def make(seed: int = 0, vocabulary: int = 1500, length: int = LENGTH, bidirectional: str | None = None):
     """Weights with which canvases come to rest after some steps, rows at different ones."""
     torch.manual_seed(SEED + seed)
-    text = transformers.DiffusionGemmaTextConfig(vocab_size=vocabulary, **SIZES)
+    text = transformers.DiffusionGemmaTextConfig(
+        vocab_size=vocabulary, use_bidirectional_attention=bidirectional, **SIZES
+    )
     config = transformers.DiffusionGemmaConfig(
         text_config=text, canvas_length=length, vision_config=transformers.Gemma4VisionConfig(**VISION)
     )
@@ -124,6 +127,19 @@ def test_canvases_and_steps_of_the_unpatched_loop(name, monkeypatch):
     assert torch.equal(found.tokens_per_forward, expected.tokens_per_forward)
     if name == "plain":  # rows stop by themselves, at steps of their own
         assert len(set(stopping_steps(found))) > 1 and max(stopping_steps(found)) < 28
+
+
+@pytest.mark.parametrize("length", [5, 12])
+def test_a_prompt_of_a_model_that_sees_images_whole_in_the_attention_backend(length):
+    """Its blocks of image tokens are laid over a causal window, shorter or longer than the prompt."""
+    model, ids = make(bidirectional="vision"), prompts(length=length)
+    given = {"input_ids": ids, "mm_token_type_ids": (torch.arange(length) < 9).long().expand_as(ids)}
+    with torch.no_grad():
+        model.set_attn_implementation("sdpa")
+        expected = model.model.encoder(**given).last_hidden_state
+        model.set_attn_implementation("dllm_fast")
+        found = model.model.encoder(**given).last_hidden_state
+    assert torch.equal(found, expected)
 
 
 def one_step(model, dtype, batch=2, **options):
@@ -244,6 +260,34 @@ def test_no_tensor_of_all_logits_is_made():
     assert patched.elements < logits / 2 < logits <= unpatched.elements
 
 
+def test_another_thread_calls_the_decoder_meanwhile():
+    """It gets no soft embedding, while the first thread's forward is under way with one."""
+    model, ids = dllm_fast.patch(make()), prompts()
+    options = {**SETTINGS, "max_new_tokens": LENGTH}
+    encoded = model.model.encoder(ids).past_key_values
+    canvas_ids = prompts(length=LENGTH)
+
+    def decode():
+        with torch.no_grad():
+            return model.model(decoder_input_ids=canvas_ids, past_key_values=encoded).last_hidden_state
+
+    expected, (alone, _) = decode(), run(model, ids, **options)
+    found, threads = [], []
+
+    def other(*args) -> None:
+        """In the midst of the first decoder's forward with a soft embedding, one in another thread."""
+        if not threads and model.model.decoder.self_conditioning._forward_pre_hooks:
+            threads.append(threading.Thread(target=lambda: found.append(decode())))
+            threads[0].start()
+            threads[0].join(60)
+
+    handle = model.model.decoder.embed_tokens.register_forward_pre_hook(other)
+    out, _ = run(model, ids, **options)
+    handle.remove()
+    assert len(found) == 1 and torch.equal(found[0], expected)
+    assert torch.equal(out.sequences, alone.sequences)
+
+
 def test_unpatch_restores_exactly():
     model, ids = make(), prompts()
     before, storages = dict(model.__dict__), [p.data_ptr() for p in model.parameters()]
@@ -255,6 +299,17 @@ def test_unpatch_restores_exactly():
     assert model.__dict__ == before and [p.data_ptr() for p in model.parameters()] == storages
     assert not any(m._forward_pre_hooks for m in model.modules())
     assert torch.equal(run(model, ids, **SETTINGS)[0].sequences, expected.sequences)
+
+
+def test_a_folder_is_loaded_and_patched(tmp_path):
+    model, ids = make(), prompts()
+    model.save_pretrained(tmp_path)
+    loaded = dllm_fast.from_pretrained(tmp_path)
+    assert loaded._denoising_step.__func__ is diffusion_gemma.denoising_step
+    expected = run(dllm_fast.patch(model), ids, **SETTINGS)[0].sequences
+    assert torch.equal(run(loaded, ids, **SETTINGS)[0].sequences, expected)
+    with pytest.raises(ValueError, match="weights='fp8': the model runs its own forward"):
+        dllm_fast.from_pretrained(tmp_path, weights="fp8")
 
 
 def test_copies():

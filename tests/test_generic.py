@@ -5,6 +5,7 @@ import functools
 import inspect
 import json
 import re
+import threading
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from tiny import EOS, MASK, SEED, VOCAB
 
 import dllm_fast
 from dllm_fast import Threshold
+from dllm_fast.patch import bound_pool
 
 pytestmark = needs_backend
 
@@ -138,6 +140,26 @@ def test_a_dream_is_loaded_without_its_code(tmp_path, ids):
         dllm_fast.from_pretrained(tmp_path, weights="fp8")
 
 
+@pytest.mark.parametrize(("kind", "name"), [("llama", "llama"), ("qwen2", "qwen2-shifted"), ("qwen3", "qwen3")])
+def test_an_a2d_model_is_loaded_without_its_code(kind, name, tmp_path, ids):
+    """Of ZHZisZZ/dllm: the modules of a causal model, whose window, if it had one, plays no part."""
+    model = make(name)
+    model.config.shifted = False
+    model.save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    fields = {key: value for key, value in fields.items() if key not in ("is_causal", "shifted")}
+    fields |= {"model_type": f"a2d-{kind}", "architectures": [f"A2D{kind.title()}LMHeadModel"]}
+    if kind != "llama":
+        windows = {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 0}
+        fields |= {**windows, "layer_types": ["sliding_attention"] * model.config.num_hidden_layers}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    options = {"gen_length": 8, "block_length": 4, "schedule": Threshold(0.3), "mask_id": MASK}
+    expected = dllm_fast.generate(dllm_fast.patch(model), ids, **options).sequences
+    loaded = dllm_fast.from_pretrained(tmp_path)
+    assert type(loaded) is type(model) and loaded.config.is_causal is False
+    assert torch.equal(dllm_fast.generate(loaded, ids, **options).sequences, expected)
+
+
 def test_a_folder_of_a_causal_model_is_refused(tmp_path):
     make("llama", bidirectional=False).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="it attends causally"):
@@ -158,7 +180,10 @@ def test_what_attends_causally_is_refused():
 
 def test_encoders_with_decoders_are_refused():
     config = transformers.T5Config(d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, vocab_size=VOCAB)
-    refused(transformers.T5ForConditionalGeneration(config), "model_type 't5' is not supported: it is an encoder with")
+    model = transformers.T5ForConditionalGeneration(config)
+    refused(model, "model_type 't5' is not supported: it is an encoder with")
+    with pytest.raises(ValueError, match=r"Supported are llada, .*, a DiffusionGemmaForBlockDiffusion, a Dream"):
+        dllm_fast.patch(model)
 
 
 def test_attention_with_a_softcap_is_refused():
@@ -180,6 +205,18 @@ def test_logits_that_are_not_its_heads_are_refused():
     model.forward = doubled
     doubled.__signature__ = inspect.signature(forward)
     refused(model, "is not supported: its logits before its head differ from its own by 5.0e-01 of the largest")
+
+
+def test_a_forward_that_wants_another_mask_is_refused():
+    """Doge's adds to the mask, as a tensor."""
+    model = transformers.DogeForCausalLM(transformers.DogeConfig(**GROUPED))
+    model.config.is_causal = False
+    refused(
+        model,
+        "model: a DogeForCausalLM of model_type 'doge' is not supported: a trial of 8 tokens raises AttributeError: "
+        "'Ranges' object has no attribute 'dtype'. Supported are models of transformers 5",
+    )
+    assert model.training
 
 
 def test_layers_that_remember_the_past_are_refused():
@@ -232,6 +269,73 @@ def test_patched_again_copied_and_restored(ids):
     assert model.config._attn_implementation == "eager" and "forward" not in model.__dict__
     assert torch.equal(dllm_fast.generate(twin, ids, **options).sequences, expected)
     assert dllm_fast.unpatch(twin).config._attn_implementation == "eager"
+
+
+def test_positions_whose_angles_depend_on_the_length_of_a_call_are_refused():
+    """Phi-3's, from `original_max_position_embeddings` on; up to there it has the tokens of a plain loop."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 6, "long_factor": [4.0] * 6}
+    fields = {**GROUPED, "original_max_position_embeddings": 20, "max_position_embeddings": 80}
+    torch.manual_seed(SEED)
+    model = transformers.Phi3ForCausalLM(transformers.Phi3Config(**fields, rope_parameters=rope)).eval()
+    model.config.is_causal = False
+    ids = torch.randint(0, EOS, (1, 4), generator=torch.Generator().manual_seed(0))
+    options = {"block_length": 8, "mask_id": MASK, "schedule": Threshold(0.2)}
+    expected = dllm_fast.generate_plain(model, ids, gen_length=16, **options).sequences
+    dllm_fast.patch(model)
+    assert torch.equal(dllm_fast.generate(model, ids, gen_length=16, cache="none", **options).sequences, expected)
+    with pytest.raises(ValueError, match="exceed the model's 20 positions"):
+        dllm_fast.generate(model, ids, gen_length=24, **options)
+
+
+class Asked:
+    """A lock that tells of being asked for, except in one thread."""
+
+    def __init__(self, lock, thread: threading.Thread):
+        self.lock, self.thread, self.event = lock, thread, threading.Event()
+
+    def __enter__(self):
+        if threading.current_thread() is not self.thread:
+            self.event.set()
+        return self.lock.__enter__()
+
+    def __exit__(self, *error):
+        return self.lock.__exit__(*error)
+
+
+def test_other_threads_call_the_model_and_generate_meanwhile(ids):
+    model = dllm_fast.patch(make("bert"), impl="torch")
+    options = {"gen_length": 8, "block_length": 8, "mask_id": MASK, "schedule": Threshold(0.3)}
+    inside, go_on = threading.Event(), threading.Event()
+    sequences = {}
+
+    def generate(name: str) -> None:
+        sequences[name] = dllm_fast.generate(model, ids, **options).sequences
+
+    with torch.no_grad():
+        expected = model(ids).logits
+    generate("alone")
+    first, second = (threading.Thread(target=generate, args=(name,)) for name in ("first", "second"))
+
+    def pause(*args) -> None:
+        if threading.current_thread() is first:
+            inside.set()
+            assert go_on.wait(60)
+
+    pool = bound_pool(model)
+    lock = pool.lock = Asked(pool.lock, first)
+    model.bert.encoder.layer[0].register_forward_pre_hook(pause)
+    first.start()
+    assert inside.wait(60)
+    try:
+        with torch.no_grad():
+            assert torch.equal(model(ids).logits, expected)
+        second.start()
+        assert lock.event.wait(60)
+    finally:
+        go_on.set()
+    first.join()
+    second.join()
+    assert all(torch.equal(sequences[name], sequences["alone"]) for name in ("first", "second"))
 
 
 def test_models_own_generate(ids):

@@ -122,7 +122,9 @@ def spoil_a_weight(folder):
 def unknown_type(folder):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "t5"}))
-    return "model_type 't5' is not supported; supported are llada, modernbert, .*Dream, and what"
+    return (
+        "model_type 't5' is not supported; supported are llada, modernbert, .*Dream, .*a2d-qwen3, diffusion_gemma, and"
+    )
 
 
 FAULTS = [

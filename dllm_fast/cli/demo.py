@@ -84,8 +84,9 @@ def compare(model, ids: torch.Tensor) -> None:
             ratio = f"{speed[cache] / speed['before']:.2f}x"
             tokens = "same" if same == LENGTH else f"{same} of {LENGTH} same"
             before = f"{speed['before']:.0f}" if cache == "none" else ""
-            rows.append([name, cache, counts, before, f"{speed[cache]:.0f}", ratio, tokens])
-    columns = ["schedule", "cache", "NFE full+block", "tok/s before", "tok/s after", "ratio", "tokens"]
+            each = f"{out.tokens_per_forward:.2f}"
+            rows.append([name, cache, counts, each, before, f"{speed[cache]:.0f}", ratio, tokens])
+    columns = ["schedule", "cache", "NFE full+block", "tok/NFE", "tok/s before", "tok/s after", "ratio", "tokens"]
     title = f"llada-gsm8k, {ids.shape[1]} + {LENGTH} tokens, blocks of {BLOCK}, median of {REPEATS} interleaved runs"
     print_table(columns, rows, title)
     print("before: LLaDA's published sampler on the unpatched model. A block cache is approximate: tokens may differ.")

@@ -29,7 +29,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 @register_model("dllm_fast")
 class MaskedDiffusionLM(TemplateLM):
-    """A patched LLaDA or ModernBERT as an lm-eval model.
+    """A model that `from_pretrained` takes, patched, as an lm-eval model.
 
     Args:
         pretrained, dtype, device, impl, trust_remote_code: as `dllm_fast.from_pretrained`; ``dtype`` by name. With

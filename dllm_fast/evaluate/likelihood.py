@@ -84,7 +84,7 @@ def log_likelihoods(
     batches: pairs sorted by length waste less on padding.
 
     Args:
-        model: a patched LLaDA or ModernBERT.
+        model: a patched model that generates.
         pairs: (prompt [P], answer [L]) ids, int64 tensors or lists; the prompt may be empty.
         samples: masks per pair. LLaDA uses 128, or 1 for answers of a single token.
         seed: a pair's masks depend on seed, prompt and L alone. So two answers of the same length to the same prompt,

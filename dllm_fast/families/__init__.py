@@ -5,9 +5,9 @@ from typing import Any
 from torch import nn
 
 from dllm_fast.families.decoders import SDAR, LLaDA2Moe, LLaDAMoE
-from dllm_fast.families.diffusion_gemma import DiffusionGemma
+from dllm_fast.families.diffusion_gemma import CLASS, DiffusionGemma
 from dllm_fast.families.family import Family
-from dllm_fast.families.generic import Generic, why_not
+from dllm_fast.families.generic import TAKEN, Generic, why_not
 from dllm_fast.families.layered import Layered, Trained
 from dllm_fast.families.llada import LLaDA
 from dllm_fast.families.modernbert import ModernBert
@@ -39,6 +39,6 @@ def family_of(model: nn.Module) -> type[Family]:
     raise ValueError(
         f"model: a {type(model).__name__} of model_type {kind!r} is not supported: {obstacle}. Supported are "
         f"{', '.join(FAMILIES)} with their language-model heads "
-        f"({', '.join(family.model_class.__name__ for family in FAMILIES.values())}), and models of transformers 5 "
-        "that take attention backends and attend in both directions"
+        f"({', '.join(family.model_class.__name__ for family in FAMILIES.values())}), a {CLASS}, a Dream that "
+        f"from_pretrained loads as a Qwen2ForCausalLM, and {TAKEN}"
     )

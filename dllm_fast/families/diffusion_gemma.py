@@ -7,6 +7,7 @@ instead of logits [B, L, V] from which the decoder would compute it.
 
 import functools
 import inspect
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -184,10 +185,14 @@ def decoded(model: Any, before: Any, **inputs) -> torch.Tensor:
     """The decoder's hidden states [B, L, d]. ``before`` is a `SoftEmbedding`, logits [B, L, V] or None."""
     if not isinstance(before, SoftEmbedding):
         return model.model(self_conditioning_logits=before, **inputs).last_hidden_state
-    soft = before.value
-    # Without logits, the decoder hands zeros on in the soft embedding's place.
+    own_thread = threading.get_ident()
+
+    def give(module: nn.Module, args: tuple) -> tuple | None:
+        """Replaces the zeros that the decoder hands on where it got no logits; not in another thread's call."""
+        return (args[0], before.value) if threading.get_ident() == own_thread else None
+
     with patch_of(model).pool.lock:
-        handle = model.model.decoder.self_conditioning.register_forward_pre_hook(lambda _, args: (args[0], soft))
+        handle = model.model.decoder.self_conditioning.register_forward_pre_hook(give)
         try:
             return model.model(**inputs).last_hidden_state
         finally:

@@ -27,6 +27,9 @@ from dllm_fast.kernels.reference import capped
 
 BACKEND = "dllm_fast"  # `backend.NAME`
 TOKENS = 8  # of the sequence that tries a model
+TAKEN = (
+    "models of transformers 5 that take attention backends and attend in both directions"  # if trying them goes well
+)
 
 
 class _Reached(Exception):
@@ -50,7 +53,7 @@ class Generic(Family):
         self.shifted = bool(getattr(config, "shifted", config.model_type.lower() == "dream"))
         self.softcap = getattr(config, "final_logit_softcapping", None)
         self.offset = position_offset(model)
-        self.positions = config.max_position_embeddings - self.offset
+        self.positions = longest(config) - self.offset
         self.ffn_width = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
         self._settle()
         self._try()
@@ -113,44 +116,54 @@ class Generic(Family):
     def _head_input(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         """What the model's own forward calls its head with, [B, T, d]."""
         head = lm_head(self.model)
-        handle = head.register_forward_pre_hook(_stop)
+        run = running.current()
+
+        def stop(module: nn.Module, inputs: tuple) -> None:
+            if running.current() is run:  # another thread may call the model meanwhile
+                raise _Reached(inputs[0])
+
+        handle = head.register_forward_pre_hook(stop)
         try:
             self.model(input_ids=input_ids, position_ids=position_ids, **no_cache(self.model))
         except _Reached as reached:
             return reached.hidden
         finally:
             handle.remove()
-        raise ValueError(f"{self._title()} is not supported: its forward does not call its {class_name(head)} head")
+        raise running.Unserved(f"its forward does not call its {class_name(head)} head")
 
     # Trying the model
 
     def _try(self) -> None:
         """Run a short sequence: what its layers ask of attention, and whether its own logits come out, also of its
-        second half alone, against a cache. Raises ValueError if they do not, and for layers that differ in size."""
+        second half alone, against a cache. Raises ValueError if they do not or the forward fails, and for layers that
+        differ in size."""
         vocabulary = self.model.get_input_embeddings().weight.shape[0]
         ids = torch.arange(TOKENS, device=self.weight.device)[None] % vocabulary
         if (pad := getattr(self.model.config, "pad_token_id", None)) is not None:
             ids = ids.where(ids != pad, vocabulary - 1)
-        with torch.no_grad(), in_eval(self.model):
-            expected = self.model(input_ids=ids, **no_cache(self.model))[0]
-            changed = self.adopt()
-            try:
-                with running.running(running.Run(self.impl)) as run:
-                    found = self.model(input_ids=ids, **no_cache(self.model))[0]
-                self._compare("", found, expected)
-                self._read_layers(run.layers)
-                if self.generates:
-                    self._try_parts(ids, expected)
-            except running.Unserved as error:
-                raise ValueError(f"{self._title()} is not supported: {error}") from None
-            finally:
-                self.release(changed)
+        try:
+            with torch.no_grad(), in_eval(self.model):
+                expected = self.model(input_ids=ids, **no_cache(self.model))[0]
+                changed = self.adopt()
+                try:
+                    with running.running(running.Run(self.impl)) as run:
+                        found = self.model(input_ids=ids, **no_cache(self.model))[0]
+                    self._compare("", found, expected)
+                    self._read_layers(run.layers)
+                    if self.generates:
+                        self._try_parts(ids, expected)
+                finally:
+                    self.release(changed)
+        except running.Unserved as error:
+            raise self._refusal(str(error)) from None
+        except Exception as error:  # a layer reads a mask that it expects to be a tensor, for instance
+            raise self._refusal(f"a trial of {TOKENS} tokens raises {type(error).__name__}: {error}") from error
 
     def _read_layers(self, layers: list[running.Layer]) -> None:
         sizes = {layer[:3] for layer in layers}
         if len(sizes) != 1:
             what = "does not call attention" if not sizes else "has layers with heads of different sizes"
-            raise ValueError(f"{self._title()} is not supported: it {what}")
+            raise running.Unserved(f"it {what}")
         ((self.heads, self.kv_heads, self.head_dim),) = sizes
         self.layers, self.windows = len(layers), [layer.window for layer in layers]
 
@@ -170,20 +183,24 @@ class Generic(Family):
         return capped(ops.logits(hidden, *self.head(), impl=self.impl), self.softcap)
 
     def _compare(self, where: str, found: torch.Tensor, expected: torch.Tensor) -> None:
-        """Raise ValueError unless they agree, by what rounding may do to many layers.
+        """Raise `Unserved` unless they agree, by what rounding may do to many layers.
 
         In fp64 too transformers' own attention may take its softmax in fp32.
         """
         allowed = max(2 * math.sqrt(torch.finfo(self.weight.dtype).eps), 64 * torch.finfo(torch.float32).eps)
         error = (found.double() - expected.double()).abs().max() / expected.double().abs().max()
         if not error <= allowed:
-            raise ValueError(
-                f"{self._title()} is not supported: its logits{where} differ from its own by {float(error):.1e} of the "
-                f"largest, more than rounding in {self.weight.dtype} explains"
+            raise running.Unserved(
+                f"its logits{where} differ from its own by {float(error):.1e} of the largest, more than rounding in "
+                f"{self.weight.dtype} explains"
             )
 
-    def _title(self) -> str:
-        return f"model: a {type(self.model).__name__} of model_type {self.model.config.model_type!r}"
+    def _refusal(self, reason: str) -> ValueError:
+        kind = self.model.config.model_type
+        return ValueError(
+            f"model: a {type(self.model).__name__} of model_type {kind!r} is not supported: {reason}. Supported are "
+            f"{TAKEN}, with heads of one size, and with logits that are their LM head's, capped or not"
+        )
 
 
 def why_not(model: nn.Module) -> str | None:
@@ -223,6 +240,18 @@ def position_offset(model: nn.Module) -> int:
     return 0
 
 
+def longest(config: Any) -> int:
+    """The number of positions whose angles do not depend on a call's length.
+
+    "longrope" has other factors in a call that reaches further: a block would turn its keys by those of its own call,
+    and the cache would hold others. "dynamic" changes only from max_position_embeddings.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [kind for kind in (rope, *rope.values()) if isinstance(kind, dict)]  # of all layers, or by their type
+    bounds = [kind["original_max_position_embeddings"] for kind in kinds if kind.get("rope_type") == "longrope"]
+    return min((config.max_position_embeddings, *bounds))
+
+
 def no_cache(model: nn.Module) -> dict[str, bool]:
     return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
 
@@ -236,7 +265,3 @@ def in_eval(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def _stop(module: nn.Module, inputs: tuple) -> None:
-    raise _Reached(inputs[0])
