@@ -50,15 +50,19 @@ class Gate:
         self.mark = secrets.token_hex(4)  # in the ids of answers, which differ between replicas
 
     async def __aenter__(self) -> "Gate":
-        self.ready: Ready = await self.worker.start()
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.served.model, self.served.trust_remote_code)
         if self.limits.chat_template is not None:
             self.tokenizer.chat_template = Path(self.limits.chat_template).read_text(encoding="utf-8")
+        try:
+            self.ready: Ready = await self.worker.start()
+        except BaseException:  # of a signal, too: Python would wait for the worker at its exit
+            await self.worker.close()
+            raise
         self.characters = LOOSE * self.ready.positions * max(map(len, self.tokenizer.get_vocab()))
         return self
 
     async def __aexit__(self, *_) -> None:
-        await asyncio.get_running_loop().run_in_executor(None, self.worker.close)
+        await self.worker.close()
 
     def admits(self, header: bytes) -> bool:
         """Whether the Authorization ``header`` has one of the keys."""

@@ -98,6 +98,13 @@ def hear(connection: Connection, loop: Loop) -> None:
             return
 
 
+def end(process: multiprocessing.process.BaseProcess, seconds: float) -> None:
+    """Wait so long for a worker process to end, then kill it: it ignores SIGTERM, and Python would wait for it."""
+    process.join(seconds)
+    process.kill()
+    process.join()
+
+
 @dataclass
 class Pending:
     """A request that is not finished."""
@@ -152,15 +159,14 @@ class Worker:
         """A request has had its last event."""
         self.pending.pop(number, None)
 
-    def close(self) -> None:
-        """End the process."""
+    async def close(self) -> None:
+        """End the process, at once if it is still loading the model."""
         self.closing = True
-        self._send(None)
         if self.process is not None:
-            self.process.join(10)
-            if self.process.is_alive():
-                self.process.kill()
-                self.process.join()
+            if self.up:
+                self._send(None)
+            seconds = 10.0 if self.up else 0.0
+            await asyncio.get_running_loop().run_in_executor(None, end, self.process, seconds)
 
     # The process
 
