@@ -1,9 +1,13 @@
 """The HTTP application without its process: keys under a prefix, and what a worker's events become."""
 
 import asyncio
+import dataclasses
+import json
 
 import pytest
 
+from dllm_fast.loading import load_tokenizer
+from dllm_fast.serve.messages import Accepted, Failed, Ready
 from dllm_fast.serve.worker import Served
 
 httpx = pytest.importorskip("httpx", reason="httpx is not installed")
@@ -15,6 +19,29 @@ Gate, Limits, make_app = http.Gate, http.Limits, http.make_app
 NAME, KEY = "llada-sentences", "a secret"
 PROMPT = {"model": NAME, "prompt": "A king sees a bear."}
 CHAT = {"model": NAME, "messages": [{"role": "user", "content": "A king sees a bear."}]}
+
+
+@pytest.fixture
+def gate():
+    """One whose worker was not started: requests wait for ever."""
+    gate = Gate(Served(NAME), Limits(NAME))
+    gate.tokenizer = load_tokenizer(NAME)
+    gate.tokenizer.chat_template = "{{ messages[0].content }}"
+    gate.ready = Ready("cpu", 256, gate.tokenizer.mask_token_id, (gate.tokenizer.eos_token_id,))
+    gate.characters = 10_000
+    return gate
+
+
+def ask(gate, body, *events):
+    """The reply to ``body`` from a worker that tells ``events``."""
+    gate.worker.submit = lambda request, tell: [tell(dataclasses.replace(e, number=request.number)) for e in events]
+
+    async def asked():
+        transport = httpx.ASGITransport(make_app(gate.served, gate.limits, gate), raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+            return await client.post("/v1/chat/completions" if "messages" in body else "/v1/completions", json=body)
+
+    return asyncio.run(asked())
 
 
 def mounted(app):
@@ -39,3 +66,41 @@ def test_a_key_is_asked_for_under_a_prefix(prefixed):
     assert asyncio.run(statuses()) == [401, 401]
     assert asyncio.run(statuses(authorization=f"Bearer {KEY}")) == [200, 400]
     assert b'path="/v1/completions",status="400"' in gate.metrics.text()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_the_drain_leaves_unfinished_is_answered(gate, stream):
+    """503, or an error in a stream that has begun; and then the server ends."""
+
+    async def served():
+        config = uvicorn.Config(make_app(gate.served, gate.limits, gate), port=0, lifespan="off", log_level="warning")
+        server = http.Server(config, gate, drain=0.2)
+        running = asyncio.create_task(server.serve())
+        while not server.started:
+            await asyncio.sleep(0.01)
+        url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/v1/completions"
+        async with httpx.AsyncClient(timeout=30) as client:
+            asked = asyncio.create_task(client.post(url, json=PROMPT | {"stream": stream}))
+            while not gate.worker.pending:
+                await asyncio.sleep(0.01)
+            if stream:
+                (pending,) = gate.worker.pending.values()
+                pending.tell(Accepted(pending.request.number))
+            server.should_exit = True
+            reply = await asked
+        await running
+        return reply
+
+    reply = asyncio.run(served())
+    assert reply.status_code == (200 if stream else 503)
+    error, *end = [line.removeprefix("data: ") for line in reply.text.strip().split("\n\n")]
+    assert json.loads(error)["error"]["message"] == "the server is ending" and end == ["[DONE]"] * stream
+    assert gate.rows == 0 and not gate.worker.pending
+    assert ask(gate, PROMPT).status_code == 503
+
+
+@pytest.mark.parametrize("again, status", [(False, 500), (True, 503)])
+def test_a_failure_has_its_own_status_whatever_was_before(gate, again, status):
+    gate.worker.restarts = 1 - again
+    reply = ask(gate, PROMPT, Failed(0, "model: logits are NaN", again))
+    assert reply.status_code == status and ("retry-after" in reply.headers) == again

@@ -20,6 +20,7 @@ from dllm_fast.serve.refusals import Refusal, of_value_error
 from dllm_fast.serve.worker import Served, Worker
 
 LOOSE = 4  # tokenizers may drop characters, spaces for instance: so many times more are still looked at
+ENDING = "the server is ending"
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Gate:
         self.worker = Worker(served)
         self.metrics = Metrics(self.worker)
         self.rows = 0  # let in and not finished
+        self.ended = False  # whether nobody is let in any more
         self.encoder = ThreadPoolExecutor(1, "encoder")  # tokenizers are not made for several threads
         self.began = int(time.time())
         self.mark = secrets.token_hex(4)  # in the ids of answers, which differ between replicas
@@ -64,6 +66,11 @@ class Gate:
     async def __aexit__(self, *_) -> None:
         await self.worker.close()
 
+    def give_up(self) -> None:
+        """Refuse all requests: those that are not finished and those that come."""
+        self.ended = True
+        self.worker.give_up(ENDING)
+
     def admits(self, header: bytes) -> bool:
         """Whether the Authorization ``header`` has one of the keys."""
         if not self.limits.keys:
@@ -76,6 +83,8 @@ class Gate:
         if body.model != self.limits.name:
             text = f"model: {body.model[:64]!r} is not served here; {self.limits.name!r} is"
             raise Refusal(404, text, "model", "model_not_found")
+        if self.ended:
+            raise Refusal(503, ENDING)
         room = self.served.seats + self.limits.waiting
         if choices > room:
             raise Refusal(400, f"n: {choices} choices are more than the {room} that this server takes", "n")

@@ -62,10 +62,11 @@ class Refused:
 
 @dataclass(frozen=True)
 class Failed:
-    """The request was accepted and cannot be answered."""
+    """The request was accepted and cannot be answered. again: asked again, it may be."""
 
     number: int
     error: str
+    again: bool = False
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,7 @@ class Reply(Response):
             if isinstance(event, Refused):
                 raise of_value_error(event.error, list(type(self.asked).model_fields))
             if isinstance(event, Failed):
-                raise Refusal(503 if self.gate.worker.restarts else 500, event.error)
+                raise Refusal(503 if event.again else 500, event.error)
             if isinstance(event, Accepted):
                 if stream and not self.streaming:  # a worker that took over from another accepts it again
                     await self._begin(send)

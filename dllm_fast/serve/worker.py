@@ -159,6 +159,11 @@ class Worker:
         """A request has had its last event."""
         self.pending.pop(number, None)
 
+    def give_up(self, reason: str) -> None:
+        """All requests that are not finished fail."""
+        for pending in list(self.pending.values()):
+            pending.tell(Failed(pending.request.number, reason, again=True))
+
     async def close(self) -> None:
         """End the process, at once if it is still loading the model."""
         self.closing = True
@@ -223,7 +228,8 @@ class Worker:
         for pending in list(self.pending.values()):
             pending.deaths += was_up
             if pending.deaths >= TRIES or self.failures > PAUSES:
-                pending.tell(Failed(pending.request.number, f"the worker process died {pending.deaths} times"))
+                died = f"the worker process died {pending.deaths} times"
+                pending.tell(Failed(pending.request.number, died, again=True))
         pause = 0.0 if was_up else PAUSE * 2 ** min(self.failures, PAUSES)
         self.loop.call_later(pause, self._restart)
 
