@@ -3,12 +3,13 @@
 import asyncio
 import dataclasses
 import json
+import multiprocessing
 
 import pytest
 
 from dllm_fast.loading import load_tokenizer
 from dllm_fast.serve.messages import Accepted, Failed, Ready
-from dllm_fast.serve.worker import Served
+from dllm_fast.serve.worker import Served, Worker
 
 httpx = pytest.importorskip("httpx", reason="httpx is not installed")
 http = pytest.importorskip("dllm_fast.serve.http", reason="the extra serve is not installed", exc_type=ImportError)
@@ -104,3 +105,22 @@ def test_a_failure_has_its_own_status_whatever_was_before(gate, again, status):
     gate.worker.restarts = 1 - again
     reply = ask(gate, PROMPT, Failed(0, "model: logits are NaN", again))
     assert reply.status_code == status and ("retry-after" in reply.headers) == again
+
+
+def test_a_place_is_given_back_where_a_request_cannot_be_sent(gate):
+    assert ask(gate, PROMPT, None).status_code == 500  # which `replace` does not take
+    assert gate.rows == 0 and not gate.worker.pending
+
+
+def test_the_connection_is_closed_in_the_thread_that_sends():
+    """Closed in the one that hears, it could be gone between the check and the write of a message."""
+    worker, calls = Worker(Served(NAME)), []
+    worker.loop = type("Loop", (), {"call_soon_threadsafe": lambda _, function, *args: calls.append(function)})()
+    worker.connection, theirs = multiprocessing.Pipe()
+    theirs.close()
+    worker._hear(worker.connection)
+    assert not worker.connection.closed and calls == [worker._died]
+    worker.started, worker.closing = asyncio.Future(loop=asyncio.new_event_loop()), True
+    worker.started.set_result(None)
+    worker._died()
+    assert worker.connection.closed

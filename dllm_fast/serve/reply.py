@@ -44,18 +44,18 @@ class Reply(Response):
             await refusal.response(scope, receive, send)
             return
         events: asyncio.Queue = asyncio.Queue()
-        gate.rows += rows
-        gate.worker.submit(self.request, events.put_nowait)
         tasks = [asyncio.create_task(self._tell(events, send)), asyncio.create_task(_gone(receive))]
+        gate.rows += rows
         try:
+            gate.worker.submit(self.request, events.put_nowait)
             timeout = gate.limits.timeout
             done, _ = await asyncio.wait(tasks, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
         finally:
+            gate.rows -= rows
+            gate.worker.forget(number)
             for task in tasks:
                 task.cancel()
             ended, _ = await asyncio.gather(*tasks, return_exceptions=True)
-            gate.worker.forget(number)
-            gate.rows -= rows
         if tasks[0] in done:
             if isinstance(ended, Refusal):
                 await self._refuse(ended, scope, receive, send)

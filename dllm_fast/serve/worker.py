@@ -194,7 +194,6 @@ class Worker:
             while True:
                 hand_over(self._take, connection.recv())
         except (EOFError, OSError):
-            connection.close()
             hand_over(self._died)
 
     def _take(self, message) -> None:
@@ -217,6 +216,8 @@ class Worker:
 
     def _died(self) -> None:
         """Start another worker, unless this one was closed; requests that saw too many die are given up."""
+        assert self.connection is not None
+        self.connection.close()  # in the thread that sends: closed in another, it may be gone between check and write
         was_up, self.up, self.load = self.up, False, Load(0, 0)
         if not self.started.done():
             self.started.set_exception(ValueError("the worker process died while it loaded the model"))
