@@ -8,7 +8,7 @@ import multiprocessing
 import pytest
 
 from dllm_fast.loading import load_tokenizer
-from dllm_fast.serve.messages import Accepted, Failed, Ready
+from dllm_fast.serve.messages import Accepted, Block, Draft, Failed, Ready
 from dllm_fast.serve.worker import Served, Worker
 
 httpx = pytest.importorskip("httpx", reason="httpx is not installed")
@@ -124,3 +124,15 @@ def test_the_connection_is_closed_in_the_thread_that_sends():
     worker.started.set_result(None)
     worker._died()
     assert worker.connection.closed
+
+
+def test_drafts_of_a_worker_that_begins_again_are_not_sent_before_it_is_as_far(gate):
+    ids = gate.tokenizer("A king sees a bear and a wolf.", add_special_tokens=False).input_ids[:8]
+    first, second = Block(0, 0, 0, ids[:4], 4, False), Block(0, 0, 4, ids[4:], 8, True)
+    old, live = Draft(0, 0, 0, ids[:4]), Draft(0, 0, 4, ids[4:])
+    body = PROMPT | {"stream": True, "drafts": True, "max_tokens": 8, "block_length": 4}
+    events = [Accepted(0), old, first, live, Accepted(0), old, first, live, second]
+    lines = [line.removeprefix("data: ") for line in ask(gate, body, *events).text.strip().split("\n\n")]
+    drafts = [json.loads(line)["choices"][0].get("draft") for line in lines[:-1]]
+    sent = [[gate.tokenizer.decode([i]) for i in part] for part in (ids[:4], ids[4:])]
+    assert drafts == [sent[0], None, sent[1], sent[1], None]

@@ -93,8 +93,7 @@ class Reply(Response):
                     await self._begin(send)
             elif event.choice in unfinished:
                 if isinstance(event, Draft):
-                    draft = self.answers[event.choice].draft(event)
-                    await self._event(send, self._choice(event.choice, "", None) | {"draft": draft})
+                    await self._draft(event, send)
                     continue
                 await self._block(event, unfinished, send if stream else None)
         self.gate.worker.finish(self.request.number)
@@ -120,6 +119,13 @@ class Reply(Response):
                 self.gate.worker.stop(self.request.number, choice)
         if send is not None and ((text := answer.news()) or answer.finish):
             await self._event(send, self._choice(choice, text, answer.finish))
+
+    async def _draft(self, draft: Draft, send) -> None:
+        """Send the live block, unless a worker that took over from another is still at an earlier one."""
+        answer = self.answers[draft.choice]
+        if draft.begin >= len(answer.ids):
+            choice = self._choice(draft.choice, "", None)
+            await self._event(send, choice | {"draft": answer.draft(draft)})
 
     def _choice(self, index: int, text: str, finish: str | None) -> dict[str, Any]:
         common = {"index": index, "finish_reason": finish, "logprobs": None}
