@@ -8,7 +8,7 @@ import multiprocessing
 import pytest
 
 from dllm_fast.loading import load_tokenizer
-from dllm_fast.serve.messages import Accepted, Block, Draft, Failed, Ready
+from dllm_fast.serve.messages import Accepted, Block, Draft, Failed, Ready, Refused
 from dllm_fast.serve.worker import Served, Worker
 
 httpx = pytest.importorskip("httpx", reason="httpx is not installed")
@@ -136,3 +136,21 @@ def test_drafts_of_a_worker_that_begins_again_are_not_sent_before_it_is_as_far(g
     drafts = [json.loads(line)["choices"][0].get("draft") for line in lines[:-1]]
     sent = [[gate.tokenizer.decode([i]) for i in part] for part in (ids[:4], ids[4:])]
     assert drafts == [sent[0], None, sent[1], sent[1], None]
+
+
+@pytest.mark.parametrize(
+    "body, events, param",
+    [
+        (PROMPT | {"max_tokens": 10_000}, [], "max_tokens"),
+        (CHAT | {"max_tokens": 10_000}, [], "max_tokens"),
+        (CHAT | {"max_completion_tokens": 10_000}, [], "max_completion_tokens"),
+        (CHAT | {"max_completion_tokens": 13}, [Refused(0, "gen_length=13 is odd")], "max_completion_tokens"),
+        (CHAT, [Refused(0, "prompt: id 101 is outside the vocabulary")], "messages"),
+        (PROMPT, [Refused(0, "prompt: id 101 is outside the vocabulary")], "prompt"),
+        (PROMPT, [Refused(0, "schedule: no")], "schedule"),
+    ],
+)
+def test_an_error_names_a_field_that_was_sent(gate, body, events, param):
+    error = ask(gate, body, *events).json()["error"]
+    assert error["param"] == param
+    assert events or error["message"].startswith(f"{param}: ")

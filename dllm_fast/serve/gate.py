@@ -93,7 +93,6 @@ class Gate:
 
     async def request(self, body: Completion | Chat) -> tuple[Request, int]:
         """The request for the worker, and how many tokens an answer may have. Raises Refusal."""
-        fields = list(type(body).model_fields)
         name = "prompt" if isinstance(body, Completion) else "messages"
         repeat = body.n or 1
         count = len(body.prompts) if isinstance(body, Completion) else 1
@@ -101,14 +100,14 @@ class Gate:
         try:
             options = body.options(self.served.options, self.ready.eos_ids, self.ready.mask_id)
         except ValueError as error:
-            raise of_value_error(error, fields) from None
+            raise of_value_error(error, body.field) from None
         length = body.length or options.gen_length
         try:
             ids = await asyncio.get_running_loop().run_in_executor(self.encoder, self.ids, body, name)
         except ValueError as error:
-            raise of_value_error(error, fields, name) from None
+            raise Refusal(400, str(error), name) from None
         for prompt in ids:
-            self.check_length(len(prompt), options.gen_length, name)
+            self.check_length(len(prompt), options.gen_length, body)
         if (body.drafts or body.stream_options) and not body.stream:
             field = "drafts" if body.drafts else "stream_options"
             raise Refusal(400, f"{field}: only of a stream", field)
@@ -125,7 +124,7 @@ class Gate:
             if not self.tokenizer.chat_template:
                 raise ValueError("messages: this model has no chat template; start the server with --chat-template")
             messages = [message.plain() for message in body.messages]
-            self.check_characters(sum(len(message["content"]) for message in messages), name)
+            self.check_characters(sum(len(message["content"]) for message in messages), body)
             try:
                 texts = [str(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))]
             except Exception as error:  # a template says in this way that it takes no such roles, for instance
@@ -137,20 +136,20 @@ class Gate:
                     raise ValueError(f"prompt: {self.ready.mask_id} is the mask id")
                 return prompts  # type: ignore[return-value]
             texts = [str(text) for text in prompts]
-            self.check_characters(max(map(len, texts)), name)
+            self.check_characters(max(map(len, texts)), body)
         found = encode(self.tokenizer, [require_utf8(name, text) for text in texts], self.ready.mask_id)
         if not all(found):
             raise ValueError(f"{name}: an empty prompt")
         return found
 
-    def check_characters(self, longest: int, name: str) -> None:
+    def check_characters(self, longest: int, body: Completion | Chat) -> None:
         """Refuse what is too long even if all its tokens are the longest ones, before it costs anything."""
         if longest > self.characters:
-            self.check_length(self.ready.positions, 1, name)
+            self.check_length(self.ready.positions, 1, body)
 
-    def check_length(self, prompt: int, answer: int, name: str) -> None:
+    def check_length(self, prompt: int, answer: int, body: Completion | Chat) -> None:
         positions = self.ready.positions
         if prompt + answer > positions:
             text = f"{prompt} tokens and {answer} of the answer's blocks are more than {positions} positions"
-            param = name if prompt >= positions else "max_tokens"
+            param = body.field("input_ids" if prompt >= positions else "gen_length")
             raise Refusal(400, f"{param}: {text}", param, "context_length_exceeded")

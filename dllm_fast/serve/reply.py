@@ -85,7 +85,7 @@ class Reply(Response):
         while unfinished:
             event = await events.get()
             if isinstance(event, Refused):
-                raise of_value_error(event.error, list(type(self.asked).model_fields))
+                raise of_value_error(event.error, self.asked.field)
             if isinstance(event, Failed):
                 raise Refusal(503 if event.again else 500, event.error)
             if isinstance(event, Accepted):
