@@ -81,7 +81,7 @@ def load(connection: Connection, served: Served) -> tuple[Loop, Ready]:
     positions = min(family.positions, served.length or family.positions)
     block = family.block or served.options.block_length or BLOCK
     require_memory(family, replace(served.options, block_length=block), served.seats, positions, block)
-    loop = Loop(model, served.seats, connection.send)
+    loop = Loop(model, served.seats, connection.send, positions)
     return loop, Ready(str(family.head()[0].device), positions, mask_id, tuple(end_of_text(model, tokenizer)))
 
 
