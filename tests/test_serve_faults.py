@@ -246,8 +246,9 @@ def test_no_request_of_the_description_is_a_server_error(running, path, kept):
     assert len(statuses) >= 100 and (200 in statuses or not kept)
 
 
-def test_sigterm_lets_what_runs_end():
-    """The command itself: a stream that has begun is sent to its end, nobody else is let in, and it exits with 0."""
+@pytest.mark.parametrize("sent, code", [(signal.SIGTERM, 0), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGINT"])
+def test_a_signal_lets_what_runs_end(sent, code):
+    """The command itself: a stream that has begun is sent to its end, nobody else is let in, and it exits."""
     command = [sys.executable, "-m", "dllm_fast.cli.main", "serve", "--model", NAME, "--port", "0", "--seats", "2"]
     root = Path(dllm_fast.__file__).parents[1]
     environment = os.environ | {"DLLM_FAST_API_KEY": KEY}
@@ -258,10 +259,10 @@ def test_sigterm_lets_what_runs_end():
             stream = client.completions.create(model=NAME, prompt=PROMPT, stream=True, **SLOW)
             pieces = iter(stream)
             tokens = [next(pieces).choices[0]]
-            process.send_signal(signal.SIGTERM)
+            process.send_signal(sent)
             tokens += [piece.choices[0] for piece in pieces]
         assert tokens[-1].finish_reason == "length" and len(tokens) > 40
-        assert process.wait(60) == 0
+        assert process.wait(60) == code
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"{url}/health")
     finally:

@@ -8,6 +8,7 @@ from tiny import EOS, MASK, make_llada
 
 import dllm_fast
 from dllm_fast import D2F, Ancestral, Drift, Every, FirstHitting, ReMDM, Threshold, Uniform, Window
+from dllm_fast.decoding import memory
 from dllm_fast.decoding.engine import Engine
 from dllm_fast.decoding.options import Options
 from dllm_fast.serve.loop import Loop
@@ -219,6 +220,21 @@ def test_what_does_not_fit_is_refused_by_name(llada, prompts, options, message):
     told.loop.put(asked(0, prompts, **options))
     told.turns()
     assert len(told.events) == 1 and isinstance(told.events[0], Refused) and message in told.events[0].error
+
+
+def test_options_that_need_too_much_memory_are_refused_or_get_fewer_seats(llada, monkeypatch):
+    """Two of four run at a time, and one whose drafts need more than is free does not."""
+    told = Told(llada, seats=4)
+    own = asked(0, [prompt(9)] * 4).options.resolved(llada, told.loop.family)
+    told.loop.free = memory.need(told.loop.family, own, 2, told.loop.positions, 8)
+    sizes, block = [], Engine.block
+    monkeypatch.setattr(Engine, "block", lambda self, *args: sizes.append(self.rows) or block(self, *args))
+    told.loop.put(asked(0, [prompt(9)] * 4))
+    told.loop.put(asked(1, [prompt(480)], cache="none", schedule=Uniform(12), speculate=16, cfg_scale=1.0))
+    told.turns()
+    (refused,) = told.of(Refused, 1)
+    assert "with its options one choice needs 0.0 GiB of memory" in refused.error and not told.of(Block, 1)
+    assert max(sizes) == 2 and [told.answers(0)[n] for n in range(4)] == alone(llada, asked(0, [prompt(9)] * 4))
 
 
 def test_an_error_fails_the_requests_of_its_engine_alone(llada, monkeypatch):

@@ -70,11 +70,15 @@ def fits(family, options: Options, rows: int, slots: int, spare: int, held: int)
 def most_rows(family, options: Options, rows: int, slots: int, spare: int) -> int:
     """How many rows, up to ``rows`` and `ROWS`, fit into `SHARE` of what is free; at least 1."""
     there = free(family)
-    rows = min(rows, ROWS)
+    there = None if there is None else int(SHARE * there)
+    return max(1, rows_within(there, family, options, min(rows, ROWS), slots, spare))
+
+
+def rows_within(there: int | None, family, options: Options, rows: int, slots: int, spare: int) -> int:
+    """How many rows, up to ``rows``, fit into ``there`` bytes; all of them if that is None."""
     if there is None:
         return rows
-    fitting = [n for n in range(1, rows + 1) if need(family, options, n, slots, spare) <= SHARE * there]
-    return max(fitting, default=1)
+    return max((n for n in range(1, rows + 1) if need(family, options, n, slots, spare) <= there), default=0)
 
 
 def require_memory(family, options: Options, rows: int, slots: int, spare: int) -> None:

@@ -85,6 +85,12 @@ def make_app(served: Served, limits: Limits, gate: Gate | None = None) -> FastAP
     return app
 
 
+def routed(scope) -> str:
+    """The path that the routes see: without the prefix that the application is mounted at."""
+    path, prefix = scope["path"], scope.get("root_path", "")
+    return path[len(prefix) :] if path.startswith(f"{prefix}/") else path
+
+
 class Guard:
     """Looks at the key, then at the size of the body, which it reads whole; counts what was answered."""
 
@@ -95,7 +101,8 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        known = scope["path"] if scope["path"] in ("/v1/completions", "/v1/chat/completions") else "other"
+        path = routed(scope)
+        known = path if path in ("/v1/completions", "/v1/chat/completions") else "other"
 
         async def counted(message) -> None:
             if message["type"] == "http.response.start":
@@ -113,7 +120,7 @@ class Guard:
     async def read(self, scope, receive):
         """A ``receive`` that hands out the body, read already; None if the client left. Raises Refusal."""
         headers = dict(scope["headers"])
-        if scope["path"].startswith(GUARDED) and not self.gate.admits(headers.get(b"authorization", b"")):
+        if routed(scope).startswith(GUARDED) and not self.gate.admits(headers.get(b"authorization", b"")):
             raise Refusal(401, "Incorrect API key provided", code="invalid_api_key")
         size, limit = headers.get(b"content-length", b"0"), self.gate.limits.body
         if size.isdigit() and (len(size) > 18 or int(size) > limit):

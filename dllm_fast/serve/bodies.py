@@ -81,6 +81,11 @@ class Body(BaseModel):
         """How many tokens an answer may have."""
         return self.max_tokens
 
+    def field(self, option: str) -> str | None:
+        """The field that gives one of `generate`'s options, or what is called like it in an error; None: none does."""
+        name = {"gen_length": "max_tokens", "input_ids": "prompt"}.get(option, option)
+        return name if name in type(self).model_fields else None
+
     def options(self, served: Options, eos_ids: tuple[int, ...], mask_id: int) -> Options:
         """`generate`'s, where a field is not given the ``served`` one. The answer's length is rounded up to whole
         blocks. Raises ValueError that begins with an option's name."""
@@ -148,3 +153,8 @@ class Chat(Body):
     @property
     def length(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
+
+    def field(self, option: str) -> str | None:
+        if option == "gen_length" and self.max_completion_tokens:
+            return "max_completion_tokens"
+        return "messages" if option in ("input_ids", "prompt") else super().field(option)

@@ -1,8 +1,8 @@
 """The serving loop: rows of requests are put into open `Server`s while these run, block after block.
 
 Requests whose options are equal share a `Server`, and with it an engine, and so do their rows; a row has its own seed.
-All servers together have ``seats`` seats; rows get them in the order in which they came. Each turn of the loop seats
-rows, fills one block of every server's, and reports it.
+All servers together have ``seats`` seats; rows get them in the order in which they came. A server fills fewer at a time
+if its options need so much memory. Each turn of the loop seats rows, fills one block of every server's, and reports it.
 """
 
 import queue
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from dllm_fast.decoding.memory import free, need, rows_within
 from dllm_fast.decoding.options import Options
 from dllm_fast.decoding.request import Row, check_suffix, plan_row
 from dllm_fast.decoding.server import Server
@@ -50,11 +51,19 @@ class Loop:
     """Serves requests for a patched ``model`` with ``seats`` rows at a time.
 
     ``emit`` is called with lists of events, in the thread that calls `run`. `put` may be called from any thread.
+    ``positions``: of a prompt with its answer, at most; None: the model's own.
     """
 
-    def __init__(self, model: torch.nn.Module, seats: int, emit: Callable[[list[Event]], None]):
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        seats: int,
+        emit: Callable[[list[Event]], None],
+        positions: int | None = None,
+    ):
         self.family, self.model, self.pool = bound_family(model), unwrapped(model), bound_pool(model)
-        self.seats, self.emit = seats, emit
+        self.seats, self.emit, self.positions = seats, emit, positions or self.family.positions
+        self.free = free(self.family)  # beside the weights, for all that will ever run
         self.inbox: queue.SimpleQueue[Request | Cancel | None] = queue.SimpleQueue()
         self.waiting: deque[Job] = deque()
         self.seated: dict[int, Job] = {}  # by the row's index, which no other row has
@@ -95,6 +104,7 @@ class Loop:
             for choice, prompt in enumerate(request.prompts):
                 rows.append(plan_row(options, self.family, self.rows + choice, prompt, "prompt", choice))
             check_suffix(options, rows)
+            self.check_memory(options, max(len(row.ids) for row in rows))
         except ValueError as error:
             self.emit([Refused(request.number, str(error))])
             return
@@ -108,6 +118,15 @@ class Loop:
                 row.draft = self.drafting(job)
             self.waiting.append(job)
         self.emit([Accepted(request.number)])
+
+    def check_memory(self, options: Options, slots: int) -> None:
+        """Raise ValueError if not even one row of so many slots fits: on a CPU, the system would kill this process."""
+        needed = need(self.family, options, 1, slots, options.block_length)
+        if self.free is not None and needed > self.free:
+            raise ValueError(
+                f"with its options one choice needs {needed / 2**30:.1f} GiB of memory beside the weights, and "
+                f"{self.free / 2**30:.1f} GiB were free"
+            )
 
     def drafting(self, job: Job) -> Callable[[torch.Tensor, int], None]:
         def draft(ids: torch.Tensor, end: int) -> None:
@@ -142,7 +161,9 @@ class Loop:
         while self.waiting and len(self.seated) < self.seats:
             job = self.waiting.popleft()
             if job.options not in self.servers:
-                server = Server(self.model, self.family, self.pool, job.options, [], self.seats, is_open=True)
+                limits = self.free, self.family, job.options, self.seats, self.positions, job.options.block_length
+                seats = max(1, rows_within(*limits))
+                server = Server(self.model, self.family, self.pool, job.options, [], seats, is_open=True)
                 self.servers[job.options] = server
             self.servers[job.options].add(job.row)
             self.seated[job.row.index] = job

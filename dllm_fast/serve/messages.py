@@ -54,7 +54,8 @@ class Accepted:
 
 @dataclass(frozen=True)
 class Refused:
-    """The request's options do not fit the model or each other: ``error`` begins with the option's name."""
+    """The request's options do not fit the model, each other or the memory: ``error`` begins with the option's name if
+    one is to blame."""
 
     number: int
     error: str
@@ -62,10 +63,11 @@ class Refused:
 
 @dataclass(frozen=True)
 class Failed:
-    """The request was accepted and cannot be answered."""
+    """The request was accepted and cannot be answered. again: asked again, it may be."""
 
     number: int
     error: str
+    again: bool = False
 
 
 @dataclass(frozen=True)

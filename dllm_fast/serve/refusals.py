@@ -2,14 +2,12 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from starlette.responses import Response
 
 LONGEST = 500  # characters of a message: a value in it may be of any size
-# By other names in a request than among `generate`'s options.
-FIELDS = {"gen_length": "max_tokens", "input_ids": "prompt"}
 KINDS = {401: "authentication_error", 429: "rate_limit_error", 503: "service_unavailable_error"}
 
 
@@ -37,12 +35,10 @@ def json_response(content: dict[str, Any], status: int = 200, headers: dict[str,
     return Response(json.dumps(content), status, headers, "application/json")
 
 
-def of_value_error(error: ValueError | str, fields: Sequence[str], default: str | None = None) -> Refusal:
-    """What `Options` and `plan_row` say, which begins with the option's name."""
+def of_value_error(error: ValueError | str, field: Callable[[str], str | None]) -> Refusal:
+    """What `Options` and `plan_row` say, which begins with the option's name; ``field``: from that to the request's."""
     message = str(error)
-    name = re.match(r"\w*", message)[0]  # type: ignore[index]
-    param = FIELDS.get(name, name)
-    return Refusal(400, message, param if param in fields else default)
+    return Refusal(400, message, field(re.match(r"\w*", message)[0]))  # type: ignore[index]
 
 
 def of_validation(errors: Sequence[dict[str, Any]]) -> Refusal:

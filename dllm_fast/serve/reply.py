@@ -44,18 +44,18 @@ class Reply(Response):
             await refusal.response(scope, receive, send)
             return
         events: asyncio.Queue = asyncio.Queue()
-        gate.rows += rows
-        gate.worker.submit(self.request, events.put_nowait)
         tasks = [asyncio.create_task(self._tell(events, send)), asyncio.create_task(_gone(receive))]
+        gate.rows += rows
         try:
+            gate.worker.submit(self.request, events.put_nowait)
             timeout = gate.limits.timeout
             done, _ = await asyncio.wait(tasks, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
         finally:
+            gate.rows -= rows
+            gate.worker.forget(number)
             for task in tasks:
                 task.cancel()
             ended, _ = await asyncio.gather(*tasks, return_exceptions=True)
-            gate.worker.forget(number)
-            gate.rows -= rows
         if tasks[0] in done:
             if isinstance(ended, Refusal):
                 await self._refuse(ended, scope, receive, send)
@@ -85,16 +85,15 @@ class Reply(Response):
         while unfinished:
             event = await events.get()
             if isinstance(event, Refused):
-                raise of_value_error(event.error, list(type(self.asked).model_fields))
+                raise of_value_error(event.error, self.asked.field)
             if isinstance(event, Failed):
-                raise Refusal(503 if self.gate.worker.restarts else 500, event.error)
+                raise Refusal(503 if event.again else 500, event.error)
             if isinstance(event, Accepted):
                 if stream and not self.streaming:  # a worker that took over from another accepts it again
                     await self._begin(send)
             elif event.choice in unfinished:
                 if isinstance(event, Draft):
-                    draft = self.answers[event.choice].draft(event)
-                    await self._event(send, self._choice(event.choice, "", None) | {"draft": draft})
+                    await self._draft(event, send)
                     continue
                 await self._block(event, unfinished, send if stream else None)
         self.gate.worker.finish(self.request.number)
@@ -120,6 +119,13 @@ class Reply(Response):
                 self.gate.worker.stop(self.request.number, choice)
         if send is not None and ((text := answer.news()) or answer.finish):
             await self._event(send, self._choice(choice, text, answer.finish))
+
+    async def _draft(self, draft: Draft, send) -> None:
+        """Send the live block, unless a worker that took over from another is still at an earlier one."""
+        answer = self.answers[draft.choice]
+        if draft.begin >= len(answer.ids):
+            choice = self._choice(draft.choice, "", None)
+            await self._event(send, choice | {"draft": answer.draft(draft)})
 
     def _choice(self, index: int, text: str, finish: str | None) -> dict[str, Any]:
         common = {"index": index, "finish_reason": finish, "logprobs": None}

@@ -78,7 +78,7 @@ def load(connection: Connection, served: Served) -> tuple[Loop, Ready]:
     positions = min(family.positions, served.length or family.positions)
     block = family.block or served.options.block_length or BLOCK
     require_memory(family, replace(served.options, block_length=block), served.seats, positions, block)
-    loop = Loop(model, served.seats, connection.send)
+    loop = Loop(model, served.seats, connection.send, positions)
     return loop, Ready(str(family.head()[0].device), positions, mask_id, tuple(end_of_text(model, tokenizer)))
 
 
@@ -93,6 +93,13 @@ def hear(connection: Connection, loop: Loop) -> None:
         loop.put(message)
         if message is None:
             return
+
+
+def end(process: multiprocessing.process.BaseProcess, seconds: float) -> None:
+    """Wait so long for a worker process to end, then kill it: it ignores SIGTERM, and Python would wait for it."""
+    process.join(seconds)
+    process.kill()
+    process.join()
 
 
 @dataclass
@@ -149,15 +156,19 @@ class Worker:
         """A request has had its last event."""
         self.pending.pop(number, None)
 
-    def close(self) -> None:
-        """End the process."""
+    def give_up(self, reason: str) -> None:
+        """All requests that are not finished fail."""
+        for pending in list(self.pending.values()):
+            pending.tell(Failed(pending.request.number, reason, again=True))
+
+    async def close(self) -> None:
+        """End the process, at once if it is still loading the model."""
         self.closing = True
-        self._send(None)
         if self.process is not None:
-            self.process.join(10)
-            if self.process.is_alive():
-                self.process.kill()
-                self.process.join()
+            if self.up:
+                self._send(None)
+            seconds = 10.0 if self.up else 0.0
+            await asyncio.get_running_loop().run_in_executor(None, end, self.process, seconds)
 
     # The process
 
@@ -180,7 +191,6 @@ class Worker:
             while True:
                 hand_over(self._take, connection.recv())
         except (EOFError, OSError):
-            connection.close()
             hand_over(self._died)
 
     def _take(self, message) -> None:
@@ -203,6 +213,8 @@ class Worker:
 
     def _died(self) -> None:
         """Start another worker, unless this one was closed; requests that saw too many die are given up."""
+        assert self.connection is not None
+        self.connection.close()  # in the thread that sends: closed in another, it may be gone between check and write
         was_up, self.up, self.load = self.up, False, Load(0, 0)
         if not self.started.done():
             self.started.set_exception(ValueError("the worker process died while it loaded the model"))
@@ -214,7 +226,8 @@ class Worker:
         for pending in list(self.pending.values()):
             pending.deaths += was_up
             if pending.deaths >= TRIES or self.failures > PAUSES:
-                pending.tell(Failed(pending.request.number, f"the worker process died {pending.deaths} times"))
+                died = f"the worker process died {pending.deaths} times"
+                pending.tell(Failed(pending.request.number, died, again=True))
         pause = 0.0 if was_up else PAUSE * 2 ** min(self.failures, PAUSES)
         self.loop.call_later(pause, self._restart)
 
