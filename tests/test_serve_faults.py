@@ -219,7 +219,6 @@ def test_the_description_is_openapi_and_paths_that_are_not_there_are_openais_err
     assert httpx.get(f"{running.url}/v1/completions", headers={"authorization": f"Bearer {KEY}"}).status_code == 405
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
 @pytest.mark.parametrize("kept", [False, True], ids=["any length", "short"])
 def test_no_request_of_the_description_is_a_server_error(running, path, kept):
