@@ -122,14 +122,14 @@ def lines(stream) -> Iterator[tuple[int, int, bytes]]:
         yield at, at + len(rest), rest
 
 
-def as_object(line: bytes, file: str) -> dict:
-    """A line of JSON. Raises ValueError that names the file."""
+def as_object(line: bytes, where: str) -> dict:
+    """A line of JSON. Raises ValueError that says where it is."""
     try:
         entry = json.loads(line)
     except ValueError:
         entry = None
     if not isinstance(entry, dict):
-        raise ValueError(f"{file}: {line[:80]!r} is not a JSON object")
+        raise ValueError(f"{where}: {line[:80]!r} is not a JSON object")
     return entry
 
 
@@ -155,7 +155,8 @@ def read(fs, part: Part, kind: str, column: str) -> tuple[Any, list]:
     with fs.open_input_file(part.file) as stream:
         stream.seek(part.begin)
         own = stream.read(part.end - part.begin).split(b"\n")
-    rows = [as_object(line, part.file) for line in own if line.strip()]
+    filled = [line for line in own if line.strip()]
+    rows = [as_object(line, f"{part.file}, row {number}") for number, line in enumerate(filled, part.row)]
     for number, row in enumerate(rows, part.row):
         require(column in row, f"{part.file}, row {number}: has no {column!r}")
     return rows, [row[column] for row in rows]
@@ -175,7 +176,8 @@ def write(fs, file: str, kind: str, rows: Any, answers: list[dict]) -> None:
             pyarrow.parquet.write_table(table, stream)
             return
         for row, own in zip(rows, answers, strict=True):
-            stream.write(json.dumps({**row, **own}, ensure_ascii=False).encode() + b"\n")
+            text = json.dumps({**row, **own}, ensure_ascii=False)
+            stream.write(text.encode(errors="backslashreplace") + b"\n")  # a lone surrogate is escaped, as it came
 
     write_whole(fs, file, into)
 

@@ -20,10 +20,11 @@ import torch
 from dllm_fast.decoding.options import Options
 from dllm_fast.decoding.text import answer_text, encode
 from dllm_fast.decoding.values import finite, is_whole, one_of, require, whole
+from dllm_fast.errors import one_line, require_utf8
 from dllm_fast.generate import Completion, generate_many
-from dllm_fast.loading import end_of_text, from_pretrained, load_tokenizer, require_model
+from dllm_fast.loading import end_of_text, from_pretrained, load_tokenizer, mask_of, require_model
 from dllm_fast.ops import IMPLS
-from dllm_fast.patch import require_known
+from dllm_fast.patch import bound_family, require_known
 from dllm_fast.ray.files import Part, check_columns, files_of, parts_of, place, read, write, write_whole
 
 MANIFEST = "_run.json"  # in the folder of answers: what they are made of
@@ -213,13 +214,21 @@ class Worker:
 
     def __init__(self, plan: Plan, device: str):
         self.plan = plan
+        self.error = ""
+        try:
+            self._load(device)
+        except (OSError, ValueError) as error:  # raised here, Ray would hide it behind a dead actor
+            self.error = one_line(error)
+
+    def _load(self, device: str) -> None:
+        plan = self.plan
         load: dict[str, Any] = {**plan.load, "device": device}
         if load["dtype"] != "auto":
             load["dtype"] = getattr(torch, load["dtype"])
         self.model: Any = from_pretrained(plan.model, **load)
+        self.vocabulary = bound_family(self.model).vocab_size
         self.tokenizer: Any = load_tokenizer(plan.model)
-        known = (plan.options.get("mask_id"), self.model.config.mask_token_id, self.tokenizer.mask_token_id)
-        self.mask_id = next((i for i in known if i is not None), None)
+        self.mask_id = mask_of(plan.options.get("mask_id"), self.model, self.tokenizer)
         eos_ids = plan.options.get("eos_id")
         eos_ids = end_of_text(self.model, self.tokenizer) if eos_ids is None else eos_ids
         self.eos_ids: Any = [eos_ids] if is_whole(eos_ids) else eos_ids
@@ -227,7 +236,9 @@ class Worker:
 
     def __call__(self, batch: dict) -> dict[str, list]:
         """Do the part that is the batch, unless it is done: a file may outlive the news of it. A ValueError is handed
-        back as text, because Ray raises another in its place."""
+        back as text, because Ray raises another in its place; so is what kept the model from loading."""
+        if self.error:
+            return {"rows": [0], "error": [self.error]}
         part = Part(**json.loads(batch["part"][0]))
         try:
             if not self.plan.target.get_file_info(self.plan.file(part)).is_file:
@@ -254,12 +265,21 @@ class Worker:
             prompt = [{"role": "user", "content": prompt}]
         if isinstance(prompt, list) and any(isinstance(turn, dict) for turn in prompt):
             require(bool(self.tokenizer.chat_template), f"{where}: this model's tokenizer has no chat template")
-            prompt = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+            try:
+                prompt = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+            except Exception as error:  # a template says in this way that it takes no such roles, for instance
+                raise ValueError(f"{where}: the chat template refuses it: {error}") from None
         if isinstance(prompt, str):
-            prompt = encode(self.tokenizer, [prompt], self.mask_id)[0]
+            require_utf8(where, prompt)
+            try:
+                prompt = encode(self.tokenizer, [prompt], self.mask_id)[0]
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from None
         good = isinstance(prompt, list) and all(map(is_whole, prompt))
         require(good, f"{where} is neither a text, nor a chat, nor a list of ids")
         require(bool(prompt), f"{where} is empty")
+        wrong = next((i for i in prompt if not 0 <= i < self.vocabulary), None)
+        require(wrong is None, f"{where}: id {wrong} is outside the vocabulary of {self.vocabulary}")
         return prompt
 
     def columns(self, completion: Completion, prompt: int) -> dict[str, Any]:
