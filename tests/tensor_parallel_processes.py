@@ -12,6 +12,7 @@ import torch.distributed as dist
 from needs import missing
 from tiny import EOS, make_llada
 from torch.distributed.device_mesh import init_device_mesh
+from transformers import GenerationConfig
 
 import dllm_fast
 from dllm_fast import (
@@ -155,6 +156,16 @@ def refusals(mesh, rank: int) -> dict[str, str]:
         "likelihood": lambda: list(log_likelihoods(patched, [([1], [2])])),
         "flow": lambda: dllm_fast.generate_flow(patched, ids),
         "prompts": lambda: dllm_fast.generate(patched, ids + rank),
+        "later": lambda: dllm_fast.generate(patched, (torch.arange(1500) == 700 + rank).long()[None], gen_length=32),
+        "vocabulary": lambda: dllm_fast.generate(patched, ids + rank * VOCAB),
+        "dtype": lambda: dllm_fast.generate(patched, ids.int() if rank else ids),
+        "seed": lambda: dllm_fast.generate(patched, ids, seed=None if rank else 3),
+        "gen_length": lambda: dllm_fast.generate(patched, ids, gen_length=32 + rank),
+        "option": lambda: dllm_fast.generate_many(patched, [[1, 2]], **({"size": 3} if rank else {})),
+        "many": lambda: dllm_fast.generate_many(patched, [[1, 2], torch.tensor([rank * VOCAB])]),
+        "warmup": lambda: dllm_fast.warmup(patched, [4], gen_length=32 + rank, progress=False),
+        "method": lambda: patched.generate(ids, max_new_tokens=32, top_p=2.0 if rank else 1.0),
+        "config": lambda: patched.generate(ids, GenerationConfig(max_new_tokens=32, num_beams=1 + rank)),
     }
     found = {}
     for name, call in calls.items():

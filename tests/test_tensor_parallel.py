@@ -123,8 +123,12 @@ REFUSED = {
     "batch_size": r"batch_size='auto': 2 processes share",
     "likelihood": r"processes share it, and likelihoods",
     "flow": r"processes share it, and generate_flow",
-    "prompts": r"2 processes, which were called with different prompts or options",
 }
+# What one process would refuse, or wait for the other with.
+APART = (
+    "prompts", "later", "vocabulary", "dtype", "seed", "gen_length", "option", "many", "warmup", "method", "config",
+)  # fmt: skip
+REFUSED |= dict.fromkeys(APART, r"2 processes, which were called with different prompts or options")
 
 
 @pytest.mark.parametrize("name", REFUSED)
