@@ -329,9 +329,34 @@ def test_answers_made_with_other_arguments_are_left_alone(source, tmp_path, monk
             ValueError, match=f"target='.*out': its answers were made with {next(iter(changes))}|options="
         ):
             dllm_fast.ray.generate(MODEL, source, tmp_path / "out", **{**drawn, **changes})
-    (source / "b.jsonl").write_text('{"prompt": "A bird"}\n')
-    with pytest.raises(ValueError, match="its answers were made with source="):
+    files = [str(source / name) for name in ("b.jsonl", "a.jsonl")]
+    with pytest.raises(ValueError, match=r"its answers were made with source=.*a\.jsonl.*b\.jsonl"):
+        dllm_fast.ray.generate(MODEL, files, tmp_path / "out", **drawn)
+    edited = source / "b.jsonl"
+    edited.write_text(edited.read_text("utf-8").replace("bird", "wolf"), "utf-8")  # as many bytes
+    with pytest.raises(ValueError, match=r"its answers were made with source=\{'[^']*b.jsonl': '[^']*'\}, not"):
         dllm_fast.ray.generate(MODEL, source, tmp_path / "out", **drawn)
+
+
+@needs_ray
+def test_answers_of_other_weights_are_left_alone(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_run", lambda *_: iter(()))
+    model = Path(shutil.copytree(dllm_fast.loading.MODELS / MODEL, tmp_path / "model"))
+    for _ in range(2):
+        dllm_fast.ray.generate(str(model), source, tmp_path / "out", **HOW)
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes())
+    with pytest.raises(ValueError, match=r"its answers were made with model_files=\{'[^']*model.safetensors': "):
+        dllm_fast.ray.generate(str(model), source, tmp_path / "out", **HOW)
+
+
+@needs_ray
+def test_a_run_that_was_killed_before_its_manifest_was_there_begins_again(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_run", lambda *_: iter(()))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "_0123.tmp").write_text("half of it")
+    dllm_fast.ray.generate(MODEL, source, tmp_path / "out", **HOW)
+    assert [file.name for file in (tmp_path / "out").iterdir()] == [module.MANIFEST]
 
 
 def test_without_ray_the_error_names_the_extra(source, tmp_path, monkeypatch):

@@ -182,6 +182,12 @@ def write(fs, file: str, kind: str, rows: Any, answers: list[dict]) -> None:
     write_whole(fs, file, into)
 
 
+def versions(fs, files: list[str]) -> dict[str, str]:
+    """Of each file what tells it from an edited one: its size, and when it was written, if the file system says so."""
+    infos = fs.get_file_info(files)
+    return {info.path: f"{info.size} bytes of {info.mtime}" for info in infos}
+
+
 def write_whole(fs, file: str, into: Callable[[Any], None]) -> None:
     """Write a file so that under its name there is all of it or nothing."""
     fresh = f"{os.path.dirname(file)}/_{uuid.uuid4().hex}.tmp"  # readers of a folder skip names that begin so

@@ -22,10 +22,10 @@ from dllm_fast.decoding.text import answer_text, encode
 from dllm_fast.decoding.values import finite, is_whole, one_of, require, whole
 from dllm_fast.errors import one_line, require_utf8
 from dllm_fast.generate import Completion, generate_many
-from dllm_fast.loading import end_of_text, from_pretrained, load_tokenizer, mask_of, require_model
+from dllm_fast.loading import end_of_text, from_pretrained, load_tokenizer, mask_of, model_path, require_model
 from dllm_fast.ops import IMPLS
 from dllm_fast.patch import bound_family, require_known
-from dllm_fast.ray.files import Part, check_columns, files_of, parts_of, place, read, write, write_whole
+from dllm_fast.ray.files import Part, check_columns, files_of, parts_of, place, read, versions, write, write_whole
 
 MANIFEST = "_run.json"  # in the folder of answers: what they are made of
 TRIES = 5  # actors that may die over one part
@@ -99,7 +99,7 @@ def generate(
         source: a ``.parquet`` or ``.jsonl`` file, several of one kind, or a folder of them. Paths, or URIs of what
             pyarrow knows: ``s3://``, ``gs://``, ``hdfs://``.
         target: a folder for the answers, ``part-000000.parquet`` and so on, in the order and the format of the source.
-            If a run with the same arguments was stopped there, this one does what it has left.
+            If a run with the same arguments and files was stopped there, this one does what it has left.
         column: the prompts' column: texts; lists of ids; or chats, lists of ``{"role": ..., "content": ...}``, which go
             through the tokenizer's chat template. A text that spells [MASK] is text; ids may hold the mask id.
         answer: the new column, with the text up to its end. ``<answer>_ids`` has all generated ids, ``<answer>_nfe``
@@ -291,6 +291,14 @@ class Worker:
         return dict(zip(self.plan.columns, values, strict=True))
 
 
+def model_files(name: str) -> dict[str, str]:
+    """`versions` of the files in a model's folder, by their names there; of a hub name none."""
+    folder = Path(model_path(name))
+    inside = [str(file) for file in sorted(folder.iterdir()) if file.is_file()] if folder.is_dir() else []
+    system, _ = place(folder)
+    return {Path(file).name: own for file, own in versions(system, inside).items()}
+
+
 def begun(plan: Plan, parts: list[Part], part_size: int) -> Plan:
     """The plan with the seed of the run whose answers are in its folder; of a new run where there is none.
 
@@ -298,30 +306,33 @@ def begun(plan: Plan, parts: list[Part], part_size: int) -> Plan:
     """
     from pyarrow import fs
 
-    rows: dict[str, int] = {}
-    for part in parts:
-        rows[part.file] = rows.get(part.file, 0) + part.rows
+    firsts = {part.file: part.first for part in reversed(parts)}  # so that their order matters
+    source = {file: f"from prompt {firsts[file]} on, {own}" for file, own in versions(plan.source, [*firsts]).items()}
     told: dict[str, Any] = {
-        "model": plan.model, **plan.load, "source": rows, "column": plan.column, "answer": plan.answer,
-        "chat": plan.chat, "part_size": part_size, "seed": plan.options.get("seed"),
+        "model": plan.model, "model_files": model_files(plan.model), **plan.load, "source": source,
+        "column": plan.column, "answer": plan.answer, "chat": plan.chat, "part_size": part_size,
+        "seed": plan.options.get("seed"),
         "options": {name: repr(value) for name, value in sorted(plan.options.items()) if name != "seed"},
     }  # fmt: skip
     path = f"{plan.folder}/{MANIFEST}"
     there = plan.target.get_file_info(fs.FileSelector(plan.folder, allow_not_found=True))
+    half_written = [info.path for info in there if Path(info.path).match("_*.tmp")]  # of a run that was killed
     if any(info.path == path for info in there):
         with plan.target.open_input_stream(path) as stream:
             before = json.loads(stream.read())
         told["seed"] = before["seed"] if told["seed"] is None else told["seed"]
         for name, value in told.items():
             was = before.get(name)
+            if isinstance(was, dict) and isinstance(value, dict):  # of many files, those that differ
+                pairs = (was, value), (value, was)
+                was, value = (dict(sorted(own.items() - other.items())) for own, other in pairs)
             require(was == value, f"target={plan.folder!r}: its answers were made with {name}={was!r}, not {value!r}")
-        for info in there:
-            if Path(info.path).suffix == ".tmp":  # what an actor was writing when it was killed
-                plan.target.delete_file(info.path)
     else:
-        require(not there, f"target={plan.folder!r}: the folder holds other files")
+        require(len(there) == len(half_written), f"target={plan.folder!r}: the folder holds other files")
         if told["seed"] is None:
             told["seed"] = int(torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu"))
         plan.target.create_dir(plan.folder)
         write_whole(plan.target, path, lambda stream: stream.write(json.dumps(told, indent=1).encode()))
+    for file in half_written:
+        plan.target.delete_file(file)
     return dataclasses.replace(plan, options={**plan.options, "seed": told["seed"]})
