@@ -151,6 +151,26 @@ def test_an_actor_that_is_killed_is_replaced(cluster, source, tmp_path, expected
     assert [row["answer_ids"] for row in rows_of(report)] == expected
 
 
+@needs_ray
+@pytest.mark.long
+def test_a_part_over_which_five_actors_die_raises(cluster, source, tmp_path, monkeypatch):
+    died = tmp_path / "died"
+    died.mkdir()
+
+    class Dying:  # a `Worker` without a model, which would take each of five actors a while to load
+        def __init__(self, plan, device):
+            pass
+
+        def __call__(self, batch):
+            (died / str(os.getpid())).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(module, "Worker", Dying)
+    with pytest.raises(cluster.exceptions.RayError):
+        dllm_fast.ray.generate(MODEL, source, tmp_path / "out", **HOW | {"part_size": 11})
+    assert len(list(died.iterdir())) == module.TRIES
+
+
 DRIVER = """
 import sys
 import ray
