@@ -16,16 +16,21 @@ from transformers import GenerationConfig
 
 import dllm_fast
 from dllm_fast import (
+    D2F,
     P2,
     Ancestral,
     Drift,
+    Dynamic,
     Edit,
     EntropyBound,
     Every,
     Factor,
     FirstHitting,
+    MultiBlock,
     Pyramid,
     ReMDM,
+    Sequential,
+    Static,
     Threshold,
     Uniform,
     Verify,
@@ -47,16 +52,24 @@ QUICK = {
     "drafts": ("plain", "auto", {"schedule": Uniform(8), "speculate": 2, "confidence": "random"}),
     "random": ("grouped", "auto", {"schedule": Ancestral(8, "cosine"), "temperature": 1.0}),
     "committed": ("tied", "auto", {"schedule": EntropyBound(3.0), "skip_committed": True}),
+    "logprobs": ("plain", "auto", {"schedule": Threshold(0.05), "logprobs": True, "temperature": 0.6}),
+    "pipeline": ("plain", "auto", {"schedule": Threshold(0.05), "pipeline": D2F()}),
 }
 SCHEDULES = {
     "uniform": {"schedule": Uniform(6)}, "first-hitting": {"schedule": FirstHitting(), "temperature": 1.0},
     "factor": {"schedule": Factor(1.0), "temperature": 0.6}, "threshold": {"schedule": Threshold(0.05)},
     "entropy-bound": {"schedule": EntropyBound(3.0), "temperature": 0.5},
+    "static": {"schedule": Static(3)}, "sequential": {"schedule": Sequential(2), "temperature": 0.6},
+    "dynamic": {"schedule": Dynamic(0.05, tokens=2)}, "pyramid": {"schedule": Pyramid(2)},
+    "ancestral": {"schedule": Ancestral(8, "cosine"), "temperature": 1.0},
 }  # fmt: skip
 EXTRAS = {
     "guided": {"cfg_scale": 1.0}, "every": {"refresh": Every(2)}, "e4m3": {"cache_dtype": "e4m3"},
     "suffix": {"suffix_length": 4, "suffix_sample": 3}, "remdm": {"remask": ReMDM(0.5)},
     "verify": {"remask": Verify(0.1)}, "edit": {"remask": Edit(0.03)}, "drafts": {"speculate": 3},
+    "logprobs": {"logprobs": True, "cfg_scale": 0.5}, "d2f": {"pipeline": D2F(0.3, 0.6)},
+    "d2f-none": {"pipeline": D2F(), "cache": "none"}, "multi-block": {"pipeline": MultiBlock()},
+    "multi-block-prefix": {"pipeline": MultiBlock(delay=1), "cache": "prefix"},
 }  # fmt: skip
 LONG = {
     f"{model}-{cache}-{name}-{confidence}": (model, impl, {"cache": cache, **options, "confidence": confidence})
@@ -85,9 +98,11 @@ def prompts() -> tuple[torch.Tensor, torch.Tensor]:
     return ids, mask
 
 
-def run(model, options: dict) -> tuple[torch.Tensor, list[int], int]:
+def run(model, options: dict) -> tuple:
+    """Tokens, counts, and where they are asked for the tokens' order and log-probabilities."""
     out = dllm_fast.generate(model, *prompts(), **LENGTHS, **options)
-    return out.sequences, out.row_nfe, out.steps
+    more = (out.order.tolist(), out.logprobs) if options.get("logprobs") else ()
+    return out.sequences, out.row_nfe, out.steps, *more
 
 
 @torch.no_grad()

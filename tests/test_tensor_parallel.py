@@ -41,11 +41,14 @@ def long(tmp_path_factory):
 
 
 def same(found: list[dict], case: str) -> None:
-    """Both processes have the tokens, forwards and steps of the whole model."""
-    (tokens, *counts) = next(one["whole"][case] for one in found if case in one["whole"])
+    """Both processes have the tokens, forwards, steps and log-probabilities of the whole model."""
+    tokens, row_nfe, steps, *more = next(one["whole"][case] for one in found if case in one["whole"])
     for one in found:
-        assert torch.equal(one["shared"][case][0], tokens)
-        assert list(one["shared"][case][1:]) == counts
+        own, own_nfe, own_steps, *own_more = one["shared"][case]
+        assert torch.equal(own, tokens)
+        assert (own_nfe, own_steps) == (row_nfe, steps)
+        assert own_more[:1] == more[:1]
+        torch.testing.assert_close(own_more[1:], more[1:], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("case", QUICK)
