@@ -17,9 +17,10 @@ import torch
 
 import dllm_fast
 import dllm_fast.ray
+from dllm_fast.decoding.values import require
 from dllm_fast.loading import end_of_text, load_tokenizer
 from dllm_fast.ray import run as module
-from dllm_fast.ray.files import Part, place, read, write
+from dllm_fast.ray.files import Part, parts_of, place, read, write
 
 ROOT = Path(__file__).parent.parent
 MODEL = "llada-sentences"
@@ -283,10 +284,7 @@ def test_an_unfit_prompt_is_named(chatting, case):
 
 
 def test_a_text_that_cannot_be_spelled_without_the_mask_is_named(chatting, monkeypatch):
-    def encode(*_):
-        raise ValueError("this tokenizer cannot write '[MASK]'")
-
-    monkeypatch.setattr(module, "encode", encode)
+    monkeypatch.setattr(module, "encode", lambda *_: require(False, "this tokenizer cannot write '[MASK]'"))
     with pytest.raises(ValueError, match=r"there: this tokenizer cannot write '\[MASK\]'"):
         chatting.encode("there", "[MASK]")
 
@@ -296,12 +294,28 @@ def test_json_lines_come_back_as_they_were(tmp_path):
     file, out = tmp_path / "a.jsonl", str(tmp_path / "out.jsonl")
     file.write_text('{"prompt": "A bird", "more": "\\ud800é"}\n{"prompt": "Two wolves"}\n"A king"\n', "utf-8")
     fs, where = place(file)
-    rows, prompts = read(fs, Part(0, where, 0, 2, 0, 0, file.read_bytes().index(b'"A king"')), "jsonl", "prompt")
+    rows, prompts = read(fs, Part(0, where, 0, 2, 0, 0, file.read_bytes().index(b'"A king"')), "jsonl", "prompt", {})
     assert prompts == ["A bird", "Two wolves"]
     write(fs, out, "jsonl", rows, [{"answer": "sings"}, {"answer": "é"}])
     assert Path(out).read_text("utf-8").splitlines()[0] == '{"prompt": "A bird", "more": "\\ud800é", "answer": "sings"}'
     with pytest.raises(ValueError, match=r"""a\.jsonl, row 2: b'"A king"' is not a JSON object"""):
-        read(fs, Part(0, where, 0, 3, 0, 0, file.stat().st_size), "jsonl", "prompt")
+        read(fs, Part(0, where, 0, 3, 0, 0, file.stat().st_size), "jsonl", "prompt", {})
+
+
+@needs_ray
+def test_a_row_group_is_read_once_for_its_parts(tmp_path, monkeypatch):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    parquet.write_table(pa.table({"prompt": [*map(str, range(11))]}), tmp_path / "a.parquet", row_group_size=8)
+    groups, own = [], parquet.ParquetFile.read_row_group
+    counted = lambda file, number: (groups.append(number), own(file, number))[1]  # noqa: E731
+    monkeypatch.setattr(parquet.ParquetFile, "read_row_group", counted)
+    fs, where = place(tmp_path / "a.parquet")
+    kept, found = {}, []
+    for part in parts_of(fs, [where], "parquet", 3):
+        found += read(fs, part, "parquet", "prompt", kept)[1]
+    assert found == [*map(str, range(11))] and groups == [0, 1]
 
 
 BAD = {

@@ -133,23 +133,29 @@ def as_object(line: bytes, where: str) -> dict:
     return entry
 
 
-def read(fs, part: Part, kind: str, column: str) -> tuple[Any, list]:
-    """A part's rows, as a table or as dicts, and their prompts. Raises ValueError that names the row."""
+def read(fs, part: Part, kind: str, column: str, kept: dict[tuple[str, int], Any]) -> tuple[Any, list]:
+    """A part's rows, as a table or as dicts, and their prompts. Raises ValueError that names the row.
+
+    ``kept``: row groups that the last call has left there; a large one has many parts.
+    """
     if kind == "parquet":
         import pyarrow as pa
         import pyarrow.parquet
 
         with fs.open_input_file(part.file) as stream:
             file = pyarrow.parquet.ParquetFile(stream)
-            groups: list[Any] = []
+            groups: dict[tuple[str, int], Any] = {}
             before = skipped = 0
             for number in range(file.num_row_groups):
                 after = before + file.metadata.row_group(number).num_rows
                 if after > part.row and before < part.row + part.rows:
                     skipped = skipped if groups else part.row - before
-                    groups.append(file.read_row_group(number))
+                    key = part.file, number
+                    groups[key] = kept[key] if key in kept else file.read_row_group(number)
                 before = after
-        table = pa.concat_tables(groups).slice(skipped, part.rows)
+        kept.clear()
+        kept.update(groups)
+        table = pa.concat_tables(groups.values()).slice(skipped, part.rows)
         require(column in table.column_names, f"{part.file}: has no column {column!r}")
         return table, table[column].to_pylist()
     with fs.open_input_file(part.file) as stream:

@@ -214,6 +214,7 @@ class Worker:
 
     def __init__(self, plan: Plan, device: str):
         self.plan = plan
+        self.row_groups: dict[tuple[str, int], Any] = {}
         self.error = ""
         try:
             self._load(device)
@@ -242,7 +243,7 @@ class Worker:
         part = Part(**json.loads(batch["part"][0]))
         try:
             if not self.plan.target.get_file_info(self.plan.file(part)).is_file:
-                rows, prompts = read(self.plan.source, part, self.plan.kind, self.plan.column)
+                rows, prompts = read(self.plan.source, part, self.plan.kind, self.plan.column, self.row_groups)
                 write(self.plan.target, self.plan.file(part), self.plan.kind, rows, self.answers(part, prompts))
         except ValueError as error:
             return {"rows": [0], "error": [str(error)]}
