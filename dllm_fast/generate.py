@@ -170,6 +170,8 @@ def generate(
     """
     given = {name: value for name, value in locals().items() if name in OPTIONS}  # each under its own name
     family, model = bound_family(model), unwrapped(model)
+    if family.ranks is not None:
+        family.ranks.require_same(given, input_ids, attention_mask, token_type_ids)
     check_token_types(token_type_ids)
     options = Options.of_call("generate", given, family.block).resolved(model, family)
     return fill(model, family, bound_pool(model), input_ids, attention_mask, options, streamer)
@@ -260,10 +262,12 @@ def generate_many(
         ValueError, MemoryError: as `generate`, when called, before the first prompt runs; for NaN logits, as it runs.
     """
     family, model = bound_family(model), unwrapped(model)
-    asked = Options.of_call("generate_many", options, family.block).resolved(model, family)
-    seats = None if batch_size == "auto" else whole("batch_size", batch_size)
     prompts = list(prompts)
     noise_rows = range(len(prompts)) if noise_rows is None else list(noise_rows)
+    if family.ranks is not None:
+        family.ranks.require_same(options, batch_size, prompts, noise_rows)
+    asked = Options.of_call("generate_many", options, family.block).resolved(model, family)
+    seats = None if batch_size == "auto" else whole("batch_size", batch_size)
     require(len(noise_rows) == len(prompts), f"noise_rows: {len(noise_rows)} for {len(prompts)} prompts")
     noise_rows = [whole(f"noise_rows[{index}]", row, 0, 32) for index, row in enumerate(noise_rows)]
     numbered = enumerate(zip(prompts, noise_rows, strict=True))

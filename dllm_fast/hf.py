@@ -63,6 +63,11 @@ def diffusion_generate(
 ) -> DiffusionOutput | torch.Tensor:
     """`DiffusionGenerationMixin.generate` of a patched model, or of any that `patch` takes."""
     (family, pool), model = family_and_pool(model), unwrapped(model)
+    if family.ranks is not None:
+        refused = bool(logits_processor), bool(stopping_criteria)
+        fields = vars(generation_config) if generation_config else {}
+        told = [*kwargs.items(), *((name, value) for name, value in fields.items() if name[0] != "_")]
+        family.ranks.require_same(inputs, refused, *(x for pair in told for x in pair))
     input_ids = _one_of(inputs, kwargs.pop("input_ids", None))
     for name, value in (("logits_processor", logits_processor), ("stopping_criteria", stopping_criteria)):
         kinds = ", ".join(type(item).__name__ for item in value or ())

@@ -56,11 +56,14 @@ def warmup(
         MemoryError: a batch of these does not fit what memory the device has left.
     """
     family, model = bound_family(model), unwrapped(model)
+    lengths = list(prompt_lengths) if isinstance(prompt_lengths, Iterable) else [prompt_lengths]
+    if family.ranks is not None:
+        family.ranks.require_same(options, batch_size, lengths)
     given = {**options, "seed": options.get("seed") or 0}  # drawn where it is None
     asked = Options.of_call("warmup", given, family.block).resolved(model, family)
     require(asked.gen_length > 0, f"gen_length={asked.gen_length}: there is nothing to fill")
     batch_size = whole("batch_size", batch_size)
-    lengths = _lengths(prompt_lengths)
+    lengths = _lengths(lengths)
     word = int(asked.mask_id == 0)  # an id that is not [MASK]
     recorded = records(family.head()[0].device, family.impl)
     block = family.block if family.after_prompt and family.block else 1  # what an answer is filled up to
@@ -81,9 +84,8 @@ def warmup(
                 work.take(engine, rows)
 
 
-def _lengths(given: int | Iterable[int]) -> list[int]:
+def _lengths(lengths: list[int]) -> list[int]:
     """Sorted, each once."""
-    lengths = list(given) if isinstance(given, Iterable) else [given]
     require(bool(lengths), "prompt_lengths: there are none")
     return sorted({whole("prompt_lengths", length) for length in lengths})
 

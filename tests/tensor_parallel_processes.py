@@ -12,19 +12,25 @@ import torch.distributed as dist
 from needs import missing
 from tiny import EOS, make_llada
 from torch.distributed.device_mesh import init_device_mesh
+from transformers import GenerationConfig
 
 import dllm_fast
 from dllm_fast import (
+    D2F,
     P2,
     Ancestral,
     Drift,
+    Dynamic,
     Edit,
     EntropyBound,
     Every,
     Factor,
     FirstHitting,
+    MultiBlock,
     Pyramid,
     ReMDM,
+    Sequential,
+    Static,
     Threshold,
     Uniform,
     Verify,
@@ -46,16 +52,24 @@ QUICK = {
     "drafts": ("plain", "auto", {"schedule": Uniform(8), "speculate": 2, "confidence": "random"}),
     "random": ("grouped", "auto", {"schedule": Ancestral(8, "cosine"), "temperature": 1.0}),
     "committed": ("tied", "auto", {"schedule": EntropyBound(3.0), "skip_committed": True}),
+    "logprobs": ("plain", "auto", {"schedule": Threshold(0.05), "logprobs": True, "temperature": 0.6}),
+    "pipeline": ("plain", "auto", {"schedule": Threshold(0.05), "pipeline": D2F()}),
 }
 SCHEDULES = {
     "uniform": {"schedule": Uniform(6)}, "first-hitting": {"schedule": FirstHitting(), "temperature": 1.0},
     "factor": {"schedule": Factor(1.0), "temperature": 0.6}, "threshold": {"schedule": Threshold(0.05)},
     "entropy-bound": {"schedule": EntropyBound(3.0), "temperature": 0.5},
+    "static": {"schedule": Static(3)}, "sequential": {"schedule": Sequential(2), "temperature": 0.6},
+    "dynamic": {"schedule": Dynamic(0.05, tokens=2)}, "pyramid": {"schedule": Pyramid(2)},
+    "ancestral": {"schedule": Ancestral(8, "cosine"), "temperature": 1.0},
 }  # fmt: skip
 EXTRAS = {
     "guided": {"cfg_scale": 1.0}, "every": {"refresh": Every(2)}, "e4m3": {"cache_dtype": "e4m3"},
     "suffix": {"suffix_length": 4, "suffix_sample": 3}, "remdm": {"remask": ReMDM(0.5)},
     "verify": {"remask": Verify(0.1)}, "edit": {"remask": Edit(0.03)}, "drafts": {"speculate": 3},
+    "logprobs": {"logprobs": True, "cfg_scale": 0.5}, "d2f": {"pipeline": D2F(0.3, 0.6)},
+    "d2f-none": {"pipeline": D2F(), "cache": "none"}, "multi-block": {"pipeline": MultiBlock()},
+    "multi-block-prefix": {"pipeline": MultiBlock(delay=1), "cache": "prefix"},
 }  # fmt: skip
 LONG = {
     f"{model}-{cache}-{name}-{confidence}": (model, impl, {"cache": cache, **options, "confidence": confidence})
@@ -84,9 +98,11 @@ def prompts() -> tuple[torch.Tensor, torch.Tensor]:
     return ids, mask
 
 
-def run(model, options: dict) -> tuple[torch.Tensor, list[int], int]:
+def run(model, options: dict) -> tuple:
+    """Tokens, counts, and where they are asked for the tokens' order and log-probabilities."""
     out = dllm_fast.generate(model, *prompts(), **LENGTHS, **options)
-    return out.sequences, out.row_nfe, out.steps
+    more = (out.order.tolist(), out.logprobs) if options.get("logprobs") else ()
+    return out.sequences, out.row_nfe, out.steps, *more
 
 
 @torch.no_grad()
@@ -155,6 +171,16 @@ def refusals(mesh, rank: int) -> dict[str, str]:
         "likelihood": lambda: list(log_likelihoods(patched, [([1], [2])])),
         "flow": lambda: dllm_fast.generate_flow(patched, ids),
         "prompts": lambda: dllm_fast.generate(patched, ids + rank),
+        "later": lambda: dllm_fast.generate(patched, (torch.arange(1500) == 700 + rank).long()[None], gen_length=32),
+        "vocabulary": lambda: dllm_fast.generate(patched, ids + rank * VOCAB),
+        "dtype": lambda: dllm_fast.generate(patched, ids.int() if rank else ids),
+        "seed": lambda: dllm_fast.generate(patched, ids, seed=None if rank else 3),
+        "gen_length": lambda: dllm_fast.generate(patched, ids, gen_length=32 + rank),
+        "option": lambda: dllm_fast.generate_many(patched, [[1, 2]], **({"size": 3} if rank else {})),
+        "many": lambda: dllm_fast.generate_many(patched, [[1, 2], torch.tensor([rank * VOCAB])]),
+        "warmup": lambda: dllm_fast.warmup(patched, [4], gen_length=32 + rank, progress=False),
+        "method": lambda: patched.generate(ids, max_new_tokens=32, top_p=2.0 if rank else 1.0),
+        "config": lambda: patched.generate(ids, GenerationConfig(max_new_tokens=32, num_beams=1 + rank)),
     }
     found = {}
     for name, call in calls.items():

@@ -1,8 +1,11 @@
 """`dllm_fast.ray.generate`: the same answers from any number of actors, killed or not, and what is refused."""
 
+import dataclasses
 import importlib.util
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,8 +17,10 @@ import torch
 
 import dllm_fast
 import dllm_fast.ray
+from dllm_fast.decoding.values import require
 from dllm_fast.loading import end_of_text, load_tokenizer
 from dllm_fast.ray import run as module
+from dllm_fast.ray.files import Part, parts_of, place, read, write
 
 ROOT = Path(__file__).parent.parent
 MODEL = "llada-sentences"
@@ -147,6 +152,26 @@ def test_an_actor_that_is_killed_is_replaced(cluster, source, tmp_path, expected
     assert [row["answer_ids"] for row in rows_of(report)] == expected
 
 
+@needs_ray
+@pytest.mark.long
+def test_a_part_over_which_five_actors_die_raises(cluster, source, tmp_path, monkeypatch):
+    died = tmp_path / "died"
+    died.mkdir()
+
+    class Dying:  # a `Worker` without a model, which would take each of five actors a while to load
+        def __init__(self, plan, device):
+            pass
+
+        def __call__(self, batch):
+            (died / str(os.getpid())).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(module, "Worker", Dying)
+    with pytest.raises(cluster.exceptions.RayError):
+        dllm_fast.ray.generate(MODEL, source, tmp_path / "out", **HOW | {"part_size": 11})
+    assert len(list(died.iterdir())) == module.TRIES
+
+
 DRIVER = """
 import sys
 import ray
@@ -191,6 +216,106 @@ def test_a_prompt_that_does_not_fit_is_named(cluster, tmp_path):
     file.write_text(json.dumps({"prompt": [3] * 5000}))
     with pytest.raises(ValueError, match=r"a\.jsonl, prompts from row 0 on: prompts\[0\]: .* exceed the model's"):
         dllm_fast.ray.generate(MODEL, file, tmp_path / "out-2", **HOW)
+
+
+def worker(model: str, **changes) -> module.Worker:
+    """An actor's object in this process; it has no files."""
+    load = {"dtype": "float32", "impl": "auto", "weights": None, "head": None}
+    plan = module.Plan(None, None, "out", "jsonl", "prompt", "answer", False, model, load, 2, {})
+    return module.Worker(dataclasses.replace(plan, **changes), "cpu")
+
+
+def without_mask(folder: Path, tokenizer: bool = False) -> str:
+    """A model whose config does not name the mask id, nor with ``tokenizer`` does its tokenizer."""
+    shutil.copytree(dllm_fast.loading.MODELS / "modernbert-kjv", folder)
+    for file in ("config.json", "tokenizer_config.json")[: 1 + tokenizer]:
+        fields = json.loads((folder / file).read_text("utf-8"))
+        kept = {name: value for name, value in fields.items() if name not in ("mask_token_id", "mask_token")}
+        (folder / file).write_text(json.dumps(kept), "utf-8")
+    return str(folder)
+
+
+def test_the_mask_id_may_be_the_tokenizers(tmp_path):
+    assert worker(without_mask(tmp_path / "model")).mask_id == 2047
+
+
+NO_MASK = "mask_id: None given, and neither the model's config nor its tokenizer names one"
+
+
+def test_why_a_model_does_not_load_is_handed_back(tmp_path):
+    own = worker(without_mask(tmp_path / "model", tokenizer=True))
+    assert own({"part": ["{}"]}) == {"rows": [0], "error": [NO_MASK]}
+
+
+@needs_ray
+@pytest.mark.long
+def test_why_a_model_does_not_load_reaches_the_caller(cluster, source, tmp_path):
+    model = without_mask(tmp_path / "model", tokenizer=True)
+    with pytest.raises(ValueError, match=NO_MASK):
+        dllm_fast.ray.generate(model, source, tmp_path / "out", workers=2, **HOW)
+
+
+UNFIT = {
+    "surrogate": ("\ud800", "there is not valid UTF-8"),
+    "chat": ([{"role": "robot", "content": "A bird"}], "there: the chat template refuses it: no robots"),
+    "chat-surrogate": ([{"role": "user", "content": "\ud800"}], "there is not valid UTF-8"),
+    "half-a-chat": ([{"role": "user", "content": "A bird"}, "and"], "there: the chat template refuses it: "),
+    "id": ([3, 672], "there: id 672 is outside the vocabulary of 672"),
+    "large": ([2**70], f"there: id {2**70} is outside the vocabulary of 672"),
+    "negative": ([-1], "there: id -1 is outside the vocabulary of 672"),
+    "empty": ("", "there is empty"),
+}
+TEMPLATE = """{% for turn in messages %}{% if turn['role'] == 'robot' %}{{ raise_exception('no robots') }}{% endif %}
+{{ turn['content'] + '.' }}{% endfor %}"""
+
+
+@pytest.fixture(scope="module")
+def chatting():
+    own = worker(MODEL)
+    own.tokenizer.chat_template = TEMPLATE
+    return own
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_an_unfit_prompt_is_named(chatting, case):
+    prompt, message = UNFIT[case]
+    with pytest.raises(ValueError, match=re.escape(message)):
+        chatting.encode("there", prompt)
+
+
+def test_a_text_that_cannot_be_spelled_without_the_mask_is_named(chatting, monkeypatch):
+    monkeypatch.setattr(module, "encode", lambda *_: require(False, "this tokenizer cannot write '[MASK]'"))
+    with pytest.raises(ValueError, match=r"there: this tokenizer cannot write '\[MASK\]'"):
+        chatting.encode("there", "[MASK]")
+
+
+@needs_ray
+def test_json_lines_come_back_as_they_were(tmp_path):
+    file, out = tmp_path / "a.jsonl", str(tmp_path / "out.jsonl")
+    file.write_text('{"prompt": "A bird", "more": "\\ud800é"}\n{"prompt": "Two wolves"}\n"A king"\n', "utf-8")
+    fs, where = place(file)
+    rows, prompts = read(fs, Part(0, where, 0, 2, 0, 0, file.read_bytes().index(b'"A king"')), "jsonl", "prompt", {})
+    assert prompts == ["A bird", "Two wolves"]
+    write(fs, out, "jsonl", rows, [{"answer": "sings"}, {"answer": "é"}])
+    assert Path(out).read_text("utf-8").splitlines()[0] == '{"prompt": "A bird", "more": "\\ud800é", "answer": "sings"}'
+    with pytest.raises(ValueError, match=r"""a\.jsonl, row 2: b'"A king"' is not a JSON object"""):
+        read(fs, Part(0, where, 0, 3, 0, 0, file.stat().st_size), "jsonl", "prompt", {})
+
+
+@needs_ray
+def test_a_row_group_is_read_once_for_its_parts(tmp_path, monkeypatch):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    parquet.write_table(pa.table({"prompt": [*map(str, range(11))]}), tmp_path / "a.parquet", row_group_size=8)
+    groups, own = [], parquet.ParquetFile.read_row_group
+    counted = lambda file, number: (groups.append(number), own(file, number))[1]  # noqa: E731
+    monkeypatch.setattr(parquet.ParquetFile, "read_row_group", counted)
+    fs, where = place(tmp_path / "a.parquet")
+    kept, found = {}, []
+    for part in parts_of(fs, [where], "parquet", 3):
+        found += read(fs, part, "parquet", "prompt", kept)[1]
+    assert found == [*map(str, range(11))] and groups == [0, 1]
 
 
 BAD = {
@@ -238,9 +363,34 @@ def test_answers_made_with_other_arguments_are_left_alone(source, tmp_path, monk
             ValueError, match=f"target='.*out': its answers were made with {next(iter(changes))}|options="
         ):
             dllm_fast.ray.generate(MODEL, source, tmp_path / "out", **{**drawn, **changes})
-    (source / "b.jsonl").write_text('{"prompt": "A bird"}\n')
-    with pytest.raises(ValueError, match="its answers were made with source="):
+    files = [str(source / name) for name in ("b.jsonl", "a.jsonl")]
+    with pytest.raises(ValueError, match=r"its answers were made with source=.*a\.jsonl.*b\.jsonl"):
+        dllm_fast.ray.generate(MODEL, files, tmp_path / "out", **drawn)
+    edited = source / "b.jsonl"
+    edited.write_text(edited.read_text("utf-8").replace("bird", "wolf"), "utf-8")  # as many bytes
+    with pytest.raises(ValueError, match=r"its answers were made with source=\{'[^']*b.jsonl': '[^']*'\}, not"):
         dllm_fast.ray.generate(MODEL, source, tmp_path / "out", **drawn)
+
+
+@needs_ray
+def test_answers_of_other_weights_are_left_alone(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_run", lambda *_: iter(()))
+    model = Path(shutil.copytree(dllm_fast.loading.MODELS / MODEL, tmp_path / "model"))
+    for _ in range(2):
+        dllm_fast.ray.generate(str(model), source, tmp_path / "out", **HOW)
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes())
+    with pytest.raises(ValueError, match=r"its answers were made with model_files=\{'[^']*model.safetensors': "):
+        dllm_fast.ray.generate(str(model), source, tmp_path / "out", **HOW)
+
+
+@needs_ray
+def test_a_run_that_was_killed_before_its_manifest_was_there_begins_again(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_run", lambda *_: iter(()))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "_0123.tmp").write_text("half of it")
+    dllm_fast.ray.generate(MODEL, source, tmp_path / "out", **HOW)
+    assert [file.name for file in (tmp_path / "out").iterdir()] == [module.MANIFEST]
 
 
 def test_without_ray_the_error_names_the_extra(source, tmp_path, monkeypatch):

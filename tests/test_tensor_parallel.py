@@ -41,11 +41,14 @@ def long(tmp_path_factory):
 
 
 def same(found: list[dict], case: str) -> None:
-    """Both processes have the tokens, forwards and steps of the whole model."""
-    (tokens, *counts) = next(one["whole"][case] for one in found if case in one["whole"])
+    """Both processes have the tokens, forwards, steps and log-probabilities of the whole model."""
+    tokens, row_nfe, steps, *more = next(one["whole"][case] for one in found if case in one["whole"])
     for one in found:
-        assert torch.equal(one["shared"][case][0], tokens)
-        assert list(one["shared"][case][1:]) == counts
+        own, own_nfe, own_steps, *own_more = one["shared"][case]
+        assert torch.equal(own, tokens)
+        assert (own_nfe, own_steps) == (row_nfe, steps)
+        assert own_more[:1] == more[:1]
+        torch.testing.assert_close(own_more[1:], more[1:], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("case", QUICK)
@@ -123,8 +126,12 @@ REFUSED = {
     "batch_size": r"batch_size='auto': 2 processes share",
     "likelihood": r"processes share it, and likelihoods",
     "flow": r"processes share it, and generate_flow",
-    "prompts": r"2 processes, which were called with different prompts or options",
 }
+# What one process would refuse, or wait for the other with.
+APART = (
+    "prompts", "later", "vocabulary", "dtype", "seed", "gen_length", "option", "many", "warmup", "method", "config",
+)  # fmt: skip
+REFUSED |= dict.fromkeys(APART, r"2 processes, which were called with different prompts or options")
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -76,12 +76,26 @@ class Ranks:
         return int(found)
 
     def require_same(self, *values: object) -> None:
-        """Raise ValueError, on every rank, unless all have called it with values of one ``repr``."""
-        own = zlib.crc32(repr(values).encode())
-        if self.least(own) != -self.least(-own):
+        """Raise ValueError, on every rank, unless all have called it with values of one ``repr``; of tensors, and of
+        those in a list, with the same numbers. A call begins with it: a rank that raised before would leave the others
+        waiting for it."""
+        own = zlib.crc32(repr([self._told(value) for value in values]).encode())
+        found = torch.tensor([own, -own], dtype=torch.int64, device=self.device_type)
+        dist.all_reduce(found, dist.ReduceOp.MIN, group=self.group)
+        least, most = found.tolist()
+        if least != -most:
             raise ValueError(
                 f"model: it is shared by {self.size} processes, which were called with different prompts or options"
             )
+
+    def _told(self, value: Any) -> Any:
+        """What `require_same` compares of a value. A tensor's own repr leaves out most of a large one."""
+        if isinstance(value, torch.Tensor):
+            here = torch.empty(0, device=self.device_type).device  # each rank has another
+            return value.device == here, value.dtype, value.tolist()
+        if isinstance(value, list | tuple):
+            return [(x.dtype, x.tolist()) if isinstance(x, torch.Tensor) else x for x in value]
+        return value
 
 
 class SummedLinear(nn.Linear):

@@ -122,40 +122,47 @@ def lines(stream) -> Iterator[tuple[int, int, bytes]]:
         yield at, at + len(rest), rest
 
 
-def as_object(line: bytes, file: str) -> dict:
-    """A line of JSON. Raises ValueError that names the file."""
+def as_object(line: bytes, where: str) -> dict:
+    """A line of JSON. Raises ValueError that says where it is."""
     try:
         entry = json.loads(line)
     except ValueError:
         entry = None
     if not isinstance(entry, dict):
-        raise ValueError(f"{file}: {line[:80]!r} is not a JSON object")
+        raise ValueError(f"{where}: {line[:80]!r} is not a JSON object")
     return entry
 
 
-def read(fs, part: Part, kind: str, column: str) -> tuple[Any, list]:
-    """A part's rows, as a table or as dicts, and their prompts. Raises ValueError that names the row."""
+def read(fs, part: Part, kind: str, column: str, kept: dict[tuple[str, int], Any]) -> tuple[Any, list]:
+    """A part's rows, as a table or as dicts, and their prompts. Raises ValueError that names the row.
+
+    ``kept``: row groups that the last call has left there; a large one has many parts.
+    """
     if kind == "parquet":
         import pyarrow as pa
         import pyarrow.parquet
 
         with fs.open_input_file(part.file) as stream:
             file = pyarrow.parquet.ParquetFile(stream)
-            groups: list[Any] = []
+            groups: dict[tuple[str, int], Any] = {}
             before = skipped = 0
             for number in range(file.num_row_groups):
                 after = before + file.metadata.row_group(number).num_rows
                 if after > part.row and before < part.row + part.rows:
                     skipped = skipped if groups else part.row - before
-                    groups.append(file.read_row_group(number))
+                    key = part.file, number
+                    groups[key] = kept[key] if key in kept else file.read_row_group(number)
                 before = after
-        table = pa.concat_tables(groups).slice(skipped, part.rows)
+        kept.clear()
+        kept.update(groups)
+        table = pa.concat_tables(groups.values()).slice(skipped, part.rows)
         require(column in table.column_names, f"{part.file}: has no column {column!r}")
         return table, table[column].to_pylist()
     with fs.open_input_file(part.file) as stream:
         stream.seek(part.begin)
         own = stream.read(part.end - part.begin).split(b"\n")
-    rows = [as_object(line, part.file) for line in own if line.strip()]
+    filled = [line for line in own if line.strip()]
+    rows = [as_object(line, f"{part.file}, row {number}") for number, line in enumerate(filled, part.row)]
     for number, row in enumerate(rows, part.row):
         require(column in row, f"{part.file}, row {number}: has no {column!r}")
     return rows, [row[column] for row in rows]
@@ -175,9 +182,16 @@ def write(fs, file: str, kind: str, rows: Any, answers: list[dict]) -> None:
             pyarrow.parquet.write_table(table, stream)
             return
         for row, own in zip(rows, answers, strict=True):
-            stream.write(json.dumps({**row, **own}, ensure_ascii=False).encode() + b"\n")
+            text = json.dumps({**row, **own}, ensure_ascii=False)
+            stream.write(text.encode(errors="backslashreplace") + b"\n")  # a lone surrogate is escaped, as it came
 
     write_whole(fs, file, into)
+
+
+def versions(fs, files: list[str]) -> dict[str, str]:
+    """Of each file what tells it from an edited one: its size, and when it was written, if the file system says so."""
+    infos = fs.get_file_info(files)
+    return {info.path: f"{info.size} bytes of {info.mtime}" for info in infos}
 
 
 def write_whole(fs, file: str, into: Callable[[Any], None]) -> None:

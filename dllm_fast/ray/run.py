@@ -20,11 +20,12 @@ import torch
 from dllm_fast.decoding.options import Options
 from dllm_fast.decoding.text import answer_text, encode
 from dllm_fast.decoding.values import finite, is_whole, one_of, require, whole
+from dllm_fast.errors import one_line, require_utf8
 from dllm_fast.generate import Completion, generate_many
-from dllm_fast.loading import end_of_text, from_pretrained, load_tokenizer, require_model
+from dllm_fast.loading import end_of_text, from_pretrained, load_tokenizer, mask_of, model_path, require_model
 from dllm_fast.ops import IMPLS
-from dllm_fast.patch import require_known
-from dllm_fast.ray.files import Part, check_columns, files_of, parts_of, place, read, write, write_whole
+from dllm_fast.patch import bound_family, require_known
+from dllm_fast.ray.files import Part, check_columns, files_of, parts_of, place, read, versions, write, write_whole
 
 MANIFEST = "_run.json"  # in the folder of answers: what they are made of
 TRIES = 5  # actors that may die over one part
@@ -98,7 +99,7 @@ def generate(
         source: a ``.parquet`` or ``.jsonl`` file, several of one kind, or a folder of them. Paths, or URIs of what
             pyarrow knows: ``s3://``, ``gs://``, ``hdfs://``.
         target: a folder for the answers, ``part-000000.parquet`` and so on, in the order and the format of the source.
-            If a run with the same arguments was stopped there, this one does what it has left.
+            If a run with the same arguments and files was stopped there, this one does what it has left.
         column: the prompts' column: texts; lists of ids; or chats, lists of ``{"role": ..., "content": ...}``, which go
             through the tokenizer's chat template. A text that spells [MASK] is text; ids may hold the mask id.
         answer: the new column, with the text up to its end. ``<answer>_ids`` has all generated ids, ``<answer>_nfe``
@@ -213,13 +214,22 @@ class Worker:
 
     def __init__(self, plan: Plan, device: str):
         self.plan = plan
+        self.row_groups: dict[tuple[str, int], Any] = {}
+        self.error = ""
+        try:
+            self._load(device)
+        except (OSError, ValueError) as error:  # raised here, Ray would hide it behind a dead actor
+            self.error = one_line(error)
+
+    def _load(self, device: str) -> None:
+        plan = self.plan
         load: dict[str, Any] = {**plan.load, "device": device}
         if load["dtype"] != "auto":
             load["dtype"] = getattr(torch, load["dtype"])
         self.model: Any = from_pretrained(plan.model, **load)
+        self.vocabulary = bound_family(self.model).vocab_size
         self.tokenizer: Any = load_tokenizer(plan.model)
-        known = (plan.options.get("mask_id"), self.model.config.mask_token_id, self.tokenizer.mask_token_id)
-        self.mask_id = next((i for i in known if i is not None), None)
+        self.mask_id = mask_of(plan.options.get("mask_id"), self.model, self.tokenizer)
         eos_ids = plan.options.get("eos_id")
         eos_ids = end_of_text(self.model, self.tokenizer) if eos_ids is None else eos_ids
         self.eos_ids: Any = [eos_ids] if is_whole(eos_ids) else eos_ids
@@ -227,11 +237,13 @@ class Worker:
 
     def __call__(self, batch: dict) -> dict[str, list]:
         """Do the part that is the batch, unless it is done: a file may outlive the news of it. A ValueError is handed
-        back as text, because Ray raises another in its place."""
+        back as text, because Ray raises another in its place; so is what kept the model from loading."""
+        if self.error:
+            return {"rows": [0], "error": [self.error]}
         part = Part(**json.loads(batch["part"][0]))
         try:
             if not self.plan.target.get_file_info(self.plan.file(part)).is_file:
-                rows, prompts = read(self.plan.source, part, self.plan.kind, self.plan.column)
+                rows, prompts = read(self.plan.source, part, self.plan.kind, self.plan.column, self.row_groups)
                 write(self.plan.target, self.plan.file(part), self.plan.kind, rows, self.answers(part, prompts))
         except ValueError as error:
             return {"rows": [0], "error": [str(error)]}
@@ -254,12 +266,21 @@ class Worker:
             prompt = [{"role": "user", "content": prompt}]
         if isinstance(prompt, list) and any(isinstance(turn, dict) for turn in prompt):
             require(bool(self.tokenizer.chat_template), f"{where}: this model's tokenizer has no chat template")
-            prompt = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+            try:
+                prompt = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+            except Exception as error:  # a template says in this way that it takes no such roles, for instance
+                raise ValueError(f"{where}: the chat template refuses it: {error}") from None
         if isinstance(prompt, str):
-            prompt = encode(self.tokenizer, [prompt], self.mask_id)[0]
+            require_utf8(where, prompt)
+            try:
+                prompt = encode(self.tokenizer, [prompt], self.mask_id)[0]
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from None
         good = isinstance(prompt, list) and all(map(is_whole, prompt))
         require(good, f"{where} is neither a text, nor a chat, nor a list of ids")
         require(bool(prompt), f"{where} is empty")
+        wrong = next((i for i in prompt if not 0 <= i < self.vocabulary), None)
+        require(wrong is None, f"{where}: id {wrong} is outside the vocabulary of {self.vocabulary}")
         return prompt
 
     def columns(self, completion: Completion, prompt: int) -> dict[str, Any]:
@@ -271,6 +292,14 @@ class Worker:
         return dict(zip(self.plan.columns, values, strict=True))
 
 
+def model_files(name: str) -> dict[str, str]:
+    """`versions` of the files in a model's folder, by their names there; of a hub name none."""
+    folder = Path(model_path(name))
+    inside = [str(file) for file in sorted(folder.iterdir()) if file.is_file()] if folder.is_dir() else []
+    system, _ = place(folder)
+    return {Path(file).name: own for file, own in versions(system, inside).items()}
+
+
 def begun(plan: Plan, parts: list[Part], part_size: int) -> Plan:
     """The plan with the seed of the run whose answers are in its folder; of a new run where there is none.
 
@@ -278,30 +307,33 @@ def begun(plan: Plan, parts: list[Part], part_size: int) -> Plan:
     """
     from pyarrow import fs
 
-    rows: dict[str, int] = {}
-    for part in parts:
-        rows[part.file] = rows.get(part.file, 0) + part.rows
+    firsts = {part.file: part.first for part in reversed(parts)}  # so that their order matters
+    source = {file: f"from prompt {firsts[file]} on, {own}" for file, own in versions(plan.source, [*firsts]).items()}
     told: dict[str, Any] = {
-        "model": plan.model, **plan.load, "source": rows, "column": plan.column, "answer": plan.answer,
-        "chat": plan.chat, "part_size": part_size, "seed": plan.options.get("seed"),
+        "model": plan.model, "model_files": model_files(plan.model), **plan.load, "source": source,
+        "column": plan.column, "answer": plan.answer, "chat": plan.chat, "part_size": part_size,
+        "seed": plan.options.get("seed"),
         "options": {name: repr(value) for name, value in sorted(plan.options.items()) if name != "seed"},
     }  # fmt: skip
     path = f"{plan.folder}/{MANIFEST}"
     there = plan.target.get_file_info(fs.FileSelector(plan.folder, allow_not_found=True))
+    half_written = [info.path for info in there if Path(info.path).match("_*.tmp")]  # of a run that was killed
     if any(info.path == path for info in there):
         with plan.target.open_input_stream(path) as stream:
             before = json.loads(stream.read())
         told["seed"] = before["seed"] if told["seed"] is None else told["seed"]
         for name, value in told.items():
             was = before.get(name)
+            if isinstance(was, dict) and isinstance(value, dict):  # of many files, those that differ
+                pairs = (was, value), (value, was)
+                was, value = (dict(sorted(own.items() - other.items())) for own, other in pairs)
             require(was == value, f"target={plan.folder!r}: its answers were made with {name}={was!r}, not {value!r}")
-        for info in there:
-            if Path(info.path).suffix == ".tmp":  # what an actor was writing when it was killed
-                plan.target.delete_file(info.path)
     else:
-        require(not there, f"target={plan.folder!r}: the folder holds other files")
+        require(len(there) == len(half_written), f"target={plan.folder!r}: the folder holds other files")
         if told["seed"] is None:
             told["seed"] = int(torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu"))
         plan.target.create_dir(plan.folder)
         write_whole(plan.target, path, lambda stream: stream.write(json.dumps(told, indent=1).encode()))
+    for file in half_written:
+        plan.target.delete_file(file)
     return dataclasses.replace(plan, options={**plan.options, "seed": told["seed"]})
