@@ -56,7 +56,7 @@ def prompts(lengths):
 ], ids=str)  # fmt: skip
 def test_a_call_after_it_records_nothing_and_gives_the_same_tokens(monkeypatch, recorder, name, options):
     launchers_of_pytorch(monkeypatch, recorder)
-    monkeypatch.setattr("dllm_fast.decoding.options.pays", lambda device: True)
+    monkeypatch.setattr("dllm_fast.decoding.options.pays", lambda device, impl: True)
     time = Engine._time
     monkeypatch.setattr(Engine, "_time", lambda *given: 0 * time(*given) + 1)  # so that "auto" does not depend on it
     options = {"gen_length": 24, "block_length": 8, "seed": 3, **options}
