@@ -165,7 +165,10 @@ def main() -> None:
             (2 * options.count, {"schedules": FEW, "drafts": ("none", "graph 7"), "dtype": torch.bfloat16}),
         ):
             mine = run(name, count, options.batch, **given)
-            head = ["cache", "schedule", "drafts", "forwards", "times fewer", "states", "at depth 1, 2, ...", "differ", "tokens/s"]
+            head = [
+                "cache", "schedule", "drafts", "forwards", "times fewer", "states", "at depth 1, 2, ...", "differ",
+                "tokens/s",
+            ]  # fmt: skip
             title = f"{name} in {mine[0].dtype}, {count} problems of {about.tokens} tokens; dual: in blocks of {block}"
             print_table(head, table(mine), title)
             rows += mine
