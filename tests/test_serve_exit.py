@@ -19,6 +19,11 @@ http = pytest.importorskip("dllm_fast.serve.http", reason="the extra serve is no
 Gate, Limits, NAME = http.Gate, http.Limits, "llada-sentences"
 
 
+def heeds_ctrl_c():
+    """What a shell runs in the background ignores SIGINT, and so would its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def loads_forever(connection, served):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -30,7 +35,8 @@ def loads_forever(connection, served):
 def test_a_signal_while_the_model_is_loaded_ends_it(sent, code):
     root = Path(dllm_fast.__file__).parents[1]
     environment = os.environ | {"PYTHONPATH": str(root)}
-    process = subprocess.Popen([sys.executable, __file__], stdout=subprocess.PIPE, text=True, env=environment)
+    command = [sys.executable, __file__]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, preexec_fn=heeds_ctrl_c)
     try:
         assert process.stdout.readline() == "loading\n"
         process.send_signal(sent)

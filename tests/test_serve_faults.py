@@ -13,6 +13,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from test_serve_exit import heeds_ctrl_c
 
 import dllm_fast
 
@@ -251,7 +252,8 @@ def test_a_signal_lets_what_runs_end(sent, code):
     command = [sys.executable, "-m", "dllm_fast.cli.main", "serve", "--model", NAME, "--port", "0", "--seats", "2"]
     root = Path(dllm_fast.__file__).parents[1]
     environment = os.environ | {"DLLM_FAST_API_KEY": KEY}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root, env=environment)
+    pipe = {"stdout": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, **pipe, cwd=root, env=environment, preexec_fn=heeds_ctrl_c)
     try:
         url = re.search(r"http://[\d.:]+", process.stdout.readline())[0]
         with openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0, timeout=120) as client:

@@ -5,7 +5,8 @@ and 7 likeliest drafts of the models' own graphs: in blocks with the dual cache,
 blocks that begin with a window over the block before, in batches and alone, where drafts look ahead to the next block.
 Forwards and states are the means of a problem's; at depth d is the share of forwards that took the schedule's next d
 steps and one more; answers that differ from those without drafts are counted, in fp32, and of 200 problems in bf16.
-Ends with one JSON line.
+Tokens/s are this machine's: on a CPU a forward takes as long as it has states, so drafts make it slower. Ends with one
+JSON line.
 
 ``--calibrate 300`` finds these graphs instead, by so many problems of the training's, and writes them.
 """
@@ -16,6 +17,7 @@ import datetime
 import itertools
 import json
 import os
+import time
 from collections import Counter
 from dataclasses import asdict, dataclass
 from statistics import fmean
@@ -56,6 +58,7 @@ class Row:
     states: float
     taken: list[int]
     differ: int
+    speed: float  # tokens/s
 
 
 @contextlib.contextmanager
@@ -100,7 +103,9 @@ def run(
         for kind in drafts:
             with counting() as taken:
                 rows_at_once = 1 if cache == "window, alone" else batch
+                began = time.perf_counter()
                 score = task.score(model, tokenizer, found, rows_at_once, speculate=DRAFTS[kind], **given)
+            speed = count * about.tokens / (time.perf_counter() - began)
             plain = score.tokens if plain is None else plain
             differ = int((score.tokens != plain).any(1).sum())
             forwards = fmean(score.nfe)
@@ -108,7 +113,7 @@ def run(
             for (own, _), times in taken.items():
                 steps[own - 1] += times
             states = sum(each * times for (_, each), times in taken.items()) / count if taken else forwards
-            rows.append(Row(name, kept, cache, schedule, kind, forwards, states, steps, differ))
+            rows.append(Row(name, kept, cache, schedule, kind, forwards, states, steps, differ, speed))
     return rows
 
 
@@ -134,6 +139,7 @@ def table(rows: list[Row]) -> list[list[str]]:
             row.cache, row.schedule, row.drafts, f"{row.forwards:.1f}",
             f"{plain[row.cache, row.schedule] / row.forwards:.2f}", f"{row.states:.1f}",
             " ".join(f"{share:.0%}" for share in shares), str(row.differ),
+            f"{row.speed:.0f}",
         ])  # fmt: skip
     return lines
 
@@ -159,7 +165,10 @@ def main() -> None:
             (2 * options.count, {"schedules": FEW, "drafts": ("none", "graph 7"), "dtype": torch.bfloat16}),
         ):
             mine = run(name, count, options.batch, **given)
-            head = ["cache", "schedule", "drafts", "forwards", "times fewer", "states", "at depth 1, 2, ...", "differ"]
+            head = [
+                "cache", "schedule", "drafts", "forwards", "times fewer", "states", "at depth 1, 2, ...", "differ",
+                "tokens/s",
+            ]  # fmt: skip
             title = f"{name} in {mine[0].dtype}, {count} problems of {about.tokens} tokens; dual: in blocks of {block}"
             print_table(head, table(mine), title)
             rows += mine

@@ -94,8 +94,8 @@ class Decoders(Layered):
         return delta
 
     def _routed(self, mlp: Routed, y: torch.Tensor, impl: str) -> torch.Tensor:
-        """The experts' part: grouped matmuls where their weights are in one buffer and a device gains by it. On a CPU
-        an expert after the other is as fast."""
+        """The experts' part: on a GPU grouped matmuls, if their weights are in one buffer. On a CPU, where launches
+        cost little, one expert after the other."""
         flat = y.flatten(0, -2)
         chosen, weight = mlp.route(flat)
         gate_up = down = None
