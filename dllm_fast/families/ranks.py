@@ -91,7 +91,7 @@ class Ranks:
     def _told(self, value: Any) -> Any:
         """What `require_same` compares of a value. A tensor's own repr leaves out most of a large one."""
         if isinstance(value, torch.Tensor):
-            here = torch.empty(0, device=self.device_type).device  # each rank has another
+            here = torch.empty(0, dtype=torch.int64, device=self.device_type).device  # each rank has another
             return value.device == here, value.dtype, value.tolist()
         if isinstance(value, list | tuple):
             return [(x.dtype, x.tolist()) if isinstance(x, torch.Tensor) else x for x in value]
