@@ -257,7 +257,7 @@ def test_a_file_of_graphs(model, tmp_path):
         for how in (graph, str(path))
     )
     assert torch.equal(found.sequences, expected.sequences)
-    assert (found.nfe, found.states) == (expected.nfe, expected.states) and found.nfe < found.steps == 8
+    assert (found.nfe, found.states) == (expected.nfe, expected.states) and found.states > found.steps == 8
     with pytest.raises(ValueError, match="it has no drafts for uniform 4, but for uniform 2"):
         dllm_fast.generate(model, prompts(1)[0][None], **given, schedule=Uniform(4), speculate=str(path))
 

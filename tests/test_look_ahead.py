@@ -97,11 +97,12 @@ class Drafts:
 
 def test_a_resumed_step_is_shown(resumed):
     model = dllm_fast.patch(MAKERS["llada"]().double(), impl="torch")
-    streamer = Drafts()
-    ids = torch.randint(0, EOS, (1, 9), generator=torch.Generator().manual_seed(0))
-    given = {"gen_length": 32, "block_length": 8, "refresh": Window(8, 0), "speculate": 3, "schedule": Static(4)}
-    out = dllm_fast.generate(model, ids, streamer=streamer, **given)
-    assert resumed and len(streamer.masks) == out.nfe + len(resumed) and streamer.masks[-1] == 0
+    given = {"gen_length": 16, "block_length": 4, "refresh": Window(4, 0), "speculate": 3, "schedule": Static(1)}
+    for prompt in torch.randint(0, EOS, (10, 9), generator=torch.Generator().manual_seed(0)):
+        before, streamer = len(resumed), Drafts()
+        out = dllm_fast.generate(model, prompt[None], streamer=streamer, **given)
+        assert len(streamer.masks) == out.nfe + len(resumed) - before and streamer.masks[-1] == 0
+    assert resumed
 
 
 @pytest.mark.parametrize("name", [*NAMES, "qwen2-shifted"])
