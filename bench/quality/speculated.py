@@ -5,8 +5,7 @@ and 7 likeliest drafts of the models' own graphs: in blocks with the dual cache,
 blocks that begin with a window over the block before, in batches and alone, where drafts look ahead to the next block.
 Forwards and states are the means of a problem's; at depth d is the share of forwards that took the schedule's next d
 steps and one more; answers that differ from those without drafts are counted, in fp32, and of 200 problems in bf16.
-Tokens/s are this machine's: on a CPU a forward takes as long as it has states, so drafts make it slower. Ends with one
-JSON line.
+Tokens/s are this machine's: on a CPU more states take longer. Ends with one JSON line.
 
 ``--calibrate 300`` finds these graphs instead, by so many problems of the training's, and writes them.
 """
