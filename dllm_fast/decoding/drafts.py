@@ -210,11 +210,10 @@ def graph_for(model: torch.nn.Module, wanted: int | str, key: str | None, planne
     if isinstance(wanted, str) and wanted != "auto":
         known = read_file(Path(wanted))
         require(key in known, f"speculate={wanted!r}: it has no drafts for {key}, but for {', '.join(sorted(known))}")
-        graph = known[str(key)]
-        return DraftGraph(graph.drafts, min(number, len(graph.drafts)), graph.weights)
-    name = getattr(model.config, "name_or_path", "")
-    folder = folder_of(name) if name else None
-    known = {} if folder is None else read(folder)
+    else:
+        name = getattr(model.config, "name_or_path", "")
+        folder = folder_of(name) if name else None
+        known = {} if folder is None else read(folder)
     graph = known.get(str(key)) or (DraftGraph.chain if planned else DraftGraph.sets)(number)
     kind = AutoGraph if wanted == "auto" else DraftGraph
     return kind(graph.drafts, min(number, len(graph.drafts)), graph.weights)
